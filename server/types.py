@@ -1,0 +1,194 @@
+"""The nouns that every layer shares. Plain frozen dataclasses; nothing here imports torch.
+
+A *request* of the API becomes one `Job` per prompt. A job holds K = `best_of` *trajectories*: independent
+denoising runs of the same prompt, told apart by their index, which keys their random numbers.
+Symbols of the paper (arXiv 2602.05000) are named in full: L `max_tokens`, T `steps`, tau `temperature`,
+K `best_of`, M `gradient_steps`, eta `eta`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Method = Literal["none", "bon", "expectation", "aps", "entrgi"]
+Algorithm = Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy_bound", "threshold"]
+Schedule = Literal["linear", "even"]
+Confidence = Literal["base", "guided"]
+FinishReason = Literal["stop", "length"]
+Role = Literal["system", "user", "assistant"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+GRADIENT_METHODS: frozenset[str] = frozenset({"expectation", "aps", "entrgi"})
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What is sampled, and how often. `temperature` 0 means argmax; `top_k` None keeps every token."""
+
+    max_tokens: int
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int | None = None
+    seed: int = 0
+    n: int = 1
+    best_of: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionParams:
+    """How the canvas is filled (algorithm.md, section 1)."""
+
+    steps: int
+    algorithm: Algorithm = "entropy"
+    algorithm_temperature: float | None = None
+    deprioritize_eos: bool = True
+    block_length: int | None = None
+    schedule: Schedule = "linear"
+    cfg_scale: float = 0.0
+    entropy_bound: float | None = None
+    confidence_threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedReward:
+    """A loaded reward model's name and its weight in the objective."""
+
+    model: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceParams:
+    """How the logits are steered (algorithm.md, section 2). `reward_models` is empty only for plain `none`."""
+
+    method: Method = "none"
+    reward_models: tuple[WeightedReward, ...] = ()
+    gradient_steps: int = 3
+    eta: float = 0.5
+    confidence: Confidence = "base"
+    start: float = 0.0
+    stop: float = 1.0
+    every: int = 1
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether the method moves logits along the reward's gradient."""
+        return self.method in GRADIENT_METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt of one request, as the engine takes it.
+
+    `conversation` is what the reward model reads before the response (for a raw prompt: that prompt as one user
+    message). `suffix_ids` follow the canvas in the diffusion model's context (infilling); `response_suffix` is
+    the same text behind the completion for the reward model. `deadline` is in seconds of `time.time()`.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    diffusion: DiffusionParams
+    guidance: GuidanceParams = GuidanceParams()
+    prompt_index: int = 0
+    suffix_ids: tuple[int, ...] = ()
+    conversation: tuple[Message, ...] = ()
+    response_suffix: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    stream_tokens: bool = False
+    stream_canvas: bool = False
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One denoising step of one trajectory. Entropy in nats; rewards are None on unguided steps."""
+
+    step: int
+    time: float
+    masked: int
+    revealed: int
+    mean_entropy: float | None = None
+    mean_w: float | None = None
+    reward_before: float | None = None
+    reward_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryResult:
+    """A finished trajectory. `token_ids` has all L canvas tokens; `completion_tokens` counts those before the end
+    of the text; `rewards` maps each reward model's name to its value and `reward` is their weighted sum."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    stop_reason: str | None = None
+    reward: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    trace: tuple[StepTrace, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """All K trajectories in index order, and the indices of the n best, best first."""
+
+    trajectories: tuple[TrajectoryResult, ...]
+    chosen: tuple[int, ...]
+    steps: int
+    model_calls: int
+    reward_calls: int
+    queue_ms: float
+    generation_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the HTTP side needs to know of the loaded diffusion model. `tokenizer_path` is a local folder."""
+
+    id: str
+    family: str
+    tokenizer_path: str
+    context_length: int
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    default_max_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelInfo:
+    """A loaded reward model: its name, context length and the share of the diffusion vocabulary that it knows."""
+
+    id: str
+    family: str
+    context_length: int
+    vocab_coverage: float
+    vocab_fallback: Literal["unk", "zero"]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Sent by the worker when it is ready."""
+
+    model: ModelInfo
+    reward_models: tuple[RewardModelInfo, ...]
+    device: str
+    kernel_backend: str
