@@ -1,0 +1,94 @@
+"""The schedule of a denoising run: how many positions each step reveals, known before the run starts.
+
+The number of masked positions after every step follows from the schedule alone (only `origin` reveals a random
+number), so the whole plan is made on the host once and no step ever asks the device how many tokens are masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.types import DiffusionParams, GuidanceParams
+
+EPS = 1e-3  # the end of time; Dream's generation code calls it `eps`
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One scheduled denoising step.
+
+    `index` counts scheduled steps over the whole run, `time` is t in (0, 1], `start` and `stop` bound the block
+    (response positions) in which positions may be revealed, `reveal` is k (for `origin`, which draws its
+    positions, it is the number left at the last step of a block and 0 before), `probability` is 1 - s/t, the chance
+    with which `origin` reveals each masked position; `guided` says whether gradient guidance runs here.
+    """
+
+    index: int
+    time: float
+    start: int
+    stop: int
+    reveal: int
+    probability: float
+    guided: bool
+
+
+def time_grid(steps: int) -> list[float]:
+    """T + 1 points from 1 down to eps, evenly spaced; built from both ends, as torch.linspace does."""
+    delta = (EPS - 1.0) / steps
+    half = (steps + 1) // 2
+    return [1.0 + delta * i if i < half else EPS - delta * (steps - i) for i in range(steps + 1)]
+
+
+def blocks(max_tokens: int, steps: int, block_length: int | None) -> list[tuple[int, int, int]]:
+    """(start, stop, steps) of each block: ceil(L / b) blocks of T // blocks steps, the first T % blocks one more, at
+    least one each."""
+    length = block_length or max_tokens
+    starts = list(range(0, max_tokens, length))
+    share, extra = divmod(steps, len(starts))
+    return [
+        (start, min(start + length, max_tokens), max(1, share + (index < extra))) for index, start in enumerate(starts)
+    ]
+
+
+def is_guided(index: int, total: int, guidance: GuidanceParams) -> bool:
+    """Whether scheduled step `index` of `total` is guided: it lies in [start, stop) of the run and is an `every`-th."""
+    if not guidance.uses_gradient or guidance.gradient_steps == 0:
+        return False
+    return guidance.start <= index / total < guidance.stop and index % guidance.every == 0
+
+
+def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[Step, ...]:
+    """Every scheduled step of a run, empty ones included (algorithm.md, section 1, points 6 and 'blocks')."""
+    layout = blocks(max_tokens, diffusion.steps, diffusion.block_length)
+    total = sum(steps for _, _, steps in layout)
+    planned: list[Step] = []
+    for start, stop, steps in layout:
+        grid = time_grid(steps)
+        masked = stop - start
+        share, extra = divmod(masked, steps)
+        for i in range(steps):
+            last = i == steps - 1
+            fraction = 1.0 - grid[i + 1] / grid[i]
+            if diffusion.algorithm == "origin":
+                reveal = masked if last else 0
+            elif last:
+                reveal = masked
+            elif diffusion.schedule == "even":
+                reveal = share + (i < extra)
+            else:
+                reveal = int(masked * fraction)
+            if diffusion.algorithm != "origin":
+                masked -= reveal
+            index = len(planned)
+            planned.append(
+                Step(
+                    index,
+                    grid[i],
+                    start,
+                    stop,
+                    reveal,
+                    1.0 if last else fraction,
+                    is_guided(index, total, guidance),
+                )
+            )
+    return tuple(planned)

@@ -1,0 +1,296 @@
+"""The engine's inner half: jobs in, one denoising step at a time, events out. Lives in the worker process.
+
+`Runner.step` is the whole system in one function: admit, denoise, retire. `Denoiser` (engine/denoise) does the
+tensor work of a step; the scheduler decides who takes part.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from server.engine.batch import Trajectory
+from server.engine.denoise import Denoiser, Revealed
+from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
+from server.engine.scheduler import Budget, Scheduler, Ticket
+from server.engine.stats import RunnerStats
+from server.errors import InvalidRequest
+from server.guidance.best_of import choose
+from server.guidance.steer import RewardContext
+from server.models.loading import LoadedDiffusionModel
+from server.rewards.reward_model import RewardModel
+from server.text.response import FinishedText, finish_text
+from server.text.template import conversation_ids, split_at_response
+from server.types import Job, JobResult, TrajectoryResult
+
+DEADLINE = "deadline"
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job with at least one admitted trajectory."""
+
+    job: Job
+    queued_at: float
+    started_at: float
+    contexts: dict[str, RewardContext]
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)  # admitted and still denoising
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+    stopped: str | None = None  # why it ended early: DEADLINE
+
+
+class Runner:
+    """Owns the queue and the running trajectories of one device."""
+
+    def __init__(
+        self,
+        model: LoadedDiffusionModel,
+        reward_models: Mapping[str, RewardModel],
+        *,
+        budget: Budget | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.loaded = model
+        self.reward_models = dict(reward_models)
+        self.scheduler = Scheduler(budget or Budget())
+        self.denoiser = Denoiser(model.model, model.info)
+        self.clock = clock
+        self._queued: dict[str, tuple[Job, float]] = {}
+        self._running: dict[str, _Running] = {}
+        self._tickets: dict[tuple[str, int], Ticket] = {}
+        self._refused: list[Event] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._queued or self._running or self._refused)
+
+    @property
+    def stats(self) -> RunnerStats:
+        """Counters since start and gauges of this moment."""
+        stats = self.denoiser.stats
+        stats.running = self.scheduler.running_trajectories
+        stats.waiting = self.scheduler.waiting_trajectories
+        return stats
+
+    def add(self, job: Job, now: float) -> None:
+        """Queue a job. One that can never run is answered with a Failed event by the next step."""
+        try:
+            self._check(job)
+            self.scheduler.add(job)
+        except InvalidRequest as error:
+            self._refused.append(Failed(job.id, "invalid_request", str(error), error.param))
+            return
+        self._queued[job.id] = (job, now)
+
+    def cancel(self, job_id: str) -> bool:
+        """Forget a job before the next denoising step; no event follows. Returns whether it was known."""
+        known = job_id in self._queued or job_id in self._running
+        self._forget(job_id)
+        return known
+
+    def abort_running(self) -> list[str]:
+        """Drop every job that takes part in the current batch (its step failed); returns their ids."""
+        ids = list(self._running)
+        for job_id in ids:
+            self._forget(job_id)
+        return ids
+
+    def step(self) -> list[Event]:
+        """One pass: expire, admit, denoise every running trajectory by one step, retire. Returns what happened."""
+        events: list[Event] = self._refused
+        self._refused = []
+        events += self._expire()
+        for ticket in self.scheduler.admit():
+            events += self._start(ticket)
+        batch = [
+            (trajectory, step)
+            for running in self._running.values()
+            for trajectory in running.trajectories.values()
+            if (step := trajectory.next_step()) is not None
+        ]
+        if batch:
+            contexts = {job_id: running.contexts for job_id, running in self._running.items()}
+            for revealed in self.denoiser.step(batch, contexts, self.reward_models):
+                events += self._report(revealed)
+        for running in list(self._running.values()):
+            events += self._retire(running)
+        return events
+
+    # -- the stages of a step ------------------------------------------------------------------------------------
+
+    def _expire(self) -> list[Event]:
+        """Jobs past their deadline: queued ones fail, running ones end with what is there."""
+        now = self.clock()
+        events: list[Event] = []
+        for job, _ in list(self._queued.values()):
+            if job.deadline is not None and now >= job.deadline and job.id not in self._running:
+                self._forget(job.id)
+                events.append(Failed(job.id, "deadline", "the deadline passed while the request was queued", "timeout"))
+        for running in self._running.values():
+            if running.job.deadline is not None and now >= running.job.deadline:
+                running.stopped = DEADLINE
+        return events
+
+    def _start(self, ticket: Ticket) -> list[Event]:
+        job = ticket.job
+        events: list[Event] = []
+        if job.id not in self._running:
+            _, queued_at = self._queued[job.id]
+            self._running[job.id] = _Running(job, queued_at, self.clock(), self._contexts(job))
+            events.append(Started(job.id))
+        trajectory = Trajectory.start(job, ticket.index, self.loaded.info.mask_token_id)
+        self._running[job.id].trajectories[ticket.index] = trajectory
+        self._tickets[job.id, ticket.index] = ticket
+        return events
+
+    def _report(self, revealed: Revealed) -> list[Event]:
+        """Progress of one trajectory, for those who asked; a trajectory whose numbers went bad fails its job."""
+        trajectory, step = revealed.trajectory, revealed.step
+        job = trajectory.job
+        if job.id not in self._running:
+            return []
+        if revealed.broken:
+            self._forget(job.id)
+            message = "the model or the reward gave values that are not finite"
+            return [Failed(job.id, "not_finite", message, "guidance.eta" if step.guided else None)]
+        events: list[Event] = []
+        if job.stream_tokens and revealed.tokens:
+            events.append(Progress(job.id, trajectory.index, step.index, revealed.tokens))
+        if job.stream_canvas:
+            shown = [
+                -1 if masked else int(token) for token, masked in zip(trajectory.tokens, trajectory.masked, strict=True)
+            ]
+            events.append(Canvas(job.id, trajectory.index, step.index, shown, revealed.entropy, trajectory.last_reward))
+        return events
+
+    def _retire(self, running: _Running) -> list[Event]:
+        """Move finished trajectories out; when all K are there, score and answer."""
+        job = running.job
+        if running.stopped:
+            # The trajectories that never started have nothing to show; they count as empty canvases.
+            for index in range(job.sampling.best_of):
+                if index not in running.trajectories and index not in running.finished:
+                    running.finished[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id)
+        for index, trajectory in list(running.trajectories.items()):
+            if running.stopped or trajectory.next_step() is None:
+                running.finished[index] = running.trajectories.pop(index)
+                ticket = self._tickets.pop((job.id, index))
+                self.scheduler.release(ticket)
+        if len(running.finished) < job.sampling.best_of:
+            return []
+        result = self._result(running)
+        self._forget(job.id)
+        return [Finished(job.id, result)]
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _result(self, running: _Running) -> JobResult:
+        job = running.job
+        trajectories = [running.finished[index] for index in range(job.sampling.best_of)]
+        texts = [self._text(trajectory, running.stopped) for trajectory in trajectories]
+        rewards = self._final_rewards(job, [text.text for text in texts])
+        results = []
+        for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True):
+            total = None
+            if job.guidance.reward_models:
+                total = math.fsum(weighted.weight * reward[weighted.model] for weighted in job.guidance.reward_models)
+            results.append(
+                TrajectoryResult(
+                    index=trajectory.index,
+                    token_ids=tuple(int(token) for token in trajectory.tokens),
+                    text=text.text,
+                    finish_reason=text.finish_reason,
+                    completion_tokens=text.completion_tokens,
+                    stop_reason=text.stop_reason,
+                    reward=total,
+                    rewards=reward,
+                    trace=tuple(trajectory.trace),
+                )
+            )
+        now = self.clock()
+        return JobResult(
+            trajectories=tuple(results),
+            chosen=choose([result.reward for result in results], job.sampling.n, ranked=job.guidance.method != "none"),
+            steps=job.diffusion.steps,
+            model_calls=max(trajectory.model_calls for trajectory in trajectories),
+            reward_calls=max(trajectory.reward_calls for trajectory in trajectories),
+            queue_ms=1e3 * (running.started_at - running.queued_at),
+            generation_ms=1e3 * (now - running.started_at),
+        )
+
+    def _text(self, trajectory: Trajectory, stopped: str | None) -> FinishedText:
+        """The text of a canvas; of one that a deadline cut, the part before its first masked position."""
+        job = trajectory.job
+        length = len(trajectory.tokens)
+        known = int(trajectory.masked.argmax()) if trajectory.masked.any() else length
+        text = finish_text(
+            self.loaded.tokenizer,
+            [int(token) for token in trajectory.tokens[:known]],
+            self.loaded.info.stop_token_ids,
+            job.sampling.stop,
+            job.sampling.ignore_eos,
+        )
+        if stopped and text.finish_reason == "length" and known < length:
+            return FinishedText(text.text, "length", stopped, text.completion_tokens)
+        return text
+
+    def _final_rewards(self, job: Job, texts: list[str]) -> list[dict[str, float]]:
+        """R on the text of every trajectory (end of section 2), by reward model."""
+        rewards: list[dict[str, float]] = [{} for _ in texts]
+        for weighted in job.guidance.reward_models:
+            model = self.reward_models[weighted.model]
+            sequences = [
+                conversation_ids(model.tokenizer, job.conversation, text + job.response_suffix) for text in texts
+            ]
+            for reward, score in zip(rewards, model.score(sequences).tolist(), strict=True):
+                reward[weighted.model] = float(score)
+        return rewards
+
+    # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _check(self, job: Job) -> None:
+        """Refuse what could only fail later: a reward model that is not loaded, or a conversation that it cannot hold."""
+        canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
+        if canvas > self.loaded.info.context_length:
+            raise InvalidRequest(
+                f"prompt, suffix and max_tokens take {canvas} tokens; the context is {self.loaded.info.context_length}",
+                param="max_tokens",
+            )
+        for weighted in job.guidance.reward_models:
+            model = self.reward_models.get(weighted.model)
+            if model is None:
+                names = ", ".join(sorted(self.reward_models)) or "none"
+                raise InvalidRequest(
+                    f"reward model {weighted.model[:200]!r} is not loaded; loaded: {names}",
+                    param="guidance.reward_model",
+                )
+            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            tokens = len(before) + job.sampling.max_tokens + len(after)
+            if tokens > model.info.context_length:
+                raise InvalidRequest(
+                    f"conversation and response take {tokens} tokens; the context of reward model "
+                    f"{weighted.model!r} is {model.info.context_length}",
+                    param="messages",
+                )
+
+    def _contexts(self, job: Job) -> dict[str, RewardContext]:
+        """Reward prefixes of a job, computed once for all its trajectories and steps. Only the gradient needs them."""
+        if not job.guidance.uses_gradient or job.guidance.gradient_steps == 0:
+            return {}
+        contexts = {}
+        for weighted in job.guidance.reward_models:
+            model = self.reward_models[weighted.model]
+            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            contexts[weighted.model] = RewardContext(model.prefill(before), tuple(after))
+        return contexts
+
+    def _forget(self, job_id: str) -> None:
+        self.scheduler.drop(job_id)
+        self._queued.pop(job_id, None)
+        running = self._running.pop(job_id, None)
+        if running is not None:
+            for index in running.trajectories:
+                self._tickets.pop((job_id, index), None)

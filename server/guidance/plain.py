@@ -1,0 +1,282 @@
+"""The plain loop: one trajectory at a time, as the paper reads. It is the oracle of the engine, not its engine.
+
+Nothing is cached, packed, skipped or fused here: every step is one full forward of the diffusion LM, every inner
+step one full forward and backward of the reward model through stock transformers attention, autograd, and
+torch.optim.Adam; the nucleus is found by sorting. Section numbers are those of docs/algorithm (and of arXiv 2602.05000).
+It shares with the engine only what defines a run: the schedule, the keyed random numbers and the ranking rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, uniform
+from server.diffusion.sampler import reveal_independently, reveal_most_confident
+from server.diffusion.schedule import Step, plan
+from server.guidance.best_of import choose
+from server.guidance.methods import WEIGHTS
+from server.models.base import DiffusionModel
+from server.models.packing import PackedLayout
+from server.text.response import finish_text
+from server.text.template import conversation_ids, split_at_response
+from server.text.tokenizer import Tokenizer
+from server.types import Job, ModelInfo
+
+MAX_REJECTIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PlainReward:
+    """A transformers sequence classifier as transformers runs it, and its embeddings by diffusion id, (V, D)."""
+
+    model: Any
+    tokenizer: Tokenizer
+    table: Tensor
+
+    def own(self, ids: Sequence[int]) -> Tensor:
+        """Embeddings (n, D) of reward-vocabulary ids."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
+
+    def read(self, embeds: Tensor, visible: Tensor) -> Tensor:
+        """R at the last position of one sequence: embeds (S, D), visible (S,) bool -> scalar."""
+        positions = torch.arange(len(embeds), device=embeds.device)[None]
+        hidden = self.model.model(
+            inputs_embeds=embeds[None],
+            attention_mask=visible[None].long(),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+        last = int(torch.nonzero(visible)[-1])
+        result: Tensor = self.model.score(hidden[0, last])[0]
+        return result
+
+    def score(self, ids: Sequence[int]) -> float:
+        """Final reward of a whole tokenised conversation."""
+        with torch.no_grad():
+            embeds = self.own(ids)
+            return float(self.read(embeds, torch.ones(len(ids), dtype=torch.bool, device=embeds.device)))
+
+
+@dataclass(frozen=True, slots=True)
+class PlainResult:
+    """All K trajectories: canvas tokens (L each), texts, final rewards (None without a reward model), and the chosen n."""
+
+    token_ids: list[list[int]]
+    texts: list[str]
+    rewards: list[float | None]
+    chosen: tuple[int, ...]
+
+
+def filtered_distribution(phi: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """(unfiltered, filtered) distributions of section 1.4, each (N, V); the kept tokens are where the second is > 0.
+
+    Temperature 0 divides by nothing. top_p keeps a token when the mass ranked before it is at most p, top_k keeps the
+    k largest; equal values: the lower id ranks first.
+    """
+    q = torch.softmax(phi / (temperature or 1.0), dim=-1)
+    order = torch.sort(phi, dim=-1, descending=True, stable=True).indices
+    ranked = q.gather(-1, order)
+    before = ranked.cumsum(-1) - ranked
+    keep = before <= top_p
+    if top_k is not None:
+        keep[:, top_k:] = False
+    kept = torch.zeros_like(keep).scatter(-1, order, keep)
+    filtered = torch.where(kept, q, torch.zeros_like(q))
+    return q, filtered / filtered.sum(-1, keepdim=True)
+
+
+def draw(q: Tensor, filtered: Tensor, keys: Tensor, greedy: bool) -> Tensor:
+    """One token a row (section 1.4): rejection from the unfiltered q until the filters keep it; (N,) int64."""
+    kept = filtered > 0
+    tokens = filtered.argmax(-1)
+    pending = (kept.sum(-1) > 1) & (not greedy)
+    cumulative = q.cumsum(-1)
+    for round_ in range(MAX_REJECTIONS):
+        if not pending.any():
+            return tokens
+        x = torch.searchsorted(cumulative, uniform(keys, round_).to(q)[:, None], right=True)[:, 0]
+        x = x.clamp_max(q.shape[-1] - 1)
+        accepted = pending & kept.gather(-1, x[:, None])[:, 0]
+        tokens = torch.where(accepted, x, tokens)
+        pending = pending & ~accepted
+    if pending.any():
+        u = uniform(keys, MAX_REJECTIONS).to(q)[:, None]
+        x = torch.searchsorted(filtered.cumsum(-1), u, right=True)[:, 0].clamp_max(q.shape[-1] - 1)
+        tokens = torch.where(pending, x, tokens)
+    return tokens
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits), (N,)."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+class PlainLoop:
+    """Decodes one job with one loaded diffusion model and its reward models."""
+
+    def __init__(
+        self, model: DiffusionModel, tokenizer: Tokenizer, info: ModelInfo, rewards: dict[str, PlainReward]
+    ) -> None:
+        self.model, self.tokenizer, self.info, self.rewards = model, tokenizer, info, rewards
+        self.device = model.device
+
+    def run(self, job: Job) -> PlainResult:
+        """All K trajectories of a job, one after the other, then the n best of them."""
+        sampling, guidance = job.sampling, job.guidance
+        token_ids, texts, rewards = [], [], []
+        for trajectory in range(sampling.best_of):
+            tokens = self.decode(job, trajectory)
+            finished = finish_text(self.tokenizer, tokens, self.info.stop_token_ids, sampling.stop, sampling.ignore_eos)
+            token_ids.append(tokens)
+            texts.append(finished.text)
+            rewards.append(self.final_reward(job, finished.text) if guidance.reward_models else None)
+        chosen = choose(rewards, sampling.n, ranked=guidance.method != "none")
+        return PlainResult(token_ids, texts, rewards, chosen)
+
+    def final_reward(self, job: Job, text: str) -> float:
+        """The weighted sum of R on the text (end of section 2)."""
+        total = 0.0
+        for weighted in job.guidance.reward_models:
+            reward = self.rewards[weighted.model]
+            ids = conversation_ids(reward.tokenizer, job.conversation, text + job.response_suffix)
+            total += weighted.weight * reward.score(ids)
+        return total
+
+    def decode(self, job: Job, trajectory: int) -> list[int]:
+        """One trajectory's L canvas tokens."""
+        length = job.sampling.max_tokens
+        prompt = torch.tensor(job.prompt_ids, dtype=torch.long, device=self.device)
+        suffix = torch.tensor(job.suffix_ids, dtype=torch.long, device=self.device)
+        response = torch.full((length,), self.info.mask_token_id, device=self.device)
+        masked = torch.ones(length, dtype=torch.bool, device=self.device)
+        for step in plan(length, job.diffusion, job.guidance):
+            if step.reveal == 0 and job.diffusion.algorithm != "origin":
+                continue  # a step that reveals nothing changes nothing
+            if not masked[step.start : step.stop].any():
+                continue
+            canvas = torch.cat([prompt, response, suffix])
+            rows = torch.nonzero(masked)[:, 0]
+            with torch.no_grad():
+                phi_0 = self.logits(job, canvas, rows, len(prompt), length)
+            phi = self.steer(job, trajectory, step, phi_0, response, masked, rows) if step.guided else phi_0
+            chosen, tokens = self.reveal(job, trajectory, step, phi_0, phi, rows)
+            response[chosen] = tokens
+            masked[chosen] = False
+        return [int(token) for token in response]
+
+    def logits(self, job: Job, canvas: Tensor, rows: Tensor, prompt_length: int, length: int) -> Tensor:
+        """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1)."""
+        layout = PackedLayout.of((len(canvas),), self.device)
+        conditional = self.model.masked_logits(canvas, layout, rows + prompt_length)
+        scale = job.diffusion.cfg_scale
+        if scale == 0.0:
+            return conditional
+        blind = torch.full_like(canvas, self.info.mask_token_id)
+        blind[prompt_length : prompt_length + length] = canvas[prompt_length : prompt_length + length]
+        unconditional = self.model.masked_logits(blind, layout, rows + prompt_length)
+        return unconditional + (scale + 1.0) * (conditional - unconditional)
+
+    def keys(self, job: Job, trajectory: int, step: Step, inner: int, positions: Tensor) -> Tensor:
+        """The random keys (N, 4) of section 1.4: (seed, prompt, trajectory, step, inner step, position)."""
+
+        def column(value: int) -> Tensor:
+            return torch.full_like(positions, value)
+
+        seed = torch.full_like(positions, job.sampling.seed)
+        return row_keys(
+            seed, column(job.prompt_index), column(trajectory), column(step.index), column(inner), positions
+        )
+
+    def steer(
+        self,
+        job: Job,
+        trajectory: int,
+        step: Step,
+        phi_0: Tensor,
+        response: Tensor,
+        masked: Tensor,
+        rows: Tensor,
+    ) -> Tensor:
+        """M Adam steps on the logits along the reward's gradient (section 2); phi (N, V)."""
+        sampling, guidance = job.sampling, job.guidance
+        tau = sampling.temperature or 1.0
+        vocab_size = phi_0.shape[-1]
+        phi = phi_0.detach().clone().requires_grad_()
+        adam = torch.optim.Adam([phi], lr=guidance.eta, betas=(0.9, 0.999), eps=1e-8, maximize=True)
+        for inner in range(guidance.gradient_steps):
+            with torch.no_grad():
+                w = WEIGHTS[guidance.method](entropy(phi), vocab_size)[:, None]
+                q, filtered = filtered_distribution(phi, sampling.temperature, sampling.top_p, sampling.top_k)
+                keys = self.keys(job, trajectory, step, inner, rows)
+                x = draw(q, filtered, keys, greedy=sampling.temperature == 0)
+                current = response.clone()
+                current[rows] = phi.argmax(-1)
+                visible = self.visible(current)
+            total = phi.new_zeros(())
+            for weighted in guidance.reward_models:
+                reward = self.rewards[weighted.model]
+                table = reward.table.to(phi.dtype)
+                soft = torch.softmax(phi / tau, dim=-1) @ table
+                e = soft + (w * (table[x] - soft)).detach()
+                embeds = table[current].index_put((rows,), e).to(reward.table.dtype)
+                before, after = split_at_response(reward.tokenizer, job.conversation, job.response_suffix)
+                sequence = torch.cat([reward.own(before), embeds, reward.own(after)])
+                seen = torch.cat(
+                    [visible.new_ones(len(before)), visible, visible.new_ones(len(after))]
+                )  # prompt and suffix are never hidden
+                total = total + weighted.weight * reward.read(sequence, seen)
+            (phi.grad,) = torch.autograd.grad(total, [phi])
+            adam.step()
+        return phi.detach()
+
+    def visible(self, tokens: Tensor) -> Tensor:
+        """Response positions the reward model sees: none after the first EOS, none that holds the pad token; (L,)."""
+        ended = (tokens == self.info.eos_token_id).long()
+        after_eos = (ended.cumsum(0) - ended) > 0
+        return ~after_eos & (tokens != self.info.pad_token_id)
+
+    def reveal(
+        self, job: Job, trajectory: int, step: Step, phi_0: Tensor, phi: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Response positions revealed by this step and their tokens (section 1, points 4 to 6)."""
+        sampling, diffusion = job.sampling, job.diffusion
+        in_block = (rows >= step.start) & (rows < step.stop)
+        candidates, phi, phi_0 = rows[in_block], phi[in_block], phi_0[in_block]
+        q, filtered = filtered_distribution(phi, sampling.temperature, sampling.top_p, sampling.top_k)
+        keys = self.keys(job, trajectory, step, INNER_FINAL, candidates)
+        tokens = draw(q, filtered, keys, greedy=sampling.temperature == 0)
+        if diffusion.algorithm == "origin":
+            u = uniform(self.keys(job, trajectory, step, INNER_ORIGIN, candidates), 0).cpu().numpy()
+            chosen = reveal_independently(u, step.probability)
+        else:
+            u = uniform(self.keys(job, trajectory, step, INNER_RANK, candidates), 0).cpu().numpy()
+            chosen = reveal_most_confident(
+                self.confidence(job, step, phi_0, filtered, tokens).cpu().numpy(),
+                (tokens == self.info.eos_token_id).cpu().numpy(),
+                step.reveal,
+                deprioritize_eos=diffusion.deprioritize_eos,
+                algorithm_temperature=diffusion.algorithm_temperature,
+                uniforms=u,
+            )
+        index = torch.from_numpy(np.ascontiguousarray(chosen)).to(self.device)
+        return candidates[index], tokens[index]
+
+    def confidence(self, job: Job, step: Step, phi_0: Tensor, filtered: Tensor, tokens: Tensor) -> Tensor:
+        """Confidence of each candidate (section 1, point 5); (n,)."""
+        if job.diffusion.algorithm == "maskgit_plus":
+            return filtered.gather(-1, tokens[:, None])[:, 0]
+        if job.diffusion.algorithm == "topk_margin":
+            top = filtered.topk(2, dim=-1).values
+            return top[:, 0] - top[:, 1]
+        if step.guided and job.guidance.confidence == "base":
+            return -entropy(phi_0 / (job.sampling.temperature or 1.0))
+        log = torch.where(filtered > 0, filtered, torch.ones_like(filtered)).log()
+        return (filtered * log).sum(-1)

@@ -1,0 +1,92 @@
+"""The plan of a run, against hand counts, the golden traces and invariants."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.diffusion.schedule import blocks, plan, time_grid
+from server.types import DiffusionParams, GuidanceParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def reveals(max_tokens: int, **diffusion: object) -> list[int]:
+    return [step.reveal for step in plan(max_tokens, DiffusionParams(**diffusion), GuidanceParams())]  # type: ignore[arg-type]
+
+
+def test_recorded_runs_reveal_as_many_tokens_a_step() -> None:
+    cases = json.loads((GOLDEN / "dream-tiny" / "trajectories.json").read_text())
+    checked = 0
+    for case in cases:
+        for first_canvases in zip(*case["expected"]["canvas_trace"], strict=True):
+            masked = [sum(token == 3 for token in canvas) for canvas in first_canvases] + [0]
+            recorded = [before - after for before, after in itertools.pairwise(masked)]
+            assert reveals(case["max_tokens"], steps=case["steps"], algorithm=case["alg"]) == recorded
+            checked += 1
+    assert checked > 60
+
+
+def test_twice_as_many_steps_as_tokens_leave_half_of_them_empty() -> None:
+    counts = reveals(64, steps=128)
+    assert sum(counts) == 64
+    assert counts.count(0) == 65  # counted in algorithm.md
+
+
+def test_even_schedule_spreads_the_remainder_over_the_first_steps() -> None:
+    assert reveals(10, steps=4, schedule="even") == [3, 3, 2, 2]
+    assert reveals(3, steps=5, schedule="even") == [1, 1, 1, 0, 0]
+
+
+def test_blocks_share_the_steps() -> None:
+    assert blocks(10, 7, 4) == [(0, 4, 3), (4, 8, 2), (8, 10, 2)]
+    assert blocks(9, 2, 3) == [(0, 3, 1), (3, 6, 1), (6, 9, 1)]
+    assert blocks(9, 5, None) == [(0, 9, 5)]
+
+
+def test_time_runs_from_one_to_eps_evenly() -> None:
+    grid = time_grid(7)
+    assert grid[0] == 1.0
+    assert grid[-1] == 1e-3
+    gaps = [a - b for a, b in itertools.pairwise(grid)]
+    assert gaps == pytest.approx([0.999 / 7] * 7)
+
+
+def test_the_guided_window_counts_scheduled_steps() -> None:
+    guidance = GuidanceParams(method="entrgi", start=0.25, stop=0.75, every=2)
+    guided = [step.index for step in plan(8, DiffusionParams(steps=8), guidance) if step.guided]
+    assert guided == [2, 4]
+
+
+def test_no_gradient_steps_means_no_guided_step() -> None:
+    steps = plan(4, DiffusionParams(steps=4), GuidanceParams(method="entrgi", gradient_steps=0))
+    assert not any(step.guided for step in steps)
+
+
+@given(
+    max_tokens=st.integers(1, 200),
+    steps=st.integers(1, 200),
+    block_length=st.none() | st.integers(1, 200),
+    schedule=st.sampled_from(["linear", "even"]),
+)
+def test_every_plan_reveals_every_position_of_every_block_once(
+    max_tokens: int, steps: int, block_length: int | None, schedule: str
+) -> None:
+    planned = plan(
+        max_tokens,
+        DiffusionParams(steps=steps, block_length=block_length, schedule=schedule),  # type: ignore[arg-type]
+        GuidanceParams(),
+    )
+    revealed: dict[tuple[int, int], int] = {}
+    for step in planned:
+        assert step.reveal >= 0
+        revealed[step.start, step.stop] = revealed.get((step.start, step.stop), 0) + step.reveal
+    assert all(count == stop - start for (start, stop), count in revealed.items())
+    assert sum(revealed.values()) == max_tokens
+    assert [step.index for step in planned] == list(range(len(planned)))
+    assert len(planned) >= steps or block_length is not None
