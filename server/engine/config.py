@@ -1,0 +1,56 @@
+"""Plain values for the engine and its worker. The composition root fills them from the settings."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.engine.scheduler import Budget
+
+WORKER_COMMAND = (sys.executable, "-P", "-m", "server.engine.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What the worker process needs to load the models and run; it crosses the wire as the first message.
+
+    `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local
+    folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
+    or float64, `device` as torch names it. `max_model_len` (tokens) lowers the model's context length.
+    `threads` 0 leaves torch's default.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    reward_models: dict[str, str] = field(default_factory=dict)
+    vocab_fallback: Literal["unk", "zero"] = "unk"
+    max_model_len: int | None = None
+    served_model_name: str | None = None
+    threads: int = 0
+    budget: Budget = field(default_factory=Budget)
+    heartbeat_seconds: float = 1.0
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the HTTP process keeps its worker.
+
+    `max_jobs` bounds the jobs in flight, waiting ones included. A worker whose last sign of progress is older
+    than `watchdog_seconds` is killed and restarted. `start_limit_seconds` bounds loading and warm-up. A
+    restart after a death before ready waits `backoff_seconds`, doubled each time up to `max_backoff_seconds`.
+    `stop_grace_seconds` is how long a worker may take to leave by itself. `worker_command` gets the socket's
+    number as its last argument.
+    """
+
+    worker: WorkerConfig
+    max_jobs: int = 256
+    watchdog_seconds: float = 120.0
+    start_limit_seconds: float = 3600.0
+    backoff_seconds: float = 0.5
+    max_backoff_seconds: float = 30.0
+    stop_grace_seconds: float = 5.0
+    worker_command: tuple[str, ...] = WORKER_COMMAND
