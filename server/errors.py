@@ -1,4 +1,4 @@
-"""Every way a request or the start-up can fail, and what it is on the wire. Nothing here knows of HTTP libraries.
+"""Every way a request or the start-up can fail, and what it is on the wire. No HTTP library is known here.
 
     EntrgiError
     +-- RequestError                     answers one request: has a status, an OpenAI `type` and a `code`
@@ -20,8 +20,8 @@
     +-- ConfigurationError               start-up: a bad setting or checkpoint; the message names the key
 
 Raise these anywhere; `server.api` translates them once. The worker process sends a failure as the plain pair
-(`kind`, message), and `from_kind` turns it back into its class. Messages are for clients: they never hold a path, an
-address or a traceback, and `quote` caps what they repeat of the input.
+(`kind`, message), and `from_kind` turns it back into its class. Messages are for clients: they never hold a path,
+an address or a traceback, and `quote` caps what they repeat of the input.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class ConfigurationError(EntrgiError):
 class RequestError(EntrgiError):
     """One request fails; the server goes on.
 
-    `status`, `type` and `code` are the HTTP status and OpenAI's error fields; `kind` names the class on the worker's
-    wire; `retry_after` (seconds) becomes the header of the same name; `retryable` False tells clients that would
-    retry the status by habit not to (`x-should-retry: false`).
+    `status`, `type` and `code` are the HTTP status and OpenAI's error fields; `kind` names the class on the
+    worker's wire; `retry_after` (seconds) becomes the header of the same name; `retryable` False tells clients that
+    would retry the status by habit not to (`x-should-retry: false`).
     """
 
     status = 500
@@ -72,7 +72,7 @@ class RequestError(EntrgiError):
 
 
 class InvalidRequest(RequestError):
-    """A field has a wrong type or value, has no effect, or cannot be fitted; `param` is its path (`guidance.eta`)."""
+    """A field is wrong, has no effect, or does not fit the models; `param` is its path (`guidance.eta`)."""
 
     status = 400
     type = "invalid_request_error"
@@ -104,9 +104,7 @@ class UnknownModel(NotFound):
     code = "model_not_found"
     kind = "unknown_model"
 
-    def __init__(
-        self, message: str, param: str | None = "model", *, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, message: str, param: str | None = "model", *, retry_after: float | None = None) -> None:
         super().__init__(message, param, retry_after=retry_after)
 
 
