@@ -130,9 +130,7 @@ def pack(trajectories: Sequence[tuple[Trajectory, Step]], mask_token_id: int, de
         count += len(canvas.rows)
         sequences.append((canvas.tokens, canvas.rows))
     with_cfg = [canvas for canvas in ordered if canvas.blind is not None]
-    for canvas in with_cfg:
-        if canvas.blind is not None:
-            sequences.append((canvas.blind, canvas.rows))
+    sequences += [(canvas.blind, canvas.rows) for canvas in ordered if canvas.blind is not None]
 
     lengths = [len(tokens) for tokens, _ in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])

@@ -252,7 +252,7 @@ class Runner:
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
     def _check(self, job: Job) -> None:
-        """Refuse what could only fail later: a reward model that is not loaded, or a conversation that it cannot hold."""
+        """Refuse what could only fail later: a reward model that is not loaded, a conversation too long for it."""
         canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         if canvas > self.loaded.info.context_length:
             raise InvalidRequest(

@@ -2,7 +2,7 @@
 
 Nothing is cached, packed, skipped or fused here: every step is one full forward of the diffusion LM, every inner
 step one full forward and backward of the reward model through stock transformers attention, autograd, and
-torch.optim.Adam; the nucleus is found by sorting. Section numbers are those of docs/algorithm (and of arXiv 2602.05000).
+torch.optim.Adam; the nucleus is found by sorting. Section numbers are those of docs/algorithm.md.
 It shares with the engine only what defines a run: the schedule, the keyed random numbers and the ranking rule.
 """
 
@@ -66,7 +66,7 @@ class PlainReward:
 
 @dataclass(frozen=True, slots=True)
 class PlainResult:
-    """All K trajectories: canvas tokens (L each), texts, final rewards (None without a reward model), and the chosen n."""
+    """All K trajectories: canvas tokens (L each), texts, final rewards (None without a reward model), the chosen n."""
 
     token_ids: list[list[int]]
     texts: list[str]

@@ -97,9 +97,9 @@ class Assembly:
         self.base = torch.cat(pieces)
 
     def read(self, embeds: Tensor, visible: Tensor, timings: Timings, *, gradient: bool) -> tuple[Tensor, Tensor]:
-        """(unweighted rewards (B,), dr/de (N, D)) with masked positions entering as `embeds` (N, D); `visible` (R,) bool.
+        """Unweighted rewards (B,) and dr/de (N, D) with masked positions entering as `embeds` (N, D).
 
-        The gradient is zeros when not asked for.
+        `visible` (R,) bool hides response positions. The gradient is zeros when not asked for.
         """
         model = self.objective.model
         seen = (self.response < 0) | visible[self.response.clamp_min(0)]

@@ -1,0 +1,208 @@
+"""The whole gradient against finite differences, and the whole sampler against the exact distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+import kernels
+from server.engine.messages import Finished
+from server.engine.runner import Runner
+from server.guidance.methods import WEIGHTS
+from server.guidance.plain import entropy, filtered_distribution
+from server.guidance.steer import Objective, Responses, RewardContext, Timings, steer
+from server.models.packing import PackedLayout
+from server.text.template import split_at_response
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+
+PROMPT = (Message("user", "Explain the copyright notice."),)
+
+
+@pytest.fixture
+def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3's RMSNorm rounds to float32 even inside a float64 model; finite differences need all the digits."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+
+
+class Problem:
+    """One step's guidance on a canvas with a few committed tokens, as a function of phi_0 alone."""
+
+    def __init__(self, pair: Any, method: str, length: int = 6) -> None:
+        self.pair, self.method, self.tau = pair, method, 0.7
+        info, tokenizer = pair.loaded.info, pair.loaded.tokenizer
+        prompt = torch.tensor(tokenizer.render_chat(PROMPT))
+        self.response = torch.full((length,), info.mask_token_id)
+        self.response[1] = 40
+        self.masked = self.response == info.mask_token_id
+        self.rows = torch.nonzero(self.masked)[:, 0]
+        canvas = torch.cat([prompt, self.response])
+        with torch.no_grad():
+            layout = PackedLayout.of((len(canvas),), canvas.device)
+            self.phi = pair.loaded.model.masked_logits(canvas, layout, self.rows + len(prompt))
+            self.phi[:, [info.eos_token_id, info.pad_token_id]] -= 20.0  # no position hidden: keeps R smooth
+        reward = pair.rewards["rm"]
+        before, after = split_at_response(reward.tokenizer, PROMPT)
+        row = torch.full_like(self.response, -1)
+        row[self.rows] = torch.arange(len(self.rows))
+        self.responses = Responses((length,), self.response, row, torch.zeros(len(self.rows), dtype=torch.long))
+        self.before, self.after = before, after
+        self.objective = Objective(
+            reward, (RewardContext(reward.prefill(before), tuple(after)),), torch.ones(1, dtype=torch.float64)
+        )
+
+    def closed_form_gradient(self) -> Tensor:
+        """dr/dphi as the engine's loop forms it, taken from the terms it hands to the kernels."""
+        count = len(self.rows)
+        full = torch.ones(count, dtype=torch.float64)
+        params = kernels.RowParams(
+            tau=full * self.tau,
+            top_p=full,
+            top_k=torch.ones(count, dtype=torch.long),
+            greedy=torch.zeros(count, dtype=torch.bool),
+            eta=full,
+        )
+        state = kernels.begin(self.phi, params)
+        # With Adam's first step of size eta the sign is all that is left of the gradient, so the gradient itself is
+        # read back from the terms.
+        captured: list[Any] = []
+        original = kernels.update
+        try:
+            kernels.update = lambda state, terms, rows=None: captured.extend(terms)  # type: ignore[assignment]
+            steer(
+                state,
+                self.responses,
+                [self.objective],
+                [self.method],
+                lambda inner: torch.zeros(count, 4, dtype=torch.long),
+                1,
+                eos_token_id=self.pair.loaded.info.eos_token_id,
+                pad_token_id=self.pair.loaded.info.pad_token_id,
+                timings=Timings(),
+            )
+        finally:
+            kernels.update = original
+        q = torch.softmax(self.phi / self.tau, dim=-1)
+        (term,) = captured
+        centred = term.g @ term.table.T - (term.g * term.soft).sum(-1, keepdim=True)
+        return q * centred / self.tau
+
+    def reward(self, phi: Tensor, w: Tensor, hard: Tensor, soft_at_phi0: Tensor) -> float:
+        """R by stock transformers with the stop-gradient held fixed: e = soft(phi) + w (hard - soft(phi_0))."""
+        plain = self.pair.plain.rewards["rm"]
+        soft = torch.softmax(phi / self.tau, dim=-1) @ plain.table
+        embeds = plain.table[self.response].index_put((self.rows,), soft + w * (hard - soft_at_phi0))
+        sequence = torch.cat([plain.own(self.before), embeds, plain.own(self.after)])
+        with torch.no_grad():
+            return float(plain.read(sequence, torch.ones(len(sequence), dtype=torch.bool)))
+
+    def finite_difference(self, direction: Tensor, step: float = 1e-4) -> float:
+        """Central difference of the reward along a direction of phi."""
+        plain = self.pair.plain.rewards["rm"]
+        w = WEIGHTS[self.method](entropy(self.phi), self.phi.shape[-1])[:, None]
+        hard = plain.table[self.phi.argmax(-1)]
+        soft = torch.softmax(self.phi / self.tau, dim=-1) @ plain.table
+        up = self.reward(self.phi + step * direction, w, hard, soft)
+        down = self.reward(self.phi - step * direction, w, hard, soft)
+        return (up - down) / (2 * step)
+
+
+@pytest.mark.usefixtures("_exact_norms")
+@pytest.mark.parametrize("method", ["expectation", "aps", "entrgi"])
+def test_gradient_agrees_with_finite_differences(pair64: Any, method: str) -> None:
+    problem = Problem(pair64, method)
+    gradient = problem.closed_form_gradient()
+    generator = torch.Generator().manual_seed(0)
+    directions = [torch.randn(gradient.shape, generator=generator, dtype=torch.float64) for _ in range(8)]
+    directions.append(gradient / gradient.norm())
+    assert gradient.norm() > 1e-3
+    for direction in directions:
+        exact = float((gradient * direction).sum())
+        assert problem.finite_difference(direction) == pytest.approx(exact, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, None), (0.7, 0.9, None), (1.5, 0.95, 12), (0.5, 0.6, None)]
+)
+def test_drawn_tokens_follow_the_exact_distribution(
+    pair64: Any, temperature: float, top_p: float, top_k: int | None
+) -> None:
+    """One-token canvases, many trajectories: counts against the filtered softmax of the model's logits."""
+    tokenizer, info = pair64.loaded.tokenizer, pair64.loaded.info
+    job = Job(
+        id="job",
+        prompt_ids=tuple(tokenizer.render_chat(PROMPT)),
+        sampling=SamplingParams(
+            max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, n=4000, best_of=4000, seed=11
+        ),
+        diffusion=DiffusionParams(steps=1),
+        guidance=GuidanceParams(),
+    )
+    runner = Runner(pair64.loaded, {})
+    runner.add(job, now=0.0)
+    tokens: list[int] = []
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Finished):
+                tokens = [trajectory.token_ids[0] for trajectory in event.result.trajectories]
+    canvas = torch.tensor([*job.prompt_ids, info.mask_token_id])
+    with torch.no_grad():
+        logits = pair64.loaded.model.masked_logits(
+            canvas, PackedLayout.of((len(canvas),), canvas.device), torch.tensor([len(canvas) - 1])
+        )
+    probability = filtered_distribution(logits, temperature, top_p, top_k)[1][0].numpy()
+    counts = Counter(tokens)
+    assert all(probability[token] > 0 for token in counts)  # nothing outside the nucleus, ever
+    common = np.flatnonzero(probability * len(tokens) >= 8)
+    observed = [counts[int(token)] for token in common]
+    expected = list(probability[common] * len(tokens))
+    if len(tokens) - sum(observed) or sum(expected) < len(tokens) - 1e-6:
+        observed.append(len(tokens) - sum(observed))
+        expected.append(len(tokens) - sum(expected))
+    assert sum(observed) == len(tokens) == 4000
+    if len(observed) > 1:
+        assert chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_a_guided_job_alone_and_in_a_crowd_gives_the_same_tokens(pair64: Any) -> None:
+    """Neighbours of other methods, lengths and seeds come and go between steps."""
+    sampling = SamplingParams(max_tokens=7, best_of=2, seed=5)
+    job = Job(
+        id="mine",
+        prompt_ids=tuple(pair64.loaded.tokenizer.render_chat(PROMPT)),
+        conversation=PROMPT,
+        sampling=sampling,
+        diffusion=DiffusionParams(steps=7),
+        guidance=GuidanceParams(method="entrgi", reward_models=(WeightedReward("rm"),), gradient_steps=2),
+    )
+
+    def tokens(neighbours: list[tuple[int, Job]]) -> list[tuple[int, ...]]:
+        runner = Runner(pair64.loaded, pair64.rewards)
+        runner.add(job, now=0.0)
+        pending = list(neighbours)
+        for step in range(100):
+            for neighbour in [job for at, job in pending if at == step]:
+                runner.add(neighbour, now=0.0)
+            for event in runner.step():
+                if isinstance(event, Finished) and event.job_id == "mine":
+                    return [trajectory.token_ids for trajectory in event.result.trajectories]
+        raise AssertionError("the job did not finish")
+
+    crowd = [
+        (at, replace(job, id=f"n{at}", sampling=replace(sampling, seed=at, max_tokens=3 + at, best_of=1 + at % 3)))
+        for at in range(6)
+    ]
+    crowd += [(2, replace(job, id="plain", guidance=GuidanceParams(), sampling=SamplingParams(max_tokens=9)))]
+    assert tokens(crowd) == tokens([])
