@@ -1,0 +1,66 @@
+# Every target does its own set-up: in a fresh clone `make serve` or `make test` is the first and only command.
+#
+#   PYTHON=python3.12   the interpreter to build the environment with (3.11, 3.12 or 3.13)
+#   ARGS="..."          passed on to the command that the target runs
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTHON ?=
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+UV_VERSION := 0.13.9
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check format bench bench-kernels gpu-check conformance lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(DEV) ## Create .venv and install the locked dependencies, development tools included
+
+serve: $(RUNTIME) ## Serve the bundled models on 127.0.0.1:8000 (other models: ARGS="--model ... --reward-model ...")
+	$(PY) -m server $(ARGS)
+
+test: $(DEV) ## Run the test suite
+	$(PY) -m pytest $(ARGS)
+
+check: $(DEV) ## Lint, formatting, types, and who may import whom
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(DEV) ## Format the code and fix what ruff can fix
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+lock: $(DEV) ## Resolve pyproject.toml anew into the two lock files
+	$(PIP) uv==$(UV_VERSION)
+	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+
+clean: ## Remove the environment, caches and build outputs
+	rm -rf $(VENV) build .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if "$$candidate" -c '$(SUPPORTED)' 2>/dev/null; then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=..." >&2; exit 1; fi; \
+	echo "creating $(VENV) with $$found ($$("$$found" --version))"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); echo "error: the venv module is missing (Debian: python3-venv)" >&2; exit 1; }
+
+$(RUNTIME): requirements.lock | $(PY)
+	@echo "installing requirements.lock"
+	@$(PIP) -r requirements.lock
+	@touch $@
+
+# triton comes with CUDA builds of torch. On a CPU build the kernel tests run it through its interpreter.
+$(DEV): requirements-dev.lock | $(PY)
+	@echo "installing requirements-dev.lock"
+	@$(PIP) -r requirements-dev.lock
+	@$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || $(PIP) 'triton>=3.6,<3.10'
+	@touch $@ $(RUNTIME)
