@@ -1,0 +1,52 @@
+"""What the engine may ask of a diffusion model, whatever its family.
+
+One bidirectional forward over packed canvases gives hidden states; the LM head, the widest product of all, runs only
+on the rows that are asked for. Logits are always *for* a position: Dream's shift is hidden in here.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.models.packing import PackedLayout
+
+
+class DiffusionModel(Protocol):
+    """A masked diffusion LM on packed tokens. No torch.no_grad inside: callers decide.
+
+    family: "dream" or "llada". vocab_size: V, the width of the logits (padding rows of the vocabulary included).
+    shifts: whether the network's output at position i - 1 predicts position i (algorithm.md, section 1).
+    """
+
+    family: str
+    shifts: bool
+    vocab_size: int
+    mask_token_id: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+
+    def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
+        """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(N, d) -> logits (N, V)."""
+
+    def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """Logits (N, V) for the tokens at packed indices `rows` (N,) int64."""
+
+
+def source_rows(layout: PackedLayout, rows: Tensor, *, shifts: bool) -> Tensor:
+    """The packed indices (N,) whose outputs predict `rows` (N,): with `shifts` the one before, within the sequence;
+    a sequence's first position keeps its own."""
+    if not shifts:
+        return rows
+    return rows - (layout.positions[rows] > 0).to(rows.dtype)

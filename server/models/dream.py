@@ -1,0 +1,206 @@
+"""Dream (Dream-v0, Dream-Coder, DiffuCoder): Qwen2 blocks, bidirectional, with shifted logits.
+
+Parameter names are those of the published checkpoints. A block is the usual pre-norm pair: attention with biased
+q, k, v projections, rotary positions and grouped key heads, then SwiGLU. Shapes are packed: S tokens, width d.
+Dream was made from an autoregressive model, hence the shift: the output at i - 1 predicts position i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from server.models.base import source_rows
+from server.models.config import ConfigReader
+from server.models.layers import RMSNorm, RotaryTable, rotate
+from server.models.packing import PackedLayout, attend
+
+
+@dataclass(frozen=True, slots=True)
+class DreamConfig:
+    """The published config.json, as far as the network depends on it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mask_token_id: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DreamConfig:
+        """From a parsed config.json. Raises ConfigurationError for what is missing, wrong or not implemented."""
+        read = ConfigReader(raw)
+        read.require("hidden_act", "silu")
+        read.require("rope_scaling")
+        read.require("use_sliding_window", False)
+        read.require("attention_dropout", 0, 0.0)
+        heads = read.integer("num_attention_heads")
+        config = cls(
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=read.integer("hidden_size"),
+            intermediate_size=read.integer("intermediate_size"),
+            num_hidden_layers=read.integer("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=read.integer("num_key_value_heads", heads),
+            mask_token_id=read.integer("mask_token_id", minimum=0),
+            max_position_embeddings=read.integer("max_position_embeddings"),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope_theta=read.number("rope_theta", 10000.0),
+            initializer_range=read.number("initializer_range", 0.02),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        )
+        read.divides("hidden_size", config.hidden_size, "2 * num_attention_heads", 2 * heads)
+        read.divides("num_attention_heads", heads, "num_key_value_heads", config.num_key_value_heads)
+        read.require("head_dim", config.head_dim)
+        return config
+
+
+class DreamAttention(nn.Module):
+    """Grouped-query attention over whole sequences."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width)
+        self.k_proj = nn.Linear(config.hidden_size, key_width)
+        self.v_proj = nn.Linear(config.hidden_size, key_width)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
+        """(S, d) -> (S, H * head_dim): every head's output, before `o_proj`."""
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin)
+        k = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin)
+        return attend(q, k, self.v_proj(x).unflatten(-1, heads), layout).flatten(1)
+
+
+class DreamMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, d) -> (N, d)."""
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DreamBlock(nn.Module):
+    """Attention, then SwiGLU, each behind its norm and added to the stream."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.self_attn = DreamAttention(config)
+        self.mlp = DreamMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+        """(S, d) -> (S, d), or (N, d) where only `rows` (N,) are read afterwards."""
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        if rows is not None:
+            x, mixed = x[rows], mixed[rows]
+        x = x + self.self_attn.o_proj(mixed)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class DreamBackbone(nn.Module):
+    """Embeddings, blocks, final norm: what the checkpoint calls `model`."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DreamBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+
+    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+        """tokens (S,) -> final-norm states (S, d) or, at `rows`, (N, d)."""
+        x: Tensor = self.embed_tokens(tokens)
+        cos, sin = self.rotary.rows(layout.positions, layout.max_length, x.dtype)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            # Behind the last attention nothing mixes positions: the rest is computed only where it is read.
+            x = layer(x, cos, sin, layout, rows if index == last else None)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class DreamModel(nn.Module):
+    """The Dream family (see `base.DiffusionModel`). Tied embeddings are one parameter, `model.embed_tokens.weight`."""
+
+    family = "dream"
+    shifts = True
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.mask_token_id = config.mask_token_id
+        self.model = DreamBackbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.model.embed_tokens.weight.dtype
+
+    def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
+        """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
+        out: Tensor = self.model(tokens, layout, rows)
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(N, d) -> logits (N, V), unshifted."""
+        tied = self.config.tie_word_embeddings
+        return functional.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """Logits (N, V) for the tokens at packed indices `rows` (N,) int64; the shift is done here."""
+        return self.head(self.hidden(tokens, layout, source_rows(layout, rows, shifts=self.shifts)))
+
+    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """`masked_logits`, so that the module can be called (and wrapped) in training."""
+        return self.masked_logits(tokens, layout, rows)
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights for training: normal with `initializer_range`, norms one, biases zero."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -1,0 +1,61 @@
+"""What both families share below the block: the norm and the rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where norms and rotations compute: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 at least, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        exact = x.to(compute_dtype(x.dtype))
+        return functional.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
+
+
+class RotaryTable:
+    """Cosines and sines of position * theta^(-2i/d), i < d/2, one table per (dtype, device), grown on demand.
+
+    Computed in float64 and rounded once, so that far positions lose nothing. Not a module: it holds no weights.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self._head_dim = head_dim
+        self._theta = theta
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def rows(self, positions: Tensor, max_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (S, 1, d/2), for `positions` (S,) int64, all below `max_length`; float32 or float64."""
+        key = (compute_dtype(dtype), positions.device)
+        table = self._tables.get(key)
+        if table is None or table[0].shape[0] < max_length:
+            table = self._build(1 << (max_length - 1).bit_length(), *key)
+            self._tables[key] = table
+        cos, sin = table
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+    def _build(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        # An inference tensor in the table would break a later training forward.
+        with torch.inference_mode(False), torch.no_grad():
+            exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float64) / self._head_dim
+            angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * self._theta**-exponents
+            return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (S, heads, d), pairing channel i with i + d/2, by tables (S, 1, d/2); x's dtype comes back."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
