@@ -1,0 +1,85 @@
+"""Logs: one JSON object a line, or readable lines on a terminal. Never prompt text at INFO.
+
+Every record carries the id of the request that it was made for. Control characters and anything else that could
+forge a line are escaped in both formats, so no client can write a log line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+_TRACEBACK_CHARACTERS = 20_000
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    """What `extra=` added to a record."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line, ASCII only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        entry: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (identity := request_id.get()) is not None:
+            entry["request_id"] = identity
+        entry |= _fields(record)
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)[-_TRACEBACK_CHARACTERS:]
+        return json.dumps(entry, ensure_ascii=True, default=str)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`12:00:00.000 INFO message  key=value`, control characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line, and its traceback below."""
+        when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
+        fields = _fields(record)
+        if (identity := request_id.get()) is not None:
+            fields["request_id"] = identity
+        pairs = "".join(f" {key}={value}" for key, value in fields.items())
+        line = _one_line(f"{when} {record.levelname} {record.getMessage()}{' ' if pairs else ''}{pairs}")
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info)[-_TRACEBACK_CHARACTERS:]
+            line += "".join(f"\n    {_one_line(each)}" for each in traceback.splitlines())
+        return line
+
+
+def _one_line(text: str) -> str:
+    """`text` with everything unprintable escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def configure(
+    level: str = "INFO", form: Literal["auto", "json", "console"] = "auto", stream: TextIO | None = None
+) -> None:
+    """Send all logging to `stream` (stderr), once, at the composition root."""
+    stream = stream or sys.stderr
+    plain = form == "console" or (form == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(ConsoleFormatter() if plain else JSONFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = name != "uvicorn.access"  # our middleware logs requests, with their ids
+    logging.getLogger("httpx").setLevel("WARNING")

@@ -1,0 +1,167 @@
+"""What `/metrics` exports. Names carry the prefix `entrgi:`; where the thing is the same as in vLLM, so are the
+name's ending, the labels and the buckets.
+
+One registry per application, so that two of them in one process (tests, replicas) do not collide. What the HTTP
+process sees is counted here as it happens; what the worker counts arrives as a `WorkerSnapshot` at every scrape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+PREFIX = "entrgi:"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# vLLM's buckets, in seconds.
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+REWARD_BUCKETS = (-20.0, -10.0, -5.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0)
+
+
+class Distribution(Protocol):
+    """A histogram as the worker keeps it: `counts` has one entry a bound and one for what lies above."""
+
+    @property
+    def bounds(self) -> Sequence[float]: ...
+
+    @property
+    def counts(self) -> Sequence[int]: ...
+
+    @property
+    def total(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """The worker's side at this moment: counters and histograms by name without prefix, and its description."""
+
+    counters: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Distribution] = field(default_factory=dict)
+    kernel_backend: Mapping[str, str] = field(default_factory=dict)
+
+
+HELP = {
+    "denoising_steps": "Denoising steps done, one for each trajectory in a step",
+    "committed_tokens": "Canvas tokens revealed",
+    "worker_restarts": "Worker processes started after the first",
+    "model_forward_seconds": "Diffusion model forward of one denoising step",
+    "guidance_seconds": "Reward guidance of one denoising step",
+    "reward_forward_seconds": "Reward model forward passes of one denoising step",
+    "reward_backward_seconds": "Reward model backward passes of one denoising step",
+    "batch_trajectories": "Trajectories in a denoising step",
+    "batch_rows": "Masked rows whose logits a denoising step computes",
+}
+
+
+class Metrics:
+    """The metrics of one application. Attributes are prometheus-client objects; `render` is the scrape."""
+
+    def __init__(self, snapshot: Callable[[], WorkerSnapshot]) -> None:
+        self.registry = CollectorRegistry()
+        model = ("model_name",)
+
+        def counter(name: str, text: str, labels: Sequence[str] = model) -> Counter:
+            return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(PREFIX + name, text, model, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = model) -> Histogram:
+            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests_running = gauge("num_requests_running", "Prompts that are being denoised")
+        self.requests_waiting = gauge("num_requests_waiting", "Prompts that wait for their first step")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered prompts")
+        self.generation_tokens = counter("generation_tokens", "Tokens of all trajectories of answered prompts")
+        self.request_success = counter(
+            "request_success", "Prompts answered (abort: the client left)", ("model_name", "finished_reason")
+        )
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "Until a prompt's first text can be sent", FIRST_TOKEN_BUCKETS
+        )
+        self.e2e_latency = histogram(
+            "e2e_request_latency_seconds", "From a prompt's arrival to its answer", LATENCY_BUCKETS
+        )
+        self.queue_time = histogram(
+            "request_queue_time_seconds", "From a prompt's arrival to its first step", LATENCY_BUCKETS
+        )
+        self.guided_requests = counter(
+            "guided_requests", "Prompts answered, by method other than none", ("method", "reward_model")
+        )
+        self.final_reward = histogram(
+            "final_reward", "Final reward of returned answers", REWARD_BUCKETS, ("reward_model", "method")
+        )
+        self.admission_rejections = counter(
+            "admission_rejections", "Requests refused for want of room, time or readiness", ("reason",)
+        )
+        self.registry.register(_WorkerCollector(snapshot))
+
+    def introduce(self, model_name: str) -> None:
+        """Make the label `model_name` exist from the start, so that rates of counters begin at zero."""
+        for metric in (
+            self.requests_running,
+            self.requests_waiting,
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.time_to_first_token,
+            self.e2e_latency,
+            self.queue_time,
+        ):
+            metric.labels(model_name)
+        for reason in ("stop", "length", "abort"):
+            self.request_success.labels(model_name, reason)
+        for reason in ("queue_full", "deadline_exceeded", "not_ready", "draining"):
+            self.admission_rejections.labels(reason)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _WorkerCollector(Collector):
+    """The worker's numbers, read when scraped."""
+
+    def __init__(self, snapshot: Callable[[], WorkerSnapshot]) -> None:
+        self._snapshot = snapshot
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: the names are fixed and unique, and no worker is asked at registration."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a number."""
+        snapshot = self._snapshot()
+        for name, value in snapshot.counters.items():
+            yield CounterMetricFamily(PREFIX + name, HELP[name], value=value)
+        for name, distribution in snapshot.histograms.items():
+            family = HistogramMetricFamily(PREFIX + name, HELP[name])
+            family.add_metric([], _cumulative(distribution), sum_value=distribution.total)
+            yield family
+        if snapshot.kernel_backend:
+            info = GaugeMetricFamily(
+                PREFIX + "kernel_backend_info", "What computes: always 1", labels=list(snapshot.kernel_backend)
+            )
+            info.add_metric(list(snapshot.kernel_backend.values()), 1.0)
+            yield info
+
+
+def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:
+    """Prometheus's buckets count everything at or below their bound."""
+    buckets: list[tuple[str, float]] = []
+    count = 0
+    for bound, here in zip((*distribution.bounds, float("inf")), distribution.counts, strict=True):
+        count += here
+        buckets.append(("+Inf" if bound == float("inf") else repr(bound), count))
+    return buckets

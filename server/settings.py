@@ -1,0 +1,235 @@
+"""All settings of the server, read once at start-up: flags > environment (`ENTRGI_*`) > YAML file > defaults.
+
+The same key has one spelling in all three places: `--max-queue`, `ENTRGI_MAX_QUEUE` and `max_queue:`. Lists are
+repeated flags, comma-separated or JSON environment values, and YAML lists. A bad value is refused with its key.
+Only the composition root (`server.cli`, a deployment) reads this; inner modules get the plain objects they need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENV_PREFIX = "ENTRGI_"
+CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?")
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names its key."""
+
+
+class Settings(BaseSettings):
+    """One attribute a setting. Sizes, times and counts carry their units in the description."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=False, protected_namespaces=()
+    )
+
+    # Models
+    model: str | None = Field(None, description="diffusion model: local folder or hub id; none: the bundled one")
+    revision: str | None = Field(None, description="git revision of a hub model, best a full commit hash")
+    reward_model: Annotated[list[str], NoDecode] = Field(
+        [], description="reward model as NAME=PATH_OR_ID or PATH_OR_ID; repeatable, the first is the default"
+    )
+    served_model_name: str | None = Field(None, description="the id that clients use; default: folder or hub name")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
+        "auto", description="weights' type; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    max_model_len: int | None = Field(None, ge=1, description="lower the context length to this many tokens")
+    vocab_fallback: Literal["unk", "zero"] = Field(
+        "unk", description="reward embedding of a token that the reward vocabulary lacks"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0: torch's default")
+
+    # Network
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    root_path: str = Field("", description="prefix under which a proxy publishes the server")
+    cors_origins: Annotated[list[str], NoDecode] = Field([], description="origins allowed by CORS; repeatable")
+    ssl_certfile: Path | None = Field(None, description="TLS certificate (PEM)")
+    ssl_keyfile: Path | None = Field(None, description="TLS private key (PEM)")
+
+    # Access
+    api_key: Annotated[list[SecretStr], NoDecode] = Field(
+        [], description="accepted API keys; repeatable; none: no authentication"
+    )
+    public_metrics: bool = Field(False, description="serve /metrics without an API key")
+    public_playground: bool = Field(False, description="serve the page at / without an API key")
+
+    # Limits
+    max_queue: int = Field(256, ge=1, le=100_000, description="prompts in flight, waiting ones included")
+    max_prompts: int = Field(128, ge=1, le=1024, description="prompts a request")
+    max_trajectories: int = Field(128, ge=1, le=1024, description="best_of x prompts a request")
+    max_score_pairs: int = Field(1024, ge=1, le=65536, description="pairs in a score or rerank request")
+    max_body_bytes: int = Field(2_000_000, ge=1024, le=50_000_000, description="request body, bytes")
+    max_header_bytes: int = Field(65_536, ge=4096, le=1_048_576, description="request header, bytes")
+    request_timeout: float | None = Field(
+        None, gt=0, le=86_400, description="deadline of a request that names none, seconds"
+    )
+
+    # Batching
+    batch_tokens: int = Field(16_384, ge=1, description="canvas tokens in one denoising step")
+    batch_guided_rows: int = Field(8_192, ge=1, description="guided rows of logits in one denoising step")
+    batch_trajectories: int = Field(256, ge=1, description="trajectories in one denoising step")
+
+    # Operation
+    drain_seconds: float = Field(30.0, ge=0, le=86_400, description="grace for requests in flight at SIGTERM")
+    keep_alive_seconds: float = Field(10.0, gt=0, le=3600, description="silence in a stream before a comment")
+    stalled_client_seconds: float = Field(
+        60.0, gt=0, le=3600, description="a stream whose client reads nothing for this long is closed"
+    )
+    watchdog_seconds: float = Field(120.0, gt=0, le=86_400, description="a step that hangs this long is killed")
+    start_limit_seconds: float = Field(3600.0, gt=0, description="time to load and warm up")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
+
+    @field_validator("reward_model", "cors_origins", "api_key", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """Environment lists: JSON, or comma-separated."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return [item.strip() for item in value.split(",") if item.strip()]
+
+    @field_validator("model", "revision", "served_model_name", mode="after")
+    @classmethod
+    def _not_blank(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("served_model_name", mode="after")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError("must consist of letters, digits and . _ / -")
+        return value
+
+    @field_validator("device", mode="after")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("root_path", mode="after")
+    @classmethod
+    def _prefix(cls, value: str) -> str:
+        value = value.rstrip("/")
+        if value and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value):
+            raise ValueError("must look like /some/prefix")
+        return value
+
+    @field_validator("api_key", mode="after")
+    @classmethod
+    def _strong_enough(cls, value: list[SecretStr]) -> list[SecretStr]:
+        for key in value:
+            text = key.get_secret_value()
+            if len(text) < 8 or not text.isascii() or not text.isprintable() or " " in text:
+                raise ValueError("a key needs at least 8 printable ASCII characters and no spaces")
+        return value
+
+    @field_validator("reward_model", mode="after")
+    @classmethod
+    def _named(cls, value: list[str]) -> list[str]:
+        reward_models(value)
+        return value
+
+    @model_validator(mode="after")
+    def _tls_pair(self) -> Settings:
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile go together")
+        return self
+
+
+def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Read every source once. `flags` holds only what was given on the command line; `config` is the YAML file
+    (else the one named by `ENTRGI_CONFIG`). Raises SettingsError."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    path = config or (Path(named) if named else None)
+    file_values = _read_yaml(path) if path else {}
+
+    class Layered(Settings):
+        """Flags (as init values), then the environment, then the file. No .env is looked for."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=file_values)
+
+    try:
+        return Layered(**flags)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(each) for each in error.errors())) from None
+
+
+def reward_models(values: list[str]) -> dict[str, str]:
+    """`NAME=PATH_OR_ID` items as name -> path or id, in order. Raises ValueError for a bad or repeated name."""
+    named: dict[str, str] = {}
+    for value in values:
+        name, separator, source = value.partition("=")
+        if not separator:
+            source = value
+            name = Path(value).name if Path(value).is_dir() else value
+        if not _NAME.fullmatch(name) or not source:
+            raise ValueError("must be NAME=PATH_OR_ID, the name of letters, digits and . _ / -")
+        if name in named:
+            raise ValueError(f"two reward models are named {name}; give them names, as in NAME=PATH_OR_ID")
+        named[name] = source
+    return named
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names of `ENTRGI_*` variables that are no setting: most likely misspelt."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"config: {path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise SettingsError(f"config: {path} must hold `key: value` lines")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _explain(error: Any) -> str:
+    key = str(error["loc"][0]) if error["loc"] else "settings"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "is not a setting"
+    if key == "api_key":  # never repeat a secret
+        return f"{key}: {message}"
+    shown = repr(error["input"])
+    return f"{key}: {message} (got {shown[:200]})" if error["loc"] else message
