@@ -1,0 +1,126 @@
+"""From conversations to token ids, with the text of messages kept as data.
+
+A chat template writes control tokens (`<|im_start|>`) around the messages. A message may hold the same characters; they
+must not turn into the token, or a user could close their own turn and speak as somebody else. So before rendering, the
+first character of every special-token string inside a content is replaced by a placeholder, one character for one
+character, which no template takes for anything but text. What still looks like a special token in the rendered text
+was written by the template: the text is cut there, the placeholders are turned back, and the runs between the cuts are
+tokenised as plain characters. A conversation without such strings, almost every one, needs no cutting and is tokenised
+at once.
+
+The reward model reads a response between two runs of tokens, each tokenised by itself (algorithm, section 2): the
+template's text before the response and the text after it, found by rendering a sentinel in the response's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from server.errors import ConfigurationError, InvalidRequest
+from server.types import Message
+
+if TYPE_CHECKING:
+    from server.text.tokenizer import Tokenizer
+
+# Unicode's private-use area: characters that mean nothing, so a template has no reason to look for one.
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+    """Ids of a templated conversation. InvalidRequest (`messages`) when the template refuses it."""
+    marked = _Marked(tokenizer, [message.content for message in messages])
+    return marked.encode(marked.render(messages, add_generation_prompt))
+
+
+def conversation_ids(tokenizer: Tokenizer, conversation: Sequence[Message], response: str) -> list[int]:
+    """Ids of the whole conversation with `response` as its last, assistant turn, tokenised at once.
+
+    What the final reward is computed on (algorithm, end of section 2).
+    """
+    return chat_ids(tokenizer, [*conversation, Message("assistant", response)], add_generation_prompt=False)
+
+
+def split_at_response(
+    tokenizer: Tokenizer, conversation: Sequence[Message], response_suffix: str = ""
+) -> tuple[list[int], list[int]]:
+    """(ids before the response, ids after it) of the conversation with the response as its last, assistant turn.
+
+    Each side is tokenised by itself (algorithm, section 2). `response_suffix` is text between the response and the
+    template's closing tokens (infilling). ConfigurationError (`chat_template`) when the template does not write the
+    last assistant turn exactly once.
+    """
+    marked = _Marked(tokenizer, [message.content for message in conversation] + [response_suffix])
+    sentinel = marked.unused
+    rendered = marked.render([*conversation, Message("assistant", sentinel)], add_generation_prompt=False)
+    before, *after = rendered.split(sentinel)
+    if len(after) != 1:
+        raise ConfigurationError(f"chat_template writes the last assistant turn {len(after)} times instead of once")
+    return marked.encode(before), marked.encode(marked.mark(response_suffix) + after[0])
+
+
+class _Marked:
+    """Placeholders for the special-token strings of some contents, and the way back."""
+
+    def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        used = set().union(*contents)
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        self.unused = next(free, "")
+        if not self.unused:
+            raise InvalidRequest("the messages use every character of Unicode's private-use area", "messages")
+        self.placeholders: dict[str, str] = {}
+        for content in contents:
+            for index in self._starts(content):
+                first = content[index]
+                if first not in self.placeholders:
+                    self.placeholders[first] = next(free)
+        self._back = {ord(placeholder): first for first, placeholder in self.placeholders.items()}
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise InvalidRequest("the model has no chat template", "messages")
+        return template.render(
+            [Message(message.role, self.mark(message.content)) for message in messages], add_generation_prompt
+        )
+
+    def mark(self, content: str) -> str:
+        """`content` with the first character of every special-token string replaced."""
+        if not self.placeholders:
+            return content
+        characters = list(content)
+        for index in self._starts(content):
+            characters[index] = self.placeholders[characters[index]]
+        return "".join(characters)
+
+    def encode(self, rendered: str) -> list[int]:
+        """Ids of marked text: special tokens where the template wrote them, plain characters everywhere else."""
+        if not self.placeholders:
+            return self.tokenizer.encode(rendered)
+        ids: list[int] = []
+        end = 0
+        for match in self.tokenizer.special_pattern.finditer(rendered):
+            ids += self._run(rendered[end : match.start()], first=end == 0)
+            ids += self.tokenizer.encode(match.group().strip() or match.group())
+            end = match.end()
+        return ids + self._run(rendered[end:], first=end == 0)
+
+    def _run(self, text: str, *, first: bool) -> list[int]:
+        if not text:
+            return []
+        text = text.translate(self._back)
+        return self.tokenizer.encode_data(text) if first else self.tokenizer.encode_data_run(text)
+
+    def _starts(self, content: str) -> list[int]:
+        """Where a special-token string begins in `content`, one that is cut off by its end included: the template's
+        own text behind the content must not complete it."""
+        strings = self.tokenizer.special_strings
+        end = len(content.rstrip())  # templates often strip contents
+        found = []
+        for match in self.tokenizer.special_first.finditer(content):
+            rest = content[match.start() : match.start() + len(strings[0])]
+            tail = content[match.start() : end] if match.start() + len(strings[0]) > end else rest
+            if any(rest.startswith(string) or string.startswith(tail) for string in strings):
+                found.append(match.start())
+        return found
