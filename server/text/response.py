@@ -1,0 +1,130 @@
+"""The text of a response: where it ends, and how it can be sent while it is still being filled in.
+
+A response ends at its first *stop token* (the family's EOS and end-of-turn tokens) or in front of the first *stop
+string* of the request, whichever comes first in the text. Special tokens are never part of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from server.text.tokenizer import Tokenizer
+from server.types import FinishReason
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are not (yet) UTF-8 decode to
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedText:
+    """A response's text; why it ended; the stop string that cut it; how many tokens the text takes."""
+
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | None
+    completion_tokens: int
+
+
+def finish_text(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    stop_token_ids: Collection[int],
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+) -> FinishedText:
+    """The text of a response's canvas tokens (L,).
+
+    `completion_tokens` counts the tokens up to the end of the text, the stop token not among them. With `ignore_eos`
+    stop tokens end nothing and every token counts. A stop string cuts the text in either case; where two begin at the
+    same place, the one named first counts.
+    """
+    length = len(token_ids) if ignore_eos else _first_stop_token(token_ids, stop_token_ids)
+    ended = length < len(token_ids)
+    text = tokenizer.decode(token_ids[:length])
+    cut, stop_reason = _first_stop_string(text, stop)
+    if stop_reason is not None:
+        ended = True
+        text = text[:cut]
+        if not ignore_eos:
+            length = _tokens_of(tokenizer, token_ids[:length], text)
+    return FinishedText(text, "stop" if ended else "length", stop_reason, length)
+
+
+class StreamDecoder:
+    """Turns growing runs of token ids into text deltas whose concatenation is `finish_text(...).text`.
+
+    A delta never holds half a character, nor characters that may turn out to belong to a stop string.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_token_ids: Collection[int],
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.stop = tuple(stop)
+        self.ignore_eos = ignore_eos
+        self._ids: list[int] = []
+        self._sent = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Take the next ids from the left; returns the text that is now sure, often empty."""
+        self._ids += ids
+        length = len(self._ids) if self.ignore_eos else _first_stop_token(self._ids, self.stop_token_ids)
+        text = self.tokenizer.decode(self._ids[:length])
+        return self._send(text[: self._sure(text)])
+
+    def finish(self) -> str:
+        """The rest of the text; call it once, when no more ids will come."""
+        finished = finish_text(self.tokenizer, self._ids, self.stop_token_ids, self.stop, self.ignore_eos)
+        return self._send(finished.text)
+
+    def _send(self, text: str) -> str:
+        delta = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return delta
+
+    def _sure(self, text: str) -> int:
+        """Length of the part of `text` that no further token can change or cut."""
+        end = len(text)
+        while end and text[end - 1] == REPLACEMENT:  # perhaps the first bytes of a character
+            end -= 1
+        for string in self.stop:
+            found = text.find(string)
+            if found >= 0:
+                end = min(end, found)
+            for begun in range(min(len(string) - 1, len(text)), 0, -1):
+                if text.endswith(string[:begun]):
+                    end = min(end, len(text) - begun)
+                    break
+        return end
+
+
+def _first_stop_token(token_ids: Sequence[int], stop_token_ids: Collection[int]) -> int:
+    """Index of the first stop token, or the number of tokens."""
+    return next((index for index, token in enumerate(token_ids) if token in stop_token_ids), len(token_ids))
+
+
+def _first_stop_string(text: str, stop: Sequence[str]) -> tuple[int, str | None]:
+    """(place, string) of the earliest stop string in `text`, or (its length, None)."""
+    cut, reason = len(text), None
+    for string in stop:
+        found = text.find(string)
+        if found >= 0 and (reason is None or found < cut):
+            cut, reason = found, string
+    return cut, reason
+
+
+def _tokens_of(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> int:
+    """The smallest number of leading tokens whose text begins with `text`, by bisection."""
+    low, high = 0, len(token_ids)
+    while low < high:
+        middle = (low + high) // 2
+        if tokenizer.decode(token_ids[:middle]).startswith(text):
+            high = middle
+        else:
+            low = middle + 1
+    return low
