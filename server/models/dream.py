@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from server.models.base import source_rows
 from server.models.config import ConfigReader
-from server.models.layers import RMSNorm, RotaryTable, rotate
+from server.models.layers import RMSNorm, RotaryTable, initialise, rotate
 from server.models.packing import PackedLayout, attend
 
 
@@ -195,12 +195,4 @@ class DreamModel(nn.Module):
 
     def initialise(self, seed: int) -> None:
         """Fresh weights for training: normal with `initializer_range`, norms one, biases zero."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif parameter.ndim == 1:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        initialise(self, self.config.initializer_range, seed)
