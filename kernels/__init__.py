@@ -1,0 +1,114 @@
+"""Guidance kernels: entropy, drawing, embedding mixing and the gradient step on packed logits.
+
+    state = kernels.begin(logits, params)                    # (N, V) logits, one row a masked position
+    for inner in range(M):
+        tokens = kernels.draw(state, keys(inner))            # x ~ softmax(filter(phi / tau))
+        mixed = kernels.mix(state, table, tokens, w)         # e = soft + w (hard - soft)
+        g = ...                                              # dr/de from the reward model
+        kernels.update(state, [kernels.Term(g, table, mixed.soft)])   # one Adam step on phi
+    tokens = kernels.draw(state, keys(INNER_FINAL))
+
+The formulas are those of docs/algorithm.md. `kernels.reference` is the specification in plain torch; every other
+implementation computes the same without a sort and without most of the (N, V) temporaries. This package knows
+nothing of models, requests or servers, and imports triton only when a triton kernel is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import BACKENDS, backend_info, open_state
+from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term
+
+__all__ = [
+    "BACKENDS",
+    "FilteredStats",
+    "Guided",
+    "Mixed",
+    "RowParams",
+    "RowStats",
+    "Term",
+    "backend_info",
+    "begin",
+    "draw",
+    "filtered_stats",
+    "mix",
+    "update",
+]
+
+
+@torch.no_grad()
+def begin(logits: Tensor, params: RowParams, *, backend: str | None = None, updates: int | None = None) -> Guided:
+    """Opens a denoising step: phi_0 = logits (N, V), fresh Adam state.
+
+    `backend` None chooses by device and dtype, else one of `BACKENDS`. `updates` is how many calls of `update` will
+    follow, if known: the last of them then keeps no moments. The logits must not change while the state lives.
+    Raises ValueError for shapes that do not fit, an unknown backend, or one that cannot run here.
+    """
+    return open_state(logits, params, backend, updates)
+
+
+@torch.no_grad()
+def draw(state: Guided, keys: Tensor, rows: Tensor | None = None) -> Tensor:
+    """One token a row from softmax(filter(phi / tau)), (n,) int64 (algorithm.md 1.4); the argmax for greedy rows.
+
+    `rows` (n,) int64 names a subset; `keys` (n, 4) int64 has one key a drawn row (`kernels.random.row_keys`).
+    """
+    state.check_rows(rows)
+    if keys.shape != (_count(state, rows), 4):
+        raise ValueError(f"keys must be ({_count(state, rows)}, 4), not {tuple(keys.shape)}")
+    return state._draw(keys, rows)
+
+
+@torch.no_grad()
+def filtered_stats(state: Guided, tokens: Tensor, rows: Tensor | None = None) -> FilteredStats:
+    """Entropy, the given tokens' probability and the top-two margin of softmax(filter(phi / tau)), each (n,)."""
+    state.check_rows(rows)
+    if tokens.shape != (_count(state, rows),):
+        raise ValueError(f"tokens must be ({_count(state, rows)},), not {tuple(tokens.shape)}")
+    return state._filtered_stats(tokens, rows)
+
+
+@torch.no_grad()
+def mix(state: Guided, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
+    """What the reward model reads at masked positions, both (N, D) in the compute dtype, outside autograd:
+
+    soft = softmax(phi / tau) @ table;  embeds = soft + w (table[tokens] - soft)    with table (V, D), tokens and w (N,)
+    """
+    state.check_rows(None)
+    if table.ndim != 2 or table.shape[0] != state.vocab_size:
+        raise ValueError(f"table must be ({state.vocab_size}, D), not {tuple(table.shape)}")
+    if tokens.shape != (state.rows,) or w.shape != (state.rows,):
+        raise ValueError(f"tokens and w must be ({state.rows},), not {tuple(tokens.shape)} and {tuple(w.shape)}")
+    return state._mix(table.detach(), tokens, w)
+
+
+@torch.no_grad()
+def update(state: Guided, terms: Sequence[Term], rows: Tensor | None = None) -> None:
+    """One Adam step (betas .9 / .999, eps 1e-8, bias-corrected, rate eta) that moves phi up the gradient
+
+        dr/dphi = (1 / tau) q (sum of g @ table.T - sum of dot(g, soft)),    q = softmax(phi / tau)
+
+    With `rows` (n,) int64 only these rows need be valid afterwards; it must be the step's last update.
+    """
+    state.check_rows(None)
+    if rows is not None:
+        state.check_rows(rows)
+    if not terms:
+        raise ValueError("an update needs at least one term")
+    for term in terms:
+        shape = (state.rows, term.table.shape[-1])
+        if term.table.shape[0] != state.vocab_size or term.g.shape != shape or term.soft.shape != shape:
+            raise ValueError(f"a term must hold g and soft {shape} and a table ({state.vocab_size}, D)")
+    if state.expected_updates is not None and state.updates >= state.expected_updates:
+        raise ValueError(f"begin() was told of {state.expected_updates} updates only")
+    state._update(terms, rows)
+    state.updates += 1
+    state.partial = rows is not None
+
+
+def _count(state: Guided, rows: Tensor | None) -> int:
+    return state.rows if rows is None else len(rows)

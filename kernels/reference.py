@@ -1,0 +1,142 @@
+"""The specification: every operation in plain torch, as the paper and algorithm.md write it.
+
+Slow on purpose, and exact in float64: it sorts, materialises every (N, V) tensor it names, and keeps Adam's moments
+as torch.optim.Adam does. Every other backend is tested against it. Two things are stated here that the paper leaves
+open. Ranking is by value, largest first, and among equal values the lower id first. Masses are accumulated in
+float64 whatever the logits' dtype, since in bfloat16 the cumulative sum of a flat row stalls below top_p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.ops import BETA_1, BETA_2, EPSILON, FilteredStats, Guided, Mixed, RowParams, RowStats, Term
+from kernels.random import MAX_REJECTIONS, uniform
+
+
+def row_stats(phi: Tensor, tau: Tensor) -> RowStats:
+    """phi (N, V), tau (N,). Entropies are those of the exact distribution (no epsilon inside the logarithm)."""
+
+    def entropy(z: Tensor) -> Tensor:
+        result: Tensor = torch.special.entr(torch.softmax(z, dim=-1)).sum(-1)
+        return result
+
+    z = phi / tau[:, None]
+    return RowStats(phi.logsumexp(-1), z.logsumexp(-1), entropy(phi), entropy(z), phi.argmax(-1))
+
+
+def kept_tokens(phi: Tensor, params: RowParams) -> Tensor:
+    """Which tokens the filters of algorithm.md 1.4 keep, (N, V) bool.
+
+    top_p keeps a token when the mass of the tokens ranked before it is at most top_p, so the first is always kept and
+    so is the one that crosses; then top_k keeps the k first of these. With both, that is the shorter of two prefixes.
+    """
+    order = torch.sort(phi, dim=-1, descending=True, stable=True).indices
+    q = torch.softmax(phi.double() / params.tau.double()[:, None], dim=-1).gather(-1, order)
+    before = q.cumsum(-1) - q
+    top_p = params.top_p.double()[:, None]
+    rank = torch.arange(phi.shape[-1], device=phi.device)
+    keep = ((before <= top_p) | (top_p >= 1) | (rank == 0)) & (rank < params.top_k[:, None])
+    return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def draw(phi: Tensor, params: RowParams, keys: Tensor) -> Tensor:
+    """One token a row, (N,) int64, by the rejection rule of algorithm.md 1.4; phi (N, V), keys (N, 4).
+
+    Round r draws the first id whose cumulative unfiltered probability exceeds u_r and accepts it when the filters
+    keep it. After 64 rejections, u_64 draws from the kept ids alone.
+    """
+    kept = kept_tokens(phi, params)
+    weights = torch.softmax(phi.double() / params.tau.double()[:, None], dim=-1)
+    tokens = phi.argmax(-1)
+    pending = ~params.greedy & (kept.sum(-1) > 1)
+    cumulative = weights.cumsum(-1)
+    for round_ in range(MAX_REJECTIONS):
+        if not pending.any():
+            return tokens
+        x = first_exceeding(cumulative, uniform(keys, round_))
+        accepted = pending & kept.gather(-1, x[:, None])[:, 0]
+        tokens = torch.where(accepted, x, tokens)
+        pending = pending & ~accepted
+    x = first_exceeding((weights * kept).cumsum(-1), uniform(keys, MAX_REJECTIONS))
+    return torch.where(pending, x, tokens)
+
+
+def first_exceeding(cumulative: Tensor, u: Tensor) -> Tensor:
+    """The first id (N,) whose entry in `cumulative` (N, V) exceeds u (N,) times the row's total."""
+    total = cumulative[:, -1:]
+    # u * total can round up to the total itself; the largest smaller number then picks the last id with any mass.
+    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(cumulative.shape[-1] - 1)
+
+
+def filtered_stats(phi: Tensor, params: RowParams, tokens: Tensor) -> FilteredStats:
+    """Statistics of softmax(filter(phi / tau)); phi (N, V), tokens (N,)."""
+    z = (phi / params.tau[:, None]).masked_fill(~kept_tokens(phi, params), -torch.inf)
+    p = torch.softmax(z, dim=-1)
+    top = p.topk(2, dim=-1).values if p.shape[-1] > 1 else torch.nn.functional.pad(p, (0, 1))
+    return FilteredStats(
+        neg_entropy=-torch.special.entr(p).sum(-1),
+        token_probability=p.gather(-1, tokens[:, None])[:, 0],
+        margin=top[:, 0] - top[:, 1],
+    )
+
+
+class ReferenceState(Guided):
+    """phi and Adam's two moments as full (N, V) tensors in the compute dtype."""
+
+    backend = "reference"
+
+    def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
+        super().__init__(logits, params, updates)
+        self._current = self.logits.to(self.dtype)
+        self._stats: RowStats | None = None
+        self._m = torch.zeros((), dtype=self.dtype, device=logits.device)
+        self._v = torch.zeros((), dtype=self.dtype, device=logits.device)
+
+    @property
+    def stats(self) -> RowStats:
+        if self._stats is None:
+            self._stats = row_stats(self._current, self.params.tau)
+        return self._stats
+
+    def _phi(self, rows: Tensor | None) -> Tensor:
+        return self._current if rows is None else self._current[rows]
+
+    def _params(self, rows: Tensor | None) -> RowParams:
+        return self.params if rows is None else self.params.select(rows)
+
+    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
+        return draw(self._phi(rows), self._params(rows), keys)
+
+    def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
+        return filtered_stats(self._phi(rows), self._params(rows), tokens)
+
+    def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
+        q = torch.softmax(self._current / self.params.tau[:, None], dim=-1)
+        soft = q @ table.to(self.dtype)
+        hard = table[tokens].to(self.dtype)
+        return Mixed(embeds=soft + w.to(self.dtype)[:, None] * (hard - soft), soft=soft)
+
+    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
+        # Every row is updated; a caller that asked for some simply gets more than it asked for.
+        phi, params = self._current, self.params
+        q = torch.softmax(phi / params.tau[:, None], dim=-1)
+        slope = torch.zeros_like(phi)  # d reward / d q, up to a constant a row
+        offset = torch.zeros_like(params.tau)  # its mean under q
+        for term in terms:
+            g = term.g.to(self.dtype)
+            slope = slope + g @ term.table.to(self.dtype).T
+            offset = offset + (g * term.soft.to(self.dtype)).sum(-1)
+        gradient = q * (slope - offset[:, None]) / params.tau[:, None]
+
+        t = self.updates + 1
+        self._m = BETA_1 * self._m + (1 - BETA_1) * gradient
+        self._v = BETA_2 * self._v + (1 - BETA_2) * gradient.square()
+        m_hat = self._m / (1 - BETA_1**t)
+        v_hat = self._v / (1 - BETA_2**t)
+        self._current = phi + params.eta[:, None] * m_hat / (v_hat.sqrt() + EPSILON)
+        self._stats = None
