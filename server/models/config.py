@@ -57,6 +57,23 @@ class ConfigReader:
         expected = " or ".join(quote(option) for option in allowed) or "null"
         raise ConfigurationError(f"{self._source}: {key} = {quote(value)} is not supported; it must be {expected}")
 
+    def require_all(self, key: str, allowed: str) -> None:
+        """Refuse a list of `key` that holds anything but `allowed`."""
+        value = self._raw.get(key)
+        if value is not None and (not isinstance(value, list) or any(item != allowed for item in value)):
+            raise ConfigurationError(f"{self._source}: {key} may only hold {quote(allowed)}, not {quote(value)}")
+
+    def rope_theta(self, default: float) -> float:
+        """The rotary base: `rope_theta`, or where newer files keep it: `rope_parameters`, of type `default` only."""
+        parameters = self._raw.get("rope_parameters")
+        if parameters is None:
+            return self.number("rope_theta", default)
+        if not isinstance(parameters, dict) or not set(parameters) <= {"rope_theta", "rope_type"}:
+            raise ConfigurationError(f"{self._source}: rope_parameters = {quote(parameters)} is not supported")
+        nested = ConfigReader(parameters, f"{self._source}: rope_parameters")
+        nested.require("rope_type", "default")
+        return nested.number("rope_theta", default)
+
     def divides(self, whole_key: str, whole: int, part_key: str, part: int) -> None:
         """Refuse a `whole` that is not a multiple of `part`."""
         if whole % part:

@@ -49,7 +49,9 @@ class DreamConfig:
         read = ConfigReader(raw)
         read.require("hidden_act", "silu")
         read.require("rope_scaling")
+        read.require("quantization_config")
         read.require("use_sliding_window", False)
+        read.require_all("layer_types", "full_attention")
         read.require("attention_dropout", 0, 0.0)
         heads = read.integer("num_attention_heads")
         config = cls(
@@ -62,7 +64,7 @@ class DreamConfig:
             mask_token_id=read.integer("mask_token_id", minimum=0),
             max_position_embeddings=read.integer("max_position_embeddings"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope_theta=read.number("rope_theta", 10000.0),
+            rope_theta=read.rope_theta(10000.0),
             initializer_range=read.number("initializer_range", 0.02),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),
         )
@@ -161,6 +163,9 @@ class DreamModel(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.mask_token_id = config.mask_token_id
+        self.context_length = config.max_position_embeddings
+        # Some checkpoints with tied embeddings store them twice.
+        self.ignored_weights = ("lm_head.weight",) if config.tie_word_embeddings else ()
         self.model = DreamBackbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

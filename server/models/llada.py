@@ -52,6 +52,7 @@ class LLaDAConfig:
         read.require("layer_norm_type", "rms")
         read.require("rope", True)
         read.require("rope_scaling")
+        read.require("quantization_config")
         read.require("block_group_size", 1)
         read.require("clip_qkv")
         read.require("attention_dropout", 0, 0.0)
@@ -78,7 +79,7 @@ class LLaDAConfig:
             mask_token_id=read.integer("mask_token_id", minimum=0),
             max_sequence_length=read.integer("max_sequence_length"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-5),
-            rope_theta=read.number("rope_theta", 10000.0),
+            rope_theta=read.rope_theta(10000.0),
             init_std=read.number("init_std", 0.02),
             weight_tying=read.flag("weight_tying", False),
         )
@@ -162,6 +163,9 @@ class LLaDAModel(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.mask_token_id = config.mask_token_id
+        self.context_length = config.max_sequence_length
+        # Some checkpoints with tied embeddings store them twice.
+        self.ignored_weights = ("model.transformer.ff_out.weight",) if config.weight_tying else ()
         self.model = LLaDABackbone(config)
 
     @property

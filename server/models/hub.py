@@ -1,0 +1,85 @@
+"""Where a checkpoint is: a local folder, or a snapshot of a hub repository.
+
+A hub model is `owner/name`, or `owner/name@revision` to pin it. Only weights in safetensors, JSON and text files are
+fetched: no code, and nothing that unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from server.errors import ConfigurationError, quote
+
+ALLOWED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. ConfigurationError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path.parent.name}: {path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path.parent.name}: {path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{path.parent.name}: {path.name} must hold a JSON object")
+    return value
+
+
+def checkpoint_name(path_or_id: str | Path) -> str:
+    """A local folder's own name, or a hub id without its revision."""
+    folder = Path(path_or_id).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(path_or_id).partition("@")[0]
+
+
+def resolve_checkpoint(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    *,
+    check_config: Callable[[Mapping[str, Any]], object] | None = None,
+    known: str = "",
+) -> Path:
+    """The local folder of a checkpoint, fetched from the hub unless it is one already.
+
+    `revision` pins a hub model, best by its full commit hash. `check_config` gets the parsed config.json before any
+    weight is fetched and raises to refuse it. `known` lists model names for the message of a wrong one. Raises
+    ConfigurationError.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigurationError(f"revision {quote(revision)} has no effect on a local folder")
+        return folder
+    match = _HUB_ID.fullmatch(str(path_or_id))
+    hint = f"; known models: {known}" if known else ""
+    if match is None:
+        raise ConfigurationError(f"{quote(str(path_or_id))} is neither a folder nor a hub id (owner/name){hint}")
+    repository, pinned = match.groups()
+    if revision is not None and pinned not in (None, revision):
+        raise ConfigurationError(f"revision {quote(revision)} contradicts {quote(str(path_or_id))}")
+    try:
+        snapshot = _fetch(repository, revision or pinned, ("config.json",))
+        if check_config is not None:
+            check_config(read_json(snapshot / "config.json"))
+        # By commit hash, so that both fetches see the same commit.
+        return _fetch(repository, snapshot.name, ALLOWED_FILES)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigurationError(f"{quote(repository)} cannot be fetched from the hub: {reason}{hint}") from error
+
+
+def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    # Files in subfolders are other formats of the same weights.
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+    )

@@ -1,0 +1,79 @@
+"""One row a model family and one a published model. Adding a model touches nothing in the engine.
+
+A checkpoint chooses its row by the `architectures` of its config.json. Its `auto_map`, which points to code, is never
+read: the code is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import ConfigurationError, quote
+from server.models.dream import DreamConfig, DreamModel
+from server.models.llada import LLaDAConfig, LLaDAModel
+
+DEFAULT_MAX_TOKENS = 128
+
+# Tokens that end a turn in the chat templates of these families; those that a tokenizer has stop the text beside EOS.
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A network that we implement: the name it has in `architectures`, and how to build it from config.json."""
+
+    name: str
+    architecture: str
+    build: Callable[[Mapping[str, Any]], DreamModel | LLaDAModel]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A published model. `revision` None follows the hub's main branch; `max_tokens` is its default canvas."""
+
+    id: str
+    family: str
+    revision: str | None = None
+    max_tokens: int = DEFAULT_MAX_TOKENS
+
+
+FAMILIES = (
+    Family("dream", "DreamModel", lambda raw: DreamModel(DreamConfig.from_dict(raw))),
+    Family("llada", "LLaDAModelLM", lambda raw: LLaDAModel(LLaDAConfig.from_dict(raw))),
+)
+
+KNOWN_MODELS = (
+    KnownModel("Dream-org/Dream-v0-Instruct-7B", "dream"),
+    KnownModel("Dream-org/Dream-v0-Base-7B", "dream"),
+    KnownModel("Dream-org/Dream-Coder-v0-Instruct-7B", "dream"),
+    KnownModel("apple/DiffuCoder-7B-Instruct", "dream"),
+    KnownModel("GSAI-ML/LLaDA-8B-Instruct", "llada"),
+    KnownModel("GSAI-ML/LLaDA-8B-Base", "llada"),
+    KnownModel("GSAI-ML/LLaDA-1.5", "llada"),
+)
+
+
+def known_ids() -> str:
+    """The published models' hub ids, for a message."""
+    return ", ".join(model.id for model in KNOWN_MODELS)
+
+
+def known_model(hub_id: str) -> KnownModel | None:
+    """The row of a hub id, or None."""
+    return next((model for model in KNOWN_MODELS if model.id == hub_id), None)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that config.json names. Raises ConfigurationError with the list of those that we have."""
+    names = config.get("architectures")
+    if isinstance(names, list) and len(names) == 1:
+        for family in FAMILIES:
+            if family.architecture == names[0]:
+                return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise ConfigurationError(
+        f"config.json: architectures = {quote(names)} is not a diffusion model that this server implements ({known}); "
+        f"published ones: {known_ids()}"
+    )

@@ -1,0 +1,154 @@
+"""Safetensors into a module, tensor by tensor: memory-mapped, onto the device, never twice in RAM.
+
+The headers come first: every name and shape of the checkpoint is held against the module's, and whatever is missing,
+left over or of another shape is listed at once, before any data is read.
+On the CPU in the stored dtype a weight *is* the mapped file: nothing is copied, pages come in when first used and the
+kernel shares them with other processes. Otherwise each tensor is mapped, converted onto the device and unmapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from server.errors import ConfigurationError, quote
+from server.models.hub import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+STORED_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_LISTED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's place and form, from a header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weight_files(folder: Path) -> dict[str, Path] | None:
+    """Tensor name -> file by a sharded checkpoint's index, or None for a single `model.safetensors`.
+
+    Raises ConfigurationError when there is neither, saying so if only formats are there that can run code.
+    """
+    if (folder / INDEX_FILE).is_file():
+        return _indexed_files(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return None
+    unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE_SUFFIXES)
+    if unsafe:
+        raise ConfigurationError(
+            f"{folder.name}: {unsafe[0]} is a pickle format, which can run code and is never loaded; "
+            f"convert the weights to {SINGLE_FILE}"
+        )
+    raise ConfigurationError(f"{folder.name}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+
+def _indexed_files(folder: Path) -> dict[str, Path]:
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigurationError(f"{folder.name}: {INDEX_FILE} has no weight_map")
+    files: dict[str, Path] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ConfigurationError(f"{folder.name}: {INDEX_FILE} names {quote(shard)}, not a safetensors file beside")
+        files[name] = folder / shard
+    absent = sorted({path.name for path in files.values() if not path.is_file()})
+    if absent:
+        raise ConfigurationError(f"{folder.name}: shards are missing: {_listing(absent)}")
+    return files
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by name, from the headers alone. Raises ConfigurationError."""
+    indexed = weight_files(folder)
+    found: dict[str, StoredTensor] = {}
+    for path in sorted(set(indexed.values())) if indexed is not None else [folder / SINGLE_FILE]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    part = file.get_slice(name)
+                    if indexed is None or indexed.get(name) == path:
+                        found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ConfigurationError(f"{folder.name}: {path.name} is damaged: {error}") from error
+    lost = sorted(set(indexed or ()) - set(found))
+    if lost:
+        raise ConfigurationError(f"{folder.name}: the shards lack tensors that the index promises: {_listing(lost)}")
+    return found
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], ignored: Iterable[str] = ()
+) -> None:
+    """Hold a checkpoint's tensors against a module's state dict; `ignored` names may be left over.
+
+    Raises ConfigurationError that lists missing, unexpected and mis-shaped tensors and dtypes that are not floats.
+    """
+    problems = []
+    missing = sorted(set(expected) - set(stored))
+    if missing:
+        problems.append(f"missing: {_listing(missing)}")
+    unexpected = sorted(set(stored) - set(expected) - set(ignored))
+    if unexpected:
+        problems.append(f"unexpected: {_listing(unexpected)}")
+    common = sorted(set(expected) & set(stored))
+    misshaped = [
+        f"{name} {list(stored[name].shape)} instead of {list(expected[name].shape)}"
+        for name in common
+        if stored[name].shape != tuple(expected[name].shape)
+    ]
+    if misshaped:
+        problems.append(f"of the wrong shape: {_listing(misshaped)}")
+    foreign = [f"{name} ({stored[name].dtype})" for name in common if stored[name].dtype not in STORED_DTYPES]
+    if foreign:
+        problems.append(f"of a dtype other than {', '.join(STORED_DTYPES)}: {_listing(foreign)}")
+    if problems:
+        raise ConfigurationError("the checkpoint's tensors do not fit config.json; " + "; ".join(problems))
+
+
+def load_weights(
+    module: nn.Module,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ignored: Iterable[str] = (),
+) -> None:
+    """Give a module on the meta device its weights, in `dtype` on `device`. They come out frozen, in eval mode.
+
+    Raises ConfigurationError when the checkpoint does not fit the module (see `check_tensors`) or is damaged.
+    """
+    expected = module.state_dict()
+    stored = stored_tensors(folder)
+    check_tensors(expected, stored, ignored)
+    weights = {name: _read(name, stored[name], dtype, torch.device(device)) for name in expected}
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _read(name: str, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Opened anew for each tensor: a mapping lives as long as any tensor of it, so that the pages of converted tensors
+    # would otherwise stay resident until the whole file is done.
+    with safe_open(stored.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor.to(device, dtype)
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
