@@ -1,0 +1,166 @@
+"""What the worker process loads: the diffusion model, the reward models, the runner on them, and a warm-up.
+
+Everything that can be wrong with a setting or a checkpoint is found here, before the server calls itself
+ready.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+import kernels
+from server.engine.config import WorkerConfig
+from server.engine.messages import Failed, Finished
+from server.engine.runner import Runner
+from server.engine.scoring import Scorer
+from server.errors import ConfigurationError, quote
+from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.reward_model import load_reward_model
+from server.types import (
+    DiffusionParams,
+    EngineInfo,
+    GuidanceParams,
+    Job,
+    Message,
+    SamplingParams,
+    WeightedReward,
+)
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedService:
+    """The worker loop's `Service` on real models."""
+
+    info: EngineInfo
+    runner: Runner
+    scorer: Scorer
+    device: torch.device
+
+    def check_device(self) -> None:
+        """Compute one number and wait for it; raises when the device is lost."""
+        torch.ones(1, device=self.device).sum().item()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a setting. Raises ConfigurationError for an unknown or absent one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device: {quote(name)} cannot be used: {reason}") from error
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting. Raises ConfigurationError for an unknown one."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load(config: WorkerConfig) -> LoadedService:
+    """Load the models that the configuration names and run a guided job on each reward model.
+
+    Raises ConfigurationError when a setting or a checkpoint is wrong.
+    """
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
+    reward_models = {
+        name: load_reward_model(
+            name,
+            path,
+            diffusion_tokenizer=model.tokenizer,
+            diffusion_vocab_size=model.model.vocab_size,
+            dtype=dtype,
+            device=device,
+            vocab_fallback=config.vocab_fallback,
+        )
+        for name, path in config.reward_models.items()
+    }
+    runner = Runner(model, reward_models, budget=config.budget)
+    warm_up(runner, model, reward_models)
+    runner.stats.reset()
+    info = EngineInfo(
+        model=model.info,
+        reward_models=tuple(reward.info for reward in reward_models.values()),
+        device=_device_name(device),
+        kernel_backend=_join(kernels.backend_info().values()),
+    )
+    logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
+    return LoadedService(info, runner, Scorer(reward_models, config.budget.tokens), device)
+
+
+def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable[str]) -> None:
+    """Run one small job through the runner for each reward model, guided by it; without any, an unguided one.
+
+    Raises RuntimeError when a job fails.
+    """
+    conversation = (Message("user", "Hello"),)
+    tokenizer = model.tokenizer
+    prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
+    guidances = [GuidanceParams("entrgi", (WeightedReward(name),)) for name in reward_models]
+    for index, guidance in enumerate(guidances or [GuidanceParams()]):
+        runner.add(
+            Job(
+                id=f"warm-up-{index}",
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(max_tokens=WARM_UP_TOKENS),
+                diffusion=DiffusionParams(steps=2),
+                guidance=guidance,
+                conversation=conversation,
+            ),
+            runner.clock(),
+        )
+    answered = 0
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            answered += isinstance(event, Finished)
+    if answered != max(1, len(guidances)):
+        raise RuntimeError("a warm-up job got no answer")
+
+
+def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionModel:
+    """The model under its served name, with its context cut to `max_model_len`."""
+    info = model.info
+    if config.max_model_len is not None:
+        if not 0 < config.max_model_len <= info.context_length:
+            raise ConfigurationError(
+                f"max_model_len: {config.max_model_len} is not between 1 and the model's context length, "
+                f"{info.context_length}"
+            )
+        info = replace(info, context_length=config.max_model_len)
+    if config.served_model_name is not None:
+        info = replace(info, id=config.served_model_name)
+    return replace(model, info=info)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

@@ -1,0 +1,182 @@
+"""A worker process whose runner follows a script instead of a model. Started by the tests as the real one is.
+
+A job's `prompt_ids` are its script: what to do (a `Do` value) and how many milliseconds a step takes. Tokens are a
+plain function of seed, trajectory and position, so that a second run must give the same ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+
+from server.engine.config import WorkerConfig
+from server.engine.messages import Canvas, Event, Finished, Progress, Score, Scored, Started
+from server.engine.stats import RunnerStats
+from server.engine.worker import main
+from server.errors import ConfigurationError, InvalidRequest
+from server.types import EngineInfo, Job, JobResult, ModelInfo, TrajectoryResult
+
+
+class Do(enum.IntEnum):
+    """What a job makes the runner do in its second step."""
+
+    FINISH = 0
+    RAISE = 1
+    EXHAUST_MEMORY = 2
+    DIE = 3
+    HANG = 4
+    HANG_WITH_THE_LOCK = 5
+    ANSWER_TOO_MUCH = 6
+    REFUSE = 7
+    VARY = 8
+
+
+def token(seed: int, position: int) -> int:
+    """The token that a trajectory reveals at a position."""
+    return (seed * 31 + position * 7) % 997
+
+
+def result(job: Job) -> JobResult:
+    """The answer of a job."""
+    tokens = tuple(token(job.sampling.seed, position) for position in range(job.sampling.max_tokens))
+    text = " ".join(map(str, tokens))
+    if job.prompt_ids[0] == Do.ANSWER_TOO_MUCH:
+        text = "x" * (65 * 2**20)
+    trajectory = TrajectoryResult(0, tokens, text, "length", len(tokens))
+    return JobResult((trajectory,), (0,), len(tokens), len(tokens), 0, 0.0, 0.0)
+
+
+@dataclass
+class ScriptedRunner:
+    """All jobs run at once; each step reveals one position of each."""
+
+    stats: RunnerStats = field(default_factory=RunnerStats)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.jobs)
+
+    def add(self, job: Job, now: float) -> None:
+        if job.prompt_ids[0] == Do.REFUSE:
+            raise InvalidRequest("not this one", "prompt")
+        self.jobs[job.id] = job
+        self.steps[job.id] = 0
+
+    def cancel(self, job_id: str) -> bool:
+        self.steps.pop(job_id, None)
+        self.stats.running = len(self.jobs) - (job_id in self.jobs)
+        return self.jobs.pop(job_id, None) is not None
+
+    def abort_running(self) -> list[str]:
+        ids = list(self.jobs)
+        for job_id in ids:
+            self.cancel(job_id)
+        return ids
+
+    def step(self) -> list[Event]:
+        events: list[Event] = []
+        time.sleep(max(job.prompt_ids[1] for job in self.jobs.values()) / 1000)
+        self.stats.running = len(self.jobs)
+        for job in list(self.jobs.values()):
+            events += self.advance(job)
+        return events
+
+    def advance(self, job: Job) -> list[Event]:
+        step = self.steps[job.id]
+        if step == 1:
+            misbehave(Do(job.prompt_ids[0]))
+        events: list[Event] = [Started(job.id)] if step == 0 else []
+        shown = token(job.sampling.seed, step)
+        if job.prompt_ids[0] == Do.VARY:
+            shown = os.getpid()
+        if job.stream_tokens:
+            events.append(Progress(job.id, 0, step, [(step, shown)]))
+        if job.stream_canvas:
+            canvas = [token(job.sampling.seed, position) for position in range(step + 1)]
+            events.append(Canvas(job.id, 0, step, canvas))
+        self.stats.denoising_steps += 1
+        self.stats.model_forward_seconds.add(0.01)
+        self.steps[job.id] += 1
+        if self.steps[job.id] == job.sampling.max_tokens:
+            events.append(Finished(job.id, result(job)))
+            self.cancel(job.id)
+        return events
+
+
+def misbehave(what: Do) -> None:
+    if what == Do.RAISE:
+        raise ValueError("secret of the model")
+    if what == Do.EXHAUST_MEMORY:
+        raise MemoryError
+    if what == Do.DIE:
+        os._exit(3)
+    if what == Do.HANG:
+        time.sleep(3600)
+    if what == Do.HANG_WITH_THE_LOCK:
+        ctypes.PyDLL(None).sleep(3600)
+
+
+@dataclass
+class ScriptedScorer:
+    """The score of a response is its length."""
+
+    requests: list[Score] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def add(self, request: Score) -> None:
+        if request.reward_model != "length":
+            raise InvalidRequest("no such reward model", "model")
+        self.requests.append(request)
+
+    def cancel(self, request_id: str) -> bool:
+        before = len(self.requests)
+        self.requests = [request for request in self.requests if request.id != request_id]
+        return len(self.requests) < before
+
+    def abort_running(self) -> list[str]:
+        ids = [request.id for request in self.requests]
+        self.requests = []
+        return ids
+
+    def step(self) -> list[Event]:
+        request = self.requests.pop(0)
+        return [Scored(request.id, [float(len(response)) for _, response in request.items])]
+
+
+@dataclass
+class ScriptedService:
+    info: EngineInfo
+    runner: ScriptedRunner
+    scorer: ScriptedScorer
+
+    def check_device(self) -> None:
+        """Nothing can be wrong with no device."""
+
+
+def load(config: WorkerConfig) -> ScriptedService:
+    """`model` is a script too: how the loading ends; `die-after:PATH` dies when a file of that name exists."""
+    if config.model == "missing":
+        raise ConfigurationError("model: no checkpoint of that name")
+    if config.model == "broken":
+        raise RuntimeError("a bug in the loader")
+    if config.model == "die":
+        os._exit(7)
+    if config.model == "hang":
+        time.sleep(3600)
+    if config.model.startswith("die-after:") and os.path.exists(config.model.removeprefix("die-after:")):
+        os._exit(7)
+    model = ModelInfo("scripted", "none", "", 4096, 1000, 1, 2, 2, (2,), 8, "float32")
+    return ScriptedService(EngineInfo(model, (), "cpu", "none"), ScriptedRunner(), ScriptedScorer())
+
+
+if __name__ == "__main__":
+    sys.exit(main(load))

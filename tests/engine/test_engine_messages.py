@@ -1,0 +1,142 @@
+"""Messages survive the wire whatever they hold; what is no message is refused before it costs anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import socket
+import types
+import typing
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine import messages
+from server.engine.channel import ChannelClosed, WorkerChannel
+from server.engine.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
+from server.types import DiffusionParams, Job, SamplingParams
+
+# Text as clients send it: any code point but the surrogates, which UTF-8 cannot hold.
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def anything(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of a type, from its annotations alone, so that a new field is covered the day it appears."""
+    simple: dict[Any, st.SearchStrategy[Any]] = {
+        int: st.integers(-(2**63), 2**64 - 1),
+        float: st.floats(allow_nan=False),
+        str: TEXT,
+        bool: st.booleans(),
+        type(None): st.none(),
+    }
+    if hint in simple:
+        return simple[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return st.sampled_from(args)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([anything(arg) for arg in args])
+    if origin is list:
+        return st.lists(anything(args[0]), max_size=3)
+    if origin is tuple and args[-1] is Ellipsis:
+        return st.lists(anything(args[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*[anything(arg) for arg in args])
+    if origin is dict:
+        return st.dictionaries(anything(args[0]), anything(args[1]), max_size=3)
+    assert dataclasses.is_dataclass(hint) or issubclass(hint, msgspec.Struct), hint
+    hints = typing.get_type_hints(hint)
+    return st.builds(hint, **{name: st.deferred(lambda h=h: anything(h)) for name, h in hints.items()})
+
+
+@pytest.mark.parametrize("kind", typing.get_args(ToWorker), ids=lambda kind: kind.__name__)
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_every_message_to_the_worker_survives_the_wire(kind: type, data: st.DataObject) -> None:
+    message = data.draw(anything(kind))
+    encoded = messages.frame(message)
+    assert messages.body_length(encoded[:4]) == len(encoded) - 4
+    assert messages.decode_to_worker(encoded[4:]) == message
+
+
+@pytest.mark.parametrize("kind", typing.get_args(Event), ids=lambda kind: kind.__name__)
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_every_event_survives_the_wire(kind: type, data: st.DataObject) -> None:
+    event = data.draw(anything(kind))
+    assert messages.decode_event(messages.frame(event)[4:]) == event
+
+
+@given(body=st.binary(max_size=200))
+@settings(deadline=None)
+def test_noise_is_never_a_message_nor_another_exception(body: bytes) -> None:
+    for decode in (messages.decode_to_worker, messages.decode_event):
+        try:
+            decoded = decode(body)
+        except ProtocolError:
+            continue
+        assert isinstance(decoded, msgspec.Struct)
+
+
+def test_a_pickle_is_not_a_message() -> None:
+    with pytest.raises(ProtocolError):
+        messages.decode_to_worker(pickle.dumps(Cancel("a")))
+
+
+def test_an_event_is_not_a_message_to_the_worker() -> None:
+    with pytest.raises(ProtocolError):
+        messages.decode_to_worker(messages.frame(messages.Started("a"))[4:])
+
+
+def test_a_frame_over_the_limit_is_neither_sent_nor_read() -> None:
+    job = Job("a", tuple(range(1000)), SamplingParams(1), DiffusionParams(1))
+    with pytest.raises(FrameTooLarge):
+        messages.frame(Submit(job), limit_bytes=1000)
+    with pytest.raises(ProtocolError):
+        messages.body_length((1001).to_bytes(4, "big"), limit_bytes=1000)
+
+
+def test_an_integer_that_does_not_fit_is_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        messages.frame(Submit(Job("a", (2**64,), SamplingParams(1), DiffusionParams(1))))
+
+
+@given(ids=st.lists(TEXT, min_size=1, max_size=6), cuts=st.lists(st.integers(1, 9), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_the_worker_end_reassembles_frames_from_any_pieces(ids: list[str], cuts: list[int]) -> None:
+    stream = b"".join(messages.frame(Cancel(identity)) for identity in ids)
+    ours, theirs = socket.socketpair()
+    received: list[ToWorker] = []
+    with ours, theirs:
+        channel = WorkerChannel(theirs)
+        position = turn = 0
+        while position < len(stream):
+            size = cuts[turn % len(cuts)]
+            ours.sendall(stream[position : position + size])
+            received += channel.receive(block=False)
+            position, turn = position + size, turn + 1
+    assert received == [Cancel(identity) for identity in ids]
+
+
+def test_the_worker_end_notices_that_its_parent_is_gone() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = WorkerChannel(theirs)
+        ours.sendall(messages.frame(Shutdown()))
+        assert channel.receive(block=True) == [Shutdown()]
+        ours.close()
+        with pytest.raises(ChannelClosed):
+            channel.receive(block=True)
+        with pytest.raises(ChannelClosed):
+            channel.send([messages.Started("a")])
+
+
+def test_an_announced_giant_is_refused_before_it_is_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall((2**31).to_bytes(4, "big"))
+        with pytest.raises(ProtocolError):
+            WorkerChannel(theirs).receive(block=True)

@@ -1,0 +1,86 @@
+"""What a reader is given: bounded backlog, no event twice; and when a refused client should come back."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine.admission import Throughput
+from server.engine.messages import Canvas, Failed, Progress, Started
+from server.engine.pending import CANVAS_BACKLOG_TOKENS, Mailbox, Pending
+from server.engine.stats import Distribution, RunnerStats
+
+
+async def test_a_slow_reader_loses_old_canvases_and_nothing_else() -> None:
+    mailbox = Mailbox()
+    length = CANVAS_BACKLOG_TOKENS // 8
+    for step in range(100):
+        mailbox.put(Progress("a", 0, step, [(step, step)]))
+        mailbox.put(Canvas("a", 0, step, [0] * length))
+    mailbox.put(Failed("a", "internal", "the end"))
+    events = []
+    while not events or not isinstance(events[-1], Failed):
+        events.append(await mailbox.get())
+    assert [event.step for event in events if isinstance(event, Progress)] == list(range(100))
+    assert [event.step for event in events if isinstance(event, Canvas)] == list(range(92, 100))
+    assert isinstance(events[-2], Canvas)
+    # What was read makes room again.
+    for step in range(8):
+        mailbox.put(Canvas("a", 0, step, [0] * length))
+    assert [(await mailbox.get()).step for _ in range(8)] == list(range(8))  # type: ignore[union-attr]
+
+
+async def test_one_canvas_larger_than_the_backlog_is_still_delivered() -> None:
+    mailbox = Mailbox()
+    mailbox.put(Canvas("a", 0, 0, [0] * (CANVAS_BACKLOG_TOKENS + 1)))
+    assert isinstance(await mailbox.get(), Canvas)
+
+
+async def test_a_second_run_gives_only_what_is_new() -> None:
+    pending = Pending("a", b"")
+    first_run = [Started("a"), Progress("a", 0, 0, [(3, 5)]), Canvas("a", 0, 0, [-1]), Progress("a", 1, 0, [(1, 1)])]
+    second_run = [*first_run, Progress("a", 0, 1, [(4, 4)]), Canvas("a", 0, 1, [9])]
+    assert all(pending.deliver(event) for event in first_run)
+    assert all(pending.deliver(event) for event in second_run)
+    assert [await pending.mailbox.get() for _ in range(6)] == second_run
+    assert not pending.deliver(Progress("a", 0, 1, [(4, 5)]))
+
+
+def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves() -> None:
+    throughput = Throughput()
+    assert throughput.per_second(0.0) is None
+    for tenth in range(101):  # ten a second
+        throughput.finished(tenth / 10)
+    assert throughput.per_second(10.0) == pytest.approx(10.0)
+    waits = [throughput.retry_after_seconds(256, 10.0) for _ in range(400)]
+    assert waits[0] == 1.0  # never less
+    assert waits[20:200] == pytest.approx([(index + 1) / 10 for index in range(20, 200)])
+    assert max(waits) == pytest.approx(25.6)  # by then everything in flight has left
+
+
+def test_old_answers_say_nothing_about_the_present_rate() -> None:
+    throughput = Throughput()
+    for second in range(10):
+        throughput.finished(float(second))
+    assert throughput.per_second(100.0) is None
+    assert throughput.retry_after_seconds(256, 100.0) > 0
+
+
+def test_statistics_add_up_and_start_afresh() -> None:
+    one, other = RunnerStats(running=2, denoising_steps=3), RunnerStats(denoising_steps=4)
+    one.guidance_seconds.add(0.02)
+    other.guidance_seconds.add(100.0)
+    both = one.plus(other)
+    assert (both.running, both.denoising_steps) == (2, 7)
+    assert both.guidance_seconds.count == 2
+    assert both.guidance_seconds.total == pytest.approx(100.02)
+    assert both.guidance_seconds.counts[-1] == 1
+    assert one.guidance_seconds.count == 1  # unchanged
+    both.reset()
+    assert both == RunnerStats()
+
+
+def test_a_value_on_a_bound_belongs_below_it() -> None:
+    histogram = Distribution((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 2.5):
+        histogram.add(value)
+    assert histogram.counts == [2, 2, 1]
