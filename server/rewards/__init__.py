@@ -1,0 +1,1 @@
+"""Reward models: causal LMs with a scalar head, read through their input embeddings."""

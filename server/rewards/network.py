@@ -1,0 +1,83 @@
+"""A published sequence classifier as transformers builds it: checked, frozen, and running on our attention.
+
+Only what R needs is accepted: one label, plain causal attention in every layer, weights in safetensors, and code that
+transformers itself has. Anything else is refused at start-up, by the name of the key, rather than read wrongly later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from server.errors import ConfigurationError, quote
+from server.rewards.attention import ATTENTION_NAME, register
+
+DEFAULT_LABELS = 2  # what transformers assumes of a config that does not say
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json that is no reward model's. Raises ConfigurationError, which names the key."""
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        raise ConfigurationError(f"architectures: {quote(architectures)} is no sequence classifier, so no reward model")
+    labels = config.get("id2label")
+    count = len(labels) if labels else config.get("num_labels", DEFAULT_LABELS)
+    if count != 1:
+        raise ConfigurationError(f"num_labels: a reward model has 1 label, this one {quote(count)}")
+
+
+def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """The transformers module of a local checkpoint, frozen, in evaluation mode, in `dtype` on `device`.
+
+    Its score head is kept in float32 at least: in bfloat16 a reward of 5 would come in steps of 0.03. Raises
+    ConfigurationError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigurationError(f"config.json: {_first_line(error)}") from error
+    _check_attention(config)
+    register()
+    try:
+        network, report = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ConfigurationError(f"{folder.name}: the weights cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise ConfigurationError(f"{folder.name}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+    if not network._supports_attention_backend or not isinstance(getattr(network, "score", None), torch.nn.Module):
+        raise ConfigurationError(f"architectures: {type(network).__name__} cannot run with packed attention")
+    network.eval().requires_grad_(False).to(device)
+    if dtype.itemsize < torch.float32.itemsize:
+        network.score.to(torch.float32)
+    return network
+
+
+def _check_attention(config: Any) -> None:
+    """Refuse attention that is not plainly causal over the whole context."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ConfigurationError(f"layer_types: only full_attention is supported, not {', '.join(sorted(kinds))}")
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < text.max_position_embeddings:
+        raise ConfigurationError(f"sliding_window: attention with a window ({window} tokens) is not supported")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise ConfigurationError("attn_logit_softcapping: soft-capped attention is not supported")
+
+
+def _first_line(error: Exception) -> str:
+    return quote(str(error).strip().partition("\n")[0] or type(error).__name__)

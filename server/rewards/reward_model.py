@@ -1,0 +1,194 @@
+"""A reward model R: a published sequence classifier with one label, run by transformers, with attention of our own.
+
+R reads tokens or embeddings and gives one number, read at the last token. Guidance needs dR/de for many short,
+ragged responses whose conversations never change while they are generated; so rows are packed, not padded, and each
+conversation is run once (`prefill`) and reused by all rows that continue it, exactly.
+
+Weights are frozen: the only gradient that ever flows is the one to the embeddings that a caller passes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.errors import ConfigurationError
+from server.models.hub import read_json, resolve_checkpoint
+from server.rewards.attention import EMPTY_PREFIX, Packing, Prefix
+from server.rewards.network import check_config, load_network
+from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
+from server.text.template import conversation_ids
+from server.text.tokenizer import Tokenizer
+from server.types import Message, RewardModelInfo
+
+__all__ = ["Prefix", "RewardModel", "RewardRows", "load_reward_model"]
+
+SCORE_TOKENS = 8192
+"""Tokens that `score` runs in one forward; a longer sequence goes alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRows:
+    """B packed rows: what each continues, how many tokens of its own it has, and their S absolute positions (S,).
+
+    Rows of one request name the same `Prefix` object. Positions may have gaps, where hidden tokens were left out.
+    """
+
+    prefixes: tuple[Prefix, ...]
+    lengths: tuple[int, ...]
+    positions: Tensor
+
+
+class RewardModel:
+    """A loaded reward model. `table` (V, D) holds its embeddings by diffusion-model id."""
+
+    def __init__(
+        self, name: str, network: Any, tokenizer: Tokenizer, vocab_map: VocabMap, info: RewardModelInfo
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.info = info
+        self._network = network
+        self._base = getattr(network, network.base_model_prefix)
+        self._embed = network.get_input_embeddings()
+        self.device: torch.device = self._embed.weight.device
+        self.dtype: torch.dtype = self._embed.weight.dtype
+        self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
+        self.hidden_size: int = self._embed.weight.shape[1]
+        self.table = self._table(vocab_map)
+
+    def own_embeddings(self, ids: Tensor) -> Tensor:
+        """Embeddings (n, D) of reward-vocabulary ids (n,) int64; no gradient."""
+        with torch.no_grad():
+            embeds: Tensor = self._embed(ids.to(self.device))
+        return embeds
+
+    def prefill(self, prefix_ids: Sequence[int]) -> Prefix:
+        """Run the tokens (reward-vocabulary ids) in front of a response once; positions count from 0."""
+        if not prefix_ids:
+            return EMPTY_PREFIX
+        embeds = self.own_embeddings(torch.tensor(prefix_ids, dtype=torch.long))
+        rows = RewardRows((EMPTY_PREFIX,), (len(prefix_ids),), torch.arange(len(prefix_ids), device=self.device))
+        return self.extend(rows, embeds)[0]
+
+    def extend(self, rows: RewardRows, embeds: Tensor) -> tuple[Prefix, ...]:
+        """Each row's prefix with the row's own tokens, embeds (S, D), behind it: B new prefixes, no gradient.
+
+        Exact: a row over the longer prefix reads the same reward. It is for tokens that will not change any more.
+        A prefix's `length` counts its tokens; with gaps in the positions the next one is the caller's to know.
+        """
+        packing = Packing.of(rows.prefixes, rows.lengths, self.device, capture=True)
+        with torch.no_grad():
+            self._hidden(packing, rows.positions, embeds)
+        return tuple(
+            packing.captured(row, length, prefix)
+            for row, (length, prefix) in enumerate(zip(rows.lengths, rows.prefixes, strict=True))
+        )
+
+    def forward(self, rows: RewardRows, embeds: Tensor) -> Tensor:
+        """Rewards (B,) of packed rows, embeds (S, D) in the model's dtype, each read at its row's last token.
+
+        The rewards are in float32, or float64 for a float64 model.
+
+        Differentiable with respect to `embeds` alone. ValueError when the shapes do not fit or a row is empty.
+        """
+        packing = Packing.of(rows.prefixes, rows.lengths, self.device)
+        hidden = self._hidden(packing, rows.positions, embeds)
+        lasts = [start + length - 1 for start, length in zip(packing.starts, rows.lengths, strict=True)]
+        last_hidden = hidden.index_select(0, torch.tensor(lasts, device=self.device))
+        rewards: Tensor = self._network.score(last_hidden.to(self._reward_dtype))
+        return rewards[:, 0]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards (B,) of whole token sequences, each of one token at least; no gradient, order kept.
+
+        Sequences of similar length are run together, at most `SCORE_TOKENS` tokens at a time.
+        """
+        rewards = torch.zeros(len(sequences), dtype=self._reward_dtype, device=self.device)
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        chunk: list[int] = []
+        with torch.no_grad():
+            for place, index in enumerate(order):
+                chunk.append(index)
+                after = place + 1 < len(order) and len(sequences[order[place + 1]])
+                if not after or (len(chunk) + 1) * after > SCORE_TOKENS:
+                    rewards[torch.tensor(chunk, device=self.device)] = self._score([sequences[i] for i in chunk])
+                    chunk = []
+        return rewards
+
+    def score_text(self, conversation: Sequence[Message], response: str) -> float:
+        """The final reward of a response: R on the rendered conversation, tokenised at once (section 2, end)."""
+        return float(self.score([conversation_ids(self.tokenizer, conversation, response)])[0])
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        lengths = tuple(len(sequence) for sequence in sequences)
+        ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        rows = RewardRows((EMPTY_PREFIX,) * len(sequences), lengths, positions)
+        return self.forward(rows, self.own_embeddings(ids))
+
+    def _hidden(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:
+        """Final-norm hidden states (S, D) of packed rows."""
+        if embeds.shape != (len(positions), self.hidden_size):
+            raise ValueError(f"embeds {tuple(embeds.shape)} for {len(positions)} positions of {self.hidden_size}")
+        output = self._base(
+            inputs_embeds=embeds[None],
+            attention_mask=None,
+            position_ids=positions[None].to(self.device),
+            use_cache=False,
+            packing=packing,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def _table(self, vocab_map: VocabMap) -> Tensor:
+        ids = torch.tensor(vocab_map.ids, dtype=torch.long)
+        table = self.own_embeddings(ids.clamp_min(0))
+        return table.masked_fill_((ids < 0).to(self.device)[:, None], 0.0)
+
+
+def load_reward_model(
+    name: str,
+    path_or_id: str | Path,
+    *,
+    diffusion_tokenizer: Tokenizer,
+    diffusion_vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocab_fallback: VocabFallback = "unk",
+) -> RewardModel:
+    """Load a reward model (a folder, `owner/name` or `owner/name@revision`) and map its vocabulary.
+
+    `diffusion_vocab_size` is V, the width of the diffusion model's logits. Raises ConfigurationError, whose message
+    names the reward model and the key, file or setting that is wrong.
+    """
+    try:
+        folder = resolve_checkpoint(path_or_id, check_config=check_config)
+        check_config(read_json(folder / "config.json"))
+        tokenizer = Tokenizer.load(folder)
+        if not tokenizer.has_chat_template:
+            raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
+        vocab_map = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
+        network = load_network(folder, dtype=dtype, device=device)
+        rows = network.get_input_embeddings().weight.shape[0]
+        if max(vocab_map.ids) >= rows:
+            raise ConfigurationError(
+                f"vocab_size: the tokenizer has id {max(vocab_map.ids)}, the embeddings {rows} rows"
+            )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"reward model {name}: {error}") from error
+    config = network.config.get_text_config()
+    info = RewardModelInfo(
+        id=name,
+        family=config.model_type,
+        context_length=config.max_position_embeddings,
+        vocab_coverage=vocab_map.coverage,
+        vocab_fallback=vocab_fallback,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return RewardModel(name, network, tokenizer, vocab_map, info)
