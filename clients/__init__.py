@@ -1,0 +1,91 @@
+"""Clients of the server. They speak HTTP and import nothing of it.
+
+    from clients import Client, Guidance
+
+    with Client("http://127.0.0.1:8000") as client:
+        completion = client.complete("Write a short review of a hotel.", guidance=Guidance("entrgi"), best_of=4)
+        print(completion.choices[0].reward, completion.choices[0].text)
+
+`Client` and `AsyncClient` have the same methods. Any OpenAI client works with the server too; these know the fields
+that OpenAI's do not: guidance, diffusion, rewards and the canvas.
+"""
+
+from clients.aio import AsyncClient, AsyncEventStream
+from clients.client import Client, EventStream
+from clients.errors import (
+    ApiError,
+    AuthenticationFailed,
+    BadRequest,
+    BodyTooLarge,
+    ClientError,
+    ConnectionFailed,
+    DeadlineExceeded,
+    NotFound,
+    QueueFull,
+    ServerFailed,
+    StreamBroken,
+    Unavailable,
+    UnexpectedResponse,
+)
+from clients.events import CanvasFrame, ChoiceFinished, Event, Summary, TextDelta
+from clients.options import Diffusion, Guidance, Message, Options, WeightedReward
+from clients.retry import RetryPolicy
+from clients.types import (
+    ChatChoice,
+    ChatCompletion,
+    Choice,
+    Completion,
+    GuidanceReport,
+    Model,
+    Rerank,
+    RerankResult,
+    Score,
+    Scores,
+    StepTrace,
+    Tokenized,
+    Usage,
+)
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "AsyncEventStream",
+    "AuthenticationFailed",
+    "BadRequest",
+    "BodyTooLarge",
+    "CanvasFrame",
+    "ChatChoice",
+    "ChatCompletion",
+    "Choice",
+    "ChoiceFinished",
+    "Client",
+    "ClientError",
+    "Completion",
+    "ConnectionFailed",
+    "DeadlineExceeded",
+    "Diffusion",
+    "Event",
+    "EventStream",
+    "Guidance",
+    "GuidanceReport",
+    "Message",
+    "Model",
+    "NotFound",
+    "Options",
+    "QueueFull",
+    "Rerank",
+    "RerankResult",
+    "RetryPolicy",
+    "Score",
+    "Scores",
+    "ServerFailed",
+    "StepTrace",
+    "StreamBroken",
+    "Summary",
+    "TextDelta",
+    "Tokenized",
+    "Unavailable",
+    "UnexpectedResponse",
+    "Usage",
+    "WeightedReward",
+]

@@ -1,0 +1,232 @@
+"""Open-loop load over HTTP: requests leave at Poisson times whether or not earlier ones have come back.
+
+A closed loop (the next request waits for the last) slows down with the server and hides its queue. Here latencies are
+counted from the time at which a request *should* have left, so a stall counts for every request that it delayed.
+
+Printed: a table of percentiles, then one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from clients.aio import AsyncClient
+from clients.calls import DEFAULT_TIMEOUT
+from clients.errors import ApiError, ClientError
+from clients.events import ChoiceFinished, Summary, TextDelta
+from clients.options import Diffusion, Guidance, Method, Options
+from clients.retry import RetryPolicy
+
+PROMPTS = (
+    "Write a short review of a hotel.",
+    "What did you think of the phone?",
+    "Tell me about the book you read.",
+    "Describe the restaurant that you tried.",
+)
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request. Times in seconds from its scheduled departure; `step_seconds` is per denoising step."""
+
+    status: str
+    lateness_seconds: float
+    latency_seconds: float
+    first_text_seconds: float | None = None
+    queue_seconds: float | None = None
+    step_seconds: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run. `latencies` maps a quantity's name to its percentiles in seconds, over the successful requests."""
+
+    requests: int
+    offered_per_second: float
+    completed_per_second: float
+    tokens_per_second: float
+    seconds: float
+    outcomes: dict[str, int]
+    latencies: dict[str, dict[str, float]]
+
+
+def arrivals(rate: float, count: int, seed: int) -> list[float]:
+    """`count` departure times in seconds of a Poisson process of `rate` per second, from its start."""
+    generator = random.Random(seed)
+    times, now = [], 0.0
+    for _ in range(count):
+        now += generator.expovariate(rate)
+        times.append(now)
+    return times
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0..100) of non-empty `values`: the smallest value with at least q% at or below it."""
+    ranked = sorted(values)
+    return ranked[max(math.ceil(q / 100.0 * len(ranked)) - 1, 0)]
+
+
+async def generate_load(
+    client: AsyncClient, prompts: Sequence[str], options: Options, times: Sequence[float], *, stream: bool, seed: int
+) -> Report:
+    """Send one request at each of `times`; request i has seed `seed` + i and prompt i modulo their number."""
+    start = time.perf_counter()
+
+    async def one(index: int, due: float) -> Outcome:
+        await asyncio.sleep(max(start + due - time.perf_counter(), 0.0))
+        own: Options = {**options, "seed": seed + index}
+        prompt = prompts[index % len(prompts)]
+        return await _request(client, prompt, own, start + due, stream=stream)
+
+    outcomes = await asyncio.gather(*(one(index, due) for index, due in enumerate(times)))
+    return summarise(outcomes, offered=len(times) / times[-1], seconds=time.perf_counter() - start)
+
+
+async def _request(client: AsyncClient, prompt: str, options: Options, due: float, *, stream: bool) -> Outcome:
+    lateness = time.perf_counter() - due
+    first_text: float | None = None
+    try:
+        if stream:
+            summary = Summary()
+            async with await client.stream_complete(prompt, **options) as events:
+                async for event in events:
+                    if first_text is None and isinstance(event, TextDelta | ChoiceFinished):
+                        first_text = time.perf_counter() - due
+                    if isinstance(event, Summary):
+                        summary = event
+            usage, report = summary.usage, summary.guidance
+        else:
+            completion = await client.complete(prompt, **options)
+            usage, report = completion.usage, completion.guidance
+    except ApiError as error:
+        return Outcome(str(error.status or "error in stream"), lateness, time.perf_counter() - due)
+    except ClientError as error:
+        return Outcome(type(error).__name__, lateness, time.perf_counter() - due)
+    return Outcome(
+        "ok",
+        lateness,
+        time.perf_counter() - due,
+        first_text,
+        queue_seconds=report.queue_ms / 1000 if report else None,
+        step_seconds=report.generation_ms / 1000 / report.steps if report and report.steps else None,
+        tokens=usage.completion_tokens if usage else 0,
+    )
+
+
+def summarise(outcomes: Sequence[Outcome], *, offered: float, seconds: float) -> Report:
+    """Percentiles and rates of a run that took `seconds`."""
+    good = [outcome for outcome in outcomes if outcome.status == "ok"]
+    columns = {
+        "latency": [o.latency_seconds for o in good],
+        "first text": [o.first_text_seconds for o in good if o.first_text_seconds is not None],
+        "queue": [o.queue_seconds for o in good if o.queue_seconds is not None],
+        "step": [o.step_seconds for o in good if o.step_seconds is not None],
+        "late departure": [o.lateness_seconds for o in outcomes],
+    }
+    return Report(
+        requests=len(outcomes),
+        offered_per_second=offered,
+        completed_per_second=len(good) / seconds,
+        tokens_per_second=sum(o.tokens for o in good) / seconds,
+        seconds=seconds,
+        outcomes=dict(sorted(Counter(o.status for o in outcomes).items())),
+        latencies={
+            name: {
+                "mean": sum(values) / len(values),
+                **{f"p{q}": percentile(values, q) for q in PERCENTILES},
+                "max": max(values),
+            }
+            for name, values in columns.items()
+            if values
+        },
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("--rate", type=_positive, required=True, help="mean arrivals per second")
+    parser.add_argument("--requests", type=int, default=100, help="how many; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of arrivals and of the requests; default: %(default)s")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: four built in")
+    parser.add_argument("--stream", action="store_true", help="stream, and report the time to the first text")
+    parser.add_argument("--guidance", choices=get_args(Method), default="none", help="default: %(default)s")
+    parser.add_argument("--reward-model")
+    parser.add_argument("--best-of", type=int)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--timeout", type=float, help="the server's deadline per request in seconds")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run the command; 0 if at least one request succeeded."""
+    if given.requests < 1:
+        raise ClientError("--requests must be at least 1")
+    prompts: Sequence[str] = PROMPTS
+    if given.prompts:
+        try:
+            prompts = [line for line in given.prompts.read_text("utf-8").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClientError(f"--prompts: {error}") from error
+        if not prompts:
+            raise ClientError("--prompts: the file has no prompt")
+    options: Options = {"guidance": Guidance(given.guidance, reward_model=given.reward_model)}
+    if given.best_of is not None:
+        options["best_of"] = given.best_of
+    if given.max_tokens is not None:
+        options["max_tokens"] = given.max_tokens
+    if given.timeout is not None:
+        options["timeout"] = given.timeout
+    if given.steps is not None:
+        options["diffusion"] = Diffusion(steps=given.steps)
+    report = asyncio.run(_run(given, prompts, options))
+    show(report)
+    return 0 if report.outcomes.get("ok") else 1
+
+
+async def _run(given: argparse.Namespace, prompts: Sequence[str], options: Options) -> Report:
+    times = arrivals(given.rate, given.requests, given.seed)
+    # A load generator that retries or waits for a free connection is a closed loop again.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    async with AsyncClient(
+        given.url, api_key=given.api_key, retry=RetryPolicy(retries=0), timeout=DEFAULT_TIMEOUT, limits=limits
+    ) as client:
+        return await generate_load(client, prompts, options, times, stream=given.stream, seed=given.seed)
+
+
+def show(report: Report) -> None:
+    """The table, then the JSON line."""
+    console = Console(highlight=False)
+    outcomes = ", ".join(f"{status} {count}" for status, count in report.outcomes.items())
+    console.print(
+        f"{report.requests} requests in {report.seconds:.1f} s: offered {report.offered_per_second:.2f}/s, "
+        f"completed {report.completed_per_second:.2f}/s, {report.tokens_per_second:.1f} tokens/s; {outcomes}"
+    )
+    table = Table("seconds", *(f"p{q}" for q in PERCENTILES), "mean", "max")
+    for name, row in report.latencies.items():
+        cells = [*(row[f"p{q}"] for q in PERCENTILES), row["mean"], row["max"]]
+        table.add_row(name, *(f"{cell:.4f}" for cell in cells))
+    console.print(table)
+    print(json.dumps(asdict(report)))
