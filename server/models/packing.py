@@ -7,7 +7,7 @@ positions count from 0 in each sequence, so a packed forward equals the same seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -96,8 +96,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     On CUDA in half precision it is one variable-length kernel. Elsewhere it is one scaled_dot_product_attention for
     each run of equal lengths, on views of the packed tensors: nothing is gathered or padded.
     """
-    if q.device.type == "cuda" and q.dtype in _HALF_DTYPES and _varlen_attention() is not None:
-        return _attend_varlen(q, k, v, layout)
+    if q.device.type == "cuda" and q.dtype in _HALF_DTYPES:
+        varlen = _varlen_attention(q.device)
+        if varlen is not None:
+            return _attend_varlen(varlen, q, k, v, layout)
     outputs = [_attend_run(q, k, v, run) for run in layout.runs]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -116,17 +118,17 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     return mixed.permute(0, 3, 1, 2, 4).reshape(run.count * run.length, heads, channels)
 
 
-@lru_cache(maxsize=1)
-def _varlen_attention() -> Any:
-    """torch's variable-length attention, or None in a build without it."""
-    try:
-        from torch.nn.attention import varlen
-    except ImportError:
+@lru_cache(maxsize=8)
+def _varlen_attention(device: torch.device) -> Callable[..., Any] | None:
+    """torch's variable-length attention, or None where the build or the GPU (before Ampere) has no flash attention."""
+    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    return varlen.varlen_attn
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+def _attend_varlen(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     cu, longest, grouped = layout.cu_seqlens, layout.max_length, q.shape[1] != k.shape[1]
-    mixed: Tensor = _varlen_attention()(q, k, v, cu, cu, longest, longest, enable_gqa=grouped)
+    mixed: Tensor = varlen(q, k, v, cu, cu, longest, longest, enable_gqa=grouped)
     return mixed

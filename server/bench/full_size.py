@@ -1,0 +1,160 @@
+"""Full width without weights: a random Dream-7B cut to two layers goes through the real loader and one step.
+
+`python -m server.bench.full_size` writes a sharded bfloat16 checkpoint (3.1 GB, in a temporary folder) of the published
+width and vocabulary, loads it in a fresh process with `load_diffusion_model` and runs a forward with logits at the
+masked positions. It prints a table of time and memory, then one JSON line. What to look for: the peak stays at the
+checkpoint's own size plus what an empty process needs, so nothing was held twice. (Linux only: it reads /proc.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from server.bench.checkpoints import SPECIAL, write_tokenizer
+from server.models.dream import DreamConfig, DreamModel
+from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.models.packing import PackedLayout
+
+DREAM_7B: dict[str, Any] = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "mask_token_id": 151666,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "Dream",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "pad_token_id": 151643,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+"""The published config.json of Dream-v0-Instruct-7B, as far as a network can depend on it."""
+
+TOKENIZER_SIZE = 151_667
+PROMPT_TOKENS = 8
+MASKED_TOKENS = 8
+MIB = 1 << 20
+
+
+def write_cut(folder: Path, layers: int = 2, seed: int = 0) -> int:
+    """Write Dream-7B cut to `layers` layers, bfloat16, one shard a layer. Returns the tensors' bytes."""
+    ids = write_tokenizer(folder, TOKENIZER_SIZE, order_seed=0, mask=True)
+    raw = DREAM_7B | {"num_hidden_layers": layers, "mask_token_id": ids[SPECIAL["mask_token"]]}
+    raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[SPECIAL["eos_token"]])
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    with torch.device("meta"):
+        expected = DreamModel(DreamConfig.from_dict(raw)).state_dict()
+    shards: dict[str, list[str]] = {}
+    for name in expected:
+        shards.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else name.split(".")[-2], []).append(name)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards.values(), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = torch.ones(expected[name].shape, dtype=torch.bfloat16)
+            if tensor.ndim == 2:
+                tensor.normal_(0.0, raw["initializer_range"], generator=generator)
+            tensors[name] = tensor
+            total += tensor.numel() * tensor.element_size()
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def step(loaded: LoadedDiffusionModel) -> tuple[int, ...]:
+    """One denoising step's forward on a small canvas; returns the shape of its logits."""
+    canvas = torch.full((PROMPT_TOKENS + MASKED_TOKENS,), loaded.model.mask_token_id)
+    canvas[:PROMPT_TOKENS] = torch.arange(100, 100 + PROMPT_TOKENS)
+    rows = torch.arange(PROMPT_TOKENS, len(canvas))
+    with torch.inference_mode():
+        logits = loaded.model.masked_logits(canvas, PackedLayout.of([len(canvas)]), rows)
+    if not bool(torch.isfinite(logits).all()):
+        raise RuntimeError("the logits are not finite")
+    return tuple(logits.shape)
+
+
+def memory_bytes() -> dict[str, int]:
+    """This process's resident memory: now (own pages, pages of mapped files) and at its peak."""
+    keys = {"RssAnon": "anonymous", "RssFile": "mapped", "VmHWM": "peak"}
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in keys:
+            found[keys[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+def measure(folder: Path) -> None:
+    """Load and run in this process; print the table and the JSON line."""
+    stages: list[dict[str, Any]] = []
+
+    def stage(name: str, started: float) -> None:
+        stages.append({"stage": name, "seconds": round(time.perf_counter() - started, 2), **memory_bytes()})
+
+    stage("process, imports", time.perf_counter())
+    started = time.perf_counter()
+    loaded = load_diffusion_model(folder, dtype=torch.bfloat16, device="cpu")
+    stage("load_diffusion_model", started)
+    started = time.perf_counter()
+    shape = step(loaded)
+    stage("first step", started)
+    started = time.perf_counter()
+    step(loaded)
+    stage("second step", started)
+    checkpoint = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    columns = {"anonymous": "own MiB", "mapped": "mapped MiB", "peak": "peak MiB"}
+    print(f"{'stage':<24}{'seconds':>9}" + "".join(f"{title:>12}" for title in columns.values()))
+    for row in stages:
+        print(f"{row['stage']:<24}{row['seconds']:>9}" + "".join(f"{row[key] // MIB:>12}" for key in columns))
+    print(f"checkpoint {checkpoint // MIB} MiB, logits {shape}")
+    peak = stages[-1]["peak"]
+    result = {"bench": "full_size", "checkpoint_bytes": checkpoint, "peak_rss_bytes": peak}
+    result["peak_over_checkpoint"] = round(peak / checkpoint, 3)
+    print(json.dumps(result | {"torch": torch.__version__, "threads": torch.get_num_threads(), "stages": stages}))
+
+
+def main() -> None:
+    """Write the checkpoint, then measure in a process that has not held it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--measure", type=Path, metavar="FOLDER", help="only load and run this checkpoint")
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        measure(arguments.measure)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        total = write_cut(Path(folder), arguments.layers)
+        print(f"wrote {total // MIB} MiB in {time.perf_counter() - started:.0f} s", flush=True)
+        subprocess.run([sys.executable, "-m", "server.bench.full_size", "--measure", folder], check=True)
+
+
+if __name__ == "__main__":
+    main()
