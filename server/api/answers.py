@@ -1,0 +1,209 @@
+"""Response bodies: their shapes (which the OpenAPI document shows) and how results fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from server.api.convert import Plan
+from server.types import FinishReason, JobResult, TrajectoryResult
+
+
+class Answer(BaseModel):
+    """Base: what is set is sent, null included; what is not set is absent."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class CompletionTokensDetails(Answer):
+    """Tokens of all `best_of` trajectories, not only of the answers returned."""
+
+    trajectory_tokens: int
+
+
+class Usage(Answer):
+    """Tokens up to the end of each text."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: CompletionTokensDetails
+
+
+class GuidanceReport(Answer):
+    """What was done, and how every trajectory came out, by prompt."""
+
+    method: str
+    reward_models: list[str]
+    seed: int
+    rewards: list[list[float | None]]
+    steps: int
+    model_calls: int
+    reward_calls: int
+    queue_ms: float
+    generation_ms: float
+
+
+class StepReport(Answer):
+    """One denoising step of one trajectory."""
+
+    step: int
+    time: float
+    masked: int
+    revealed: int
+    mean_entropy: float | None
+    mean_w: float | None
+    reward_before: float | None
+    reward_after: float | None
+
+
+class Choice(Answer):
+    """What both kinds of choice share."""
+
+    index: int
+    finish_reason: FinishReason
+    stop_reason: str | None
+    logprobs: None
+    reward: float | None
+    rewards: dict[str, float] = {}
+    token_ids: list[int] = []
+
+
+class CompletionChoice(Choice):
+    """One answer to a prompt."""
+
+    text: str
+
+
+class AssistantMessage(Answer):
+    """The answer as a turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Choice):
+    """One answer to a conversation."""
+
+    message: AssistantMessage
+
+
+class GenerationResponse(Answer):
+    """What both kinds of response share. `trace` is by prompt, then trajectory, then step."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage
+    guidance: GuidanceReport
+    trace: list[list[list[StepReport]]] = []
+
+
+class CompletionResponse(GenerationResponse):
+    """Answer to `POST /v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class ChatCompletionResponse(GenerationResponse):
+    """Answer to `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+def chosen(result: JobResult) -> list[TrajectoryResult]:
+    """The n answers of a prompt, best first (in order for `none`)."""
+    return [result.trajectories[index] for index in result.chosen]
+
+
+def usage(plan: Plan, results: Sequence[JobResult]) -> Usage:
+    """Tokens of a whole request."""
+    completion = sum(answer.completion_tokens for result in results for answer in chosen(result))
+    every = sum(trajectory.completion_tokens for result in results for trajectory in result.trajectories)
+    return make_usage(plan.prompt_tokens, completion, every)
+
+
+def make_usage(prompt_tokens: int, completion_tokens: int, trajectory_tokens: int) -> Usage:
+    """Usage from its three counts."""
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        completion_tokens_details=CompletionTokensDetails(trajectory_tokens=trajectory_tokens),
+    )
+
+
+def guidance_report(plan: Plan, results: Sequence[JobResult]) -> GuidanceReport:
+    """The `guidance` block. Prompts run side by side, so times and calls are the largest of them."""
+    return GuidanceReport(
+        method=plan.guidance.method,
+        reward_models=[weighted.model for weighted in plan.guidance.reward_models],
+        seed=plan.sampling.seed,
+        rewards=[[trajectory.reward for trajectory in result.trajectories] for result in results],
+        steps=max(result.steps for result in results),
+        model_calls=max(result.model_calls for result in results),
+        reward_calls=max(result.reward_calls for result in results),
+        queue_ms=round(max(result.queue_ms for result in results), 3),
+        generation_ms=round(max(result.generation_ms for result in results), 3),
+    )
+
+
+def trace(results: Sequence[JobResult]) -> list[list[list[StepReport]]]:
+    """Every step of every trajectory of every prompt."""
+    return [
+        [[StepReport(**asdict(step)) for step in trajectory.trace] for trajectory in result.trajectories]
+        for result in results
+    ]
+
+
+def choice_fields(plan: Plan, index: int, answer: TrajectoryResult) -> dict[str, Any]:
+    """The fields of a finished choice other than its text."""
+    fields: dict[str, Any] = {
+        "index": index,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+        "logprobs": None,
+        "reward": answer.reward,
+    }
+    if len(plan.guidance.reward_models) > 1:
+        fields["rewards"] = answer.rewards
+    if plan.return_token_ids:
+        fields["token_ids"] = list(answer.token_ids)
+    return fields
+
+
+def response(plan: Plan, results: Sequence[JobResult]) -> CompletionResponse | ChatCompletionResponse:
+    """The whole answer. Choice i of prompt p has index p * n + i."""
+    common: dict[str, Any] = {
+        "id": plan.id,
+        "created": plan.created,
+        "model": plan.model,
+        "usage": usage(plan, results),
+        "guidance": guidance_report(plan, results),
+    }
+    if plan.trace:
+        common["trace"] = trace(results)
+    answers = list(enumerate(answer for result in results for answer in chosen(result)))
+    if plan.chat:
+        chat_choices = [
+            ChatChoice(
+                message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
+                **choice_fields(plan, index, answer),
+            )
+            for index, answer in answers
+        ]
+        return ChatCompletionResponse(object="chat.completion", choices=chat_choices, **common)
+    text_choices = [
+        CompletionChoice(text=answer.text, **choice_fields(plan, index, answer)) for index, answer in answers
+    ]
+    return CompletionResponse(object="text_completion", choices=text_choices, **common)

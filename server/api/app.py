@@ -1,0 +1,154 @@
+"""The application factory: one engine, one set of limits, all routes; tests drive it in-process, uvicorn over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from server import __version__
+from server.api import errors, openapi, ops, rewards, routes
+from server.api.convert import Limits
+from server.api.frontend import Frontend, StreamTimes
+from server.api.middleware import Guard, LimitBody, Observe
+from server.api.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RerankRequest,
+    ScoreRequest,
+    TokenizeRequest,
+)
+from server.engine.engine import Engine
+from server.metrics import Metrics, WorkerSnapshot
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BODIES = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    ScoreRequest,
+    RerankRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+DESCRIPTION = "Reward-guided diffusion language models behind OpenAI's API, with `guidance` and `diffusion` objects."
+
+
+def create_app(
+    engine: Engine, settings: Settings, *, on_failure: Callable[[BaseException], None] | None = None
+) -> FastAPI:
+    """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
+    while the models load; `on_failure` hears when they cannot be loaded."""
+    metrics = Metrics(lambda: worker_snapshot(engine))
+    frontend = Frontend(
+        engine=engine,
+        limits=Limits(
+            max_prompts=settings.max_prompts,
+            max_trajectories=settings.max_trajectories,
+            max_score_pairs=settings.max_score_pairs,
+            request_timeout=settings.request_timeout,
+        ),
+        times=StreamTimes(settings.keep_alive_seconds, settings.stalled_client_seconds),
+        metrics=metrics,
+    )
+
+    async def start() -> None:
+        try:
+            await engine.start()
+            metrics.introduce(engine.info.model.id)
+            await frontend.tokenizer()
+        except Exception as error:
+            frontend.failure = error
+            logger.error("the engine could not be started: %s", error)
+            if on_failure is not None:
+                on_failure(error)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(start(), name="engine-start")
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await engine.stop()
+            frontend.close()
+
+    app = FastAPI(
+        title="EntRGi server",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        docs_url=None,  # both pages would load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.frontend = frontend
+    app.state.created = int(time.time())
+    app.state.playground = ops.PLAYGROUND.read_text(encoding="utf-8")
+    for each in (routes, rewards, ops):
+        app.include_router(each.router)
+    errors.install(app)
+    keys = [key.get_secret_value() for key in settings.api_key]
+    openapi.install(app, BODIES, keyed=bool(keys))
+
+    # Added last is outermost.
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Guard,
+        api_keys=keys,
+        open_paths=frozenset(
+            path
+            for path, is_open in (("/metrics", settings.public_metrics), ("/", settings.public_playground))
+            if is_open
+        ),
+        max_header_bytes=settings.max_header_bytes,
+        root_path=settings.root_path,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(Observe)
+    return app
+
+
+def worker_snapshot(engine: Engine) -> WorkerSnapshot:
+    """The worker's numbers for a scrape."""
+    stats = engine.stats
+    runner = stats.runner
+    backend: dict[str, str] = {}
+    if stats.ready:
+        info = engine.info
+        backend = {"backend": info.kernel_backend, "device": info.device, "dtype": info.model.dtype}
+    return WorkerSnapshot(
+        counters={
+            "denoising_steps": runner.denoising_steps,
+            "committed_tokens": runner.committed_tokens,
+            "worker_restarts": stats.worker_restarts,
+        },
+        histograms={
+            name: getattr(runner, name)
+            for name in (
+                "model_forward_seconds",
+                "guidance_seconds",
+                "reward_forward_seconds",
+                "reward_backward_seconds",
+                "batch_trajectories",
+                "batch_rows",
+            )
+        },
+        kernel_backend=backend,
+    )

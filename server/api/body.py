@@ -1,0 +1,58 @@
+"""Reading a JSON body strictly. Python's parser alone takes NaN, repeated keys and any nesting."""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from server.api.errors import validate
+from server.errors import InvalidRequest, UnsupportedMediaType, quote
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read(request: Request, schema: type[Model]) -> Model:
+    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, and BodyTooLarge from below."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise UnsupportedMediaType(f"the body must be application/json, not {quote(content_type)}")
+    return validate(schema, parse(await request.body()))
+
+
+def parse(body: bytes) -> object:
+    """The JSON value. Raises InvalidRequest."""
+    try:
+        return json.loads(
+            body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique, parse_int=_parse_int
+        )
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> object:
+    raise InvalidRequest(f"{name} is not JSON")
+
+
+def _parse_int(digits: str) -> int:
+    # Python itself refuses very long ones with an error that is no JSONDecodeError.
+    if len(digits) > 400:
+        raise InvalidRequest(f"the number {quote(digits)} is too long")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise InvalidRequest(f"the key {quote(key)} occurs twice in one object")
+            seen.add(key)
+    return result

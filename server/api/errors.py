@@ -1,0 +1,146 @@
+"""The one place where a failure becomes a response: OpenAI's envelope, on every path."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from server.api.fields import UNSUPPORTED
+from server.errors import (
+    EngineFailed,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    Unauthorized,
+    quote,
+)
+
+logger = logging.getLogger(__name__)
+
+PARAM_CHARACTERS = 200
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in OpenAI's fields."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorBody
+
+
+def envelope(error: RequestError) -> dict[str, dict[str, str | None]]:
+    """The error as JSON-ready data."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def headers(error: RequestError) -> dict[str, str]:
+    """What the error adds to the response's header."""
+    added: dict[str, str] = {}
+    if error.retry_after is not None:
+        added["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.retryable is not None:
+        added["x-should-retry"] = "true" if error.retryable else "false"
+    if isinstance(error, Unauthorized):
+        added["WWW-Authenticate"] = 'Bearer realm="entrgi"'
+    return added
+
+
+def error_response(error: RequestError, extra_headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The response for an error."""
+    return JSONResponse(envelope(error), error.status, headers={**headers(error), **(extra_headers or {})})
+
+
+def unexpected(error: Exception) -> EngineFailed:
+    """A bug of ours: logged with its traceback, told without."""
+    logger.error("unexpected %s", type(error).__name__, exc_info=error)
+    return EngineFailed("an internal error ended this request")
+
+
+def install(app: FastAPI) -> None:
+    """Register the translation for everything that a route or the router raises."""
+
+    async def ours(request: Request, error: Exception) -> Response:
+        if not isinstance(error, RequestError):
+            error = unexpected(error)
+        request.app.state.frontend.refused(error)
+        return error_response(error)
+
+    async def router(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        translated: RequestError
+        if status == 404:
+            translated = NotFound(f"there is no route {quote(request.url.path)}")
+        elif status == 405:
+            translated = MethodNotAllowed(f"{quote(request.url.path)} does not take {quote(request.method)}")
+        else:
+            translated = unexpected(error)
+        extra = error.headers if isinstance(error, HTTPException) else None
+        return error_response(translated, extra)
+
+    async def validation(_: Request, error: Exception) -> Response:
+        details = error.errors() if isinstance(error, RequestValidationError) else []
+        return error_response(explain(details))
+
+    app.add_exception_handler(RequestError, ours)
+    app.add_exception_handler(HTTPException, router)
+    app.add_exception_handler(RequestValidationError, validation)
+
+
+def explain(details: Sequence[Any]) -> InvalidRequest:
+    """The first of pydantic's complaints, as ours."""
+    if not details:
+        return InvalidRequest("the request is not valid")
+    detail = details[0]
+    location = [part for part in detail["loc"] if part not in ("body", "query", "path", "header")]
+    param = _clean(".".join(str(part) for part in location)) or None
+    field = str(location[-1]) if location else ""
+    where = f"`{param}`" if param else "the request body"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"{where} is not a field of this request", param)
+    if kind == "missing":
+        return InvalidRequest(f"{where} is required", param)
+    if field in UNSUPPORTED:
+        return InvalidRequest(f"{where} is not supported: {UNSUPPORTED[field]}", param)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if kind == "invalid":
+        return InvalidRequest(f"{where} {message}", param)
+    value = detail.get("input")
+    shown = f" (got {quote(value)})" if isinstance(value, str | int | float | bool | None) else ""
+    return InvalidRequest(f"{where}: {_lower(message)}{shown}", param)
+
+
+def validate(schema: type[Model], data: object) -> Model:
+    """`data` as `schema`. Raises InvalidRequest that names the first wrong field."""
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise explain(error.errors(include_url=False, include_context=False)) from None
+
+
+def _clean(text: str) -> str:
+    """A field path as it may stand in an answer: printable ASCII, at most 200 characters."""
+    text = text[: PARAM_CHARACTERS + 1].encode("ascii", "backslashreplace").decode("ascii")
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

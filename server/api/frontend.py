@@ -1,0 +1,72 @@
+"""What the routes share: the engine, the tokenizer, the limits and the metrics of one application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from server.api.convert import Limits
+from server.engine.engine import Engine, JobStream
+from server.errors import RequestError
+from server.metrics import Metrics
+from server.text.tokenizer import Tokenizer
+from server.types import EngineInfo, Job
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimes:
+    """Seconds: of silence before a keep-alive comment, and of a client's not reading before it is given up."""
+
+    keep_alive: float = 10.0
+    stalled: float = 60.0
+
+
+@dataclass(slots=True)
+class Frontend:
+    """One a application; in `app.state.frontend`."""
+
+    engine: Engine
+    limits: Limits
+    times: StreamTimes
+    metrics: Metrics
+    root_path: str = ""
+    failure: BaseException | None = None  # why the engine could not start
+    _tokenizer: Tokenizer | None = None
+    # Long prompts would hold up the event loop for as long as they take to tokenise.
+    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
+
+    @property
+    def info(self) -> EngineInfo:
+        """The loaded models. Raises NotReady before there are any."""
+        return self.engine.info
+
+    async def tokenizer(self) -> Tokenizer:
+        """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""
+        if self._tokenizer is None:
+            self._tokenizer = await self.aside(Tokenizer.load, Path(self.info.model.tokenizer_path))
+        return self._tokenizer
+
+    async def aside(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        """Run text work in the one thread that is for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+
+    def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
+        """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""
+        self.engine.check_room(len(jobs))
+        return [self.engine.submit(job) for job in jobs]
+
+    def refused(self, error: RequestError) -> None:
+        """Count a refusal that is the server's state and not the request's fault."""
+        if error.status in (408, 429, 503):
+            self.metrics.admission_rejections.labels(error.code or error.kind).inc()
+
+    def close(self) -> None:
+        """No more text work."""
+        self._executor.shutdown(wait=False, cancel_futures=True)

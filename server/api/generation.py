@@ -1,0 +1,131 @@
+"""Running a plan: its jobs' events merged into one sequence, counted, and cancelled when nobody listens any more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from server.api.convert import Plan
+from server.api.frontend import Frontend
+from server.engine.engine import JobStream
+from server.engine.messages import Event, Failed, Finished, Progress, Started
+from server.errors import InvalidRequest, RequestError, from_kind
+from server.metrics import Metrics
+from server.types import Job, JobResult
+
+MERGED_EVENTS = 64
+
+
+async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Event]]:
+    """(prompt index, event) as they come, until every job has finished. Raises the error of the first job that fails.
+    Close it (`aclosing`) to drop what is left: jobs leave before the next denoising step."""
+    streams = frontend.submit(plan.jobs)
+    merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MERGED_EVENTS)
+    records = [_Record(frontend.metrics, plan, job) for job in plan.jobs]
+    pumps = [
+        asyncio.create_task(_pump(index, stream, merged), name=f"pump {plan.jobs[index].id}")
+        for index, stream in enumerate(streams)
+    ]
+    try:
+        unfinished = len(streams)
+        while unfinished:
+            index, event = await merged.get()
+            records[index].see(event)
+            if isinstance(event, Failed):
+                raise failure(event, plan)
+            unfinished -= isinstance(event, Finished)
+            yield index, event
+    finally:
+        for stream, pump in zip(streams, pumps, strict=True):
+            pump.cancel()
+            await stream.aclose()
+        await asyncio.gather(*pumps, return_exceptions=True)
+        for record in records:
+            record.close()
+
+
+async def results(frontend: Frontend, plan: Plan) -> list[JobResult]:
+    """The answers of all jobs, in the order of the prompts. Cancelling the call cancels the jobs."""
+    answers: dict[int, JobResult] = {}
+    async with aclosing(events(frontend, plan)) as sequence:
+        async for index, event in sequence:
+            if isinstance(event, Finished):
+                answers[index] = event.result
+    return [answers[index] for index in range(len(plan.jobs))]
+
+
+async def _pump(index: int, stream: JobStream, merged: asyncio.Queue[tuple[int, Event]]) -> None:
+    async for event in stream:
+        await merged.put((index, event))
+
+
+def failure(event: Failed, plan: Plan) -> RequestError:
+    """A worker's failure as the error to raise, its `param` in the request's own words."""
+    error = from_kind(event.kind, event.message, event.param)
+    if isinstance(error, InvalidRequest) and event.param == "messages" and not plan.chat:
+        error.param = "prompt"
+    return error
+
+
+class _Record:
+    """The metrics of one job's life."""
+
+    def __init__(self, metrics: Metrics, plan: Plan, job: Job) -> None:
+        self._metrics = metrics
+        self._job = job
+        self._model = plan.model
+        self._arrived = time.monotonic()
+        self._gauge = metrics.requests_waiting.labels(plan.model)
+        self._gauge.inc()
+        self._first_text = False
+        self._ended = False
+
+    def see(self, event: Event) -> None:
+        """Count an event."""
+        now = time.monotonic()
+        match event:
+            case Started():
+                self._metrics.queue_time.labels(self._model).observe(now - self._arrived)
+                self._gauge.dec()
+                self._gauge = self._metrics.requests_running.labels(self._model)
+                self._gauge.inc()
+            case Progress(revealed=revealed):
+                if any(position == 0 for position, _ in revealed):
+                    self._text_is_there(now)
+            case Finished(result=result):
+                self._text_is_there(now)
+                self._finished(result, now)
+            case Failed():
+                self._ended = True
+            case _:
+                pass
+
+    def close(self) -> None:
+        """The job is over, one way or another."""
+        self._gauge.dec()
+        if not self._ended:
+            self._metrics.request_success.labels(self._model, "abort").inc()
+
+    def _text_is_there(self, now: float) -> None:
+        if not self._first_text:
+            self._first_text = True
+            self._metrics.time_to_first_token.labels(self._model).observe(now - self._arrived)
+
+    def _finished(self, result: JobResult, now: float) -> None:
+        self._ended = True
+        metrics, job = self._metrics, self._job
+        metrics.e2e_latency.labels(self._model).observe(now - self._arrived)
+        metrics.prompt_tokens.labels(self._model).inc(len(job.prompt_ids) + len(job.suffix_ids))
+        tokens = sum(trajectory.completion_tokens for trajectory in result.trajectories)
+        metrics.generation_tokens.labels(self._model).inc(tokens)
+        reason = result.trajectories[result.chosen[0]].finish_reason
+        metrics.request_success.labels(self._model, reason).inc()
+        method = job.guidance.method
+        names = [reward.model for reward in job.guidance.reward_models]
+        if method != "none":
+            metrics.guided_requests.labels(method, "+".join(names)).inc()
+        for index in result.chosen:
+            for name, reward in result.trajectories[index].rewards.items():
+                metrics.final_reward.labels(name, method).observe(reward)

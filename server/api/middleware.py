@@ -1,0 +1,175 @@
+"""What happens before and after every route, as plain ASGI: request ids, limits, API keys, the last catch.
+
+No class here touches the body of a response or stands between a route and `http.disconnect`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import error_response, unexpected
+from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, Unauthorized
+from server.log import request_id
+
+access = logging.getLogger("server.access")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
+ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
+
+
+def local_path(scope: Scope, root_path: str = "") -> str:
+    """The path below the prefix under which a proxy publishes us; the proxy may or may not have cut it off."""
+    path: str = scope["path"]
+    if root_path and path.startswith(root_path + "/"):
+        return path[len(root_path) :]
+    return path
+
+
+class Observe:
+    """Outermost: gives every request an id, logs it, and turns what nobody caught into a 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Wrap one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        proposed = Headers(scope=scope).get("x-request-id", "")
+        identity = proposed if REQUEST_ID.fullmatch(proposed) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = identity
+        token = request_id.set(identity)
+        status: int | None = None
+        started = time.monotonic()
+
+        async def with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = identity
+            await send(message)
+
+        try:
+            await self.app(scope, receive, with_id)
+        except Exception as error:
+            failed = unexpected(error)
+            if status is not None:
+                raise  # too late for an answer; the server closes the connection
+            await error_response(failed)(scope, receive, with_id)
+        finally:
+            access.log(
+                logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+                "request",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"][:200],
+                    "status": status,
+                    "seconds": round(time.monotonic() - started, 4),
+                },
+            )
+            request_id.reset(token)
+
+
+class Guard:
+    """Refuses requests without a valid API key, except to the open paths, and those with oversized headers.
+
+    Keys are kept as SHA-256 digests and compared in constant time, all of them each time. Without keys everybody may
+    come in.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: Iterable[str],
+        open_paths: frozenset[str],
+        max_header_bytes: int,
+        root_path: str = "",
+    ) -> None:
+        self.app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._open_paths = ALWAYS_OPEN | open_paths
+        self._max_header_bytes = max_header_bytes
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request pass, or answer it."""
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except RequestError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self._max_header_bytes:
+            raise HeadersTooLarge(f"the header takes more than {self._max_header_bytes} bytes")
+        if not self._digests or local_path(scope, self._root_path) in self._open_paths:
+            return
+        credentials = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(credentials) != 1:
+            raise Unauthorized("an API key is needed: send `Authorization: Bearer KEY`")
+        scheme, _, key = credentials[0].partition(b" ")
+        if scheme.lower() != b"bearer" or not self._is_known(key.strip()):
+            raise Unauthorized("the API key is not valid")
+
+    def _is_known(self, key: bytes) -> bool:
+        digest = _digest(key)
+        known = False
+        for each in self._digests:
+            known |= hmac.compare_digest(digest, each)
+        return known
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class LimitBody:
+    """Refuses bodies over the limit: by their announced length at once, chunked ones as soon as they pass it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Count what the route reads."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        error = BodyTooLarge(f"the body takes more than {self._max_bytes} bytes")
+        announced = Headers(scope=scope).get("content-length")
+        if announced is not None:
+            if not re.fullmatch(r"[0-9]{1,19}", announced):
+                await error_response(InvalidRequest("Content-Length is not a number"))(scope, receive, send)
+                return
+            if int(announced) > self._max_bytes:
+                await error_response(error)(scope, receive, send)
+                return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_bytes:
+                raise error
+            return message
+
+        await self.app(scope, counted, send)

@@ -1,0 +1,210 @@
+"""Routes for operators and tools: liveness, readiness, version, metrics, models, the playground page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from server import __version__
+from server.api.answers import Answer
+from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP_P
+from server.api.frontend import Frontend
+from server.api.guidance import UNBUILT_ALGORITHMS
+from server.api.openapi import errors, success
+from server.errors import EngineFailed, NotReady, UnknownModel, quote
+from server.metrics import CONTENT_TYPE
+from server.types import METHODS, Algorithm, EngineInfo, GuidanceParams, ModelInfo, RewardModelInfo
+
+PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
+OWNER = "entrgi"
+
+router = APIRouter()
+
+
+class Status(Answer):
+    """One word."""
+
+    status: Literal["ok", "ready"]
+
+
+class Version(Answer):
+    """The server's version."""
+
+    version: str
+
+
+class Model(Answer):
+    """A loaded model. `type` says what it can be used for; the fields that only one kind has are null for the other."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    type: Literal["diffusion", "reward"]
+    family: str
+    context_length: int
+    max_model_len: int
+    dtype: str
+    vocab_size: int | None
+    mask_token_id: int | None
+    eos_token_id: int | None
+    guidance_methods: list[str] | None
+    algorithms: list[str] | None
+    defaults: dict[str, Any] | None
+    vocab_coverage: float | None
+    vocab_fallback: Literal["unk", "zero"] | None
+
+
+class ModelList(Answer):
+    """Diffusion models first, then reward models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+def frontend_of(request: Request) -> Frontend:
+    """The application's frontend."""
+    frontend: Frontend = request.app.state.frontend
+    return frontend
+
+
+@router.get("/health", responses=success(Status, "Alive") | errors(503))
+async def health(request: Request) -> Response:
+    """503 only when the process must be restarted."""
+    if frontend_of(request).failure is not None:
+        raise EngineUnusable("the engine could not be started")
+    return JSONResponse({"status": "ok"})
+
+
+class EngineUnusable(EngineFailed):
+    """No restart of the worker will help."""
+
+    status = 503
+    code = "engine_failed"
+
+
+@router.get("/ready", responses=success(Status, "Can serve") | errors(503))
+async def ready(request: Request) -> Response:
+    """503 while loading, draining or without a worker."""
+    engine = frontend_of(request).engine
+    if not engine.ready:
+        engine.check_room()
+        raise NotReady("no worker is ready to take requests")
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/ping", responses=success(Status, "Alive") | errors())
+async def ping() -> Response:
+    """Always the same answer."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/version", responses=success(Version, "Version") | errors())
+async def version() -> Response:
+    """The server's version."""
+    return JSONResponse({"version": __version__})
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"description": "Prometheus metrics", "content": {"text/plain": {}}}, **errors()},
+)
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus's text format."""
+    return Response(frontend_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get("/", response_class=HTMLResponse, responses=errors())
+async def playground(request: Request) -> Response:
+    """A page to try the server on, complete in one file."""
+    page: str = request.app.state.playground
+    return HTMLResponse(
+        page,
+        headers={
+            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        },
+    )
+
+
+@router.get("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))
+async def models(request: Request) -> Response:
+    """What is loaded, with defaults."""
+    frontend = frontend_of(request)
+    data = [model.to_json() for model in _models(frontend.info, request.app.state.created)]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
+async def model(request: Request, model_id: str) -> Response:
+    """One loaded model."""
+    for each in _models(frontend_of(request).info, request.app.state.created):
+        if each.id == model_id:
+            return JSONResponse(each.to_json())
+    raise UnknownModel(f"there is no model {quote(model_id)}")
+
+
+def _models(info: EngineInfo, created: int) -> list[Model]:
+    methods: list[str] = [*METHODS] if info.reward_models else ["none"]
+    return [
+        _diffusion_model(info.model, methods, created),
+        *(_reward_model(reward, created) for reward in info.reward_models),
+    ]
+
+
+def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model:
+    guidance = GuidanceParams()
+    return Model(
+        id=info.id,
+        object="model",
+        created=created,
+        owned_by=OWNER,
+        type="diffusion",
+        family=info.family,
+        context_length=info.context_length,
+        max_model_len=info.context_length,
+        dtype=info.dtype,
+        vocab_size=info.vocab_size,
+        mask_token_id=info.mask_token_id,
+        eos_token_id=info.eos_token_id,
+        guidance_methods=methods,
+        algorithms=[name for name in get_args(Algorithm) if name not in UNBUILT_ALGORITHMS],
+        defaults={
+            "max_tokens": info.default_max_tokens,
+            "steps": info.default_max_tokens,
+            "temperature": DEFAULT_TEMPERATURE,
+            "top_p": DEFAULT_TOP_P,
+            "best_of": {method: 1 if method == "none" else DEFAULT_BEST_OF for method in methods},
+            "guidance": guidance.method,
+            "gradient_steps": guidance.gradient_steps,
+            "eta": guidance.eta,
+        },
+        vocab_coverage=None,
+        vocab_fallback=None,
+    )
+
+
+def _reward_model(info: RewardModelInfo, created: int) -> Model:
+    return Model(
+        id=info.id,
+        object="model",
+        created=created,
+        owned_by=OWNER,
+        type="reward",
+        family=info.family,
+        context_length=info.context_length,
+        max_model_len=info.context_length,
+        dtype=info.dtype,
+        vocab_size=None,
+        mask_token_id=None,
+        eos_token_id=None,
+        guidance_methods=None,
+        algorithms=None,
+        defaults=None,
+        vocab_coverage=info.vocab_coverage,
+        vocab_fallback=info.vocab_fallback,
+    )

@@ -1,0 +1,60 @@
+"""Completions and chat completions. A route reads, converts and hands over, without a `try`: errors are translated once."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.api import body
+from server.api.answers import ChatCompletionResponse, CompletionResponse, response
+from server.api.convert import Plan, chat_plan, completion_plan
+from server.api.disconnect import unless_disconnected
+from server.api.frontend import Frontend
+from server.api.generation import results
+from server.api.openapi import body as documented_body
+from server.api.openapi import errors, success
+from server.api.ops import frontend_of
+from server.api.schemas import ChatCompletionRequest, CompletionRequest
+from server.api.stream import open_stream
+
+router = APIRouter()
+STREAM = ("text/event-stream",)
+STATUSES = (400, 404, 408, 413, 415, 429, 503)
+
+
+@router.post(
+    "/v1/completions",
+    responses=success(CompletionResponse, "The answers, or a stream of events", STREAM) | errors(*STATUSES),
+    openapi_extra=documented_body(CompletionRequest),
+)
+async def completions(request: Request) -> Response:
+    """Complete prompts; with `suffix`, fill in what lies between."""
+    frontend = frontend_of(request)
+    asked = await body.read(request, CompletionRequest)
+    tokenizer = await frontend.tokenizer()
+    plan = await frontend.aside(completion_plan, asked, frontend.info, tokenizer, frontend.limits, uuid.uuid4().hex)
+    return await _answer(request, frontend, plan)
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses=success(ChatCompletionResponse, "The answers, or a stream of events", STREAM) | errors(*STATUSES),
+    openapi_extra=documented_body(ChatCompletionRequest),
+)
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    frontend = frontend_of(request)
+    asked = await body.read(request, ChatCompletionRequest)
+    tokenizer = await frontend.tokenizer()
+    plan = await frontend.aside(chat_plan, asked, frontend.info, tokenizer, frontend.limits, uuid.uuid4().hex)
+    return await _answer(request, frontend, plan)
+
+
+async def _answer(request: Request, frontend: Frontend, plan: Plan) -> Response:
+    if plan.stream is not None:
+        tokenizer = await frontend.tokenizer()
+        return await open_stream(frontend, plan, plan.stream, tokenizer, frontend.info.model.stop_token_ids)
+    answers = await unless_disconnected(request.receive, results(frontend, plan))
+    return JSONResponse(response(plan, answers).to_json())

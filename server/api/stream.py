@@ -1,0 +1,270 @@
+"""Server-sent events: text as it becomes sure, canvases, the end of each choice, and errors after the first byte.
+
+OpenAI's clients can only append. A diffusion model reveals tokens anywhere, so text is sent when the run of revealed
+tokens that touches the left edge grows. Where several trajectories compete, the winner's text comes at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.answers import choice_fields, chosen, guidance_report, make_usage, trace, usage
+from server.api.convert import Plan, StreamMode
+from server.api.disconnect import disconnected
+from server.api.errors import envelope, unexpected
+from server.api.frontend import Frontend
+from server.api.generation import events
+from server.engine.messages import Canvas, Event, Finished, Progress
+from server.errors import RequestError
+from server.text.response import StreamDecoder
+from server.text.tokenizer import Tokenizer
+from server.types import Job, JobResult
+
+logger = logging.getLogger(__name__)
+
+# A failure that shows itself this soon gets its own status; after that the stream begins.
+FIRST_EVENT_SECONDS = 1.0
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+Sequence = AsyncGenerator[tuple[int, Event]]
+
+
+def encode(data: object) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+async def open_stream(
+    frontend: Frontend, plan: Plan, mode: StreamMode, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]
+) -> EventStream:
+    """Submit the jobs and wait a moment for a refusal, which is raised; then the response that streams the rest."""
+    sequence = events(frontend, plan)
+    first = asyncio.ensure_future(anext(sequence))
+    try:
+        await asyncio.wait({first}, timeout=FIRST_EVENT_SECONDS)
+    except asyncio.CancelledError:
+        await _abandon(first, sequence)
+        raise
+    if first.done() and first.exception() is not None:
+        await first  # raises
+    return EventStream(frontend, sequence, first, Chunks(plan, mode, tokenizer, stop_token_ids))
+
+
+class EventStream(Response):
+    """Sends a plan's events until they end or the client goes; then the jobs are cancelled."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, frontend: Frontend, sequence: Sequence, first: asyncio.Future[tuple[int, Event]], chunks: Chunks
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._frontend = frontend
+        self._sequence = sequence
+        self._pending = first
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Race the sending against the client's leaving."""
+        sending = asyncio.create_task(self._send_all(send))
+        gone = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            sending.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+            await _abandon(self._pending, self._sequence)
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send_all(self, send: Send) -> None:
+        stalled = self._frontend.times.stalled
+        try:
+            async with asyncio.timeout(stalled):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for data in self._data():
+                async with asyncio.timeout(stalled):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with asyncio.timeout(stalled):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            logger.warning("the client of a stream read nothing for %g seconds and is given up", stalled)
+
+    async def _data(self) -> AsyncGenerator[bytes]:
+        """The bytes of the stream, keep-alive comments included."""
+        for chunk in self._chunks.begin():
+            yield encode(chunk)
+        while True:
+            done, _ = await asyncio.wait({self._pending}, timeout=self._frontend.times.keep_alive)
+            if not done:
+                yield KEEP_ALIVE
+                continue
+            try:
+                index, event = self._pending.result()
+                made = list(self._chunks.feed(index, event))
+            except StopAsyncIteration:
+                break
+            except Exception as error:
+                if not isinstance(error, RequestError):
+                    error = unexpected(error)
+                self._frontend.refused(error)
+                yield encode(envelope(error))
+                break
+            self._pending = asyncio.ensure_future(anext(self._sequence))
+            for chunk in made:
+                yield encode(chunk)
+        yield DONE
+
+
+async def _abandon(pending: asyncio.Future[tuple[int, Event]], sequence: Sequence) -> None:
+    """End a sequence that may be waiting for its next event."""
+    pending.cancel()
+    await asyncio.gather(pending, return_exceptions=True)
+    await sequence.aclose()
+
+
+class _Text:
+    """One choice whose text is sent as it appears."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], job: Job) -> None:
+        self._decoder = StreamDecoder(
+            tokenizer, stop_token_ids, stop=job.sampling.stop, ignore_eos=job.sampling.ignore_eos
+        )
+        self._waiting: dict[int, int] = {}  # revealed, but not connected to the left edge
+        self._next = 0
+        self.characters = 0
+        self.tokens = 0
+
+    def reveal(self, revealed: list[tuple[int, int]]) -> str:
+        """Take what a step revealed; returns the text that is now sure."""
+        self._waiting.update(revealed)
+        run: list[int] = []
+        while self._next in self._waiting:
+            run.append(self._waiting.pop(self._next))
+            self._next += 1
+        if not run:
+            return ""
+        delta = self._decoder.push(run)
+        self.characters += len(delta)
+        if delta:
+            self.tokens = self._next
+        return delta
+
+    def rest(self, text: str) -> str:
+        """What of the final text has not been sent."""
+        return text[self.characters :]
+
+
+class Chunks:
+    """Turns events into OpenAI's chunks."""
+
+    def __init__(self, plan: Plan, mode: StreamMode, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
+        self._plan = plan
+        self._mode = mode
+        self._tokenizer = tokenizer
+        self._results: dict[int, JobResult] = {}
+        n = plan.sampling.n
+        self._texts = {
+            index * n + choice: _Text(tokenizer, stop_token_ids, job)
+            for index, job in enumerate(plan.jobs)
+            for choice in range(n)
+        }
+        self._token_texts: dict[int, str] = {}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The chunks that open a chat stream: the role of each choice."""
+        if self._plan.chat:
+            for index in self._texts:
+                yield self._chunk([self._choice(index, {"role": "assistant", "content": ""})])
+
+    def feed(self, prompt: int, event: Event) -> Iterator[dict[str, Any]]:
+        """The chunks of one event of one prompt."""
+        match event:
+            case Progress(trajectory=trajectory, revealed=revealed):
+                index = prompt * self._plan.sampling.n + trajectory
+                if delta := self._texts[index].reveal(revealed):
+                    yield self._text_chunk(index, delta)
+            case Canvas():
+                yield self._canvas_chunk(prompt, event)
+            case Finished(result=result):
+                yield from self._finished(prompt, result)
+            case _:
+                pass
+
+    def _finished(self, prompt: int, result: JobResult) -> Iterator[dict[str, Any]]:
+        """The rest of each choice's text and its end; with the last prompt also what concerns the whole request."""
+        plan = self._plan
+        self._results[prompt] = result
+        whole = len(self._results) == len(plan.jobs)
+        answers = chosen(result)
+        for rank, answer in enumerate(answers):
+            index = prompt * plan.sampling.n + rank
+            text = self._texts[index]
+            if rest := text.rest(answer.text):
+                text.characters += len(rest)
+                text.tokens = answer.completion_tokens
+                yield self._text_chunk(index, rest)
+            text.tokens = answer.completion_tokens
+            end = choice_fields(plan, index, answer)
+            chunk = self._chunk([self._choice(index, {} if plan.chat else "") | end])
+            if whole and rank == len(answers) - 1:
+                results = [self._results[each] for each in range(len(plan.jobs))]
+                chunk["guidance"] = guidance_report(plan, results).to_json()
+                if plan.trace:
+                    chunk["trace"] = [
+                        [[step.to_json() for step in steps] for steps in steps_of] for steps_of in trace(results)
+                    ]
+            yield chunk
+        if whole and self._mode.include_usage:
+            results = [self._results[each] for each in range(len(plan.jobs))]
+            yield self._chunk([]) | {"usage": usage(plan, results).to_json()}
+
+    def _text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk([self._choice(index, {"content": text} if self._plan.chat else text)])
+
+    def _choice(self, index: int, content: dict[str, str] | str) -> dict[str, Any]:
+        key = "delta" if self._plan.chat else "text"
+        return {"index": index, key: content, "logprobs": None, "finish_reason": None}
+
+    def _canvas_chunk(self, prompt: int, event: Canvas) -> dict[str, Any]:
+        canvas = {
+            "prompt": prompt,
+            "trajectory": event.trajectory,
+            "step": event.step,
+            "tokens": [None if token < 0 else self._token_text(token) for token in event.token_ids],
+            "entropy": event.entropy,
+            "reward": event.reward,
+        }
+        return self._chunk([]) | {"canvas": canvas}
+
+    def _token_text(self, token: int) -> str:
+        """One token by itself; special ones by name, parts of characters as U+FFFD."""
+        if token not in self._token_texts:
+            self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+        return self._token_texts[token]
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        plan = self._plan
+        chunk: dict[str, Any] = {
+            "id": plan.id,
+            "object": "chat.completion.chunk" if plan.chat else "text_completion",
+            "created": plan.created,
+            "model": plan.model,
+            "choices": choices,
+        }
+        if self._mode.continuous_usage:
+            tokens = sum(text.tokens for text in self._texts.values())
+            chunk["usage"] = make_usage(plan.prompt_tokens, tokens, tokens).to_json()
+        elif self._mode.include_usage:
+            chunk["usage"] = None
+        return chunk
