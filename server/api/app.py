@@ -1,4 +1,4 @@
-"""The application factory: one engine, one set of limits, all routes; tests drive it in-process, uvicorn over sockets."""
+"""The application factory: one engine, one set of limits, all routes. Tests drive it in-process, uvicorn by socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions and chat completions. A route reads, converts and hands over, without a `try`: errors are translated once."""
+"""Completions and chat completions. A route reads, converts and hands over; errors are translated in one place."""
 
 from __future__ import annotations
 

@@ -1,0 +1,188 @@
+"""The composition root: settings in, one engine and one HTTP server out, and an orderly end.
+
+The socket is bound before the models load, so that probes get answers; `/ready` turns 200 only after a guided warm-up.
+SIGTERM or SIGINT begins a drain: `/ready` is 503 at once, requests in flight finish within the grace time, then the
+process ends. A second signal ends it now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import uvicorn
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from server import __version__, log
+from server.api.app import create_app
+from server.engine.config import EngineConfig, WorkerConfig
+from server.engine.engine import Engine
+from server.engine.scheduler import Budget
+from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# After the drain only answers that are being written are left.
+LAST_WRITES_SECONDS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the server until it is told to stop. Returns the exit status: 0 after a drain, 1 when it could not start, 2
+    for wrong settings."""
+    parsed = vars(parser().parse_args(arguments))
+    parsed.pop("command")
+    config: Path | None = parsed.pop("config", None)
+    try:
+        settings = load(parsed, config)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log.configure(settings.log_level, settings.log_format)
+    for name in unknown_variables(os.environ):
+        logger.warning("%s is set but is no setting of this server", name)
+    if settings.host not in LOOPBACK and not settings.api_key:
+        logger.warning("LISTENING ON %s WITHOUT AN API KEY: anyone who can reach it can use it", settings.host)
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        return runner.run(serve(settings))
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until a signal, or until the engine turns out not to start. Returns the exit status."""
+    engine = Engine(engine_config(settings))
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(engine, settings, on_failure=failed)
+    server = Server(http_config(app, settings))
+    sock = server.config.bind_socket()
+    draining: list[asyncio.Task[None]] = []
+
+    async def drain() -> None:
+        logger.info("draining: requests in flight have %g seconds", settings.drain_seconds)
+        await engine.drain(settings.drain_seconds)
+        server.should_exit = True
+
+    def on_signal() -> None:
+        if draining:
+            server.should_exit = server.force_exit = True
+        else:
+            draining.append(asyncio.create_task(drain(), name="drain"))
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for task in draining:
+            task.cancel()
+        sock.close()
+    return 1 if failures else 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end it before the drain."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `serve`."""
+        yield
+
+
+def http_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """uvicorn's configuration. h11 is the parser that bounds the size of headers while they arrive."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        h11_max_incomplete_event_size=settings.max_header_bytes + 1024,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        timeout_graceful_shutdown=LAST_WRITES_SECONDS,
+        backlog=2048,
+    )
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """The engine's plain values. Without a model the bundled one is served, and without any model named at all the
+    bundled reward models too."""
+    model, rewards = settings.model, reward_models(settings.reward_model)
+    if model is None:
+        from server.demo import bundled_model_path, bundled_reward_models
+
+        model = str(bundled_model_path())
+        if not rewards:
+            rewards = {name: str(path) for name, path in bundled_reward_models().items()}
+    return EngineConfig(
+        worker=WorkerConfig(
+            model=model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            reward_models=rewards,
+            vocab_fallback=settings.vocab_fallback,
+            max_model_len=settings.max_model_len,
+            served_model_name=settings.served_model_name,
+            threads=settings.threads,
+            budget=Budget(settings.batch_tokens, settings.batch_guided_rows, settings.batch_trajectories),
+            log_level=settings.log_level,
+        ),
+        max_jobs=settings.max_queue,
+        watchdog_seconds=settings.watchdog_seconds,
+        start_limit_seconds=settings.start_limit_seconds,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags for every setting. What is not given stays absent, so that the environment and the file are heard."""
+    made = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Serve a reward-guided diffusion language model behind OpenAI's API. Every setting is also an "
+        f"environment variable ({ENV_PREFIX}PORT for --port) and a key of the YAML file; flags win over the "
+        "environment, the environment over the file.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    made.add_argument("command", nargs="?", choices=("serve",), default="serve", help="serve (may be left out)")
+    made.add_argument("--version", action="version", version=__version__)
+    made.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file of settings ({ENV_PREFIX}CONFIG)")
+    for name, field in Settings.model_fields.items():
+        _add_flag(made, name, field)
+    return made
+
+
+def _add_flag(made: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    text = f"{field.description} (default: {_shown(field)})".replace("%", "%%")
+    kind = field.annotation
+    if kind is bool:
+        made.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+    elif get_origin(kind) is list:
+        made.add_argument(flag, dest=name, action="append", metavar="VALUE", help=text)
+    else:
+        choices = [value for value in get_args(kind) if isinstance(value, str)]
+        made.add_argument(flag, dest=name, metavar="|".join(choices) or "VALUE", help=text)
+
+
+def _shown(field: FieldInfo) -> str:
+    default = field.default
+    return "none" if default is None or default in ([], "", PydanticUndefined) else str(default)
