@@ -34,10 +34,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _local_folder(path_or_id: str | Path) -> Path | None:
+    folder = Path(path_or_id).expanduser()
+    return folder if str(path_or_id) and folder.is_dir() else None
+
+
 def checkpoint_name(path_or_id: str | Path) -> str:
     """A local folder's own name, or a hub id without its revision."""
-    folder = Path(path_or_id).expanduser()
-    return folder.resolve().name if folder.is_dir() else str(path_or_id).partition("@")[0]
+    folder = _local_folder(path_or_id)
+    return str(path_or_id).partition("@")[0] if folder is None else folder.resolve().name
 
 
 def resolve_checkpoint(
@@ -53,8 +58,8 @@ def resolve_checkpoint(
     weight is fetched and raises to refuse it. `known` lists model names for the message of a wrong one. Raises
     ConfigurationError.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = _local_folder(path_or_id)
+    if folder is not None:
         if revision is not None:
             raise ConfigurationError(f"revision {quote(revision)} has no effect on a local folder")
         return folder

@@ -66,10 +66,10 @@ def test_masked_logits_are_the_full_logits_at_their_rows(golden):
     lengths = [len(canvas) for canvas, _ in cases]
     tokens, layout = torch.cat([canvas for canvas, _ in cases]), PackedLayout.of(lengths)
     full = model.head(model.hidden(tokens, layout))
-    shifted = []
-    for sequence in full.split(lengths):
-        shifted.append(torch.cat((sequence[:1], sequence[:-1])) if model.shifts else sequence)
-    expected = torch.cat(shifted)
+    if model.shifts:
+        expected = torch.cat([torch.cat((sequence[:1], sequence[:-1])) for sequence in full.split(lengths)])
+    else:
+        expected = full
     starts = layout.starts.tolist()
     for rows in (torch.arange(len(tokens)), torch.tensor([starts[2], 3, starts[1], starts[1] - 1, starts[1] + 1, 0])):
         torch.testing.assert_close(model.masked_logits(tokens, layout, rows), expected[rows], rtol=0, atol=1e-12)

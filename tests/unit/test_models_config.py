@@ -1,0 +1,120 @@
+"""What config.json may say: everything that changes the network is honoured or refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from server.errors import ConfigurationError
+from server.models.dream import DreamConfig
+from server.models.llada import LLaDAConfig
+from server.models.registry import FAMILIES, KNOWN_MODELS, family_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def raw(family, **changes):
+    config = json.loads((GOLDEN / f"{family}-tiny" / "dlm" / "config.json").read_text())
+    return config | changes
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+        ("rope_parameters", {"rope_theta": 10000.0, "factor": 2.0}),
+        ("quantization_config", {"bits": 4}),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("attention_dropout", 0.1),
+        ("head_dim", 32),
+        ("vocab_size", None),
+        ("hidden_size", "64"),
+        ("hidden_size", 62),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", True),
+        ("num_key_value_heads", 3),
+        ("rms_norm_eps", 0.0),
+        ("rope_theta", float("inf")),
+        ("tie_word_embeddings", "yes"),
+        ("max_position_embeddings", None),
+    ],
+)
+def test_dream_refuses_by_name(key, value):
+    with pytest.raises(ConfigurationError, match=key):
+        DreamConfig.from_dict(raw("dream", **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alibi", True),
+        ("rope", False),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("quantization_config", {"bits": 8}),
+        ("block_type", "sequential"),
+        ("activation_type", "swiglu"),
+        ("layer_norm_type", "default"),
+        ("layer_norm_with_affine", False),
+        ("attention_layer_norm", True),
+        ("include_bias", True),
+        ("include_qkv_bias", True),
+        ("bias_for_layer_norm", True),
+        ("input_emb_norm", True),
+        ("scale_logits", True),
+        ("block_group_size", 2),
+        ("clip_qkv", 8.0),
+        ("residual_dropout", 0.1),
+        ("embedding_size", 500),
+        ("n_kv_heads", 3),
+        ("d_model", 60),
+        ("weight_tying", 1),
+        ("max_sequence_length", None),
+    ],
+)
+def test_llada_refuses_by_name(key, value):
+    with pytest.raises(ConfigurationError, match=key):
+        LLaDAConfig.from_dict(raw("llada", **{key: value}))
+
+
+def test_values_that_mean_off_are_accepted():
+    config = raw(
+        "dream", rope_scaling=None, sliding_window=131072, use_sliding_window=False, quantization_config=None,
+        head_dim=16, layer_types=["full_attention"] * 2, attention_dropout=0,
+    )  # fmt: skip
+    assert DreamConfig.from_dict(config).head_dim == 16
+
+
+def test_rope_theta_in_either_place():
+    assert DreamConfig.from_dict(raw("dream", rope_theta=5e5)).rope_theta == 5e5
+    nested = raw("dream", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert DreamConfig.from_dict(nested).rope_theta == 1e6
+
+
+def test_llada_derived_sizes():
+    assert LLaDAConfig.from_dict(raw("llada", embedding_size=640)).vocab_size == 640
+    assert LLaDAConfig.from_dict(raw("llada", embedding_size=None)).vocab_size == 512
+    assert LLaDAConfig.from_dict(raw("llada", mlp_hidden_size=None, mlp_ratio=3)).mlp_hidden_size == 192
+    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=2)).n_kv_heads == 2
+    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=None)).n_kv_heads == 4
+    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=None, multi_query_attention=True)).n_kv_heads == 1
+
+
+def test_architecture_chooses_the_family():
+    assert family_of(raw("dream")).name == "dream"
+    assert family_of(raw("llada")).name == "llada"
+
+
+@pytest.mark.parametrize("names", [["Qwen2ForCausalLM"], [], None, "DreamModel", ["DreamModel", "LLaDAModelLM"], [3]])
+def test_another_architecture_is_refused_with_the_list(names):
+    with pytest.raises(ConfigurationError) as caught:
+        family_of({"architectures": names})
+    assert all(family.architecture in caught.value.message for family in FAMILIES)
+    assert all(model.id in caught.value.message for model in KNOWN_MODELS)
+
+
+def test_known_models_have_a_family():
+    families = {family.name for family in FAMILIES}
+    assert {model.family for model in KNOWN_MODELS} == families
