@@ -1,0 +1,362 @@
+"""Reward models against stock transformers, finite differences and the golden scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    GemmaConfig,
+    GemmaForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from server.errors import ConfigurationError
+from server.rewards import reward_model as module
+from server.rewards.reward_model import Prefix, RewardModel, RewardRows, load_reward_model
+from server.text.template import conversation_ids
+from server.text.tokenizer import Tokenizer
+from server.types import Message
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 511,
+    "max_position_embeddings": 512,
+    "num_labels": 1,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForSequenceClassification),
+    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
+    "gemma": (GemmaConfig, GemmaForSequenceClassification),
+    "mistral": (MistralConfig, MistralForSequenceClassification),  # without its window
+}
+
+
+def write_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
+    """A random checkpoint of a family with the golden reward tokenizer, in the published layout."""
+    config_class, model_class = FAMILIES[family]
+    if family == "mistral":
+        changes = {"sliding_window": None, **changes}
+    torch.manual_seed(1)
+    model_class(config_class(**{**SMALL, **changes})).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        shutil.copy(GOLDEN / "dream-tiny/rm" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["qwen3", *FAMILIES])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "qwen3":
+        return GOLDEN / "dream-tiny/rm"
+    return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def load(folder: Path | str, dtype: torch.dtype = torch.float64, **options: Any) -> RewardModel:
+    return load_reward_model(
+        "rm",
+        folder,
+        diffusion_tokenizer=Tokenizer.load(GOLDEN / "dream-tiny/dlm"),
+        diffusion_vocab_size=520,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        **options,
+    )
+
+
+def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return stock.eval().requires_grad_(False)
+
+
+def exact_norms(network: Any) -> None:
+    """transformers' RMSNorms round to float32 inside even a float64 model; let them compute in float64."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        weight = 1.0 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
+        return weight * (x * scale)
+
+    for norm in network.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = types.MethodType(forward, norm)
+
+
+@pytest.fixture(scope="session")
+def pair(checkpoint: Path) -> tuple[RewardModel, Any]:
+    """Ours and stock transformers' in float64, both with exact norms."""
+    ours, stock = load(checkpoint), load_stock(checkpoint)
+    exact_norms(ours._network)
+    exact_norms(stock)
+    return ours, stock
+
+
+def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 511, (length,), generator=generator).tolist() for length in lengths]
+
+
+def stock_rewards(stock: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Whole sequences through stock transformers, one at a time."""
+    return torch.stack([stock(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
+
+
+def pack(model: RewardModel, prefixes: Sequence[Prefix], own: Sequence[Sequence[int]]) -> tuple[RewardRows, Tensor]:
+    positions = [
+        torch.arange(prefix.length, prefix.length + len(ids)) for prefix, ids in zip(prefixes, own, strict=True)
+    ]
+    rows = RewardRows(tuple(prefixes), tuple(map(len, own)), torch.cat(positions))
+    return rows, model.own_embeddings(torch.tensor([token for ids in own for token in ids]))
+
+
+def test_packed_rows_equal_stock_rows_one_at_a_time(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    sequences = random_ids(7, 1, 19, 7, 12)
+    torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=0, atol=1e-10)
+
+
+def test_packed_rows_equal_a_left_padded_stock_batch(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    sequences = random_ids(7, 3, 19, seed=1)
+    ids = torch.zeros(3, 19, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, 19 - len(sequence) :] = torch.tensor(sequence)
+        mask[row, 19 - len(sequence) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = stock(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, 0]
+    torch.testing.assert_close(ours.score(sequences), expected, rtol=0, atol=1e-10)
+
+
+def test_a_cached_prefix_changes_nothing(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    first, second, *own = random_ids(11, 5, 4, 9, 9, 2, 3, seed=2)
+    shared, other, none = ours.prefill(first), ours.prefill(second), ours.prefill([])
+    contexts = [(shared, first), (other, second), (shared, first), (none, []), (other, second)]
+    rows, embeds = pack(ours, [prefix for prefix, _ in contexts], own)
+    expected = stock_rewards(stock, [before + after for (_, before), after in zip(contexts, own, strict=True)])
+    torch.testing.assert_close(ours.forward(rows, embeds), expected, rtol=0, atol=1e-10)
+
+
+def test_an_extended_prefix_changes_nothing(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    before, *pieces = random_ids(6, 3, 4, 5, 2, seed=3)
+    prefix = ours.prefill(before)
+    longer = ours.extend(*pack(ours, [prefix, ours.prefill([])], pieces[:2]))
+    assert [item.length for item in longer] == [9, 4]
+    rows, embeds = pack(ours, longer, pieces[2:])
+    expected = stock_rewards(stock, [before + pieces[0] + pieces[2], pieces[1] + pieces[3]])
+    torch.testing.assert_close(ours.forward(rows, embeds), expected, rtol=0, atol=1e-10)
+
+
+def test_left_out_tokens_equal_masked_ones_when_positions_keep_counting(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    before, response, after = random_ids(5, 8, 3, seed=4)
+    visible = [True, True, False, True, True, False, False, False]
+    ids = torch.tensor([before + response + after])
+    mask = torch.tensor([[1] * 5 + [int(seen) for seen in visible] + [1] * 3])
+    expected = stock(input_ids=ids, attention_mask=mask, position_ids=torch.arange(16)[None]).logits[0]
+    kept = [index for index, seen in enumerate(visible) if seen] + [8, 9, 10]
+    own = [(response + after)[index] for index in kept]
+    rows = RewardRows((ours.prefill(before),), (len(own),), torch.tensor(kept) + 5)
+    rewards = ours.forward(rows, ours.own_embeddings(torch.tensor(own)))
+    torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-10)
+
+
+def test_gradient_equals_stock_autograd(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    before, *own = random_ids(6, 5, 8, 5, seed=5)
+    rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
+    x = embeds.clone().requires_grad_()
+    (g,) = torch.autograd.grad(ours.forward(rows, x).sum(), [x])
+    start = 0
+    for ids in own:
+        y = ours.own_embeddings(torch.tensor(before + ids)).clone().requires_grad_()
+        (expected,) = torch.autograd.grad(stock(inputs_embeds=y[None]).logits.sum(), [y])
+        torch.testing.assert_close(g[start : start + len(ids)], expected[6:], rtol=1e-9, atol=1e-11)
+        start += len(ids)
+
+
+def test_gradient_equals_finite_differences(pair: tuple[RewardModel, Any]) -> None:
+    ours, _ = pair
+    before, *own = random_ids(4, 3, 6, seed=6)
+    rows, embeds = pack(ours, [ours.prefill(before)] * 2, own)
+    embeds = embeds + 0.1 * torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = embeds.clone().requires_grad_()
+    (g,) = torch.autograd.grad(ours.forward(rows, x).sum(), [x])
+    for seed in range(8):
+        direction = torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        step = 1e-5 * direction
+        with torch.no_grad():
+            slope = (ours.forward(rows, embeds + step).sum() - ours.forward(rows, embeds - step).sum()) / 2e-5
+        torch.testing.assert_close((g * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_do_not_interact_and_no_weight_gets_a_gradient(pair: tuple[RewardModel, Any]) -> None:
+    ours, _ = pair
+    before, *own = random_ids(4, 3, 6, 3, seed=7)
+    rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
+    x = embeds.clone().requires_grad_()
+    ours.forward(rows, x)[1].backward()
+    assert x.grad is not None
+    assert x.grad[3:9].abs().sum() > 0
+    assert not x.grad[:3].any()
+    assert not x.grad[9:].any()
+    assert all(weight.grad is None and not weight.requires_grad for weight in ours._network.parameters())
+    assert not ours.table.requires_grad
+
+
+def test_scores_keep_their_order_whatever_the_packs(
+    pair: tuple[RewardModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, stock = pair
+    sequences = random_ids(9, 30, 2, 9, 14, 1, 60, seed=8)
+    packs = []
+    run = RewardModel._score
+
+    def record(self: RewardModel, chunk: Sequence[Sequence[int]]) -> Tensor:
+        packs.append([len(ids) for ids in chunk])
+        return run(self, chunk)
+
+    monkeypatch.setattr(RewardModel, "_score", record)
+    monkeypatch.setattr(module, "SCORE_TOKENS", 40)
+    torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=0, atol=1e-10)
+    assert len(packs) > 2
+    assert all(len(lengths) == 1 or sum(lengths) <= 40 for lengths in packs)
+    assert ours.score([]).shape == (0,)
+
+
+def test_float32_is_close_to_stock(checkpoint: Path) -> None:
+    sequences = random_ids(7, 19, 12, seed=9)
+    ours, stock = load(checkpoint, torch.float32), load_stock(checkpoint, torch.float32)
+    torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_rewards_come_in_float32(checkpoint: Path) -> None:
+    sequences = random_ids(7, 19, 12, 40, seed=10)
+    ours = load(checkpoint, torch.bfloat16)
+    rewards = ours.score(sequences)
+    assert rewards.dtype == torch.float32
+    assert ours.table.dtype == torch.bfloat16
+    assert ours.info.dtype == "bfloat16"
+    expected = load(checkpoint).score(sequences).float()
+    assert (rewards - expected).norm() < 0.1 * expected.norm()
+    rows, embeds = pack(ours, [ours.prefill([5, 6, 7])], [[8, 9]])
+    x = embeds.clone().requires_grad_()
+    ours.forward(rows, x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_scores(family: str, dtype: torch.dtype) -> None:
+    model = load(GOLDEN / f"{family}-tiny/rm", dtype)
+    cases = json.loads((GOLDEN / f"{family}-tiny/units.json").read_text())["scores"]
+    conversations = [([Message("user", case["prompt"])], case["response"]) for case in cases]
+    expected = torch.tensor([case["reward"] for case in cases], dtype=dtype)
+    sequences = [conversation_ids(model.tokenizer, *conversation) for conversation in conversations]
+    torch.testing.assert_close(model.score(sequences), expected, rtol=0, atol=1e-5)
+    assert model.score_text(*conversations[0]) == pytest.approx(cases[0]["reward"], abs=1e-5)
+
+
+def test_the_table_holds_the_embedding_of_the_same_string() -> None:
+    model = load(GOLDEN / "dream-tiny/rm")
+    diffusion = Tokenizer.load(GOLDEN / "dream-tiny/dlm")
+    weights = model._network.get_input_embeddings().weight
+    assert model.table.shape == (520, model.hidden_size)
+    assert model.tokenizer.eos_token_id is not None
+    fallback = weights[model.tokenizer.eos_token_id]
+    for string, index in diffusion.vocab().items():
+        own = model.tokenizer.id_of(string)
+        assert torch.equal(model.table[index], fallback if own is None else weights[own])
+    assert torch.equal(model.table[512:], fallback.expand(8, -1))
+    assert model.info.vocab_coverage == 511 / 512
+
+
+def test_the_zero_fallback_gives_zero_vectors() -> None:
+    model = load(GOLDEN / "dream-tiny/rm", vocab_fallback="zero")
+    assert not model.table[3].any()  # the mask token, which the reward vocabulary lacks
+    assert not model.table[512:].any()
+    assert model.table[:3].abs().sum(1).min() > 0
+    assert model.info.vocab_fallback == "zero"
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    model = load(GOLDEN / "dream-tiny/rm")
+    rows, embeds = pack(model, [model.prefill([5])], [[6, 7]])
+    with pytest.raises(ValueError, match="positions"):
+        model.forward(rows, embeds[:1])
+    with pytest.raises(ValueError, match="rows of"):
+        model.forward(RewardRows((), (), torch.zeros(0)), embeds[:0])
+    with pytest.raises(ValueError, match="rows of"):
+        model.forward(RewardRows(rows.prefixes * 2, (2, 0), rows.positions), embeds)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("llama", {"num_labels": 3}, "num_labels"),
+        ("mistral", {"sliding_window": 8}, "sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "layer_types"),
+    ],
+)
+def test_what_is_no_plain_reward_model_is_refused(
+    family: str, changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path, family, **changes)
+    with pytest.raises(ConfigurationError, match=f"reward model rm: {key}"):
+        load(folder)
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "rm"
+    shutil.copytree(GOLDEN / "dream-tiny/rm", folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigurationError, match="chat_template"):
+        load(folder)
+    shutil.copy(GOLDEN / "dream-tiny/rm/chat_template.jinja", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(ConfigurationError, match=r"lacks 11 weights, first model\.layers\.2"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
+    with pytest.raises(ConfigurationError, match="architectures"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
+    with pytest.raises(ConfigurationError, match="no-such-model"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match=r"safetensors"):
+        load(folder)
+
+
+def test_a_hub_id_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match="reward model rm: 'nobody/no-such-reward-model' cannot be fetched"):
+        load("nobody/no-such-reward-model")
+    with pytest.raises(ConfigurationError, match="neither a folder nor a hub id"):
+        load("no-such-folder/a/b")
