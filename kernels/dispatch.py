@@ -6,8 +6,10 @@ from torch import Tensor
 
 from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
+from kernels.torch_ops import TorchState
 
-BACKENDS = ("reference",)
+STATES: dict[str, type[Guided]] = {"reference": ReferenceState, "torch": TorchState}
+BACKENDS = tuple(STATES)
 
 
 def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: int | None) -> Guided:
@@ -17,9 +19,9 @@ def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: 
     """
     if backend not in (None, *BACKENDS):
         raise ValueError(f"unknown kernel backend {backend!r}; known: {', '.join(BACKENDS)}")
-    return ReferenceState(logits, params, updates)
+    return STATES[backend or "torch"](logits, params, updates)
 
 
 def backend_info() -> dict[str, str]:
     """Op -> the implementation that runs on this machine's default device."""
-    return dict.fromkeys(("row_stats", "draw", "filtered_stats", "mix", "update"), "reference")
+    return dict.fromkeys(("row_stats", "draw", "filtered_stats", "mix", "update"), "torch")
