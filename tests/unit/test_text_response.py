@@ -1,0 +1,83 @@
+"""Where a response's text ends, and that its stream is the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.text.response import StreamDecoder, finish_text
+from server.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(Path(__file__).parents[1] / "golden/dream-tiny/dlm")
+EOS, TURN = 0, 2
+STOPS = (EOS, TURN)
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def test_a_stop_token_ends_the_text() -> None:
+    finished = finish_text(TOKENIZER, [*ids("one two"), TURN, *ids(" three"), EOS], STOPS)
+    assert (finished.text, finished.finish_reason, finished.stop_reason) == ("one two", "stop", None)
+    assert finished.completion_tokens == len(ids("one two"))
+
+
+def test_without_one_it_ends_with_the_canvas() -> None:
+    finished = finish_text(TOKENIZER, ids("one two"), STOPS)
+    assert (finished.text, finished.finish_reason) == ("one two", "length")
+    assert finished.completion_tokens == len(ids("one two"))
+    assert finish_text(TOKENIZER, [EOS], STOPS).text == ""
+    assert finish_text(TOKENIZER, [EOS], STOPS).completion_tokens == 0
+
+
+def test_ignore_eos_reads_all_tokens() -> None:
+    tokens = [*ids("one"), TURN, *ids(" two"), EOS]
+    finished = finish_text(TOKENIZER, tokens, STOPS, ignore_eos=True)
+    assert (finished.text, finished.finish_reason) == ("one two", "length")
+    assert finished.completion_tokens == len(tokens)
+
+
+def test_the_earliest_stop_string_cuts_the_text() -> None:
+    finished = finish_text(TOKENIZER, [*ids("alpha beta gamma"), EOS], STOPS, ["gamma", " be", "absent"])
+    assert (finished.text, finished.finish_reason, finished.stop_reason) == ("alpha", "stop", " be")
+    assert TOKENIZER.decode(ids("alpha beta gamma")[: finished.completion_tokens]).startswith("alpha")
+    assert not TOKENIZER.decode(ids("alpha beta gamma")[: finished.completion_tokens - 1]).startswith("alpha")
+    assert finish_text(TOKENIZER, ids("ab"), STOPS, ["a"]).completion_tokens == 0
+    # Where two begin at the same place, the first named.
+    assert finish_text(TOKENIZER, ids("abc"), STOPS, ["bc", "b"]).stop_reason == "bc"
+    # A stop string behind the stop token is not in the text.
+    assert finish_text(TOKENIZER, [*ids("ab"), EOS, *ids("cd")], STOPS, ["cd"]).stop_reason is None
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_the_stream_is_the_text(ignore_eos: bool, data: st.DataObject) -> None:
+    # Single-byte tokens make broken and completed UTF-8 common; a small alphabet makes stop strings overlap.
+    pool = [*ids("ab"), *ids("é"), *ids("😀")[1:], *ids("😀"), TURN, 1, 3]
+    tokens = data.draw(st.lists(st.sampled_from(pool), max_size=24))
+    stop = data.draw(st.lists(st.sampled_from(["ab", "aab", "ba", "bab", "abab", "é", "😀a"]), max_size=3))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
+    decoder = StreamDecoder(TOKENIZER, STOPS, stop, ignore_eos)
+    sent = ""
+    for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        sent += decoder.push(tokens[start:end])
+        assert finish_text(TOKENIZER, tokens, STOPS, stop, ignore_eos).text.startswith(sent)
+    assert sent + decoder.finish() == finish_text(TOKENIZER, tokens, STOPS, stop, ignore_eos).text
+
+
+def test_the_stream_sends_as_soon_as_it_can() -> None:
+    decoder = StreamDecoder(TOKENIZER, STOPS, ["END"])
+    assert decoder.push(ids("hello ")) == "hello "
+    assert decoder.push(ids("E")) == ""
+    assert decoder.push(ids("N")) == ""
+    assert decoder.push(ids("d")) == "ENd"
+    first, *rest = ids("😀")
+    assert decoder.push([first]) == ""
+    assert decoder.push(rest) == "😀"
+    assert decoder.push(ids("END more")) == ""
+    assert decoder.finish() == ""

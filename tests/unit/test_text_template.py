@@ -1,0 +1,144 @@
+"""Text of messages stays data, and the reward model's two runs around a response."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.errors import ConfigurationError, InvalidRequest
+from server.text.template import conversation_ids, split_at_response
+from server.text.tokenizer import Tokenizer
+from server.types import Message
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TEMPLATES = {
+    "golden": (GOLDEN / "dream-tiny/rm/chat_template.jinja").read_text(),
+    "stripping": "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}",
+    "changing": (
+        "{% for m in messages %}{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}"
+        "{% else %}<|im_start|>{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    ),
+    "bare": "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>",
+}
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "dream-tiny/rm" / name, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def golden() -> Tokenizer:
+    return Tokenizer.load(GOLDEN / "dream-tiny/rm")
+
+
+def rendered(tokenizer: Tokenizer, messages: list[Message], prompt: bool) -> str:
+    assert tokenizer.chat_template is not None
+    return tokenizer.chat_template.render(messages, prompt)
+
+
+PIECES = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|im_",
+    "<",
+    "|>",
+    "im_end|>",
+    " ",
+    "\n",
+    "a",
+    "</think>",
+    "é",
+]
+CONTENTS = st.lists(st.sampled_from(PIECES), max_size=7).map("".join)
+CONVERSATIONS = st.lists(
+    st.builds(Message, st.sampled_from(["system", "user", "assistant"]), CONTENTS), min_size=1, max_size=3
+)
+COMMON = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@COMMON
+@given(messages=CONVERSATIONS, prompt=st.booleans())
+def test_only_the_template_writes_special_tokens(tokenizer: Tokenizer, messages: list[Message], prompt: bool) -> None:
+    ids = tokenizer.render_chat(messages, prompt)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(tokenizer, messages, prompt)
+    # The same conversation with each dangerous character made harmless has the template's tokens and no others.
+    harmless = [Message(m.role, m.content.replace("<|", "(|")) for m in messages]
+    special = [index for index in ids if index in tokenizer.special_ids]
+    expected = tokenizer.encode(rendered(tokenizer, harmless, prompt))
+    assert special == [index for index in expected if index in tokenizer.special_ids]
+
+
+@COMMON
+@given(messages=CONVERSATIONS, prompt=st.booleans())
+def test_harmless_text_is_tokenised_at_once(tokenizer: Tokenizer, messages: list[Message], prompt: bool) -> None:
+    harmless = [Message(m.role, m.content.replace("<|", "<").replace("<", "(")) for m in messages]
+    assert tokenizer.render_chat(harmless, prompt) == tokenizer.encode(rendered(tokenizer, harmless, prompt))
+
+
+@COMMON
+@given(messages=CONVERSATIONS, response=CONTENTS, suffix=CONTENTS)
+def test_the_two_sides_of_a_response(golden: Tokenizer, messages: list[Message], response: str, suffix: str) -> None:
+    before, after = split_at_response(golden, messages, suffix)
+    text = golden.decode(before, False) + response + golden.decode(after, False)
+    whole = conversation_ids(golden, messages, response + suffix)
+    assert text == golden.decode(whole, False)
+    assert sum(index in golden.special_ids for index in before + after) == 2 * len(messages) + 2
+
+
+def test_golden_sides(golden: Tokenizer) -> None:
+    before, after = split_at_response(golden, [Message("user", "hi")])
+    assert before == golden.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert after == golden.encode("<|im_end|>\n")
+    before, after = split_at_response(golden, [Message("user", "<|im_end|>")], " and <|im_end|> so")
+    opening = golden.encode("<|im_end|>\n<|im_start|>assistant\n")
+    assert before == golden.encode("<|im_start|>user\n") + golden.encode_data("<|im_end|>") + opening
+    assert after == golden.encode_data(" and <|im_end|> so") + golden.encode("<|im_end|>\n")
+
+
+def test_private_use_characters_survive(golden: Tokenizer) -> None:
+    content = "".join(map(chr, range(0xE000, 0xE010))) + "<|im_end|>"
+    text = golden.decode(golden.render_chat([Message("user", content)]), False)
+    assert text == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    before, _ = split_at_response(golden, [Message("user", content)])
+    assert golden.decode(before, False) == text
+    everything = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(InvalidRequest, match="private-use"):
+        golden.render_chat([Message("user", everything)])
+
+
+@pytest.mark.parametrize(
+    ("times", "template"), [(0, "{{ messages[0].content }}"), (2, "{{ messages[-1].content * 2 }}")]
+)
+def test_a_template_that_does_not_write_the_response_once(times: int, template: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "dream-tiny/rm", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigurationError, match=f"chat_template writes the last assistant turn {times} times"):
+        split_at_response(Tokenizer.load(tmp_path), [Message("user", "hi")])
+
+
+def test_spaces_that_a_special_token_takes_with_it(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "dream-tiny/rm", tmp_path, dirs_exist_ok=True)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"][2]["rstrip"] = True  # <|im_end|>
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["2"]["rstrip"] = True
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    plain = tokenizer.render_chat([Message("user", "a"), Message("user", "b")])
+    cut = tokenizer.render_chat([Message("user", "a<"), Message("user", "b")])
+    assert plain == tokenizer.encode(
+        "<|im_start|>user\na<|im_end|><|im_start|>user\nb<|im_end|><|im_start|>assistant\n"
+    )
+    assert [index for index in cut if index != tokenizer.id_of("<")] == plain
