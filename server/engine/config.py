@@ -33,6 +33,7 @@ class WorkerConfig:
     budget: Budget = field(default_factory=Budget)
     heartbeat_seconds: float = 1.0
     log_level: str = "INFO"
+    log_format: Literal["auto", "json", "console"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2  # of ready workers, with a job in their hands
 MAX_FAILED_STARTS = 2  # in a row; after that work is refused until one succeeds
-# The worker itself answers for a deadline that passes in its queue; this is for when it cannot.
-DEADLINE_SLACK_SECONDS = 1.0
+DEADLINE_SECONDS = 1.0  # between two looks at a job whose deadline has passed
 SHUT_DOWN = "the server is shutting down"
 
 
@@ -122,6 +121,8 @@ class Engine:
         """Take no new work and wait for the work in flight; what is left after the grace time fails. Returns
         whether everything was finished."""
         self._draining = True
+        if not self._pending:
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
@@ -226,7 +227,7 @@ class Engine:
             data = frame(message)
         except (FrameTooLarge, TypeError) as error:
             raise InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
-        pending = Pending(identity, data, deadline)
+        pending = Pending(identity, data, isinstance(message, Submit), deadline)
         self._pending[identity] = pending
         self._idle.clear()
         self._arm(pending)
@@ -264,7 +265,6 @@ class Engine:
         self._present = RunnerStats()
         for pending in list(self._pending.values()):
             pending.deaths += 1
-            pending.running = False
             if pending.deaths >= MAX_DEATHS:
                 self._answer(Failed(pending.id, "unavailable", "the worker was lost twice during this request"))
             else:
@@ -291,16 +291,17 @@ class Engine:
             self._answer(Failed(identity, kind, message))
 
     def _arm(self, pending: Pending) -> None:
-        """Start the clock on a queued job's deadline."""
+        """Start the clock on a deadline."""
         pending.cancel_timer()
         if pending.deadline is not None:
-            delay = pending.deadline - time.time() + DEADLINE_SLACK_SECONDS
-            pending.timer = asyncio.get_running_loop().call_later(max(0.0, delay), self._expire, pending)
+            delay = max(0.0, pending.deadline - time.time())
+            pending.timer = asyncio.get_running_loop().call_later(delay, self._expire, pending)
 
     def _expire(self, pending: Pending) -> None:
-        """The deadline has passed. A running job is ended by the worker, which has something to show for
-        it."""
-        if pending.running or pending.id not in self._pending:
+        """The deadline has passed. A worker that has the job ends it at its next step, a running one with
+        what is there; only while there is no worker, and for scores, the word is ours."""
+        if pending.is_job and self._supervisor.ready:
+            pending.timer = asyncio.get_running_loop().call_later(DEADLINE_SECONDS, self._expire, pending)
             return
         self._supervisor.send(frame(Cancel(pending.id)))
         message = "the deadline passed while the request was queued"

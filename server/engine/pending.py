@@ -66,12 +66,12 @@ class Pending:
 
     id: str
     frame: bytes
+    is_job: bool = True
     deadline: float | None = None
     mailbox: Mailbox = field(default_factory=Mailbox)
     deaths: int = 0
-    running: bool = False
     timer: asyncio.TimerHandle | None = None
-    _started_sent: bool = False
+    _started: bool = False
     _progress: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     _canvases: dict[int, int] = field(default_factory=dict)  # trajectory -> last step given
 
@@ -80,10 +80,9 @@ class Pending:
         what the reader was given; then nothing is delivered."""
         match event:
             case Started():
-                self.running = True
-                if self._started_sent:
+                if self._started:
                     return True
-                self._started_sent = True
+                self._started = True
             case Progress(trajectory=trajectory, step=step, revealed=revealed):
                 given = self._progress.get((trajectory, step))
                 if given is not None:

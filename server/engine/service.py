@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 import kernels
 from server.engine.config import WorkerConfig
@@ -82,6 +83,7 @@ def load(config: WorkerConfig) -> LoadedService:
 
     Raises ConfigurationError when a setting or a checkpoint is wrong.
     """
+    transformers_logging.disable_progress_bar()  # standard error carries log lines
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from server import log
 from server.engine.channel import ChannelClosed, WorkerChannel
 from server.engine.config import WorkerConfig
 from server.engine.messages import (
@@ -250,9 +251,7 @@ def serve(channel: WorkerChannel, load: Load) -> None:
     if not isinstance(first[0], Configure) or len(first) > 1:
         raise ChannelClosed("the first message must be Configure, and nothing may follow before Ready")
     config = first[0].config
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s", stream=sys.stderr
-    )
+    log.configure(config.log_level, config.log_format)
     beats: list[Callable[[], Heartbeat]] = [lambda: Heartbeat(RunnerStats())]
     threading.Thread(
         target=beat, args=(channel, lambda: beats[-1](), config.heartbeat_seconds), name="heartbeat", daemon=True

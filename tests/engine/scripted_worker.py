@@ -163,7 +163,8 @@ class ScriptedService:
 
 
 def load(config: WorkerConfig) -> ScriptedService:
-    """`model` is a script too: how the loading ends; `die-after:PATH` dies when a file of that name exists."""
+    """`model` is a script too: how the loading ends; `die-after:PATH` and `hang-after:PATH` do so when a file
+    of that name exists."""
     if config.model == "missing":
         raise ConfigurationError("model: no checkpoint of that name")
     if config.model == "broken":
@@ -172,8 +173,11 @@ def load(config: WorkerConfig) -> ScriptedService:
         os._exit(7)
     if config.model == "hang":
         time.sleep(3600)
-    if config.model.startswith("die-after:") and os.path.exists(config.model.removeprefix("die-after:")):
-        os._exit(7)
+    how, _, flag = config.model.partition(":")
+    if os.path.exists(flag):
+        if how == "die-after":
+            os._exit(7)
+        time.sleep(3600)
     model = ModelInfo("scripted", "none", "", 4096, 1000, 1, 2, 2, (2,), 8, "float32")
     return ScriptedService(EngineInfo(model, (), "cpu", "none"), ScriptedRunner(), ScriptedScorer())
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from server.engine.config import EngineConfig, WorkerConfig
 from server.engine.engine import Engine, JobStream
@@ -319,22 +320,24 @@ async def test_a_job_that_no_frame_can_hold_is_refused() -> None:
         assert engine.stats.jobs_in_flight == 0
 
 
-async def test_a_deadline_that_passes_before_the_work_begins() -> None:
-    async with running() as engine:
-        pid = engine.worker_pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            last = await answer(engine.submit(job("late", deadline=time.time() - 0.9)))
-            assert isinstance(last, Failed)
-            assert (last.kind, last.param) == ("deadline", "timeout")
-            with pytest.raises(DeadlineExceeded):
-                await engine.score("length", [((), "four")], deadline=time.time() - 0.9)
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        # Once running, the worker decides; the scripted one lets it finish, long after the engine's own clock ran out.
-        running_job = engine.submit(job("a", steps=80, step_ms=20, deadline=time.time()))
-        assert isinstance(await answer(running_job), Finished)
+async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    async with running(configured(f"hang-after:{flag}")) as engine:
+        stream = engine.submit(job("late", HANG, deadline=time.time() + 0.5))
+        assert isinstance(await anext(stream), Started)
+        flag.touch()
+        await kill_worker(engine)
+        last = await answer(stream)
+        assert isinstance(last, Failed)
+        assert (last.kind, last.param) == ("deadline", "timeout")
+        with pytest.raises(DeadlineExceeded):
+            await engine.score("length", [((), "four")], deadline=time.time())
+
+
+async def test_a_running_job_past_its_deadline_is_the_business_of_the_worker() -> None:
+    async with running() as engine:  # the scripted one lets it finish
+        stream = engine.submit(job("a", steps=30, step_ms=10, deadline=time.time()))
+        assert isinstance(await answer(stream), Finished)
 
 
 async def test_scores() -> None:
@@ -376,6 +379,11 @@ async def test_drain_ends_what_outlasts_the_grace_time() -> None:
         last = await answer(stream)
         assert isinstance(last, Failed)
         assert last.kind == "draining"
+
+
+async def test_an_idle_engine_drains_at_once() -> None:
+    async with running() as engine:
+        assert await engine.drain(0.0)
 
 
 async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
@@ -471,3 +479,24 @@ async def test_restarts_that_fail_back_off_and_refuse_work_until_one_succeeds(tm
         await until(lambda: engine.ready)
         assert isinstance(await answer(engine.submit(job("b"))), Finished)
         assert engine.stats.worker_restarts >= 2
+
+
+def test_only_deaths_before_ready_slow_the_next_start_down() -> None:
+    supervisor = Engine(replace(CONFIG, backoff_seconds=0.5, max_backoff_seconds=3.0))._supervisor
+    waits = []
+    for supervisor.failed_starts in (0, 1, 2, 3, 4, 1000):
+        waits.append(supervisor.backoff_seconds)
+    assert waits == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
+
+
+def test_the_engine_runs_on_uvloop_too() -> None:
+    async def life() -> tuple[Event, Event]:
+        async with running() as engine:
+            first = await answer(engine.submit(job("a", stream_tokens=True)))
+            stream = engine.submit(job("b", steps=20, step_ms=10))
+            assert isinstance(await anext(stream), Started)
+            await kill_worker(engine)
+            return first, await answer(stream)
+
+    for last in uvloop.run(life()):
+        assert isinstance(last, Finished)
