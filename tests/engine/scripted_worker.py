@@ -33,6 +33,13 @@ class Do(enum.IntEnum):
     ANSWER_TOO_MUCH = 6
     REFUSE = 7
     VARY = 8
+    LOSE_THE_DEVICE = 9
+
+
+class Device:
+    """Whether the device that is not there can still compute."""
+
+    lost = False
 
 
 def token(seed: int, position: int) -> int:
@@ -112,6 +119,9 @@ class ScriptedRunner:
 def misbehave(what: Do) -> None:
     if what == Do.RAISE:
         raise ValueError("secret of the model")
+    if what == Do.LOSE_THE_DEVICE:
+        Device.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
     if what == Do.EXHAUST_MEMORY:
         raise MemoryError
     if what == Do.DIE:
@@ -159,7 +169,8 @@ class ScriptedService:
     scorer: ScriptedScorer
 
     def check_device(self) -> None:
-        """Nothing can be wrong with no device."""
+        if Device.lost:
+            raise RuntimeError("an illegal memory access was encountered")
 
 
 def load(config: WorkerConfig) -> ScriptedService:

@@ -36,7 +36,7 @@ from server.errors import (
 from server.types import DiffusionParams, Job, Message, SamplingParams
 
 SCRIPT = Path(__file__).with_name("scripted_worker.py")
-FINISH, RAISE, EXHAUST_MEMORY, DIE, HANG, HANG_WITH_THE_LOCK, ANSWER_TOO_MUCH, REFUSE, VARY = range(9)
+FINISH, RAISE, EXHAUST_MEMORY, DIE, HANG, HANG_WITH_THE_LOCK, ANSWER_TOO_MUCH, REFUSE, VARY, LOSE_THE_DEVICE = range(10)
 
 CONFIG = EngineConfig(
     WorkerConfig("scripted", heartbeat_seconds=0.1, log_level="CRITICAL"),
@@ -210,6 +210,15 @@ async def test_an_exception_fails_its_batch_and_not_the_worker(do: int, kind: st
         assert "secret" not in last.message
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
         assert engine.worker_pid == pid
+
+
+async def test_a_lost_device_fails_its_batch_and_then_needs_a_new_worker() -> None:
+    async with running() as engine:
+        last = await answer(engine.submit(job("bad", LOSE_THE_DEVICE)))
+        assert isinstance(last, Failed)
+        assert last.kind == "internal"
+        assert isinstance(await answer(engine.submit(job("good"))), Finished)
+        assert engine.stats.worker_restarts == 1
 
 
 async def test_a_refused_job_says_why() -> None:
