@@ -118,9 +118,10 @@ class Assembly:
         with torch.enable_grad() if gradient else torch.no_grad():
             x.requires_grad_(gradient)
             rewards = model.forward(rows, x)
+            total = rewards.sum()
         forwarded = time.perf_counter()
         if gradient:
-            (g_x,) = torch.autograd.grad(rewards.sum(), [x])
+            (g_x,) = torch.autograd.grad(total, [x])
             g.index_copy_(0, row[masked], g_x[masked].to(g.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded
