@@ -100,8 +100,10 @@ class GenerationResponse(Answer):
     """What both kinds of response share. `trace` is by prompt, then trajectory, then step."""
 
     id: str
+    object: str
     created: int
     model: str
+    choices: Sequence[Choice]
     usage: Usage
     guidance: GuidanceReport
     trace: list[list[list[StepReport]]] = []

@@ -46,8 +46,11 @@ class ErrorEnvelope(BaseModel):
 
 
 def envelope(error: RequestError) -> dict[str, dict[str, str | None]]:
-    """The error as JSON-ready data."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    """The error as JSON-ready data. The message always names the field."""
+    message = error.message
+    if error.param is not None and f"`{error.param}`" not in message:
+        message = f"`{error.param}`: {message}"
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def headers(error: RequestError) -> dict[str, str]:
@@ -79,7 +82,8 @@ def install(app: FastAPI) -> None:
     async def ours(request: Request, error: Exception) -> Response:
         if not isinstance(error, RequestError):
             error = unexpected(error)
-        request.app.state.frontend.refused(error)
+        if request.method == "POST":  # a probe of /ready is no refused request
+            request.app.state.frontend.refused(error)
         return error_response(error)
 
     async def router(request: Request, error: Exception) -> Response:
@@ -108,7 +112,7 @@ def explain(details: Sequence[Any]) -> InvalidRequest:
     if not details:
         return InvalidRequest("the request is not valid")
     detail = details[0]
-    location = [part for part in detail["loc"] if part not in ("body", "query", "path", "header")]
+    location = detail["loc"]
     param = _clean(".".join(str(part) for part in location)) or None
     field = str(location[-1]) if location else ""
     where = f"`{param}`" if param else "the request body"

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from server.errors import quote
-from server.types import Role
 
 INT64 = 2**63
 MAX_COUNT = 2**20  # no canvas is longer; the model's own context is checked later
@@ -81,7 +80,8 @@ def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
+Text: TypeAlias = Annotated[str, AfterValidator(_check_text)]
+StopString: TypeAlias = Annotated[Text, Field(min_length=1, max_length=STOP_CHARACTERS)]
 StopList: TypeAlias = Annotated[list[StopString], Field(max_length=4)]
 Stops: TypeAlias = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=StopString | StopList)]
 
@@ -109,7 +109,7 @@ def _content(value: object) -> object:
     return "\n".join(texts)
 
 
-Content: TypeAlias = Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
+Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
 
 # Values that ask for nothing.
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
@@ -122,7 +122,7 @@ NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
 class ChatMessage(Strict):
     """One turn. `developer` is OpenAI's newer word for `system`."""
 
-    role: Role | Literal["developer"]
+    role: Literal["system", "user", "assistant", "developer"]
     content: Content
     name: None = None
     refusal: None = None

@@ -17,6 +17,7 @@ from server.api.fields import (
     Prompts,
     Stops,
     Strict,
+    Text,
     TokenId,
     Zero,
     ZeroInt,
@@ -116,7 +117,7 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: Prompts
-    suffix: str | None = None
+    suffix: Text | None = None
     chat_template: bool | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
@@ -212,7 +213,7 @@ class TokenizeRequest(Strict):
     """`POST /tokenize`: either a raw prompt or messages in the chat template."""
 
     model: Name | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Conversation | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: Literal[False] | None = None
