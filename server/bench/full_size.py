@@ -2,10 +2,10 @@
 
 `python -m server.bench.full_size` writes a sharded bfloat16 checkpoint (3.1 GB, in a temporary folder) of the published
 width and vocabulary, loads it in a fresh process with `load_diffusion_model` and runs a forward with logits at the
-masked positions. It prints a table of time and memory, then one JSON line. What to look for: the peak stays below the
-size of the weights in `--dtype` plus what an empty process needs, so nothing was held twice. In bfloat16 on the CPU it
-is even less: the weights are the mapped file, and rows of the embedding that no token used never came in. (Linux only:
-it reads /proc.)
+masked positions. It prints a table of time and memory, then one JSON line. What to look for: nothing is held twice. In
+bfloat16 on the CPU the weights are the mapped file, so the peak stays below its size plus what an empty process needs
+(rows of the embedding that no token used never come in); in another `--dtype` it is the converted weights, the process
+and the largest single tensor (1.1 GB) while it is converted. (Linux only: it reads /proc.)
 """
 
 from __future__ import annotations
