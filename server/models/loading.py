@@ -16,7 +16,7 @@ import torch
 
 from server.errors import ConfigurationError, quote
 from server.models.base import DiffusionModel
-from server.models.hub import checkpoint_name, read_json, resolve_checkpoint
+from server.hub import checkpoint_name, read_json, resolve_checkpoint
 from server.models.registry import (
     DEFAULT_MAX_TOKENS,
     END_OF_TURN_TOKENS,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from server.errors import ConfigurationError
-from server.models.hub import read_json, resolve_checkpoint
+from server.hub import read_json, resolve_checkpoint
 from server.rewards.attention import EMPTY_PREFIX, Packing, Prefix
 from server.rewards.network import check_config, load_network
 from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
