@@ -78,6 +78,11 @@ class Trail:
     m: Tensor | None = None
     v: Tensor | None = None
 
+    def select(self, rows: Tensor) -> Trail:
+        """The trail of some rows, (n,) int64, as copies."""
+        phi, m, v = (None if tensor is None else tensor[rows] for tensor in (self.phi, self.m, self.v))
+        return Trail([gradient[rows] for gradient in self.gradients], phi, m, v)
+
 
 @dataclass(frozen=True)
 class Plan:

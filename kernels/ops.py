@@ -134,6 +134,11 @@ class Guided(ABC):
             raise ValueError("rows must be a one-dimensional int64 tensor")
 
     @abstractmethod
+    def select(self, rows: Tensor) -> Guided:
+        """A state of its own with the phi and Adam history of `rows` (n,) int64; this one is left as it is. The last
+        update of a step can so be made for a few rows, then for a few more."""
+
+    @abstractmethod
     def _phi(self, rows: Tensor | None) -> Tensor: ...
 
     @abstractmethod

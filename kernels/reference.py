@@ -8,6 +8,7 @@ float64 whatever the logits' dtype, since in bfloat16 the cumulative sum of a fl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -102,6 +103,14 @@ class ReferenceState(Guided):
         if self._stats is None:
             self._stats = row_stats(self._current, self.params.tau)
         return self._stats
+
+    def select(self, rows: Tensor) -> Guided:
+        chosen = copy.copy(self)
+        chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
+        chosen._current, chosen._stats = self._current[rows], None
+        if self.updates:
+            chosen._m, chosen._v = self._m[rows], self._v[rows]
+        return chosen
 
     def _phi(self, rows: Tensor | None) -> Tensor:
         return self._current if rows is None else self._current[rows]

@@ -15,6 +15,7 @@ What a backend supplies is the arithmetic on one slab: `_row_sums`, `_weights`, 
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -135,6 +136,13 @@ class TiledState(Guided):
         index = torch.arange(self.rows, device=tile.device) if rows is None else rows
         values = self._compose(lambda tensor: tensor[index[:, None], columns.clamp_max(self.vocab_size - 1)], index)
         return values.masked_fill(columns >= self.vocab_size, -torch.inf), columns
+
+    def select(self, rows: Tensor) -> Guided:
+        chosen = copy.copy(self)
+        chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
+        chosen.trail, chosen.tiles = self.trail.select(rows), self.tiles.select(rows)
+        chosen._refresh(None)
+        return chosen
 
     def _phi(self, rows: Tensor | None) -> Tensor:
         if rows is None:
