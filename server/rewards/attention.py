@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -41,29 +42,28 @@ EMPTY_PREFIX = Prefix(0)
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows that continue the same prefix, on a rectangle of n rows and m places.
+    """Rows that continue the same prefix, on a rectangle of `rows` n and `places` m.
 
-    `gather` (n * m,) holds packed indices, a row's last one repeated over the places past its end; None when the rows
-    are neighbours of equal length from `start` on. `mask` (m, prefix + m) is True where a query sees a key; None for a
-    group without a prefix, which is plainly causal.
+    `mask` (m, prefix + m) is True where a query sees a key; None for a group without a prefix, which is plainly causal.
     """
 
     prefix: Prefix
     rows: int
     places: int
-    start: int
-    gather: Tensor | None
     mask: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How S packed tokens fall into rows, and by which `order` (S,) the groups' outputs are put back (None: as is).
+    """How S packed tokens fall into rows and rows into groups, whose rectangles lie one after another (P places).
 
-    With `capture`, each layer's own keys and values, (Hkv, S, d), are kept there.
+    `gather` (P,) holds the packed index of every place, a row's last one repeated over the places past its end, and
+    `order` (S,) the place of every packed token; both None when places and packed tokens are the same. With `capture`,
+    each layer's own keys and values, (Hkv, S, d), are kept there.
     """
 
     groups: tuple[_Group, ...]
+    gather: Tensor | None
     order: Tensor | None
     capture: list[tuple[Tensor, Tensor]] | None = None
     starts: tuple[int, ...] = field(default=())
@@ -86,20 +86,36 @@ class Packing:
         members: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):
             members.setdefault(id(prefix) if prefix.length else 0, []).append(row)
+        first, size = np.array(starts), np.array(lengths)
         groups = []
-        packed: list[Tensor] = []  # of each output token of the groups, its packed index
-        where: list[Tensor] = []  # its place among the groups' outputs
+        gather = []
+        order = np.empty(starts[-1], dtype=np.int64)
+        masks: dict[tuple[int, int], Tensor] = {}
         offset = 0
         for rows in members.values():
-            group, real, places = _group(prefixes[rows[0]], rows, starts, lengths, device)
-            groups.append(group)
-            packed.append(real)
-            where.append(places + offset)
-            offset += group.rows * group.places
-        order = torch.empty(starts[-1], dtype=torch.int64)
-        order[torch.cat(packed)] = torch.cat(where)
-        in_place = offset == len(order) and bool((order[1:] > order[:-1]).all())
-        return cls(tuple(groups), None if in_place else order.to(device), [] if capture else None, tuple(starts[:-1]))
+            place = np.arange(size[rows].max())
+            index = (first[rows][:, None] + np.minimum(place, size[rows][:, None] - 1)).ravel()
+            real = np.flatnonzero(place < size[rows][:, None])
+            gather.append(index)
+            order[index[real]] = real + offset
+            offset += len(index)
+            prefix = prefixes[rows[0]]
+            mask = None
+            if prefix.length:
+                shape = (len(place), prefix.length + len(place))
+                if shape not in masks:
+                    masks[shape] = torch.ones(shape, dtype=torch.bool, device=device).tril(prefix.length)
+                mask = masks[shape]
+            groups.append(_Group(prefix, len(rows), len(place), mask))
+        places = np.concatenate(gather)
+        same = np.array_equal(places, np.arange(starts[-1]))
+        return cls(
+            tuple(groups),
+            None if same else torch.from_numpy(places).to(device),
+            None if same else torch.from_numpy(order).to(device),
+            [] if capture else None,
+            tuple(starts[:-1]),
+        )
 
     def captured(self, row: int, length: int, prefix: Prefix) -> Prefix:
         """`prefix` and, behind it, the `length` tokens of row number `row` that a forward with this packing kept."""
@@ -120,34 +136,10 @@ class Packing:
         )
 
 
-def _group(
-    prefix: Prefix, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int], device: torch.device
-) -> tuple[_Group, Tensor, Tensor]:
-    """The group of `rows`; of its real tokens the packed indices and the places on the rectangle, both on the CPU."""
-    sizes = torch.tensor([lengths[row] for row in rows])
-    firsts = torch.tensor([starts[row] for row in rows])
-    longest = int(sizes.max())
-    place = torch.arange(longest)
-    index = firsts[:, None] + torch.minimum(place, sizes[:, None] - 1)
-    real = place < sizes[:, None]
-    neighbours = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-    gather = None if neighbours and bool(real.all()) else index.flatten().to(device)
-    mask = None
-    if prefix.length:
-        mask = torch.ones(longest, prefix.length + longest, dtype=torch.bool, device=device).tril(prefix.length)
-    group = _Group(prefix, len(rows), longest, starts[rows[0]], gather, mask)
-    return group, index[real], torch.nonzero(real.flatten())[:, 0]
-
-
 def _attend(group: _Group, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Attention of one group: query (S, H, d), key and value (S, Hkv, d) packed -> (n * m, H, d)."""
+    """Attention of one group on its rectangle: query (n * m, H, d), key and value (n * m, Hkv, d) -> (n * m, H, d)."""
     n, m = group.rows, group.places
-    if group.gather is None:
-        here = slice(group.start, group.start + n * m)
-        q, k, v = query[here], key[here], value[here]
-    else:
-        q, k, v = (x.index_select(0, group.gather) for x in (query, key, value))
-    q, k, v = (x.view(n, m, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))  # (n, heads, m, d)
+    q, k, v = (x.view(n, m, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))  # (n, heads, m, d)
     if group.prefix.length:
         k = torch.cat([group.prefix.keys[layer].expand(n, -1, -1, -1), k], dim=2)
         v = torch.cat([group.prefix.values[layer].expand(n, -1, -1, -1), v], dim=2)
@@ -190,7 +182,15 @@ def packed_causal_attention(
     if packing.capture is not None:
         packing.capture.append((key[0].detach(), value[0].detach()))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, d)
-    outputs = [_attend(group, layer, q, k, v, scaling) for group in packing.groups]
+    if packing.gather is not None:
+        q, k, v = (x.index_select(0, packing.gather) for x in (q, k, v))
+    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
+    sizes = [group.rows * group.places for group in packing.groups]
+    queries, keys, values = (torch.split(x, sizes) for x in (q, k, v))
+    outputs = [
+        _attend(group, layer, queries[index], keys[index], values[index], scaling)
+        for index, group in enumerate(packing.groups)
+    ]
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if packing.order is not None:
         out = out.index_select(0, packing.order)

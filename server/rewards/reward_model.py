@@ -31,6 +31,9 @@ __all__ = ["Prefix", "RewardModel", "RewardRows", "load_reward_model"]
 SCORE_TOKENS = 8192
 """Tokens that `score` runs in one forward; a longer sequence goes alone."""
 
+MIN_SHARED_TOKENS = 16
+"""A shorter common beginning is not worth a forward of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class RewardRows:
@@ -126,10 +129,14 @@ class RewardModel:
         return float(self.score([conversation_ids(self.tokenizer, conversation, response)])[0])
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        lengths = tuple(len(sequence) for sequence in sequences)
-        ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.long)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        rows = RewardRows((EMPTY_PREFIX,) * len(sequences), lengths, positions)
+        """Rewards (B,) of one pack. What all of its sequences begin with is run once."""
+        shared = _common_prefix(sequences)
+        prefix = self.prefill(sequences[0][:shared]) if shared >= MIN_SHARED_TOKENS else EMPTY_PREFIX
+        own = [sequence[prefix.length :] for sequence in sequences]
+        lengths = tuple(len(ids) for ids in own)
+        ids = torch.tensor([token for sequence in own for token in sequence], dtype=torch.long)
+        positions = torch.cat([torch.arange(prefix.length, prefix.length + length) for length in lengths])
+        rows = RewardRows((prefix,) * len(sequences), lengths, positions.to(self.device))
         return self.forward(rows, self.own_embeddings(ids))
 
     def _hidden(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:
@@ -150,6 +157,16 @@ class RewardModel:
         ids = torch.tensor(vocab_map.ids, dtype=torch.long)
         table = self.own_embeddings(ids.clamp_min(0))
         return table.masked_fill_((ids < 0).to(self.device)[:, None], 0.0)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all of several sequences share, leaving each at least one of its own; 0 for one alone."""
+    if len(sequences) < 2:
+        return 0
+    shared = min(map(len, sequences)) - 1
+    for sequence in sequences[1:]:
+        shared = next((at for at in range(shared) if sequence[at] != sequences[0][at]), shared)
+    return shared
 
 
 def load_reward_model(

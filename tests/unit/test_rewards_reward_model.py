@@ -247,6 +247,13 @@ def test_scores_keep_their_order_whatever_the_packs(
     assert ours.score([]).shape == (0,)
 
 
+def test_scores_of_answers_to_one_long_prompt(pair: tuple[RewardModel, Any]) -> None:
+    ours, stock = pair
+    before, *answers = random_ids(20, 5, 5, 9, seed=11)
+    sequences = [before + answer for answer in answers] + [before]  # the last has no token that the others lack
+    torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=0, atol=1e-10)
+
+
 def test_float32_is_close_to_stock(checkpoint: Path) -> None:
     sequences = random_ids(7, 19, 12, seed=9)
     ours, stock = load(checkpoint, torch.float32), load_stock(checkpoint, torch.float32)
