@@ -94,8 +94,9 @@ def detokenize(tokens: Sequence[int], model: str | None) -> Call[str]:
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """The headers of every request; the key is ENTRGI_API_KEY where none is given."""
-    key = api_key or os.environ.get("ENTRGI_API_KEY")
+    """The headers of every request. Without a key it is ENTRGI_API_KEY, the server's own variable, which may list
+    several, separated by commas: the first."""
+    key = api_key or os.environ.get("ENTRGI_API_KEY", "").split(",")[0].strip()
     return {"authorization": f"Bearer {key}"} if key else {}
 
 

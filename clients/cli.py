@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import get_args
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m clients", description="Talk to an entrgi server.")
     connection = argparse.ArgumentParser(add_help=False)
-    connection.add_argument("--url", default=os.environ.get("ENTRGI_URL", DEFAULT_URL), help="default: %(default)s")
+    connection.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
     connection.add_argument("--api-key", help="default: ENTRGI_API_KEY")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

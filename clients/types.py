@@ -127,7 +127,7 @@ class Model:
     @property
     def kind(self) -> Literal["diffusion", "reward"]:
         """What the model does."""
-        return "reward" if "reward" in str(self.details.get("type", self.details.get("kind", ""))) else "diffusion"
+        return "reward" if self.details.get("type") == "reward" else "diffusion"
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,10 +145,11 @@ def test_only_the_given_fields_are_sent() -> None:
 
 
 def test_the_key_is_a_bearer_token_or_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENTRGI_API_KEY", raising=False)
     server = Server(httpx.Response(200, json=COMPLETION))
     client(server).complete("a")
     assert "authorization" not in server.requests[-1].headers
-    monkeypatch.setenv("ENTRGI_API_KEY", "from-environment")
+    monkeypatch.setenv("ENTRGI_API_KEY", "from-environment,second-key")
     client(server).complete("a")
     assert server.requests[-1].headers["authorization"] == "Bearer from-environment"
     client(server, api_key="given").complete("a")

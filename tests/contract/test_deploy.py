@@ -1,0 +1,300 @@
+"""Container files: what a container engine would do is not done here, but everything that they promise is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.stats import RunnerStats
+from server.metrics import HELP, Metrics, WorkerSnapshot
+from server.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
+PROMETHEUS = ROOT / "deploy/prometheus"
+INTERPOLATION = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def load_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text("utf-8"))
+
+
+def environment_file() -> dict[str, str]:
+    lines = (ROOT / ".env").read_text("utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def compose(**shell: str) -> dict[str, Any]:
+    """docker-compose.yml as `docker compose config` would see it with these variables in the shell."""
+    values = {**environment_file(), **shell}
+    text = (ROOT / "docker-compose.yml").read_text("utf-8")
+    document = yaml.safe_load(INTERPOLATION.sub(lambda m: values.get(m[1]) or m[2] or "", text))
+    assert isinstance(document, dict)
+    return document
+
+
+# -- compose -----------------------------------------------------------------------------------------------------
+
+
+def test_compose_file_has_no_dangling_names() -> None:
+    document = compose()
+    assert set(document["services"]) == {"server", "server-cpu", "prometheus", "grafana"}
+    named = set(document["volumes"])
+    used = set()
+    for service in document["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("./"):
+                assert (ROOT / source).is_dir(), source
+            else:
+                used.add(source)
+        for other in service.get("depends_on", {}):
+            assert other in document["services"]
+    assert used == named
+
+
+def test_every_service_is_checked_and_published_on_the_loopback_only() -> None:
+    for name, service in compose()["services"].items():
+        assert service["healthcheck"]["test"][0] == "CMD", name
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+    told = compose(PUBLISH_ADDRESS="0.0.0.0", PORT="80")
+    assert told["services"]["server"]["ports"] == ["0.0.0.0:80:8000"]
+
+
+def test_the_gpu_service_reserves_a_gpu_and_serves_the_published_models() -> None:
+    server = compose()["services"]["server"]
+    (device,) = server["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert server["environment"]["ENTRGI_MODEL"] == "Dream-org/Dream-v0-Instruct-7B"
+    assert server["environment"]["ENTRGI_REWARD_MODEL"].endswith("=Skywork/Skywork-Reward-V2-Qwen3-1.7B")
+    assert "hf-cache:/home/entrgi/.cache/huggingface" in server["volumes"]
+    other = compose(ENTRGI_MODEL="/models/mine", HF_CACHE="/data/hf")["services"]["server"]
+    assert other["environment"]["ENTRGI_MODEL"] == "/models/mine"
+    assert "/data/hf:/home/entrgi/.cache/huggingface" in other["volumes"]
+
+
+def test_the_cpu_profile_serves_the_bundled_models() -> None:
+    services = compose()["services"]
+    assert services["server-cpu"]["profiles"] == ["cpu"]
+    assert services["server"]["profiles"] == ["gpu"]
+    assert environment_file()["COMPOSE_PROFILES"] == "gpu"
+    assert "ENTRGI_MODEL" not in services["server-cpu"]["environment"]
+    assert services["server-cpu"]["build"]["args"]["VARIANT"] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["server", "server-cpu"])
+def test_servers_run_without_privileges_and_longer_than_their_drain(name: str) -> None:
+    service = compose()["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_seconds"].default
+
+
+def test_the_variables_are_settings_of_the_server() -> None:
+    known = {f"ENTRGI_{name.upper()}" for name in Settings.model_fields}
+    variables = {name for service in compose()["services"].values() for name in service.get("environment", {})} | set(
+        re.findall(r"\bENTRGI_[A-Z_]+", (ROOT / "Dockerfile").read_text("utf-8"))
+    )
+    ours = {name for name in variables if name.startswith("ENTRGI_")}
+    assert len(ours) >= 8
+    assert ours <= known
+
+
+# -- Dockerfile --------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines())]
+
+
+def test_image_is_built_in_stages_and_runs_as_nobody_special() -> None:
+    found = instructions()
+    stages = [rest for word, rest in found if word == "FROM"]
+    assert len(stages) == 4
+    final = found[max(i for i, (word, _) in enumerate(found) if word == "FROM") :]
+    users = [rest for word, rest in final if word == "USER"]
+    assert users == ["10001"]
+    assert final[-1] == ("CMD", '["python", "-m", "server"]')
+    assert not any("pip install" in rest for word, rest in final if word == "RUN")
+
+
+def test_image_takes_both_variants_and_only_wheels_of_the_lock() -> None:
+    found = instructions()
+    assert ("ARG", "VARIANT=cuda") in found
+    assert ("FROM", "venv-${VARIANT} AS venv") in found
+    installs = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
+    assert len(installs) == 2
+    for install in installs:
+        assert "-r /build/requirements.lock" in install
+        assert "pip check" in install
+    assert sum("PIP_ONLY_BINARY=:all:" in rest for word, rest in found if word == "ENV") == 2
+    assert ("ARG", 'TORCH_INDEX=""') in found
+
+
+def test_everything_that_is_copied_exists_and_gets_past_dockerignore() -> None:
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
+    copies = [rest.split() for word, rest in instructions() if word == "COPY" and "--from" not in rest]
+    assert len(copies) == 6
+    for *sources, _ in copies:
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            assert source in allowed
+
+
+def test_healthcheck_command_is_that_of_compose() -> None:
+    check = next(rest for word, rest in instructions() if word == "HEALTHCHECK")
+    assert json.loads(check.partition(" CMD ")[2]) == ["python", "deploy/healthcheck.py"]
+    assert compose()["services"]["server"]["healthcheck"]["test"][1:] == ["python", "deploy/healthcheck.py"]
+
+
+class Answering(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def site() -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def check_health(port: int) -> int:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "deploy/healthcheck.py")], env={"ENTRGI_PORT": str(port)}, timeout=60
+    ).returncode
+
+
+def test_healthcheck_follows_the_status(site: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_health(site.server_port) == 0
+    monkeypatch.setattr(Answering, "status", 503)
+    assert check_health(site.server_port) == 1
+
+
+def test_healthcheck_fails_when_nobody_listens(site: HTTPServer) -> None:
+    port = site.server_port
+    site.shutdown()
+    site.server_close()
+    assert check_health(port) == 1
+
+
+# -- Prometheus and Grafana --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported() -> set[str]:
+    """The names of all samples that a scrape can hold, each metric having been used once."""
+    stats = RunnerStats()
+    distributions = {name: getattr(stats, name) for name in HELP if hasattr(getattr(stats, name, None), "bounds")}
+    counters = {name: 1.0 for name in HELP if name not in distributions}
+    metrics = Metrics(lambda: WorkerSnapshot(counters, distributions, {"op": "reference"}))
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase):
+            child: Any = metric.labels(*("x" for _ in metric._labelnames))
+            child.observe(1.0) if hasattr(child, "observe") else child.inc()
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {sample.name for family in families for sample in family.samples}
+
+
+def expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
+    rules = load_yaml(PROMETHEUS / "alerts.yml")["groups"]
+    return [target["expr"] for panel in panels for target in panel.get("targets", [])] + [
+        rule["expr"] for group in rules for rule in group["rules"]
+    ]
+
+
+def test_every_expression_names_exported_metrics(exported: set[str]) -> None:
+    assert {"entrgi:denoising_steps_total", "entrgi:batch_rows_sum", "entrgi:kernel_backend_info"} <= exported
+    for expression in expressions():
+        names = re.findall(r"entrgi:\w+", expression)
+        assert names or "up{" in expression, expression
+        assert set(names) <= exported, expression
+
+
+def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:
+    shown = {re.sub(r"_(bucket|sum|count)$", "", n) for e in expressions() for n in re.findall(r"entrgi:\w+", e)}
+    all_names = {re.sub(r"_(bucket|sum|count)$", "", n) for n in exported if not n.endswith("_created")}
+    assert all_names - shown == set()
+
+
+def test_labels_of_expressions_exist() -> None:
+    known = {"model_name", "finished_reason", "method", "reward_model", "reason", "le"}
+    for expression in expressions():
+        for labels in re.findall(r"\bby \(([^)]*)\)", expression):
+            assert {label.strip() for label in labels.split(",")} <= known, expression
+
+
+def test_dashboard_is_provisioned() -> None:
+    dashboard = json.loads(DASHBOARD.read_text("utf-8"))
+    (source,) = load_yaml(ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    (provider,) = load_yaml(ROOT / "deploy/grafana/provisioning/dashboards/entrgi.yml")["providers"]
+    grafana = compose()["services"]["grafana"]
+    assert source["url"] == "http://prometheus:9090"
+    assert f"./deploy/grafana/dashboards:{provider['options']['path']}:ro" in grafana["volumes"]
+    assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"].endswith(DASHBOARD.name)
+    for panel in dashboard["panels"]:
+        for each in [panel, *panel.get("targets", [])]:
+            if "datasource" in each:
+                assert each["datasource"]["uid"] == source["uid"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_panels_do_not_overlap() -> None:
+    cells: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"]:
+        at = panel["gridPos"]
+        own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert at["x"] + at["w"] <= 24
+        assert not own & cells, panel["title"]
+        cells |= own
+
+
+def test_prometheus_scrapes_whichever_server_runs() -> None:
+    (job,) = load_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]
+    (target,) = job["static_configs"][0]["targets"]
+    host, port = target.split(":")
+    for name in ("server", "server-cpu"):
+        service = compose()["services"][name]
+        assert host in service["networks"]["default"]["aliases"]
+        assert service["ports"][0].endswith(f":{port}")
+        assert service["environment"]["ENTRGI_PUBLIC_METRICS"] == "true"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus's own checker is not installed")
+def test_promtool_accepts_configuration_rules_and_dashboard_expressions(tmp_path: Path) -> None:
+    subprocess.run(["promtool", "check", "config", str(PROMETHEUS / "prometheus.yml")], check=True, timeout=60)
+    rules = [
+        {"record": f"panel:{i}", "expr": e.replace("$__rate_interval", "1m").replace("$__range", "1h")}
+        for i, e in enumerate(expressions())
+    ]
+    path = tmp_path / "panels.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    subprocess.run(["promtool", "check", "rules", str(path)], check=True, timeout=60)

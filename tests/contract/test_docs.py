@@ -1,0 +1,84 @@
+"""The documents: commands that exist, links that lead somewhere, requests that the server would take."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.api.schemas import ChatCompletionRequest, CompletionRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PARSE = "import sys; from clients.cli import _parser; _parser().parse_args(sys.argv[1:])"
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", document.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(document: Path) -> list[str]:
+    """The lines of code blocks, continued lines joined."""
+    return [line for block in blocks(document) for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+
+
+def test_documents_are_there() -> None:
+    names = {str(d.relative_to(ROOT)) for d in DOCUMENTS}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/operations.md"} <= names
+    assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_the_promised_targets_exist() -> None:
+    assert {"setup", "serve", "test", "check", "bench", "bench-kernels", "gpu-check", "clean", "help"} <= TARGETS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_make_commands_exist(document: Path) -> None:
+    code = "\n".join(re.findall(r"`([^`\n]+)`", document.read_text("utf-8")) + commands(document))
+    for target in re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE):
+        assert target in TARGETS, target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text("utf-8")):
+        if "://" not in link:
+            assert (document.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_files_named_in_code_quotes_exist(document: Path) -> None:
+    for name in re.findall(r"`((?:server|kernels|clients|deploy|tests|docs)/[\w./-]+)`", document.read_text("utf-8")):
+        if "NAME" not in name:
+            path = ROOT / name.rstrip("/")
+            assert path.exists() or path.with_suffix(".py").exists(), name
+
+
+def test_the_readmes_requests_are_valid() -> None:
+    bodies = [json.loads(body) for body in re.findall(r"-d '(\{.*?\})'", "\n".join(commands(ROOT / "README.md")))]
+    assert bodies
+    assert any(body.get("guidance") == "entrgi" for body in bodies)
+    for body in bodies:
+        schema = ChatCompletionRequest if "messages" in body else CompletionRequest
+        assert schema.model_validate_json(json.dumps(body)).model_dump(exclude_unset=True)
+
+
+def test_the_readmes_client_commands_parse() -> None:
+    lines = [line for line in commands(ROOT / "README.md") if " -m clients " in line]
+    assert lines
+    for line in lines:
+        arguments = shlex.split(line.partition(" -m clients ")[2], comments=True)
+        parsed = subprocess.run(
+            [sys.executable, "-c", PARSE, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert parsed.returncode == 0, parsed.stderr
