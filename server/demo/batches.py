@@ -18,9 +18,9 @@ from torch import Tensor
 from server.demo.corpus import Corpus, Example, Form
 from server.demo.tokenizer import END_OF_TEXT, MASK, chat_text, token_id
 
-CHAT_ROWS, RAW_ROWS = 20, 12  # sequences a batch
-CHAT_TOTALS = (44, 52, 60, 68, 76)  # total lengths in tokens: canvases of about 25 to 65
-RAW_TOTALS = (32, 40, 48, 56, 64)
+CHAT_ROWS, RAW_ROWS = 12, 8  # sequences a batch
+CHAT_TOTALS = (42, 48, 56, 64, 72)  # total lengths in tokens: canvases of about 25 to 60
+RAW_TOTALS = (32, 38, 46, 56, 64)
 CONTINUATION_SHARE = 0.35  # of the raw sequences
 
 

@@ -54,15 +54,15 @@ def learn_tokenizers(seed: int) -> tuple[Tokenizer, Tokenizer]:
 
 
 def make_dlm(tokenizer: Tokenizer, seed: int) -> DreamModel:
-    """A fresh Dream-shaped model of 2.7 M parameters."""
+    """A fresh Dream-shaped model of 1.4 M parameters."""
     rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model = DreamModel(
         DreamConfig(
             vocab_size=rows,
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=128,
+            intermediate_size=384,
             num_hidden_layers=5,
-            num_attention_heads=6,
+            num_attention_heads=4,
             num_key_value_heads=2,
             mask_token_id=token_id(tokenizer, MASK),
         )

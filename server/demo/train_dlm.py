@@ -35,7 +35,7 @@ class DlmTraining:
     steps: int = 3000
     minutes: float = 70.0
     learning_rate: float = 3e-3  # AdamW
-    muon_rate: float = 3e-3
+    muon_rate: float = 6e-3
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0

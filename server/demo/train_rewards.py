@@ -31,7 +31,7 @@ class RewardTraining:
 
     steps: int = 1500
     minutes: float = 10.0
-    batch: int = 48
+    batch: int = 32
     learning_rate: float = 2e-3
     warmup: int = 50
     clip: float = 1.0
@@ -39,15 +39,15 @@ class RewardTraining:
 
 
 def reward_config(tokenizer: Tokenizer) -> Qwen3Config:
-    """0.5 M parameters: two layers of width 128."""
+    """0.4 M parameters: two layers of width 96."""
     return Qwen3Config(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=128,
-        intermediate_size=320,
+        hidden_size=96,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=24,
         max_position_embeddings=2048,
         rope_theta=10000.0,
         tie_word_embeddings=False,

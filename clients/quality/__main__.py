@@ -1,0 +1,111 @@
+"""`python -m clients.quality [compare|fluency]`: prints a table, then one JSON line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+
+from clients.quality import prompts as prompt_file
+from clients.quality.compare import METHODS, Comparison, Settings, compare
+from clients.quality.fluency import measure
+from clients.quality.report import (
+    comparison_json,
+    comparison_markdown,
+    comparison_svg,
+    comparison_text,
+    fluency_json,
+    fluency_text,
+)
+from clients.quality.requests import TIMEOUT_SECONDS, models
+
+LIMITS = httpx.Limits(max_connections=64)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m clients.quality", description=__doc__)
+    top.add_argument("what", nargs="?", choices=("compare", "fluency"), default="compare")
+    top.add_argument("--url", default="http://127.0.0.1:8000")
+    top.add_argument("--api-key", help="sent as a bearer token")
+    top.add_argument("--prompts", type=Path, default=prompt_file.PATH, help="default: the bundled prompts")
+    top.add_argument("--concurrency", type=int, default=4, help="requests in flight")
+    top.add_argument("--seed", type=int, default=1000, help="prompt i is sent with seed + i")
+    top.add_argument("--count", type=int, help="only the first prompts, for a quick look")
+    group = top.add_argument_group("compare")
+    group.add_argument("--reward-model", action="append", help="repeatable; default: every one that is served")
+    group.add_argument("--method", action="append", choices=METHODS, help="repeatable; default: all")
+    group.add_argument("--trajectories", type=int, default=4, help="K")
+    for name, kind in (("--max-tokens", int), ("--steps", int), ("--gradient-steps", int), ("--eta", float)):
+        group.add_argument(name, type=kind, help="default: the server's")
+    group.add_argument("--temperature", type=float, help="default: the server's")
+    group.add_argument("--top-p", type=float, help="default: the server's")
+    group.add_argument("--report", type=Path, help="folder for report.md, report.svg and report.json")
+    top.add_argument_group("fluency").add_argument("--shown", type=int, default=20, help="answers to print")
+    return top
+
+
+async def run_compare(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
+    """Compare the methods under every reward model."""
+    prompts = prompt_file.load(options.prompts).compare[: options.count]
+    served = [entry["id"] for entry in await models(client) if is_reward_model(entry)]
+    settings = Settings(
+        trajectories=options.trajectories,
+        max_tokens=options.max_tokens,
+        steps=options.steps,
+        gradient_steps=options.gradient_steps,
+        eta=options.eta,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        concurrency=options.concurrency,
+    )
+    comparison = await compare(client, prompts, options.reward_model or served, options.method or METHODS, settings)
+    print(comparison_text(comparison))
+    if options.report is not None:
+        write_report(options.report, comparison, [prompt.text for prompt in prompts])
+    print(json.dumps(comparison_json(comparison)))
+
+
+def write_report(folder: Path, comparison: Comparison, prompts: list[str]) -> None:
+    """report.md, report.svg and report.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(comparison_markdown(comparison, prompts, "report.svg"), encoding="utf-8")
+    (folder / "report.svg").write_text(comparison_svg(comparison), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(comparison_json(comparison)) + "\n", encoding="utf-8")
+
+
+def is_reward_model(entry: dict[str, object]) -> bool:
+    """Whether an entry of /v1/models is a reward model."""
+    return entry.get("type") == "reward"
+
+
+async def run_fluency(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
+    """Judge unguided answers."""
+    found = prompt_file.load(options.prompts)
+    if options.count is not None:
+        found = prompt_file.PromptSet(found.subjects, found.compare, found.fluency[: options.count], found.references)
+    report = await measure(client, found, seed=options.seed, concurrency=options.concurrency)
+    print(fluency_text(report, options.shown))
+    print(json.dumps(fluency_json(report)))
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Open the client and run."""
+    headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
+    async with httpx.AsyncClient(
+        base_url=options.url, headers=headers, timeout=TIMEOUT_SECONDS, limits=LIMITS
+    ) as client:
+        await (run_compare if options.what == "compare" else run_fluency)(options, client)
+
+
+def main() -> None:
+    """Entry point."""
+    asyncio.run(run(parser().parse_args()))
+
+
+if __name__ == "__main__":
+    main()
