@@ -50,13 +50,13 @@ class Trajectory:
             np.ones(length, dtype=np.bool_),
         )
 
-    def next_step(self) -> Step | None:
+    def next_step(self, *, skip_empty: bool = True) -> Step | None:
         """The next step that can reveal something, or None at the end. Steps that reveal nothing change nothing
         (the model is not told the time), so they are passed over whole: an exact saving."""
         while self.cursor < len(self.steps):
             step = self.steps[self.cursor]
-            draws = self.job.diffusion.algorithm == "origin"
-            if self.masked[step.start : step.stop].any() and (step.reveal > 0 or draws):
+            can_reveal = step.reveal > 0 or self.job.diffusion.algorithm == "origin" or not skip_empty
+            if self.masked[step.start : step.stop].any() and can_reveal:
                 return step
             if self.job.trace:
                 self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
@@ -106,7 +106,13 @@ class _Canvas:
     first_row: int = 0
 
 
-def pack(trajectories: Sequence[tuple[Trajectory, Step]], mask_token_id: int, device: torch.device) -> Batch:
+def pack(
+    trajectories: Sequence[tuple[Trajectory, Step]],
+    mask_token_id: int,
+    device: torch.device,
+    *,
+    share_equal: bool = True,
+) -> Batch:
     """Pack the next step of each trajectory. Sequences are ordered by length, so that equal lengths are neighbours."""
     canvases: dict[tuple[object, ...], _Canvas] = {}
     keys = []
@@ -115,7 +121,8 @@ def pack(trajectories: Sequence[tuple[Trajectory, Step]], mask_token_id: int, de
         job = trajectory.job
         positions = trajectory.positions(step)
         key = (
-            job.prompt_ids, job.suffix_ids, trajectory.tokens.tobytes(), positions.tobytes(), job.diffusion.cfg_scale
+            job.prompt_ids, job.suffix_ids, trajectory.tokens.tobytes(), positions.tobytes(), job.diffusion.cfg_scale,
+            None if share_equal else (job.id, trajectory.index),
         )  # fmt: skip
         if key not in canvases:
             canvases[key] = _canvas(trajectory, positions, mask_token_id)

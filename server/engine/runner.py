@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from server.diffusion.schedule import Step
 from server.engine.batch import Trajectory
 from server.engine.denoise import Denoiser, Revealed
 from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
+from server.engine.savings import Savings
 from server.engine.scheduler import Budget, Scheduler, Ticket
 from server.engine.stats import RunnerStats
 from server.errors import InvalidRequest
@@ -50,12 +52,14 @@ class Runner:
         reward_models: Mapping[str, RewardModel],
         *,
         budget: Budget | None = None,
+        savings: Savings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.loaded = model
         self.reward_models = dict(reward_models)
         self.scheduler = Scheduler(budget or Budget())
-        self.denoiser = Denoiser(model.model, model.info)
+        self.savings = savings or Savings()
+        self.denoiser = Denoiser(model.model, model.info, self.savings)
         self.clock = clock
         self._queued: dict[str, tuple[Job, float]] = {}
         self._running: dict[str, _Running] = {}
@@ -109,7 +113,7 @@ class Runner:
             (trajectory, step)
             for running in self._running.values()
             for trajectory in running.trajectories.values()
-            if (step := trajectory.next_step()) is not None
+            if (step := self._next_step(trajectory)) is not None
         ]
         if batch:
             contexts = {job_id: running.contexts for job_id, running in self._running.items()}
@@ -175,7 +179,7 @@ class Runner:
                 if index not in running.trajectories and index not in running.finished:
                     running.finished[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id)
         for index, trajectory in list(running.trajectories.items()):
-            if running.stopped or trajectory.next_step() is None:
+            if running.stopped or self._next_step(trajectory) is None:
                 running.finished[index] = running.trajectories.pop(index)
                 ticket = self._tickets.pop((job.id, index))
                 self.scheduler.release(ticket)
@@ -284,8 +288,14 @@ class Runner:
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]
             before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
-            contexts[weighted.model] = RewardContext(model.prefill(before), tuple(after))
+            if self.savings.reward_prefix_cache:
+                contexts[weighted.model] = RewardContext(model.prefill(before), tuple(after))
+            else:
+                contexts[weighted.model] = RewardContext(model.prefill(()), tuple(after), tuple(before))
         return contexts
+
+    def _next_step(self, trajectory: Trajectory) -> Step | None:
+        return trajectory.next_step(skip_empty=self.savings.skip_empty_steps)
 
     def _forget(self, job_id: str) -> None:
         self.scheduler.drop(job_id)

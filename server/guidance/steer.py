@@ -22,10 +22,12 @@ from server.rewards.reward_model import Prefix, RewardModel, RewardRows
 
 @dataclass(frozen=True, slots=True)
 class RewardContext:
-    """What one reward model reads around the response of one job: its cached prefix and the template's closing ids."""
+    """What one reward model reads around the response of one job: the cached prefix, ids after it that are not cached
+    (none, unless the cache is turned off), and the template's closing ids."""
 
     prefix: Prefix
     suffix_ids: tuple[int, ...]
+    lead_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +64,18 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Steered:
-    """Weighted rewards seen before each inner step, M tensors (B,); w at the first inner step, (N,)."""
+    """Weighted rewards seen before each inner step, M tensors (B,); w at the first inner step, (N,); the terms of the
+    last update where it was left to the caller."""
 
     rewards: list[Tensor] = field(default_factory=list)
     first_w: Tensor | None = None
+    pending: list[kernels.Term] = field(default_factory=list)
 
 
 class Assembly:
     """Where every packed reward-model token of one objective comes from; fixed for a denoising step.
 
-    The packed order is: for each trajectory its L response positions, then its suffix.
+    The packed order is: for each trajectory what leads, its L response positions, then its suffix.
     """
 
     def __init__(self, objective: Objective, responses: Responses) -> None:
@@ -81,12 +85,15 @@ class Assembly:
         response, row, position, owner, pieces = [], [], [], [], []
         start = 0
         for index, (length, context) in enumerate(zip(responses.lengths, objective.contexts, strict=True)):
-            tail = len(context.suffix_ids)
-            response += [torch.arange(start, start + length), torch.full((tail,), -1)]
-            row += [responses.row[start : start + length], torch.full((tail,), -1, device=device)]
+            lead, tail = len(context.lead_ids), len(context.suffix_ids)
+            response += [torch.full((lead,), -1), torch.arange(start, start + length), torch.full((tail,), -1)]
+            nowhere = torch.full((lead + tail,), -1, device=device)
+            row += [nowhere[:lead], responses.row[start : start + length], nowhere[lead:]]
             first = context.prefix.length
-            position.append(torch.arange(first, first + length + tail))
-            owner.append(torch.full((length + tail,), index))
+            position.append(torch.arange(first, first + lead + length + tail))
+            owner.append(torch.full((lead + length + tail,), index))
+            if lead:
+                pieces.append(_own_embeddings(objective.model, context.lead_ids))
             pieces.append(table[responses.committed[start : start + length]])
             pieces.append(_own_embeddings(objective.model, context.suffix_ids))
             start += length
@@ -167,18 +174,21 @@ def steer(
     eos_token_id: int,
     pad_token_id: int,
     timings: Timings,
+    finish: bool = True,
     read_after: bool = False,
 ) -> Steered:
     """Move `state` (N rows) M = `gradient_steps` times along the rewards' gradient.
 
     `methods` names each trajectory's method; `keys(inner)` gives the random keys (N, 4) of an inner step. With
-    `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
+    `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries. Without `finish` the last
+    update is not made but returned as `pending`, so that the caller can make it for the rows it needs.
     """
     masked = torch.nonzero(responses.row >= 0)[:, 0]
     assemblies = [Assembly(objective, responses) for objective in objectives]
     needs_draw = any(draws_hard_tokens(method) for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
+    terms: list[kernels.Term] = []
     for inner in range(gradient_steps + read_after):
         stats = state.stats
         w = weights(methods, responses.owner, stats.entropy_1, state.vocab_size)
@@ -198,6 +208,6 @@ def steer(
             total = total + weight * rewards.to(w.dtype)
             terms.append(kernels.Term(g * weight[responses.owner][:, None], objective.model.table, mixed.soft))
         steered_rewards.append(total)
-        if not last:
+        if inner < gradient_steps - 1 or (finish and not last):
             kernels.update(state, terms)
-    return Steered(steered_rewards, first_w)
+    return Steered(steered_rewards, first_w, [] if finish else terms)

@@ -1,0 +1,36 @@
+"""Exact savings, each of which can be turned off by name: to measure what it is worth and to test that it is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from server.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """All on by default. None of them changes a token.
+
+    share_equal_canvases: one forward for the K trajectories of a prompt at their first step, and for equal prompts.
+    skip_empty_steps: a step that reveals nothing changes nothing.
+    head_on_masked_rows: the LM head runs on masked positions only.
+    reward_prefix_cache: the conversation before the response goes through the reward model once a job.
+    finish_revealed_rows_only: where the ranking is known before guidance (`entropy` with `base` confidence), the last
+        Adam step and the final draw are made for the rows about to be revealed.
+    """
+
+    share_equal_canvases: bool = True
+    skip_empty_steps: bool = True
+    head_on_masked_rows: bool = True
+    reward_prefix_cache: bool = True
+    finish_revealed_rows_only: bool = True
+
+    @classmethod
+    def without(cls, names: Iterable[str]) -> Savings:
+        """All savings but the named ones. Raises ConfigurationError for an unknown name, with the known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise ConfigurationError(f"disable_savings: unknown name {name!r}; known: {', '.join(known)}")
+        return replace(cls(), **dict.fromkeys(names, False))
