@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import BACKENDS, backend_info, open_state
+from kernels.dispatch import BACKENDS, available_backends, backend_info, open_state
 from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "RowParams",
     "RowStats",
     "Term",
+    "available_backends",
     "backend_info",
     "begin",
     "draw",

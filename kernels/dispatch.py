@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpp import CppState, library, unavailable_reason
+from kernels.cpp import CppState, library
 from kernels.cpp.ops import DTYPES as CPP_DTYPES
 from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
@@ -23,6 +23,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return "torch"
 
 
+def available_backends() -> tuple[str, ...]:
+    """Names of `BACKENDS` that can run on this machine."""
+    return tuple(name for name in BACKENDS if name != "cpp" or library() is not None)
+
+
 def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: int | None) -> Guided:
     """The state class for these logits; `backend` None lets the dispatcher choose.
 
@@ -35,8 +40,6 @@ def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: 
 
 
 def backend_info() -> dict[str, str]:
-    """Op -> the implementation that runs on this machine's default device, and `reason` when that is a fallback."""
+    """Op -> the implementation that runs for 32-bit and 16-bit logits on this machine's default device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    info = dict.fromkeys(OPS, choose(device, torch.float32))
-    reason = unavailable_reason() if device.type == "cpu" else None
-    return {**info, "reason": reason} if reason else info
+    return dict.fromkeys(OPS, choose(device, torch.float32))

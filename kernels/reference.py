@@ -107,6 +107,7 @@ class ReferenceState(Guided):
     def select(self, rows: Tensor) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
+        chosen.partial = False
         chosen._current, chosen._stats = self._current[rows], None
         if self.updates:
             chosen._m, chosen._v = self._m[rows], self._v[rows]

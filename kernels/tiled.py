@@ -91,10 +91,14 @@ class TiledState(Guided):
         super().__init__(logits, params, updates)
         self.trail = Trail()
         self.tiles = Tiles.empty(self.rows, self.vocab_size, logits.device)
+        self._prepare()
         self._row_sums()
         self._refresh(None)
 
     # -- the arithmetic of one slab, which backends supply ------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Sets up what a backend holds beside the tiles; called once for every new state."""
 
     @abstractmethod
     def _row_sums(self) -> None:
@@ -141,6 +145,8 @@ class TiledState(Guided):
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
         chosen.trail, chosen.tiles = self.trail.select(rows), self.tiles.select(rows)
+        chosen.partial = False
+        chosen._prepare()
         chosen._refresh(None)
         return chosen
 

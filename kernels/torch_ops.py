@@ -190,7 +190,8 @@ class TorchState(TiledState):
         # `first_exceeding` then takes the last id with any mass.
         wanted = (u * cumulative[:, -1] - before) / weights[:, -1]
         place = first_exceeding(weights, wanted.clamp(0, 1))
-        return columns.gather(-1, place[:, None])[:, 0]
+        # Only a row that is not numbers can point past the end.
+        return columns.gather(-1, place[:, None])[:, 0].clamp_max(self.vocab_size - 1)
 
     def _above(self, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mass exp((phi - maximum) / tau), float64, and count of what ranks above the tokens (n,)."""

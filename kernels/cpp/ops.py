@@ -109,7 +109,6 @@ class CppState(TiledState):
         )
 
     def _row_sums(self) -> None:
-        self._prepare()
         self._library.row_sums(self._state())
 
     def _refresh(self, rows: Tensor | None) -> None:

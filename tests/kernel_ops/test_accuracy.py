@@ -1,0 +1,148 @@
+"""Every operation of every implementation against float64, relative to plain torch in the same dtype."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import kernels
+
+FLOATS = ("lse_1", "lse_tau", "entropy_1", "entropy_tau")
+
+
+def test_the_named_backend_runs(implementation, make_case):
+    case = make_case(4, 50, 3, torch.float32, implementation.device)
+    assert case.begin(implementation.backend).backend == implementation.backend
+
+
+def test_row_stats(implementation, make_case, assert_as_good_as_torch):
+    for shape in implementation.shapes:
+        for dtype in implementation.dtypes:
+            case = make_case(*shape, dtype, implementation.device)
+            stats, plain = case.begin(implementation.backend).stats, case.begin("reference").stats
+            truth = case.truth().stats
+            for name in FLOATS:
+                assert_as_good_as_torch(getattr(stats, name), getattr(plain, name), getattr(truth, name), floor=8)
+            # The lowest id among equal values, which bfloat16 rows are full of.
+            top = case.logits == case.logits.amax(-1, keepdim=True)
+            assert stats.argmax.tolist() == [int(torch.nonzero(row)[0, 0]) for row in top]
+
+
+def test_row_stats_of_extreme_rows(implementation):
+    """Rows with -inf, one possible token, all equal, huge spread, and a tiny temperature."""
+    v = 1100
+    logits = torch.zeros(6, v)
+    logits[0, ::2] = -torch.inf
+    logits[1] = -torch.inf
+    logits[1, 1050] = 3.0
+    logits[3] = torch.linspace(-300, 300, v)
+    logits[4] = torch.linspace(-1, 1, v)
+    logits[5, :1024] = -torch.inf
+    n = len(logits)
+    params = kernels.RowParams(
+        tau=torch.tensor([1.0, 0.7, 0.7, 0.7, 1e-3, 2.0]),
+        top_p=torch.full((n,), 0.9),
+        top_k=torch.full((n,), v),
+        greedy=torch.zeros(n, dtype=torch.bool),
+        eta=torch.full((n,), 0.5),
+    )
+    logits = logits.to(implementation.device)
+    params = kernels.RowParams(*(getattr(params, f.name).to(implementation.device) for f in dataclasses.fields(params)))
+    stats = kernels.begin(logits, params, backend=implementation.backend).stats
+    z = logits.double() / params.tau.double()[:, None]
+    entropy = torch.special.entr(z.softmax(-1)).sum(-1)
+    torch.testing.assert_close(stats.lse_tau.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.entropy_tau.double(), entropy, rtol=2e-6, atol=2e-6)
+    assert stats.argmax.tolist() == [1, 1050, 0, v - 1, v - 1, 1024]
+
+
+def test_filtered_stats(implementation, make_case, assert_as_good_as_torch):
+    for shape in implementation.shapes:
+        for dtype in implementation.dtypes:
+            case = make_case(*shape, dtype, implementation.device, seed=1)
+            rows = torch.arange(0, case.n, 2, device=case.device)
+            for subset in (None, rows):
+                tokens = case.tokens if subset is None else case.tokens[subset]
+                actual, plain, truth = (
+                    kernels.filtered_stats(state, tokens, subset)
+                    for state in (case.begin(implementation.backend), case.begin("reference"), case.truth())
+                )
+                for name in ("neg_entropy", "token_probability", "margin"):
+                    assert_as_good_as_torch(getattr(actual, name), getattr(plain, name), getattr(truth, name), floor=16)
+
+
+def test_mix(implementation, make_case, assert_as_good_as_torch):
+    for shape in implementation.shapes:
+        for dtype in implementation.dtypes:
+            case = make_case(*shape, dtype, implementation.device, seed=2)
+            actual, plain = (
+                kernels.mix(case.begin(backend), case.table, case.tokens, case.w)
+                for backend in (implementation.backend, "reference")
+            )
+            truth = kernels.mix(case.truth(), case.table.double(), case.tokens, case.w.double())
+            assert_as_good_as_torch(actual.soft, plain.soft, truth.soft, floor=16)
+            assert_as_good_as_torch(actual.embeds, plain.embeds, truth.embeds, floor=16)
+
+
+def test_mix_takes_a_table_in_another_dtype(implementation, make_case, assert_as_good_as_torch):
+    case = make_case(4, 300, 33, torch.bfloat16, implementation.device, seed=3)
+    table = case.table.bfloat16()
+    actual, plain = (
+        kernels.mix(case.begin(backend), table, case.tokens, case.w)
+        for backend in (implementation.backend, "reference")
+    )
+    truth = kernels.mix(case.truth(), table.double(), case.tokens, case.w.double())
+    # On a GPU the weights are rounded to the table's dtype for the tensor cores, once, before an exact normalisation.
+    floor = 16 if implementation.device == "cpu" and not implementation.interpreted else 2.0**-8 / 2.0**-23
+    assert_as_good_as_torch(actual.soft, plain.soft, truth.soft, floor=floor)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 4])
+@pytest.mark.parametrize("known", [False, True])
+def test_update(implementation, make_case, assert_as_good_as_torch, updates, known):
+    """phi and its statistics after some updates, in the two regimes of Adam.
+
+    Where the gradient is far below Adam's epsilon the step is linear in it, so phi - phi_0 must be as accurate as the
+    gradient; where it is far above, the step is nearly its sign, and rounding of a gradient near zero can move phi by
+    2 eta whoever computes it: there the mean error is compared.
+    """
+    for shape in implementation.shapes:
+        for dtype in implementation.dtypes:
+            for scale in (1e-9, 1.0):
+                case = make_case(*shape, dtype, implementation.device, seed=4)
+                states = [case.begin(b, updates if known else None) for b in (implementation.backend, "reference")]
+                states.append(case.truth())
+                softs = []
+                for _ in range(updates):
+                    g, other = case.normal(case.n, case.d) * scale, case.normal(case.n, case.d) * scale
+                    softs = []
+                    for state in states:
+                        table, w = case.table.to(state.dtype), case.w.to(state.dtype)
+                        soft = kernels.mix(state, table, case.tokens, w).soft
+                        softs.append(soft)
+                        terms = [kernels.Term(g.to(state.dtype), table, soft)]
+                        terms.append(kernels.Term(other.to(state.dtype), table.flip(0), soft_of(state, table.flip(0))))
+                        kernels.update(state, terms)
+                moved = [state.phi().double() - case.logits.double() for state in states]
+                if scale < 1e-6:
+                    error, own = ((m - moved[2]).norm() for m in moved[:2])
+                    unit = torch.finfo(states[0].dtype).eps
+                    rounding = unit * case.logits.double().norm() + 32 * unit * moved[2].norm()
+                    assert error <= 3 * own + rounding, f"{shape} {dtype}: {error:.3g} against {own:.3g}"
+                else:
+                    error, own = ((m - moved[2]).abs().mean() for m in moved[:2])
+                    assert error <= 4 * own + 1e-5, f"{shape} {dtype}: {error:.3g} against {own:.3g}"
+                # Statistics must be those of the phi that the implementation itself has reached.
+                phi, tau = states[0].phi().double(), case.params.tau.double()
+                stats = states[0].stats
+                torch.testing.assert_close(stats.lse_1.double(), phi.logsumexp(-1), rtol=1e-5, atol=1e-5)
+                z = phi / tau[:, None]
+                entropy = torch.special.entr(z.softmax(-1)).sum(-1)
+                torch.testing.assert_close(stats.entropy_tau.double(), entropy, rtol=1e-4, atol=1e-4)
+                at_argmax = phi.gather(-1, stats.argmax[:, None])[:, 0]
+                assert (at_argmax >= phi.amax(-1) - 1e-5).all()
+
+
+def soft_of(state: kernels.Guided, table: torch.Tensor) -> torch.Tensor:
+    """softmax(phi / tau) @ table, from phi itself."""
+    return torch.softmax(state.phi() / state.params.tau[:, None], dim=-1) @ table

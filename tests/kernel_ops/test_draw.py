@@ -1,0 +1,193 @@
+"""The draw: its distribution, its filters, its ties, and what it must not depend on."""
+
+import pytest
+import scipy.stats
+import torch
+
+import kernels
+from kernels.random import row_keys
+
+
+def parameters(n, v, device, tau=1.0, top_p=1.0, top_k=None, greedy=False, dtype=torch.float32):
+    def column(value, kind):
+        return torch.full((n,), value, dtype=kind, device=device)
+
+    return kernels.RowParams(
+        tau=column(tau, dtype),
+        top_p=column(top_p, dtype),
+        top_k=column(v if top_k is None else top_k, torch.long),
+        greedy=column(greedy, torch.bool),
+        eta=column(0.5, dtype),
+    )
+
+
+def row_of(kind: str, v: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(11)
+    if kind == "flat":
+        return torch.randn(v, generator=g) * 0.1
+    if kind == "peaked":
+        return torch.randn(v, generator=g) * 4
+    if kind == "tied":
+        return torch.randint(0, 4, (v,), generator=g).float()
+    assert kind == "bf16-tied"
+    return (torch.randn(v, generator=g) * 2 + 8).bfloat16()
+
+
+def filtered(row, tau, top_p, top_k):
+    """One row's filtered distribution in float64, by the definition: sort by (value desc, id asc), cut, renormalise."""
+    q = (row.double() / tau).softmax(-1).tolist()
+    ranked = sorted(range(len(q)), key=lambda i: (-float(row[i]), i))
+    kept, before = [], 0.0
+    for rank, i in enumerate(ranked):
+        if rank and (before > top_p or rank >= top_k):
+            break
+        kept.append(i)
+        before += q[i]
+    result = torch.zeros(len(q), dtype=torch.float64)
+    result[kept] = torch.tensor([q[i] for i in kept], dtype=torch.float64)
+    return result / result.sum()
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "bf16-tied"])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, None), (0.9, None), (0.6, None), (1.0, 20), (0.8, 15), (0.3, 3)])
+def test_distribution(implementation, kind, top_p, top_k):
+    if implementation.interpreted:
+        pytest.skip("too many rows for the interpreter, which compares tokens with the reference instead")
+    v, n, tau = 96, 8000, 0.8
+    row = row_of(kind, v)
+    expected = filtered(row, tau, top_p, top_k or v)
+    logits = row.to(implementation.device).expand(n, v).contiguous()
+    params = parameters(n, v, implementation.device, tau, top_p, top_k)
+    state = kernels.begin(logits, params, backend=implementation.backend)
+    position = torch.arange(n, device=implementation.device)
+    zero = torch.zeros_like(position)
+    tokens = kernels.draw(state, row_keys(zero + 5, zero, zero, zero, zero, position)).cpu()
+    counts = torch.bincount(tokens, minlength=v)
+    assert counts[expected == 0].sum() == 0  # nothing outside the nucleus, ever
+    likely = expected * n >= 5
+    observed = [*counts[likely].tolist(), int(counts[~likely].sum())]
+    wanted = [*(expected[likely] * n).tolist(), float(expected[~likely].sum() * n)]
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    if len(wanted) > 1:
+        assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
+
+
+def test_distribution_over_several_tiles(implementation):
+    """A vocabulary of several tiles, the last of them short: ids are counted in 25 groups."""
+    if implementation.interpreted:
+        pytest.skip("too many rows for the interpreter")
+    v, n = 2600, 4000
+    row = row_of("flat", v)
+    row[2500:] += 1.0
+    logits = row.to(implementation.device).expand(n, v).contiguous()
+    state = kernels.begin(logits, parameters(n, v, implementation.device, 0.7, 0.95), backend=implementation.backend)
+    position = torch.arange(n, device=implementation.device)
+    zero = torch.zeros_like(position)
+    tokens = kernels.draw(state, row_keys(zero + 6, zero, zero, zero, zero, position)).cpu()
+    expected = filtered(row, 0.7, 0.95, v)
+    assert (expected[tokens] > 0).all()
+    groups = torch.arange(v) // 104
+    wanted = torch.zeros(25, dtype=torch.float64).index_add_(0, groups, expected) * n
+    observed = torch.bincount(groups[tokens], minlength=25)
+    assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
+
+
+def test_same_tokens_as_the_reference(implementation, make_case):
+    """Every implementation draws the same token for the same key: exactly in float64, and but for a draw within
+    rounding of a boundary in float32 (a chance below 1e-4 a row)."""
+    for n, v in [(40, 37), (12, 1500)] if implementation.interpreted else [(300, 37), (300, 1500), (60, 9001)]:
+        for dtype in implementation.dtypes:
+            case = make_case(n, v, 2, dtype, implementation.device, seed=n + v)
+            state, reference = case.begin(implementation.backend), case.begin("reference")
+            for inner in range(2):
+                actual = kernels.draw(state, case.keys(inner=inner))
+                expected = kernels.draw(reference, case.keys(inner=inner))
+                different = int((actual != expected).sum())
+                assert different <= (0 if dtype == torch.float64 else 1)
+
+
+def test_same_tokens_after_updates_in_float64(implementation, make_case):
+    if torch.float64 not in implementation.dtypes:
+        pytest.skip("float64 runs in plain torch")
+    case = make_case(50, 2100, 11, torch.float64, implementation.device, seed=21)
+    states = [case.begin(implementation.backend, updates=3), case.begin("reference")]
+    for inner in range(4):
+        tokens = [kernels.draw(state, case.keys(inner=inner)) for state in states]
+        assert tokens[0].equal(tokens[1])
+        if inner == 3:
+            break
+        g = case.normal(case.n, case.d)
+        for state in states:
+            soft = kernels.mix(state, case.table, tokens[0], case.w).soft
+            kernels.update(state, [kernels.Term(g, case.table, soft)])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k):
+    """On flat rows two tokens of thousands are kept, so nearly every row spends its 64 rejections."""
+    n, v = (6, 1100) if implementation.interpreted else (200, 3000)
+    case = make_case(n, v, 2, torch.float32, implementation.device, seed=30)
+    logits = (case.logits * 0.01).float()
+    params = parameters(n, v, implementation.device, 0.9, 1.0, top_k)
+    states = [kernels.begin(logits, params, backend=b) for b in (implementation.backend, "reference")]
+    actual, expected = (kernels.draw(state, case.keys()) for state in states)
+    assert int((actual != expected).sum()) <= 1
+    allowed = logits.topk(top_k, dim=-1).indices
+    assert (actual[:, None] == allowed).any(-1).all()
+
+
+def test_equal_values_are_ranked_by_id(implementation):
+    """All values equal: top_k 3 keeps ids 0, 1, 2; top_p 0.4999 of 1030 keeps the 515 lowest (the last one crosses)."""
+    v = 1030
+    n = 12 if implementation.interpreted else 2000
+    position = torch.arange(n, device=implementation.device)
+    zero = torch.zeros_like(position)
+    keys = row_keys(zero, zero, zero, zero, zero, position)
+    logits = torch.zeros(n, v, device=implementation.device)
+    state = kernels.begin(logits, parameters(n, v, implementation.device, top_k=3), backend=implementation.backend)
+    assert set(kernels.draw(state, keys).tolist()) == {0, 1, 2}
+    # Not 0.5, which the mass of 515 tokens hits exactly, where rounding would decide.
+    state = kernels.begin(logits, parameters(n, v, implementation.device, top_p=0.4999), backend=implementation.backend)
+    assert int(kernels.draw(state, keys).max()) <= 514
+    probability = kernels.filtered_stats(state, position * 0 + 514).token_probability
+    torch.testing.assert_close(probability, torch.full_like(probability, 1 / 515))
+    assert (kernels.filtered_stats(state, position * 0 + 515).token_probability == 0).all()
+
+
+def test_greedy_rows_take_the_argmax(implementation, make_case):
+    case = make_case(8, 1100, 2, torch.float32, implementation.device, seed=40)
+    params = parameters(8, 1100, implementation.device, greedy=True)
+    state = kernels.begin(case.logits, params, backend=implementation.backend)
+    assert kernels.draw(state, case.keys()).equal(case.logits.argmax(-1))
+
+
+def test_a_row_does_not_depend_on_the_batch(implementation, make_case):
+    case = make_case(6 if implementation.interpreted else 64, 1700, 2, torch.float32, implementation.device, seed=50)
+    keys = case.keys()
+    together = kernels.draw(case.begin(implementation.backend), keys)
+    order = torch.randperm(case.n, generator=torch.Generator().manual_seed(1)).to(case.device)
+    shuffled = kernels.begin(case.logits[order], case.params.select(order), backend=implementation.backend)
+    assert kernels.draw(shuffled, keys[order]).equal(together[order])
+    subset = order[:5]
+    assert kernels.draw(case.begin(implementation.backend), keys[subset], subset).equal(together[subset])
+    for row in range(0, case.n, 9):
+        one = torch.tensor([row], device=case.device)
+        alone = kernels.begin(case.logits[one], case.params.select(one), backend=implementation.backend)
+        assert kernels.draw(alone, keys[one]).equal(together[one])
+
+
+def test_rows_that_are_not_numbers_still_give_an_id(implementation):
+    """The engine notices broken logits by their statistics; a draw from them must only stay inside the vocabulary."""
+    v = 1100
+    logits = torch.randn(3, v, generator=torch.Generator().manual_seed(0))
+    logits[0] = torch.nan
+    logits[1, 7] = torch.nan
+    logits = logits.to(implementation.device)
+    state = kernels.begin(logits, parameters(3, v, implementation.device, 0.7, 0.9), backend=implementation.backend)
+    position = torch.arange(3, device=implementation.device)
+    zero = torch.zeros_like(position)
+    tokens = kernels.draw(state, row_keys(zero, zero, zero, zero, zero, position))
+    assert ((tokens >= 0) & (tokens < v)).all()
+    assert not torch.isfinite(state.stats.entropy_tau[:2]).any()
+    assert torch.isfinite(state.stats.entropy_tau[2])

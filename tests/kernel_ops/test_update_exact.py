@@ -1,0 +1,132 @@
+"""The gradient step against what we did not write: finite differences, autograd and torch.optim.Adam, in float64."""
+
+import pytest
+import torch
+
+import kernels
+
+
+def loss(phi, tau, g, table):
+    """What the closed form differentiates: the reward is linear in the soft embedding with slope g."""
+    return ((phi / tau[:, None]).softmax(-1) @ table * g).sum()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradient_by_finite_differences(make_case, backend):
+    case = make_case(3, 41, 5, torch.float64, "cpu", seed=60)
+    g = case.normal(case.n, case.d) * 1e-8  # so small that Adam's epsilon keeps the step from being a sign
+    state = case.begin(backend)
+    soft = kernels.mix(state, case.table, case.tokens, case.w).soft
+    kernels.update(state, [kernels.Term(g, case.table, soft)])
+    step = (state.phi() - case.logits) / case.params.eta[:, None]
+    gradient = 1e-8 * step / (1 - step.abs())  # inverts step = gradient / (|gradient| + eps)
+    h = 1e-5
+    for row in range(case.n):
+        for column in range(0, case.v, 5):
+            delta = torch.zeros_like(case.logits)
+            delta[row, column] = h
+            high, low = (loss(case.logits + s * delta, case.params.tau, g * 1e8, case.table) for s in (1, -1))
+            expected = float(high - low) / (2 * h) * 1e-8
+            assert abs(float(gradient[row, column]) - expected) < 1e-9 * 1e-8 + 1e-7 * abs(expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("hint", [False, True])
+def test_steps_are_those_of_torch_optim_adam(make_case, backend, hint):
+    """Six updates with several reward models: autograd and torch.optim.Adam against the closed form."""
+    case = make_case(7, 1100, 6, torch.float64, "cpu", seed=61)
+    tables = [case.table, case.normal(case.v, 4)]
+    state = case.begin(backend, updates=6 if hint else None)
+    eta = case.params.eta
+    leaves = [case.logits[row].clone().requires_grad_() for row in range(case.n)]
+    groups = [{"params": [leaf], "lr": float(eta[row])} for row, leaf in enumerate(leaves)]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, maximize=True)
+    for _ in range(6):
+        gs = [case.normal(case.n, table.shape[1]) for table in tables]
+        softs = [kernels.mix(state, table, case.tokens, case.w).soft for table in tables]
+        kernels.update(state, [kernels.Term(g, t, s) for g, t, s in zip(gs, tables, softs, strict=True)])
+        adam.zero_grad()
+        total = sum(loss(torch.stack(leaves), case.params.tau, g, t) for g, t in zip(gs, tables, strict=True))
+        total.backward()
+        adam.step()
+        difference = (state.phi() - torch.stack(leaves).detach()).abs()
+        # A gradient of 1e-16 (where the softmax underflows) has no correct digits, but also no weight.
+        assert float(difference.max()) < 1e-6
+        assert float(difference.median()) < 1e-12
+
+
+def test_some_rows_only(implementation, make_case):
+    """The last update of a step may cover some rows: there it equals the full update, in whatever order they come."""
+    n, v, d = (5, 300, 9) if implementation.interpreted else (20, 1300, 9)
+    for updates in (1, 2, 3, 4):
+        for dtype in implementation.dtypes:
+            case = make_case(n, v, d, dtype, implementation.device, seed=62)
+            whole, part = (case.begin(implementation.backend, updates) for _ in range(2))
+            rows = torch.tensor([4, 0, 3], device=case.device)
+            for t in range(updates):
+                g = case.normal(n, d) * 1e-9
+                for state in (whole, part):
+                    soft = kernels.mix(state, case.table, case.tokens, case.w).soft
+                    only = rows if state is part and t == updates - 1 else None
+                    kernels.update(state, [kernels.Term(g, case.table, soft)], rows=only)
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+            torch.testing.assert_close(part.phi(rows), whole.phi(rows), rtol=tolerance, atol=tolerance)
+            for name in ("lse_1", "entropy_tau"):
+                values = [getattr(state.stats, name)[rows] for state in (part, whole)]
+                torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
+            drawn = [kernels.draw(state, case.keys(3, inner=9), rows) for state in (part, whole)]
+            assert drawn[0].equal(drawn[1])
+            with pytest.raises(ValueError, match="only some rows"):
+                kernels.draw(part, case.keys())
+            with pytest.raises(ValueError, match=r"only some rows|updates only"):
+                kernels.update(part, [kernels.Term(g, case.table, soft)])
+
+
+def test_a_state_of_some_rows(implementation, make_case):
+    """`select` gives an independent state: its updates equal the whole's on its rows, and the whole is left alone."""
+    n, v, d = (5, 300, 9) if implementation.interpreted else (20, 1300, 9)
+    for before in (0, 1, 2, 3):
+        case = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=64)
+        whole, untouched = (case.begin(implementation.backend) for _ in range(2))
+        rows = torch.tensor([3, 1], device=case.device)
+
+        def advance(state, g, w, tokens, case=case):
+            soft = kernels.mix(state, case.table, tokens, w).soft
+            kernels.update(state, [kernels.Term(g, case.table, soft)])
+
+        for _ in range(before):
+            g = case.normal(n, d) * 1e-9
+            advance(whole, g, case.w, case.tokens)
+            advance(untouched, g, case.w, case.tokens)
+        part = whole.select(rows)
+        assert part.rows == 2
+        for _ in range(3):
+            g = case.normal(n, d) * 1e-9
+            advance(part, g[rows], case.w[rows], case.tokens[rows])
+        assert whole.phi().equal(untouched.phi())
+        assert whole.stats.entropy_tau.equal(untouched.stats.entropy_tau)
+        assert whole.stats.argmax.equal(untouched.stats.argmax)
+        assert kernels.draw(whole, case.keys()).equal(kernels.draw(untouched, case.keys()))
+        again = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=64)
+        for _ in range(before):
+            again.normal(n, d)
+        for _ in range(3):
+            advance(untouched, again.normal(n, d) * 1e-9, case.w, case.tokens)
+        torch.testing.assert_close(part.phi(), untouched.phi(rows), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(part.stats.entropy_1, untouched.stats.entropy_1[rows], rtol=2e-5, atol=2e-5)
+        assert kernels.draw(part, case.keys()[rows]).equal(kernels.draw(untouched, case.keys()[rows], rows))
+
+
+def test_logits_are_left_alone_and_base_statistics_stay(implementation, make_case):
+    case = make_case(5, 300, 4, torch.float32, implementation.device, seed=63)
+    before = case.logits.clone()
+    state = case.begin(implementation.backend, updates=3)
+    base, entropy = state.stats, state.stats.entropy_tau.clone()
+    argmax = base.argmax.clone()
+    for _ in range(3):
+        soft = kernels.mix(state, case.table, case.tokens, case.w).soft
+        kernels.update(state, [kernels.Term(case.normal(5, 4), case.table, soft)])
+    assert case.logits.equal(before)
+    assert base.entropy_tau.equal(entropy)
+    assert base.argmax.equal(argmax)
+    assert not state.stats.entropy_tau.equal(entropy)
