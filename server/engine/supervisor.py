@@ -64,19 +64,23 @@ class WorkerHandle:
     heard_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
     @classmethod
-    async def spawn(cls, config: EngineConfig) -> WorkerHandle:
-        """Start the process and tell it what to load. It gets no stdin, its own process group (so that a
+    async def spawn(cls, command: tuple[str, ...]) -> WorkerHandle:
+        """Start the process; it waits for `Configure`. It gets no stdin, its own process group (so that a
         Ctrl-C in the terminal reaches only us) and no file but its end of the socket."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                process = _start_process(config.worker_command, theirs.fileno())
+                process = _start_process(command, theirs.fileno())
         except OSError as error:
             ours.close()
             raise EngineFailed(f"the worker process cannot be started: {error}") from error
-        handle = cls(process, await FrontChannel.open(ours))
-        handle.channel.send(frame(Configure(config.worker)))
-        return handle
+        try:
+            return cls(process, await FrontChannel.open(ours))
+        except BaseException:
+            process.kill()
+            process.wait()
+            ours.close()
+            raise
 
     async def receive(self) -> Event:
         """The next event; notes that the worker lives. Raises ChannelClosed and ProtocolError."""
@@ -123,12 +127,18 @@ class Supervisor:
         self.failed_starts = 0  # in a row
         self.ready = False
         self._worker: WorkerHandle | None = None
+        self._spare: WorkerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
     def worker_pid(self) -> int | None:
         """The process id of the present worker."""
         return None if self._worker is None else self._worker.process.pid
+
+    @property
+    def spare_pid(self) -> int | None:
+        """The process id of the worker that stands by."""
+        return None if self._spare is None else self._spare.process.pid
 
     @property
     def backoff_seconds(self) -> float:
@@ -153,6 +163,9 @@ class Supervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            await spare.reap()
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.channel.send(frame(Shutdown()))
@@ -169,21 +182,31 @@ class Supervisor:
 
     async def _supervise(self) -> None:
         while True:
-            if self._worker is None:
-                await asyncio.sleep(self.backoff_seconds)
-                self.restarts += 1
-                try:
-                    await self._launch()
-                except EntrgiError as error:
-                    self.failed_starts += 1
-                    logger.error("the worker did not start (attempt %d): %s", self.failed_starts, error)
-                    self.listener.on_failed_start()
-                continue
-            await self._attend(self._worker)
+            try:
+                if self._worker is None:
+                    await self._restart()
+                else:
+                    await self._attend(self._worker)
+            except Exception:
+                # A bug of ours. Nobody may wait for ever because of it: start afresh, not too fast.
+                logger.exception("supervision failed; the worker is replaced")
+                self.failed_starts += 1
+                await self._bury()
+
+    async def _restart(self) -> None:
+        await asyncio.sleep(self.backoff_seconds)
+        self.restarts += 1
+        try:
+            await self._launch()
+        except EntrgiError as error:
+            self.failed_starts += 1
+            logger.error("the worker did not start (attempt %d): %s", self.failed_starts, error)
+            self.listener.on_failed_start()
 
     async def _launch(self) -> EngineInfo:
         """Start a worker and wait until it is ready."""
-        self._worker = worker = await WorkerHandle.spawn(self.config)
+        self._worker = worker = await self._take()
+        worker.channel.send(frame(Configure(self.config.worker)))
         try:
             info = await asyncio.wait_for(_until_ready(worker), self.config.start_limit_seconds)
         except BaseException as error:
@@ -200,10 +223,21 @@ class Supervisor:
         self.listener.on_ready(info)
         return info
 
+    async def _take(self) -> WorkerHandle:
+        """The spare process, if it lives, or a new one."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            if not spare.exited():
+                return spare
+            await spare.reap()
+        return await WorkerHandle.spawn(self.config.worker_command)
+
     async def _attend(self, worker: WorkerHandle) -> None:
         """Pass on what a ready worker says, until it dies."""
         watchdog = asyncio.create_task(self._watch(worker), name="engine-watchdog")
         try:
+            if self.config.spare_worker and self._spare is None:
+                self._spare = await WorkerHandle.spawn(self.config.worker_command)
             while True:
                 event = await worker.receive()
                 if isinstance(event, WorkerError):
@@ -214,10 +248,14 @@ class Supervisor:
             logger.error("lost the worker (process %d): %s", worker.process.pid, error)
         finally:
             watchdog.cancel()
+        await self._bury()
+
+    async def _bury(self) -> None:
+        """The worker is dead, or is killed now; tell who should know."""
         self.ready = False
-        self._worker = None
-        ended = await worker.reap()
-        logger.error("the worker ended with %s", ended)
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            logger.error("the worker ended with %s", await worker.reap())
         self.listener.on_death()
 
     async def _watch(self, worker: WorkerHandle) -> None:

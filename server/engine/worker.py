@@ -6,11 +6,12 @@ which models to load. It runs until it is told to stop or the other end closes, 
 parent: the main thread sees the end of file between steps, and the heartbeat thread sees it within a second
 even while a step hangs.
 
-This module imports no torch: heartbeats begin before the seconds that loading takes.
+This module imports no torch by itself, so that another service than the real one can be run by `main`.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -104,8 +105,13 @@ class Service(Protocol):
 Load = Callable[[WorkerConfig], Service]
 
 
+def import_service() -> None:
+    """Import torch and the models' code: seconds that a spare worker has behind it when it is called upon."""
+    importlib.import_module("server.engine.service")
+
+
 def load_service(config: WorkerConfig) -> Service:
-    """The real service: models loaded and warmed up. Imports torch."""
+    """The real service: models loaded and warmed up."""
     from server.engine.service import load
 
     return load(config)
@@ -245,8 +251,14 @@ def beat(channel: WorkerChannel, make: Callable[[], Heartbeat], seconds: float) 
         time.sleep(seconds)
 
 
-def serve(channel: WorkerChannel, load: Load) -> None:
-    """Configure, load, report ready, and run the loop. Failures to load become a WorkerError."""
+def serve(channel: WorkerChannel, load: Load, prepare: Callable[[], None]) -> None:
+    """Prepare, wait for the configuration, load, report ready, and run the loop. Failures to load become a
+    WorkerError."""
+    try:
+        prepare()
+    except Exception as error:
+        channel.send([_failure("importing the worker's code failed", error)])
+        return
     first = channel.receive(block=True)
     if not isinstance(first[0], Configure) or len(first) > 1:
         raise ChannelClosed("the first message must be Configure, and nothing may follow before Ready")
@@ -262,9 +274,7 @@ def serve(channel: WorkerChannel, load: Load) -> None:
         channel.send([WorkerError(str(error)[:MESSAGE_CHARACTERS], configuration=True)])
         return
     except Exception as error:
-        logger.exception("the models could not be loaded")
-        reason = f"{type(error).__name__}: {error}"[:MESSAGE_CHARACTERS]
-        channel.send([WorkerError(f"loading or warm-up failed: {reason}")])
+        channel.send([_failure("loading or warm-up failed", error)])
         return
     loop = Loop(channel, service, Clock())
     beats.append(loop.heartbeat)
@@ -274,11 +284,16 @@ def serve(channel: WorkerChannel, load: Load) -> None:
     except ChannelClosed:
         raise
     except Exception as error:
-        logger.exception("the worker cannot go on")
-        channel.send([WorkerError(f"{type(error).__name__} in the worker's loop")])
+        channel.send([_failure("the worker cannot go on", error)])
 
 
-def main(load: Load = load_service) -> int:
+def _failure(what: str, error: Exception) -> WorkerError:
+    """The last words; they reach the operator's log, never a client."""
+    logger.error(what, exc_info=error)
+    return WorkerError(f"{what}: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS])
+
+
+def main(load: Load = load_service, prepare: Callable[[], None] = import_service) -> int:
     """Take the socket named on the command line and serve it. Returns the exit status."""
     # The parent decides when we end, by a message or by closing the socket: a Ctrl-C or a service manager's SIGTERM
     # to all processes must not take the worker away from requests that are still being drained.
@@ -287,7 +302,7 @@ def main(load: Load = load_service) -> int:
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         sock.set_inheritable(False)
         try:
-            serve(WorkerChannel(sock), load)
+            serve(WorkerChannel(sock), load, prepare)
         except (ChannelClosed, ProtocolError):
             return 1
     return 0

@@ -194,4 +194,4 @@ def load(config: WorkerConfig) -> ScriptedService:
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(load, prepare=lambda: None))
