@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.warning("%s is set but is no setting of this server", name)
     if settings.host not in LOOPBACK and not settings.api_key:
         logger.warning("LISTENING ON %s WITHOUT AN API KEY: anyone who can reach it can use it", settings.host)
-    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
         return runner.run(serve(settings))
 
 

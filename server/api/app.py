@@ -86,7 +86,6 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        root_path=settings.root_path,
         docs_url=None,  # both pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -111,7 +110,6 @@ def create_app(
             if is_open
         ),
         max_header_bytes=settings.max_header_bytes,
-        root_path=settings.root_path,
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -121,7 +119,7 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.add_middleware(Observe)
+    app.add_middleware(Observe, root_path=settings.root_path)
     return app
 
 

@@ -36,7 +36,6 @@ class Frontend:
     limits: Limits
     times: StreamTimes
     metrics: Metrics
-    root_path: str = ""
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
     # Long prompts would hold up the event loop for as long as they take to tokenise.

@@ -27,25 +27,28 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
 
 
-def local_path(scope: Scope, root_path: str = "") -> str:
+def local_path(scope: Scope) -> str:
     """The path below the prefix under which a proxy publishes us; the proxy may or may not have cut it off."""
     path: str = scope["path"]
-    if root_path and path.startswith(root_path + "/"):
-        return path[len(root_path) :]
-    return path
+    root_path: str = scope.get("root_path", "")
+    return path[len(root_path) :] if root_path and path.startswith(root_path + "/") else path
 
 
 class Observe:
-    """Outermost: gives every request an id, logs it, and turns what nobody caught into a 500."""
+    """Outermost: gives every request an id, logs it, and turns what nobody caught into a 500. Also tells the router
+    of the prefix under which a proxy publishes us."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
         self.app = app
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wrap one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self._root_path:
+            scope["root_path"] = self._root_path
         proposed = Headers(scope=scope).get("x-request-id", "")
         identity = proposed if REQUEST_ID.fullmatch(proposed) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identity
@@ -69,7 +72,7 @@ class Observe:
             await error_response(failed)(scope, receive, with_id)
         finally:
             access.log(
-                logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+                logging.DEBUG if local_path(scope) in QUIET_PATHS else logging.INFO,
                 "request",
                 extra={
                     "method": scope["method"],
@@ -94,13 +97,11 @@ class Guard:
         api_keys: Iterable[str],
         open_paths: frozenset[str],
         max_header_bytes: int,
-        root_path: str = "",
     ) -> None:
         self.app = app
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._open_paths = ALWAYS_OPEN | open_paths
         self._max_header_bytes = max_header_bytes
-        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer it."""
@@ -120,7 +121,7 @@ class Guard:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self._max_header_bytes:
             raise HeadersTooLarge(f"the header takes more than {self._max_header_bytes} bytes")
-        if not self._digests or local_path(scope, self._root_path) in self._open_paths:
+        if not self._digests or local_path(scope) in self._open_paths:
             return
         credentials = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(credentials) != 1:

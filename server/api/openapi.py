@@ -29,8 +29,9 @@ _REFERENCE = "#/components/schemas/{model}"
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Documented error responses; 401, 431 and 500 can come from every route."""
+    reference = {"$ref": _REFERENCE.format(model=ErrorEnvelope.__name__)}
     return {
-        status: {"model": ErrorEnvelope, "description": STATUSES[status]}
+        status: {"description": STATUSES[status], "content": {"application/json": {"schema": reference}}}
         for status in sorted({*statuses, 401, 431, 500})
     }
 
@@ -62,7 +63,8 @@ def _build(app: FastAPI, schemas: Sequence[type[BaseModel]], keyed: bool) -> dic
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, servers=app.servers
     )
-    _, definitions = models_json_schema([(schema, "validation") for schema in schemas], ref_template=_REFERENCE)
+    described: list[type[BaseModel]] = [*schemas, ErrorEnvelope]
+    _, definitions = models_json_schema([(each, "validation") for each in described], ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
     for path in document["paths"].values():

@@ -1,0 +1,275 @@
+"""Completions and chat completions on a real server: shapes, defaults, choices, seeds, and what each field does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Served
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+def ok(response: Any) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def complete(server: Served, **fields: Any) -> dict[str, Any]:
+    return ok(server.post(COMPLETIONS, {"prompt": "Tell me", "max_tokens": 8, "seed": 11, **fields}))
+
+
+def chat(server: Served, **fields: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "Tell me"}], "max_tokens": 8, "seed": 11, **fields}
+    return ok(server.post(CHAT, body))
+
+
+def test_completion_shape(server: Served) -> None:
+    answer = complete(server, guidance="entrgi")
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert answer["model"] == "dlm"
+    (choice,) = answer["choices"]
+    assert set(choice) == {"index", "text", "logprobs", "finish_reason", "stop_reason", "reward"}
+    assert choice["logprobs"] is None
+    report = answer["guidance"]
+    assert report["method"] == "entrgi"
+    assert report["reward_models"] == ["rm"]
+    assert report["seed"] == 11
+    assert report["steps"] == 8
+    assert 0 < report["model_calls"] <= 8
+    assert report["reward_calls"] == 3 * report["model_calls"]
+    (rewards,) = report["rewards"]
+    assert len(rewards) == 4
+    assert choice["reward"] == max(rewards)
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["completion_tokens_details"]["trajectory_tokens"] >= usage["completion_tokens"]
+
+
+def test_chat_shape(server: Served) -> None:
+    answer = chat(server)
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": choice["message"]["content"], "refusal": None}
+    assert choice["reward"] is None
+    assert answer["guidance"]["method"] == "none"
+    assert answer["guidance"]["reward_models"] == []
+    assert answer["guidance"]["rewards"] == [[None]]
+
+
+def test_prompt_forms_agree(server: Served) -> None:
+    """A text, its token ids, and lists of either are the same prompt."""
+    tokens = server.post("/tokenize", {"prompt": "Tell me"}).json()["tokens"]
+    fields = {"guidance": "entrgi", "best_of": 2, "return_token_ids": True}
+    expected = complete(server, **fields)["choices"]
+    assert complete(server, **fields, prompt=["Tell me"])["choices"] == expected
+    assert complete(server, **fields, prompt=tokens)["choices"] == expected
+    assert complete(server, **fields, prompt=[tokens])["choices"] == expected
+
+
+def test_several_prompts(server: Served) -> None:
+    answer = complete(server, prompt=["Tell me", "Hello", "Hello"], n=2, best_of=3, guidance="bon")
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    rewards = answer["guidance"]["rewards"]
+    assert [len(each) for each in rewards] == [3, 3, 3]
+    for prompt, of_prompt in enumerate(rewards):
+        best = sorted(of_prompt, reverse=True)[:2]
+        assert [choice["reward"] for choice in answer["choices"][2 * prompt : 2 * prompt + 2]] == best
+    assert rewards[1] != rewards[2]  # the prompt's index is in the key of its random numbers
+
+
+def test_none_gives_choices_in_order(server: Served) -> None:
+    answer = complete(server, n=3, guidance={"method": "none", "reward_model": "rm"})
+    assert [choice["reward"] for choice in answer["choices"]] == answer["guidance"]["rewards"][0]
+    first = complete(server, n=1)
+    assert answer["choices"][0]["text"] == first["choices"][0]["text"]
+
+
+def test_best_of_defaults(server: Served) -> None:
+    assert len(complete(server, guidance="bon")["guidance"]["rewards"][0]) == 4
+    assert len(complete(server, guidance="bon", n=5)["guidance"]["rewards"][0]) == 5
+    assert len(complete(server, guidance="bon", best_of=1)["guidance"]["rewards"][0]) == 1
+    assert len(complete(server, n=2)["guidance"]["rewards"][0]) == 2
+
+
+def test_nulls_and_values_that_ask_for_nothing(server: Served) -> None:
+    plain = complete(server)["choices"]
+    nulls = dict.fromkeys((
+        "temperature", "top_p", "top_k", "n", "best_of", "stop", "stream", "stream_options", "logprobs", "echo",
+        "logit_bias", "user", "suffix", "guidance", "diffusion", "timeout", "trace", "presence_penalty",
+    ))  # fmt: skip
+    nothing = {
+        "n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0,
+        "stop": [], "stream": False, "user": "u", "top_k": -1, "temperature": 0.7, "top_p": 0.95, "suffix": "",
+        "repetition_penalty": 1.0, "min_p": 0, "store": False, "metadata": {"a": "b"}, "guidance": {"method": None},
+    }  # fmt: skip
+    assert complete(server, **nulls)["choices"] == plain
+    assert complete(server, **nothing)["choices"] == plain
+    spoken = chat(server)["choices"]
+    chatty = {
+        "max_completion_tokens": 8, "tools": [], "tool_choice": "none", "response_format": {"type": "text"},
+        "logprobs": False, "top_logprobs": None, "modalities": ["text"], "service_tier": "auto",
+        "parallel_tool_calls": True, "functions": None, "reasoning_effort": None,
+    }  # fmt: skip
+    assert chat(server, **chatty)["choices"] == spoken
+
+
+def test_seed_reproduces_and_is_reported_when_drawn(server: Served) -> None:
+    drawn = complete(server, seed=None, guidance="aps", best_of=2)
+    again = complete(server, seed=drawn["guidance"]["seed"], guidance="aps", best_of=2)
+    assert again["choices"] == drawn["choices"]
+    other = complete(server, seed=None, guidance="aps", best_of=2)
+    assert other["guidance"]["seed"] != drawn["guidance"]["seed"]
+    assert complete(server, seed=-(2**63))["guidance"]["seed"] == -(2**63)
+
+
+def test_token_ids_and_ignore_eos(server: Served) -> None:
+    answer = complete(server, return_token_ids=True, ignore_eos=True, max_tokens=13)
+    (choice,) = answer["choices"]
+    assert len(choice["token_ids"]) == 13
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 13
+    decoded = server.post("/detokenize", {"tokens": choice["token_ids"]}).json()["prompt"]
+    for special in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"):
+        decoded = decoded.replace(special, "")
+    assert choice["text"] == decoded
+
+
+def test_stop_string_cuts_the_text(server: Served) -> None:
+    whole = complete(server, max_tokens=16, ignore_eos=True)["choices"][0]["text"]
+    stop = whole[4:6]
+    cut = complete(server, max_tokens=16, ignore_eos=True, stop=[stop, "never-there"])["choices"][0]
+    assert cut["text"] == whole[: whole.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    assert cut["stop_reason"] == stop
+
+
+def test_suffix_is_seen(server: Served) -> None:
+    plain = complete(server, return_token_ids=True, temperature=0)
+    filled = complete(server, suffix=" and so they lived.", return_token_ids=True, temperature=0)
+    assert filled["choices"][0]["token_ids"] != plain["choices"][0]["token_ids"]
+    assert filled["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    scored = complete(server, suffix=" and so they lived.", guidance={"method": "none", "reward_model": "rm"})
+    (choice,) = scored["choices"]
+    text = choice["text"] + " and so they lived."
+    (score,) = server.post("/v1/score", {"queries": "Tell me", "documents": text}).json()["data"]
+    assert choice["reward"] == pytest.approx(score["score"], abs=1e-4)
+
+
+def test_chat_template_on_completions(server: Served) -> None:
+    wrapped = complete(server, chat_template=True, return_token_ids=True)
+    spoken = chat(server, return_token_ids=True)
+    assert wrapped["choices"][0]["token_ids"] == spoken["choices"][0]["token_ids"]
+    assert wrapped["usage"] == spoken["usage"]
+
+
+def test_content_parts_and_developer_role(server: Served) -> None:
+    def answer(messages: list[dict[str, Any]]) -> list[Any]:
+        choices: list[Any] = chat(server, messages=messages, return_token_ids=True)["choices"]
+        return choices
+
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert answer([{"role": "user", "content": parts}]) == answer([{"role": "user", "content": "one\ntwo"}])
+    turns = [{"role": "user", "content": "Hi"}]
+    assert answer([{"role": "developer", "content": "Be brief"}, *turns]) == answer(
+        [{"role": "system", "content": "Be brief"}, *turns]
+    )
+
+
+def test_special_tokens_in_messages_are_data(server: Served) -> None:
+    """A client cannot end its own turn: `<|im_end|>` in a message is nine characters, not the token."""
+    ids = server.post("/tokenize", {"messages": [{"role": "user", "content": "a<|im_end|>b"}]}).json()["tokens"]
+    clean = server.post("/tokenize", {"messages": [{"role": "user", "content": "ab"}]}).json()["tokens"]
+    end = server.post("/tokenize", {"prompt": "<|im_end|>"}).json()["tokens"]
+    assert len(end) == 1
+    assert ids.count(end[0]) == clean.count(end[0])
+
+
+def test_weighted_rewards(server: Served) -> None:
+    terms = [{"model": "rm", "weight": 2.0}, {"model": "other", "weight": -0.5}]
+    answer = complete(server, guidance={"method": "entrgi", "reward_models": terms}, best_of=3)
+    (choice,) = answer["choices"]
+    assert answer["guidance"]["reward_models"] == ["rm", "other"]
+    assert choice["reward"] == pytest.approx(2.0 * choice["rewards"]["rm"] - 0.5 * choice["rewards"]["other"])
+    assert choice["reward"] == max(answer["guidance"]["rewards"][0])
+
+
+def test_trace(server: Served) -> None:
+    answer = complete(server, guidance={"method": "entrgi", "stop": 0.5}, best_of=2, trace=True, diffusion={"steps": 6})
+    ((first, second),) = answer["trace"]
+    for steps in (first, second):
+        assert [step["step"] for step in steps] == list(range(6))
+        assert sum(step["revealed"] for step in steps) == 8
+        assert steps[0]["masked"] == 8
+        guided = [step["reward_before"] is not None for step in steps if step["revealed"]]
+        assert guided == sorted(guided, reverse=True)
+        assert any(guided)
+        assert not all(guided)
+
+
+def test_deadline_while_running_returns_what_is_there(server: Served) -> None:
+    answer = complete(
+        server, max_tokens=512, guidance={"method": "entrgi", "gradient_steps": 16}, best_of=4, timeout=1.0
+    )
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["stop_reason"] == "deadline"
+    assert answer["usage"]["completion_tokens"] < 512
+
+
+def test_score_and_rerank_agree_with_bon(server: Served) -> None:
+    answer = chat(server, guidance="bon", n=3, best_of=3)
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    rewards = [choice["reward"] for choice in answer["choices"]]
+    conversation = [{"role": "user", "content": "Tell me"}]
+    scored = ok(server.post("/v1/score", {"queries": conversation, "documents": texts}))
+    assert [each["score"] for each in scored["data"]] == pytest.approx(rewards, abs=1e-4)
+    pairs = ok(server.post("/v1/score", {"queries": ["Tell me"] * 3, "documents": texts}))
+    assert [each["score"] for each in pairs["data"]] == pytest.approx(rewards, abs=1e-4)
+    ranked = ok(server.post("/v1/rerank", {"query": "Tell me", "documents": texts[::-1], "top_n": 2}))
+    assert len(ranked["results"]) == 2
+    assert [each["relevance_score"] for each in ranked["results"]] == pytest.approx(rewards[:2], abs=1e-4)
+    assert [each["document"]["text"] for each in ranked["results"]] == texts[:2]
+
+
+def test_models(server: Served) -> None:
+    listed = ok(server.client.get("/v1/models"))["data"]
+    assert [model["type"] for model in listed] == ["diffusion", "reward", "reward"]
+    assert [model["id"] for model in listed] == ["dlm", "rm", "other"]
+    assert listed[0]["defaults"]["max_tokens"] == 128
+    assert "entrgi" in listed[0]["guidance_methods"]
+    assert 0 < listed[2]["vocab_coverage"] <= 1
+    assert ok(server.client.get("/v1/models/rm")) == listed[1]
+    assert server.client.get("/v1/models/nobody").status_code == 404
+
+
+def test_tokenize_round_trip(server: Served) -> None:
+    text = "Héllo <|im_end|> wörld"
+    answer = ok(server.post("/tokenize", {"prompt": text, "return_token_strs": True}))
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert ok(server.post("/detokenize", {"tokens": answer["tokens"]}))["prompt"] == text
+
+
+def test_metrics_count(server: Served) -> None:
+    before = server.metric("guided_requests_total", method="expectation", reward_model="other")
+    steps = server.metric("denoising_steps_total")
+    complete(server, guidance={"method": "expectation", "reward_model": "other"}, best_of=2)
+    assert server.metric("guided_requests_total", method="expectation", reward_model="other") == before + 1
+    assert server.metric("denoising_steps_total") > steps
+    assert server.metric("num_requests_running") == 0
+    assert server.metric("num_requests_waiting") == 0
+
+
+def test_playground_is_one_page_without_assets(server: Served) -> None:
+    response = server.client.get("/")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for word in ("http://", "https://", "src=", "@import", "url("):
+        assert word not in response.text
