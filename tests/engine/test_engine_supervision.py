@@ -1,4 +1,4 @@
-"""The engine around a worker that follows a script: real processes, real signals, no model.
+"""The engine around a worker that dies, hangs, or does not start: real processes, real signals, no model.
 
 What must hold: every accepted job gets exactly one answer, whatever happens to the worker.
 """
@@ -6,120 +6,27 @@ What must hold: every accepted job gets exactly one answer, whatever happens to 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import uvloop
 
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.engine import Engine, JobStream
+from server.engine.engine import Engine
 from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
 from server.engine.pending import Pending
 from server.errors import (
     ConfigurationError,
     DeadlineExceeded,
-    Draining,
     EngineFailed,
-    InvalidRequest,
     NotReady,
-    QueueFull,
 )
-from server.types import DiffusionParams, Job, Message, SamplingParams
-
-SCRIPT = Path(__file__).with_name("scripted_worker.py")
-FINISH, RAISE, EXHAUST_MEMORY, DIE, HANG, HANG_WITH_THE_LOCK, ANSWER_TOO_MUCH, REFUSE, VARY, LOSE_THE_DEVICE = range(10)
-
-CONFIG = EngineConfig(
-    WorkerConfig("scripted", heartbeat_seconds=0.1, log_level="CRITICAL"),
-    watchdog_seconds=30.0,
-    backoff_seconds=0.05,
-    stop_grace_seconds=2.0,
-    worker_command=(sys.executable, "-P", str(SCRIPT)),
-)
-
-
-def configured(model: str = "scripted", **changes: object) -> EngineConfig:
-    return replace(CONFIG, worker=replace(CONFIG.worker, model=model), **changes)  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def running(config: EngineConfig = CONFIG) -> AsyncIterator[Engine]:
-    engine = Engine(config)
-    await engine.start()
-    try:
-        yield engine
-    finally:
-        await engine.stop()
-
-
-def job(name: str, do: int = FINISH, *, steps: int = 4, step_ms: int = 1, seed: int = 7, **fields: object) -> Job:
-    return Job(name, (do, step_ms), SamplingParams(steps, seed=seed), DiffusionParams(steps), **fields)  # type: ignore[arg-type]
-
-
-async def answer(stream: JobStream) -> Event:
-    """The last event; checks that there is exactly one answer."""
-    events = [event async for event in stream]
-    assert [isinstance(event, Finished | Failed) for event in events] == [False] * (len(events) - 1) + [True]
-    return events[-1]
-
-
-def tokens_of(seed: int, count: int) -> tuple[int, ...]:
-    return tuple((seed * 31 + position * 7) % 997 for position in range(count))
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait for something that the engine does by itself."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  (what is waited for has no event of its own)
-            await asyncio.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; an orphaned zombie does not, and its status is its new parent's business."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def kill_worker(engine: Engine) -> None:
-    """Kill the present worker, be it ready or still loading, and wait until the engine has noticed."""
-    await until(lambda: engine.worker_pid is not None)
-    pid = engine.worker_pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: engine.worker_pid != pid)
-
-
-async def test_many_jobs_at_once_each_get_their_own_answer() -> None:
-    async with running() as engine:
-        streams = [engine.submit(job(f"job-{seed}", seed=seed)) for seed in range(100)]
-        answers = await asyncio.gather(*map(answer, streams))
-        for seed, last in enumerate(answers):
-            assert isinstance(last, Finished)
-            assert last.result.trajectories[0].token_ids == tokens_of(seed, 4)
-        assert engine.stats.jobs_in_flight == 0
-        assert engine.stats.runner.denoising_steps == 400
-        assert engine.stats.runner.model_forward_seconds.count == 400
-
-
-async def test_events_come_in_order_and_only_when_asked_for() -> None:
-    async with running() as engine:
-        quiet = [event async for event in engine.submit(job("quiet"))]
-        assert [type(event) for event in quiet] == [Started, Finished]
-        loud = [event async for event in engine.submit(job("loud", stream_tokens=True, stream_canvas=True))]
-        assert [type(event) for event in loud] == [Started, *[Progress, Canvas] * 4, Finished]
-        assert [event.step for event in loud if isinstance(event, Progress)] == [0, 1, 2, 3]
+from tests.engine.scripted import CONFIG, SCRIPT, alive, answer, configured, job, kill_worker, running, tokens_of, until
+from tests.engine.scripted_worker import Do
 
 
 async def test_a_killed_worker_is_replaced_and_nobody_notices() -> None:
@@ -206,7 +113,7 @@ async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
 
 async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> None:
     async with running() as engine:
-        last = await answer(engine.submit(job("poison", DIE)))
+        last = await answer(engine.submit(job("poison", Do.DIE)))
         assert isinstance(last, Failed)
         assert last.kind == "unavailable"
         assert isinstance(await answer(engine.submit(job("next"))), Finished)
@@ -215,7 +122,7 @@ async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> No
 
 async def test_a_second_run_that_differs_is_an_error_not_a_spliced_text() -> None:
     async with running() as engine:
-        stream = engine.submit(job("a", VARY, steps=40, step_ms=10, stream_tokens=True))
+        stream = engine.submit(job("a", Do.VARY, steps=40, step_ms=10, stream_tokens=True))
         last: Event | None = None
         async for event in stream:
             last = event
@@ -225,21 +132,9 @@ async def test_a_second_run_that_differs_is_an_error_not_a_spliced_text() -> Non
         assert last.kind == "engine_failed"
 
 
-@pytest.mark.parametrize(("do", "kind"), [(RAISE, "internal"), (EXHAUST_MEMORY, "out_of_memory")])
-async def test_an_exception_fails_its_batch_and_not_the_worker(do: int, kind: str) -> None:
-    async with running() as engine:
-        pid = engine.worker_pid
-        last = await answer(engine.submit(job("bad", do)))
-        assert isinstance(last, Failed)
-        assert last.kind == kind
-        assert "secret" not in last.message
-        assert isinstance(await answer(engine.submit(job("good"))), Finished)
-        assert engine.worker_pid == pid
-
-
 async def test_a_lost_device_fails_its_batch_and_then_needs_a_new_worker() -> None:
     async with running() as engine:
-        last = await answer(engine.submit(job("bad", LOSE_THE_DEVICE)))
+        last = await answer(engine.submit(job("bad", Do.LOSE_THE_DEVICE)))
         assert isinstance(last, Failed)
         assert last.kind == "internal"
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
@@ -262,22 +157,8 @@ async def test_a_bug_in_the_engine_itself_leaves_nobody_waiting(monkeypatch: pyt
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
 
 
-async def test_a_refused_job_says_why() -> None:
-    async with running() as engine:
-        last = await answer(engine.submit(job("bad", REFUSE)))
-        assert last == Failed("bad", "invalid_request", "not this one", "prompt")
-
-
-async def test_an_answer_too_large_for_a_frame_fails_only_its_job() -> None:
-    async with running() as engine:
-        last = await answer(engine.submit(job("large", ANSWER_TOO_MUCH)))
-        assert isinstance(last, Failed)
-        assert isinstance(await answer(engine.submit(job("small"))), Finished)
-        assert engine.stats.worker_restarts == 0
-
-
-@pytest.mark.parametrize("do", [HANG, HANG_WITH_THE_LOCK])
-async def test_the_watchdog_turns_a_hang_into_a_restart(do: int) -> None:
+@pytest.mark.parametrize("do", [Do.HANG, Do.HANG_WITH_THE_LOCK])
+async def test_the_watchdog_turns_a_hang_into_a_restart(do: Do) -> None:
     async with running(configured(watchdog_seconds=0.6)) as engine:
         last = await answer(engine.submit(job("stuck", do)))
         assert isinstance(last, Failed)
@@ -306,74 +187,10 @@ async def test_an_idle_worker_is_not_taken_for_a_hanging_one() -> None:
         assert engine.worker_pid == pid
 
 
-async def test_cancelled_jobs_leave_the_worker() -> None:
-    async with running() as engine:
-        streams = [engine.submit(job(f"job-{index}", steps=4000, step_ms=5)) for index in range(3)]
-        for stream in streams:
-            assert isinstance(await anext(stream), Started)
-        await streams[0].aclose()
-        assert engine.stats.jobs_in_flight == 2
-        with pytest.raises(StopAsyncIteration):
-            await anext(streams[0])
-        # A reader whose task is cancelled drops its stream; so does one that just forgets it.
-        reader = asyncio.create_task(answer(streams.pop()))
-        await asyncio.sleep(0)
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
-        del reader, stream
-        streams.clear()
-        gc.collect()
-        await until(lambda: engine.stats.jobs_in_flight == 0)
-        assert isinstance(await answer(engine.submit(job("small"))), Finished)
-        await until(lambda: engine.stats.runner.running == 0)
-
-
-async def test_a_cancelled_wait_loses_no_event() -> None:
-    async with running() as engine:
-        stream = engine.submit(job("a", step_ms=30, stream_tokens=True))
-        events: list[Event] = []
-        while not events or not isinstance(events[-1], Finished):
-            with contextlib.suppress(TimeoutError):
-                events.append(await asyncio.wait_for(anext(stream), 0.005))
-        assert [event.step for event in events if isinstance(event, Progress)] == [0, 1, 2, 3]
-
-
-async def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
-    async with running(configured(max_jobs=3)) as engine:
-        streams = [engine.submit(job(f"job-{index}", steps=5, step_ms=5)) for index in range(3)]
-        with pytest.raises(QueueFull) as refused:
-            engine.submit(job("one too many"))
-        assert refused.value.retry_after is not None
-        assert refused.value.retry_after >= 1.0
-        with pytest.raises(QueueFull):
-            await engine.score("length", [])
-        for stream in streams:
-            assert isinstance(await answer(stream), Finished)
-        engine.check_room(3)
-        with pytest.raises(QueueFull):
-            engine.check_room(4)
-
-
-async def test_a_job_twice_is_a_bug_of_the_caller() -> None:
-    async with running() as engine:
-        stream = engine.submit(job("a"))
-        with pytest.raises(ValueError, match="in flight"):
-            engine.submit(job("a"))
-        assert isinstance(await answer(stream), Finished)
-
-
-async def test_a_job_that_no_frame_can_hold_is_refused() -> None:
-    async with running() as engine:
-        with pytest.raises(InvalidRequest):
-            engine.submit(job("a", seed=2**64))
-        assert engine.stats.jobs_in_flight == 0
-
-
 async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     async with running(configured(f"hang-after:{flag}")) as engine:
-        stream = engine.submit(job("late", HANG, deadline=time.time() + 0.5))
+        stream = engine.submit(job("late", Do.HANG, deadline=time.time() + 0.5))
         assert isinstance(await anext(stream), Started)
         flag.touch()
         await kill_worker(engine)
@@ -382,35 +199,6 @@ async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -
         assert (last.kind, last.param) == ("deadline", "timeout")
         with pytest.raises(DeadlineExceeded):
             await engine.score("length", [((), "four")], deadline=time.time())
-
-
-async def test_a_running_job_past_its_deadline_is_the_business_of_the_worker() -> None:
-    async with running() as engine:  # the scripted one lets it finish
-        stream = engine.submit(job("a", steps=30, step_ms=10, deadline=time.time()))
-        assert isinstance(await answer(stream), Finished)
-
-
-async def test_scores() -> None:
-    async with running() as engine:
-        items = [((Message("user", "hi"),), "four"), ((), "")]
-        assert await engine.score("length", items) == [4.0, 0.0]
-        with pytest.raises(InvalidRequest, match="no such reward model") as refused:
-            await engine.score("width", items)
-        assert refused.value.param == "model"
-        assert engine.stats.jobs_in_flight == 0
-
-
-async def test_drain_lets_running_work_finish() -> None:
-    async with running() as engine:
-        stream = engine.submit(job("a", steps=20, step_ms=10))
-        reader = asyncio.create_task(answer(stream))
-        draining = asyncio.create_task(engine.drain(20.0))
-        await asyncio.sleep(0)
-        assert not engine.ready
-        with pytest.raises(Draining):
-            engine.submit(job("late"))
-        assert await draining
-        assert isinstance(await reader, Finished)
 
 
 async def test_drain_survives_the_death_of_the_worker() -> None:
@@ -422,24 +210,10 @@ async def test_drain_survives_the_death_of_the_worker() -> None:
         assert isinstance(await reader, Finished)
 
 
-async def test_drain_ends_what_outlasts_the_grace_time() -> None:
-    async with running() as engine:
-        stream = engine.submit(job("endless", steps=4000, step_ms=10))
-        assert not await engine.drain(0.05)
-        last = await answer(stream)
-        assert isinstance(last, Failed)
-        assert last.kind == "draining"
-
-
-async def test_an_idle_engine_drains_at_once() -> None:
-    async with running() as engine:
-        assert await engine.drain(0.0)
-
-
 async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
     engine = Engine(configured(stop_grace_seconds=0.2))
     await engine.start()
-    stream = engine.submit(job("stuck", HANG))
+    stream = engine.submit(job("stuck", Do.HANG))
     assert isinstance(await anext(stream), Started)
     pid = engine.worker_pid
     assert pid is not None
@@ -539,16 +313,3 @@ def test_only_deaths_before_ready_slow_the_next_start_down() -> None:
     for supervisor.failed_starts in (0, 1, 2, 3, 4, 1000):
         waits.append(supervisor.backoff_seconds)
     assert waits == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
-
-
-def test_the_engine_runs_on_uvloop_too() -> None:
-    async def life() -> tuple[Event, Event]:
-        async with running() as engine:
-            first = await answer(engine.submit(job("a", stream_tokens=True)))
-            stream = engine.submit(job("b", steps=20, step_ms=10))
-            assert isinstance(await anext(stream), Started)
-            await kill_worker(engine)
-            return first, await answer(stream)
-
-    for last in uvloop.run(life()):
-        assert isinstance(last, Finished)

@@ -1,0 +1,81 @@
+"""An engine around the scripted worker, and what its tests do again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from server.engine.config import EngineConfig, WorkerConfig
+from server.engine.engine import Engine, JobStream
+from server.engine.messages import Event, Failed, Finished
+from server.types import DiffusionParams, Job, SamplingParams
+from tests.engine.scripted_worker import Do
+
+SCRIPT = Path(__file__).with_name("scripted_worker.py")
+
+CONFIG = EngineConfig(
+    WorkerConfig("scripted", heartbeat_seconds=0.1, log_level="CRITICAL"),
+    watchdog_seconds=30.0,
+    backoff_seconds=0.05,
+    stop_grace_seconds=2.0,
+    worker_command=(sys.executable, "-P", str(SCRIPT)),
+)
+
+
+def configured(model: str = "scripted", **changes: object) -> EngineConfig:
+    return replace(CONFIG, worker=replace(CONFIG.worker, model=model), **changes)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def running(config: EngineConfig = CONFIG) -> AsyncIterator[Engine]:
+    engine = Engine(config)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+def job(name: str, do: Do = Do.FINISH, *, steps: int = 4, step_ms: int = 1, seed: int = 7, **fields: object) -> Job:
+    return Job(name, (do, step_ms), SamplingParams(steps, seed=seed), DiffusionParams(steps), **fields)  # type: ignore[arg-type]
+
+
+async def answer(stream: JobStream) -> Event:
+    """The last event; checks that there is exactly one answer."""
+    events = [event async for event in stream]
+    assert [isinstance(event, Finished | Failed) for event in events] == [False] * (len(events) - 1) + [True]
+    return events[-1]
+
+
+def tokens_of(seed: int, count: int) -> tuple[int, ...]:
+    return tuple((seed * 31 + position * 7) % 997 for position in range(count))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that the engine does by itself."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  (what is waited for has no event of its own)
+            await asyncio.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; an orphaned zombie does not, and its status is its new parent's business."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def kill_worker(engine: Engine) -> None:
+    """Kill the present worker, be it ready or still loading, and wait until the engine has noticed."""
+    await until(lambda: engine.worker_pid is not None)
+    pid = engine.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: engine.worker_pid != pid)
