@@ -40,7 +40,7 @@ def load_pair(family: str, dtype: torch.dtype) -> Pair:
             dtype=dtype,
             device=device,
         )
-        stock = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+        stock = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
         stock.eval().requires_grad_(False)
         plain[name] = PlainReward(stock, rewards[name].tokenizer, rewards[name].table)
     return Pair(loaded, rewards, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))

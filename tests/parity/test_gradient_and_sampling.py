@@ -108,7 +108,7 @@ class Problem:
         with torch.no_grad():
             return float(plain.read(sequence, torch.ones(len(sequence), dtype=torch.bool)))
 
-    def finite_difference(self, direction: Tensor, step: float = 1e-4) -> float:
+    def finite_difference(self, direction: Tensor, step: float = 3e-6) -> float:
         """Central difference of the reward along a direction of phi."""
         plain = self.pair.plain.rewards["rm"]
         w = WEIGHTS[self.method](entropy(self.phi), self.phi.shape[-1])[:, None]
