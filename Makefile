@@ -36,6 +36,12 @@ format: $(DEV) ## Format the code and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+bench: $(RUNTIME) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
+	$(PY) -m server.bench.offline $(ARGS)
+
+conformance: $(RUNTIME) ## Replay the recorded runs of the published code over HTTP, alone and sixteen at a time
+	$(PY) -m tests.contract.conformance
+
 lock: $(DEV) ## Resolve pyproject.toml anew into the two lock files
 	$(PIP) uv==$(UV_VERSION)
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
