@@ -145,10 +145,12 @@ def engine_config(settings: Settings) -> EngineConfig:
             threads=settings.threads,
             budget=Budget(settings.batch_tokens, settings.batch_guided_rows, settings.batch_trajectories),
             log_level=settings.log_level,
+            log_format=settings.log_format,
         ),
         max_jobs=settings.max_queue,
         watchdog_seconds=settings.watchdog_seconds,
         start_limit_seconds=settings.start_limit_seconds,
+        spare_worker=settings.spare_worker,
     )
 
 

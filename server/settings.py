@@ -97,6 +97,7 @@ class Settings(BaseSettings):
     )
     watchdog_seconds: float = Field(120.0, gt=0, le=86_400, description="a step that hangs this long is killed")
     start_limit_seconds: float = Field(3600.0, gt=0, description="time to load and warm up")
+    spare_worker: bool = Field(False, description="keep a second process at hand, so that a restart is quicker")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
 
