@@ -6,9 +6,10 @@ no padding, and nothing of a prefix is computed twice. What the function needs t
 argument (`packing`) through the model's forward. It builds no mask for padding and no cache, and transformers builds
 none for it.
 
-A token sees its row's prefix and its own row up to itself. Rows that continue the same prefix share one
-scaled_dot_product_attention; where their lengths differ they are laid out on a rectangle, inside the attention only.
-What lies right of a row's end is behind its last token, so causality hides it and its gradients are exactly zero.
+A token sees its row's prefix and its own row up to itself. Rows with prefixes of like length share one
+scaled_dot_product_attention, shorter prefixes padded on the left and masked; where the rows' own lengths differ they
+are laid out on a rectangle, inside the attention only. What lies right of a row's end is behind its last token, so
+causality hides it and its gradients are exactly zero.
 """
 
 from __future__ import annotations
@@ -42,15 +43,29 @@ EMPTY_PREFIX = Prefix(0)
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows that continue the same prefix, on a rectangle of `rows` n and `places` m.
+    """Rows with prefixes of like length, on a rectangle of `rows` n and `places` m.
 
-    `mask` (m, prefix + m) is True where a query sees a key; None for a group without a prefix, which is plainly causal.
+    `prefixes` are the different ones among them, padded on the left to `prefix_places` p; `which` (n,) names each row's
+    (None when there is one). `mask` (m, p + m), or (n, 1, m, p + m) where lengths differ, is True where a query sees a
+    key; None for a group without a prefix, which is plainly causal.
     """
 
-    prefix: Prefix
+    prefixes: tuple[Prefix, ...]
+    prefix_places: int
+    which: Tensor | None
     rows: int
     places: int
     mask: Tensor | None
+
+    def before(self, layer: int, *, values: bool) -> Tensor:
+        """Keys or values (n, Hkv, p, d) of one layer in front of every row."""
+        stacked = torch.stack(
+            [
+                functional.pad((x.values if values else x.keys)[layer], (0, 0, self.prefix_places - x.length, 0))
+                for x in self.prefixes
+            ]
+        )
+        return stacked.expand(self.rows, -1, -1, -1) if self.which is None else stacked.index_select(0, self.which)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +105,15 @@ class Packing:
         groups = []
         gather = []
         order = np.empty(starts[-1], dtype=np.int64)
-        masks: dict[tuple[int, int], Tensor] = {}
         offset = 0
-        for rows in members.values():
+        for rows in _alike(prefixes, members):
             place = np.arange(size[rows].max())
             index = (first[rows][:, None] + np.minimum(place, size[rows][:, None] - 1)).ravel()
             real = np.flatnonzero(place < size[rows][:, None])
             gather.append(index)
             order[index[real]] = real + offset
             offset += len(index)
-            prefix = prefixes[rows[0]]
-            mask = None
-            if prefix.length:
-                shape = (len(place), prefix.length + len(place))
-                if shape not in masks:
-                    masks[shape] = torch.ones(shape, dtype=torch.bool, device=device).tril(prefix.length)
-                mask = masks[shape]
-            groups.append(_Group(prefix, len(rows), len(place), mask))
+            groups.append(_group([prefixes[row] for row in rows], len(place), device))
         places = np.concatenate(gather)
         same = np.array_equal(places, np.arange(starts[-1]))
         return cls(
@@ -136,13 +143,44 @@ class Packing:
         )
 
 
+def _alike(prefixes: Sequence[Prefix], members: dict[int, list[int]]) -> list[list[int]]:
+    """Rows in groups whose prefixes are at most a quarter (and 16 tokens) apart in length: padding costs less there
+    than one attention a prefix. Rows without a prefix are a group of their own."""
+    groups: list[list[int]] = []
+    shortest = -1
+    for rows in sorted(members.values(), key=lambda rows: prefixes[rows[0]].length):
+        length = prefixes[rows[0]].length
+        if shortest < 1 or length > 1.25 * shortest + 16:
+            groups.append([])
+            shortest = length
+        groups[-1] += rows
+    return [sorted(rows) for rows in groups]
+
+
+def _group(prefixes: Sequence[Prefix], places: int, device: torch.device) -> _Group:
+    """The group of rows that continue `prefixes` (one a row) with up to `places` tokens each."""
+    different = list({id(prefix): prefix for prefix in prefixes}.values())
+    longest = max(prefix.length for prefix in different)
+    which = mask = None
+    if len(different) > 1:
+        number = {id(prefix): index for index, prefix in enumerate(different)}
+        which = torch.tensor([number[id(prefix)] for prefix in prefixes], device=device)
+    if longest:
+        mask = torch.ones(places, longest + places, dtype=torch.bool, device=device).tril(longest)
+        if any(prefix.length != longest for prefix in different):
+            padding = torch.tensor([longest - prefix.length for prefix in prefixes], device=device)
+            real = torch.arange(longest + places, device=device) >= padding[:, None]
+            mask = mask & real[:, None, None, :]
+    return _Group(tuple(different), longest, which, len(prefixes), places, mask)
+
+
 def _attend(group: _Group, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Attention of one group on its rectangle: query (n * m, H, d), key and value (n * m, Hkv, d) -> (n * m, H, d)."""
     n, m = group.rows, group.places
     q, k, v = (x.view(n, m, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))  # (n, heads, m, d)
-    if group.prefix.length:
-        k = torch.cat([group.prefix.keys[layer].expand(n, -1, -1, -1), k], dim=2)
-        v = torch.cat([group.prefix.values[layer].expand(n, -1, -1, -1), v], dim=2)
+    if group.prefix_places:
+        k = torch.cat([group.before(layer, values=False), k], dim=2)
+        v = torch.cat([group.before(layer, values=True), v], dim=2)
     shared = q.shape[1] != k.shape[1]
     if shared and group.mask is not None and q.device.type == "cuda":
         # The fused kernels that take a mask do not know grouped queries; without this, CUDA falls back to plain maths.
