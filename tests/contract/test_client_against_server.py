@@ -48,7 +48,8 @@ def test_models(client: Client) -> None:
 
 
 def test_completion_has_rewards_report_and_trace(client: Client) -> None:
-    answer = client.complete(PROMPT, return_token_ids=True, ignore_eos=True, trace=True, **OPTIONS)
+    whole: Options = {**OPTIONS, "return_token_ids": True, "ignore_eos": True, "trace": True}
+    answer = client.complete(PROMPT, **whole)
     (choice,) = answer.choices
     assert choice.token_ids is not None
     assert len(choice.token_ids) == 12
