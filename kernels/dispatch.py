@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -11,13 +15,40 @@ from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
 from kernels.torch_ops import TorchState
 
-STATES: dict[str, type[Guided]] = {"reference": ReferenceState, "torch": TorchState, "cpp": CppState}
-BACKENDS = tuple(STATES)
+BACKENDS = ("reference", "torch", "cpp", "triton")
 OPS = ("row_stats", "draw", "filtered_stats", "mix", "update")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported (it is not imported here) and has something to run on."""
+    on = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    return on and importlib.util.find_spec("triton") is not None
+
+
+def state_class(name: str) -> type[Guided]:
+    """The state of a backend by name; ValueError for an unknown one."""
+    if name == "reference":
+        return ReferenceState
+    if name == "torch":
+        return TorchState
+    if name == "cpp":
+        return CppState
+    if name == "triton":
+        if not has_triton():
+            raise ValueError("the triton backend needs triton and a CUDA device")
+        from kernels.gpu.ops import TritonState
+
+        return TritonState
+    raise ValueError(f"unknown kernel backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs when none is named. Float64 takes plain torch everywhere."""
+    if dtype == torch.float64:
+        return "torch"
+    if device.type == "cuda" and has_triton():
+        return "triton"
     if device.type == "cpu" and dtype in CPP_DTYPES and library() is not None:
         return "cpp"
     return "torch"
@@ -25,7 +56,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 
 def available_backends() -> tuple[str, ...]:
     """Names of `BACKENDS` that can run on this machine."""
-    return tuple(name for name in BACKENDS if name != "cpp" or library() is not None)
+    there = {"cpp": library() is not None, "triton": has_triton()}
+    return tuple(name for name in BACKENDS if there.get(name, True))
 
 
 def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: int | None) -> Guided:
@@ -33,10 +65,7 @@ def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: 
 
     Raises ValueError for an unknown name, or one that cannot run on these logits or this machine.
     """
-    name = backend or choose(logits.device, logits.dtype)
-    if name not in STATES:
-        raise ValueError(f"unknown kernel backend {name!r}; known: {', '.join(BACKENDS)}")
-    return STATES[name](logits, params, updates)
+    return state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
 
 
 def backend_info() -> dict[str, str]:

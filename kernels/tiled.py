@@ -26,13 +26,13 @@ from torch import Tensor
 from kernels.adam import Plan, Trail, direction, follow, plan_update
 from kernels.ops import Guided, Mixed, RowParams, RowStats, Term
 
-TILE = 1024  # columns a tile
+TILE = 1024  # columns a tile, unless a backend says otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Sums over each tile of each row, (N, T) float64: with d = phi - maximum, s = sum exp(d), t = sum d exp(d) at
-    temperature 1, and the same with d / tau. An all -inf tile has zeros."""
+    """Sums over each tile of each row, (N, T): with d = phi - maximum, s = sum exp(d) and t = sum d exp(d) at
+    temperature 1, and the same with d / tau. An all -inf tile has zeros. Float64 on a CPU."""
 
     maximum: Tensor
     s_1: Tensor
@@ -41,10 +41,9 @@ class Tiles:
     t_tau: Tensor
 
     @staticmethod
-    def empty(rows: int, vocab_size: int, device: torch.device) -> Tiles:
-        """Uninitialised tiles of N rows."""
-        count = -(-vocab_size // TILE)
-        return Tiles(*torch.empty(5, rows, count, dtype=torch.float64, device=device).unbind(0))
+    def empty(rows: int, count: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tiles:
+        """Uninitialised sums of N rows with T = `count` tiles each."""
+        return Tiles(*torch.empty(5, rows, count, dtype=dtype, device=device).unbind(0))
 
     def select(self, rows: Tensor | None) -> Tiles:
         """The tiles of some rows."""
@@ -85,12 +84,14 @@ def combine(tiles: Tiles, tau: Tensor) -> tuple[Rows, Tensor, Tensor]:
 class TiledState(Guided):
     """phi as a trail of gradients (kernels.adam), its tiles, and the two products slab by slab."""
 
+    tile = TILE
+    tile_dtype = torch.float64
     slab_elements = 1 << 20  # elements of the (N, columns) buffer between a product and its elementwise part
 
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         super().__init__(logits, params, updates)
         self.trail = Trail()
-        self.tiles = Tiles.empty(self.rows, self.vocab_size, logits.device)
+        self.tiles = Tiles.empty(self.rows, -(-self.vocab_size // self.tile), logits.device, self.tile_dtype)
         self._prepare()
         self._row_sums()
         self._refresh(None)
@@ -132,11 +133,11 @@ class TiledState(Guided):
         """The lowest id of the largest value: the first tile that holds the maximum, then the first place in it."""
         tile = self.tiles.maximum.argmax(-1)
         phi, _ = self._tile_values(tile, None)
-        return tile * TILE + phi.argmax(-1)
+        return tile * self.tile + phi.argmax(-1)
 
     def _tile_values(self, tile: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """phi (n, TILE) of one tile (n,) a row, -inf past the end of the vocabulary, and its column ids."""
-        columns = tile[:, None] * TILE + torch.arange(TILE, device=tile.device)
+        """phi (n, tile) of one tile (n,) a row, -inf past the end of the vocabulary, and its column ids."""
+        columns = tile[:, None] * self.tile + torch.arange(self.tile, device=tile.device)
         index = torch.arange(self.rows, device=tile.device) if rows is None else rows
         values = self._compose(lambda tensor: tensor[index[:, None], columns.clamp_max(self.vocab_size - 1)], index)
         return values.masked_fill(columns >= self.vocab_size, -torch.inf), columns
@@ -173,8 +174,8 @@ class TiledState(Guided):
 
     def _slabs(self, rows: int) -> Iterator[tuple[int, int]]:
         """Column ranges: whole tiles up to `slab_elements`; what is left of the last tile is a range by itself."""
-        width = max(1, self.slab_elements // (rows * TILE)) * TILE
-        whole = self.vocab_size // TILE * TILE
+        width = max(1, self.slab_elements // (rows * self.tile)) * self.tile
+        whole = self.vocab_size // self.tile * self.tile
         for start in range(0, whole, width):
             yield start, min(start + width, whole)
         if whole < self.vocab_size:
@@ -198,12 +199,24 @@ class TiledState(Guided):
 
     def _accumulate(self, total: Tensor, weights: Tensor, table: Tensor) -> None:
         """total (N, D) += weights (N, columns) @ table (columns, D)."""
-        total.addmm_(weights, table.to(self.dtype))
+        if self._tensor_cores(table):
+            total += torch.mm(weights.to(table.dtype), table, out_dtype=torch.float32)
+        else:
+            total.addmm_(weights.to(self.dtype), table.to(self.dtype))
 
     def _slope(self, terms: Sequence[Term], gs: Sequence[Tensor], start: int, stop: int, out: Tensor) -> None:
         """out (n, columns) = sum of g @ table[start:stop].T."""
         for index, (term, g) in enumerate(zip(terms, gs, strict=True)):
-            out.addmm_(g, term.table[start:stop].to(self.dtype).T, beta=1.0 if index else 0.0)
+            table = term.table[start:stop]
+            if self._tensor_cores(table):
+                product = torch.mm(g.to(table.dtype), table.T, out_dtype=torch.float32)
+                out.copy_(product) if index == 0 else out.add_(product)
+            else:
+                out.addmm_(g, table.to(self.dtype).T, beta=1.0 if index else 0.0)
+
+    def _tensor_cores(self, table: Tensor) -> bool:
+        """Whether a product with this table runs in its 16-bit dtype with float32 sums."""
+        return table.is_cuda and table.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
 
     def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
         t = self.updates + 1

@@ -1,0 +1,60 @@
+"""Which variant runs, and with which blocks: a table that is measured, not guessed.
+
+`choices.json` holds rows written by `python -m kernels.bench --tune` on a GPU. A row applies to a device capability,
+a table dtype and up to a number of rows and a hidden size. Without a row that fits, the library matrix product with
+the elementwise kernel beside it runs: it is the variant with the least to go wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("choices.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Variants ("library" or "fused") and block sizes; the defaults compile without spills for sm_80, sm_90, sm_100."""
+
+    forward: str = "library"
+    update: str = "library"
+    update_rows: int = 128
+    update_depth: int = 64
+    update_pieces: int = 4
+    update_warps: int = 8
+    update_stages: int = 3
+    forward_rows: int = 64
+    forward_hidden: int = 128
+    forward_columns: int = 64
+    forward_warps: int = 4
+    forward_stages: int = 2
+    programs: int = 264  # what the fused forward splits the vocabulary for: two a multiprocessor
+
+
+@functools.cache
+def table() -> tuple[dict[str, Any], ...]:
+    """The measured rows, in order."""
+    rows: list[dict[str, Any]] = json.loads(TABLE.read_text())["rows"]
+    return tuple(rows)
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, hidden: int) -> Choice:
+    """The first measured row that fits these N, V and D, else the defaults."""
+    capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    for row in table():
+        fits = (
+            row["capability"] == capability
+            and row["dtype"] == str(dtype).removeprefix("torch.")
+            and rows <= row["rows_at_most"]
+            and hidden <= row["hidden_at_most"]
+        )
+        if fits:
+            return Choice(**row["choice"])
+    return Choice()

@@ -1,0 +1,113 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""What the kernels share: how phi is read, Adam's closed form, tile sums, keyed random numbers.
+
+`KIND` says how phi is described (kernels.adam.Trail): 0 the logits, 1 logits and g_1, 2 logits, g_1 and g_2, 3 phi
+itself. Pointers that a kind does not use are never read. Row numbers are int64: N V passes 2^31 at N = 14,000.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels import adam
+from kernels.ops import BETA_1, BETA_2, EPSILON
+
+# Constants stand to the right of tensors: in the interpreter a tl.constexpr on the left would swallow the tensor.
+EPS: tl.constexpr = tl.constexpr(EPSILON)
+B1: tl.constexpr = tl.constexpr(BETA_1)
+B2: tl.constexpr = tl.constexpr(BETA_2)
+
+_m2, _v2 = adam.coefficients(2, BETA_1), adam.coefficients(2, BETA_2)
+_m3, _v3 = adam.coefficients(3, BETA_1), adam.coefficients(3, BETA_2)
+M2_1: tl.constexpr = tl.constexpr(_m2[0])
+M2_2: tl.constexpr = tl.constexpr(_m2[1])
+V2_1: tl.constexpr = tl.constexpr(_v2[0])
+V2_2: tl.constexpr = tl.constexpr(_v2[1])
+M3_1: tl.constexpr = tl.constexpr(_m3[0])
+M3_2: tl.constexpr = tl.constexpr(_m3[1])
+M3_3: tl.constexpr = tl.constexpr(_m3[2])
+V3_1: tl.constexpr = tl.constexpr(_v3[0])
+V3_2: tl.constexpr = tl.constexpr(_v3[1])
+V3_3: tl.constexpr = tl.constexpr(_v3[2])
+RAW_M: tl.constexpr = tl.constexpr(1 - BETA_1**3)  # bias-corrected to raw moment, third update
+RAW_V: tl.constexpr = tl.constexpr(1 - BETA_2**3)
+
+
+@triton.jit
+def direction_1(g):
+    """Adam's direction after one update: g / (|g| + eps)."""
+    return g / (tl.abs(g) + EPS)
+
+
+@triton.jit
+def direction_2(a, g):
+    """After two updates, oldest gradient first."""
+    return (a * M2_1 + g * M2_2) / (tl.sqrt(a * a * V2_1 + g * g * V2_2) + EPS)
+
+
+@triton.jit
+def load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND: tl.constexpr):
+    """phi at `row` and `columns` (which broadcast; int64) in float32, -inf where `mask` is false."""
+    at = row * vocab + columns
+    if KIND == 3:
+        x = tl.load(phi + at, mask=mask, other=0.0)
+    else:
+        x = tl.load(logits + row * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if (KIND == 1) | (KIND == 2):
+        a = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
+        x = x + eta * direction_1(a)
+        if KIND == 2:
+            b = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
+            x = x + eta * direction_2(a, b)
+    return tl.where(mask, x, -float("inf"))
+
+
+@triton.jit
+def exponential_sums(x, maximum, inverse_tau):
+    """Along axis 1 of x (R, W): sum exp(z) and sum z exp(z) with z = (x - maximum) inverse_tau; -inf counts as nothing.
+
+    `maximum` and `inverse_tau` broadcast as (R, 1).
+    """
+    z = (x - maximum) * inverse_tau
+    w = tl.exp(z)
+    return tl.sum(w, 1), tl.sum(tl.where(w == 0.0, 0.0, w * z), 1)
+
+
+@triton.jit
+def tile_sums(x, inverse_tau):
+    """Maximum along axis 1 of x (R, W) and the four sums relative to it; an all -inf row has zeros."""
+    maximum = tl.max(x, 1)
+    safe = tl.where(maximum == -float("inf"), 0.0, maximum)[:, None]
+    s_1, t_1 = exponential_sums(x, safe, 1.0)
+    s_tau, t_tau = exponential_sums(x, safe, inverse_tau)
+    return maximum, s_1, t_1, s_tau, t_tau
+
+
+@triton.jit
+def store_tiles(tiles, plane, at, mask, maximum, s_1, t_1, s_tau, t_tau):
+    """Writes tile sums into the five planes of `tiles`, `plane` elements apart."""
+    tl.store(tiles + at, maximum, mask=mask)
+    tl.store(tiles + plane + at, s_1, mask=mask)
+    tl.store(tiles + 2 * plane + at, t_1, mask=mask)
+    tl.store(tiles + 3 * plane + at, s_tau, mask=mask)
+    tl.store(tiles + 4 * plane + at, t_tau, mask=mask)
+
+
+@triton.jit
+def uniform(keys, row, rejections):
+    """kernels.random.uniform for one key, float64: Philox4x32-10 with the round in the low byte of the last word."""
+    seed = tl.load(keys + row * 4)
+    place = tl.load(keys + row * 4 + 1)
+    who = tl.load(keys + row * 4 + 2)
+    when = tl.load(keys + row * 4 + 3)
+    c0 = (place & 0xFFFFFFFF).to(tl.uint32)
+    c1 = ((place >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c2 = (who & 0xFFFFFFFF).to(tl.uint32)
+    c3 = ((when | rejections) & 0xFFFFFFFF).to(tl.uint32)
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    # philox_impl is triton's own ten rounds of the same generator, and takes counter and key words as they are.
+    c0, c1, c2, c3 = tl.philox_impl(c0, c1, c2, c3, k0, k1, 10)
+    bits = (c0.to(tl.int64) << 21) | (c1.to(tl.int64) >> 11)
+    return bits.to(tl.float64) * (2.0**-53)

@@ -1,0 +1,76 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The low-memory forward: entropy and softmax-weighted embeddings in one kernel, with no (N, V) probabilities.
+
+    soft = softmax(phi / tau) @ table, and both entropies, by online softmax (as attention does: Dao, arXiv 2307.08691)
+
+Replaces `weights` and a library product; it saves the slab of weights and pays by computing every exponential once
+for each block of `BD` hidden columns. Each program handles one row block, one hidden block and one part of the
+vocabulary; parts are combined afterwards in a fixed order, so the result does not vary from run to run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.common import load_phi, store_tiles
+
+
+@triton.jit
+def fused_forward(
+    logits, g1, g2, phi, tau, eta, table, parts, weight_sums, tiles,
+    rows, hidden, table_stride, vocab, row_stride, part_width, part_count,
+    KIND: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BM), cdiv(D, BD), P): parts (P, N, D) float32 relative to each part's maximum, weight_sums (N, P)
+    what they are to be divided by, tiles (5, N, P) the part's sums as in kernels.tiled.Tiles."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BD + tl.arange(0, BD)
+    part = tl.program_id(2)
+    here = row < rows
+    at = tl.where(here, row, 0)
+    own_eta = tl.load(eta + at)[:, None]
+    inverse_tau = 1.0 / tl.load(tau + at)
+    accumulator = tl.zeros([BM, BD], tl.float32)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    rounded = tl.zeros([BM], tl.float32)
+    s_1 = tl.zeros([BM], tl.float32)
+    t_1 = tl.zeros([BM], tl.float32)
+    s_tau = tl.zeros([BM], tl.float32)
+    t_tau = tl.zeros([BM], tl.float32)
+    begin = part.to(tl.int64) * part_width
+    end = tl.minimum(begin + part_width, vocab.to(tl.int64))
+    for start in range(begin, end, BV):
+        token = start + tl.arange(0, BV).to(tl.int64)
+        mask = here[:, None] & (token[None, :] < end)
+        x = load_phi(logits, g1, g2, phi, at[:, None], row_stride, vocab, token[None, :], mask, own_eta, KIND)
+        top = tl.maximum(maximum, tl.max(x, 1))
+        safe = tl.where(top == -float("inf"), 0.0, top)
+        shift = tl.where(maximum == -float("inf"), 0.0, maximum - safe)  # nothing summed yet: nothing to rescale
+        one, own = tl.exp(shift), tl.exp(shift * inverse_tau)
+        d = x - safe[:, None]
+        z = d * inverse_tau[:, None]
+        e = tl.exp(d)
+        weight = tl.exp(z)
+        t_1 = one * (t_1 + shift * s_1) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
+        s_1 = one * s_1 + tl.sum(e, 1)
+        t_tau = own * (t_tau + shift * inverse_tau * s_tau) + tl.sum(tl.where(weight == 0.0, 0.0, weight * z), 1)
+        s_tau = own * s_tau + tl.sum(weight, 1)
+        b = tl.load(
+            table + token[:, None] * table_stride + column[None, :],
+            mask=(token[:, None] < end) & (column[None, :] < hidden),
+            other=0.0,
+        )
+        a = weight.to(b.dtype)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        rounded = own * rounded + tl.sum(a.to(tl.float32), 1)
+        accumulator = tl.dot(a, b, accumulator * own[:, None], input_precision="ieee")
+        maximum = top
+    out = (part * rows.to(tl.int64) + row)[:, None] * hidden + column[None, :]
+    tl.store(parts + out, accumulator, mask=here[:, None] & (column[None, :] < hidden))
+    if tl.program_id(1) == 0:
+        plane = rows.to(tl.int64) * part_count
+        place = row * part_count + part
+        tl.store(weight_sums + place, rounded, mask=here)
+        store_tiles(tiles, plane, place, here, maximum, s_1, t_1, s_tau, t_tau)

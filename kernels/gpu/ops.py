@@ -1,0 +1,249 @@
+"""The state of a denoising step whose passes are Triton kernels; launches only, no arithmetic and no host sync.
+
+Every launch checks nothing that the public functions have checked. Which variant runs (library product and
+elementwise kernel, or one fused kernel) and with which blocks comes from `kernels.gpu.choices`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.adam import Plan, follow, plan_update
+from kernels.gpu import draw as draw_kernels
+from kernels.gpu import mix as mix_kernels
+from kernels.gpu import row_stats as row_kernels
+from kernels.gpu import update as update_kernels
+from kernels.gpu.choices import Choice, choose
+from kernels.gpu.fused_forward import fused_forward
+from kernels.ops import BETA_1, BETA_2, FilteredStats, Mixed, RowParams, RowStats, Term
+from kernels.tiled import Rows, TiledState, Tiles, combine
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreted() -> bool:
+    """Whether triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class TritonState(TiledState):
+    """Tiles of 128 columns, the width of the fused update's block, so that both update variants leave the same sums."""
+
+    backend = "triton"
+    tile = 128
+    tile_dtype = torch.float32
+    slab_elements = 1 << 25
+
+    def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
+        if logits.dtype not in DTYPES or not (logits.is_cuda or interpreted()):
+            raise ValueError(f"the triton backend takes CUDA logits in {DTYPES}, not {logits.dtype} on {logits.device}")
+        if logits.ndim == 2 and logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        super().__init__(logits, params, updates)
+
+    def _prepare(self) -> None:
+        device, count = self.logits.device, self.rows
+        floats = (self.params.tau, self.params.top_p, self.params.eta)
+        self._tau, self._top_p, self._eta = (x.float().contiguous() for x in floats)
+        self._top_k, self._greedy = self.params.top_k.contiguous(), self.params.greedy.to(torch.uint8)
+        sums = torch.empty(2, count, dtype=torch.float64, device=device)
+        self.sums = Rows(
+            maximum=torch.empty(count, device=device),
+            s_1=sums[0],
+            s_tau=sums[1],
+            mass=torch.empty(count, self._tile_count, device=device),
+        )
+        self._tile_planes = torch.stack([getattr(self.tiles, name) for name in Tiles.__slots__])
+        self.tiles = Tiles(*self._tile_planes.unbind(0))
+
+    @property
+    def _tile_count(self) -> int:
+        return self.tiles.maximum.shape[1]
+
+    def choice(self, hidden: int, dtype: torch.dtype) -> Choice:
+        """The variant and blocks for a table of this width and dtype."""
+        return choose(self.logits.device, dtype, self.rows, self.vocab_size, hidden)
+
+    def _source(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """logits, g1, g2 and phi; what the current kind does not read is the logits again."""
+        gradients = [*self.trail.gradients, self.logits, self.logits]
+        return self.logits, gradients[0], gradients[1], self.logits if self.trail.phi is None else self.trail.phi
+
+    @property
+    def _kind(self) -> int:
+        return 3 if self.trail.phi is not None else len(self.trail.gradients)
+
+    def _row_sums(self) -> None:
+        tiles_a_program = 32
+        row_kernels.row_sums[(self.rows, triton.cdiv(self._tile_count, tiles_a_program))](
+            *self._source(), self._tau, self._eta, self._tile_planes,
+            self.rows, self.vocab_size, self.logits.stride(0), self._tile_count,
+            KIND=self._kind, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
+        )  # fmt: skip
+
+    def _refresh(self, rows: Tensor | None) -> None:
+        stats = torch.empty(4, self.rows, device=self.logits.device)
+        argmax = torch.empty(self.rows, dtype=torch.long, device=self.logits.device)
+        row_kernels.combine[(self.rows,)](
+            *self._source(), self._tau, self._eta, self._tile_planes,
+            self.sums.maximum, self.sums.s_1, self.sums.s_tau, self.sums.mass, stats, argmax,
+            self.rows, self.vocab_size, self.logits.stride(0), self._tile_count,
+            KIND=self._kind, TILE=self.tile, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        self._stats = RowStats(stats[0], stats[1], stats[2], stats[3], argmax)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _weights(self, start: int, out: Tensor) -> None:
+        self._write_weights(start, out)
+
+    def _write_weights(self, start: int, out: Tensor) -> Tensor:
+        """exp((phi - maximum) / tau) of a slab into `out` (N, columns); the sums (N,) float32 of what was written."""
+        block = 4096
+        blocks = triton.cdiv(out.shape[1], block)
+        sums = torch.empty(self.rows, blocks, device=out.device)
+        mix_kernels.weights[(self.rows, blocks)](
+            *self._source(), self._tau, self._eta, self.sums.maximum, out, sums,
+            start, out.shape[1], self.vocab_size, self.logits.stride(0), blocks,
+            KIND=self._kind, BLOCK=block, num_warps=8,
+        )  # fmt: skip
+        return sums.sum(-1)
+
+    def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
+        hidden = table.shape[1]
+        if self.choice(hidden, table.dtype).forward == "fused":
+            product, sums, _ = self.fused_forward(table)
+        else:
+            product = torch.zeros(self.rows, hidden, device=table.device)
+            sums = torch.zeros(self.rows, device=table.device)
+            dtype = table.dtype if self._tensor_cores(table) else self.dtype
+            widest = max(stop - start for start, stop in self._slabs(self.rows))
+            buffer = torch.empty(self.rows * widest, dtype=dtype, device=table.device)
+            for start, stop in self._slabs(self.rows):
+                slab = buffer[: self.rows * (stop - start)].view(self.rows, stop - start)
+                sums += self._write_weights(start, slab)
+                self._accumulate(product, slab, table[start:stop])
+        soft, embeds = torch.empty_like(product), torch.empty_like(product)
+        block = min(1024, triton.next_power_of_2(hidden))
+        mix_kernels.mix[(self.rows, triton.cdiv(hidden, block))](
+            product, sums, table, tokens, w.float(), soft, embeds, hidden, table.stride(0), BLOCK=block, num_warps=4
+        )
+        return Mixed(embeds=embeds, soft=soft)
+
+    def fused_forward(self, table: Tensor) -> tuple[Tensor, Tensor, Tiles]:
+        """Unnormalised soft embeddings (N, D), their normaliser (N,), and the parts' sums, without (N, V) weights."""
+        hidden, choice = table.shape[1], self.choice(table.shape[1], table.dtype)
+        blocks = triton.cdiv(self.rows, choice.forward_rows) * triton.cdiv(hidden, choice.forward_hidden)
+        most = triton.cdiv(self.vocab_size, choice.forward_columns)
+        count = max(1, min(most, choice.programs // blocks))
+        width = triton.cdiv(most, count) * choice.forward_columns
+        count = triton.cdiv(self.vocab_size, width)
+        device = table.device
+        parts = torch.empty(count, self.rows, hidden, device=device)
+        weight_sums = torch.empty(self.rows, count, device=device)
+        planes = torch.empty(5, self.rows, count, device=device)
+        grid = (triton.cdiv(self.rows, choice.forward_rows), triton.cdiv(hidden, choice.forward_hidden), count)
+        fused_forward[grid](
+            *self._source(), self._tau, self._eta, table, parts, weight_sums, planes,
+            self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
+            KIND=self._kind, BM=choice.forward_rows, BD=choice.forward_hidden, BV=choice.forward_columns,
+            UPCAST=interpreted(), num_warps=choice.forward_warps, num_stages=choice.forward_stages,
+        )  # fmt: skip
+        tiles = Tiles(*planes.unbind(0))
+        maximum = tiles.maximum.amax(-1, keepdim=True)
+        delta = torch.where(tiles.maximum == -torch.inf, 0.0, tiles.maximum - maximum)
+        scale = (delta / self._tau[:, None]).exp()
+        product = (parts * scale.T[:, :, None]).sum(0)
+        return product, (weight_sums * scale).sum(-1), tiles
+
+    def fused_entropies(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Entropies (N,) at temperature 1 and tau as the fused forward computes them beside its product."""
+        tiles = self.fused_forward(table)[2]
+        wide = Tiles(*(getattr(tiles, name).double() for name in Tiles.__slots__))
+        _, entropy_1, entropy_tau = combine(wide, self._tau)
+        return entropy_1, entropy_tau
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
+        table = terms[0].table
+        fits = len(terms) == 1 and table.stride(-1) == 1 and (table.dtype != torch.float32 or interpreted())
+        if not fits or self.choice(table.shape[1], table.dtype).update != "fused":
+            super()._update(terms, rows)
+            return
+        t = self.updates + 1
+        last = rows is not None or t == self.expected_updates
+        plan = plan_update(self.trail, t, last, self.dtype, self._new_gradient)
+        g, soft = terms[0].g.to(self.dtype), terms[0].soft.to(self.dtype)
+        offset = (g * soft).sum(-1)
+        if rows is not None:
+            g, offset = g[rows], offset[rows]
+        self._fused_step(g.to(table.dtype).contiguous(), table, offset, plan, rows)
+        self.trail = follow(self.trail, plan)
+        self._refresh(rows)
+
+    def _targets(self, plan: Plan) -> tuple[tuple[Tensor, ...], int]:
+        """m, v and the outputs for gradient, phi, m, v; and the `WRITE` mode. Unused places are the logits again."""
+        trail = self.trail
+
+        def place(tensor: Tensor | None) -> Tensor:
+            return self.logits if tensor is None else tensor
+
+        write = 0 if plan.gradient is not None else 2 if plan.m is not None else 1
+        return tuple(map(place, (trail.m, trail.v, plan.gradient, plan.phi, plan.m, plan.v))), write
+
+    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan, rows: Tensor | None) -> None:
+        count, width = slope.shape
+        targets, write = self._targets(plan)
+        tiles_a_program = 16
+        update_kernels.step[(count, triton.cdiv(width, self.tile * tiles_a_program))](
+            slope, offset, self.logits if rows is None else rows, *self._source(), *targets,
+            self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
+            self.rows, start, width, self.vocab_size, self.logits.stride(0), self._tile_count,
+            1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
+            KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None, TILE=self.tile, TILES=tiles_a_program,
+            num_warps=8,
+        )  # fmt: skip
+
+    def _fused_step(self, g: Tensor, table: Tensor, offset: Tensor, plan: Plan, rows: Tensor | None) -> None:
+        count, hidden = g.shape
+        choice = self.choice(hidden, table.dtype)
+        targets, write = self._targets(plan)
+        update_kernels.fused_step[(triton.cdiv(count, choice.update_rows) * self._tile_count,)](
+            g, table, offset, self.logits if rows is None else rows, *self._source(), *targets,
+            self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
+            self.rows, count, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), self._tile_count,
+            1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
+            KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None,
+            BM=choice.update_rows, BN=self.tile, BK=choice.update_depth, SUB=choice.update_pieces, GROUP=16,
+            UPCAST=interpreted(), num_warps=choice.update_warps, num_stages=choice.update_stages,
+        )  # fmt: skip
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
+        tokens = torch.empty(len(keys), dtype=torch.long, device=keys.device)
+        draw_kernels.draw[(len(keys),)](
+            *self._source(), self._tau, self._top_p, self._top_k, self._greedy, self._eta,
+            self.sums.maximum, self.sums.s_tau, self.sums.mass, self._stats.argmax, keys.contiguous(),
+            keys if rows is None else rows, tokens,
+            self.vocab_size, self.logits.stride(0), self._tile_count,
+            KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=1024, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+        return tokens
+
+    def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
+        out = torch.empty(3, len(tokens), device=tokens.device)
+        draw_kernels.filtered_stats[(len(tokens),)](
+            *self._source(), self._tau, self._top_p, self._top_k, self._eta,
+            self.sums.maximum, self.sums.s_tau, self._stats.argmax, tokens.contiguous(),
+            tokens if rows is None else rows, out,
+            len(tokens), self.vocab_size, self.logits.stride(0),
+            KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+        return FilteredStats(out[0], out[1], out[2])

@@ -1,0 +1,202 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The gradient step: softmax Jacobian, Adam in closed form, and the next phi's tile sums, in one read of phi.
+
+    grad = q (slope - c) / tau     slope = g @ E.T,  q = softmax(phi / tau),  c = dot(g, soft)
+    phi  = phi + eta m_hat / (sqrt(v_hat) + eps)
+
+Two kernels share that epilogue. `step` reads slope from a slab that a library product wrote; `fused_step` computes it
+in tensor-core tiles and never writes it. Both leave the sums from which the next step's statistics, draw and
+normaliser follow, so the next forward needs no pass of its own. `WRITE`: 0 the gradient (phi follows from it), 1 phi,
+2 phi and both moments (kernels.adam.Plan). The accumulator of a 128 x 128 tile leaves no registers for an epilogue of
+the same size, so `fused_step` runs it on `SUB` column pieces of the tile, one after the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.common import (
+    B1,
+    B2,
+    EPS,
+    M3_1,
+    M3_2,
+    M3_3,
+    RAW_M,
+    RAW_V,
+    V3_1,
+    V3_2,
+    V3_3,
+    direction_1,
+    direction_2,
+    load_phi,
+    store_tiles,
+    tile_sums,
+)
+
+
+@triton.jit
+def _epilogue(
+    slope, offset, row, columns, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+    tau, eta, maximum, scale, vocab, row_stride, m_correction, v_correction,
+    KIND: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """One Adam step on a piece (R, C); `row`, `offset`, `tau`, `eta`, `maximum`, `scale` are (R, 1). The new phi."""
+    x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND)
+    g = tl.exp((x - maximum) / tau) * (slope - offset) * scale
+    at = row * vocab + columns
+    if KIND == 0:
+        direction = direction_1(g)
+    elif KIND == 1:
+        direction = direction_2(tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32), g)
+    elif KIND == 2:
+        a = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
+        m_hat = a * M3_1 + b * M3_2 + g * M3_3
+        v_hat = a * a * V3_1 + b * b * V3_2 + g * g * V3_3
+        direction = m_hat / (tl.sqrt(v_hat) + EPS)
+        if WRITE == 2:
+            tl.store(m_out + at, m_hat * RAW_M, mask=mask)
+            tl.store(v_out + at, v_hat * RAW_V, mask=mask)
+    else:
+        m_new = tl.load(m + at, mask=mask, other=0.0) * B1 + g * (1 - B1)
+        v_new = tl.load(v + at, mask=mask, other=0.0) * B2 + g * g * (1 - B2)
+        direction = (m_new / m_correction) / (tl.sqrt(v_new / v_correction) + EPS)
+        if WRITE == 2:
+            tl.store(m_out + at, m_new, mask=mask)
+            tl.store(v_out + at, v_new, mask=mask)
+    x = x + eta * direction
+    if WRITE == 0:
+        tl.store(g_out + at, g.to(g_out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(phi_out + at, x, mask=mask)
+    return x
+
+
+@triton.jit
+def step(
+    slope, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+    tau, eta, row_maximum, row_s_tau, tiles,
+    rows, first, width, vocab, row_stride, tile_count, m_correction, v_correction,
+    KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Grid (n, cdiv(width, TILE TILES)): columns first .. first + width; slope (n, width) float32, offset (n,)."""
+    i = tl.program_id(0).to(tl.int64)
+    row = i
+    if HAS_INDEX:
+        row = tl.load(index + i)
+    place = tl.program_id(1).to(tl.int64) * (TILE * TILES) + (
+        tl.arange(0, TILES).to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    )
+    mask = place < width
+    own_tau = tl.load(tau + row)
+    scale = (1.0 / (own_tau.to(tl.float64) * tl.load(row_s_tau + row))).to(tl.float32)
+    x = _epilogue(
+        tl.load(slope + i * width + place, mask=mask, other=0.0), tl.load(offset + i), row, first + place, mask,
+        logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out, own_tau, tl.load(eta + row),
+        tl.load(row_maximum + row), scale, vocab, row_stride, m_correction, v_correction, KIND, WRITE,
+    )  # fmt: skip
+    maximum, s_1, t_1, s_tau, t_tau = tile_sums(tl.where(mask, x, -float("inf")), 1.0 / own_tau)
+    tile = first // TILE + tl.program_id(1) * TILES + tl.arange(0, TILES)
+    plane = rows.to(tl.int64) * tile_count
+    store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, maximum, s_1, t_1, s_tau, t_tau)
+
+
+@triton.jit
+def _halves(x, R: tl.constexpr, C: tl.constexpr):
+    """The left and the right half of x (R, C)."""
+    return tl.split(tl.permute(tl.reshape(x, (R, 2, C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _merge(maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inverse_tau):
+    """Tile sums of two pieces of the same tile."""
+    top = tl.maximum(maximum, other)
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    a = tl.where(maximum == -float("inf"), 0.0, maximum - safe)  # a piece without mass has zero sums
+    b = tl.where(other == -float("inf"), 0.0, other - safe)
+    a_1, b_1 = tl.exp(a), tl.exp(b)
+    a_tau, b_tau = tl.exp(a * inverse_tau), tl.exp(b * inverse_tau)
+    return (
+        top,
+        a_1 * s_1 + b_1 * p_1,
+        a_1 * (t_1 + a * s_1) + b_1 * (q_1 + b * p_1),
+        a_tau * s_tau + b_tau * p_tau,
+        a_tau * (t_tau + a * inverse_tau * s_tau) + b_tau * (q_tau + b * inverse_tau * p_tau),
+    )
+
+
+@triton.jit
+def fused_step(
+    g, table, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+    tau, eta, row_maximum, row_s_tau, tiles,
+    rows, count, hidden, table_stride, vocab, row_stride, tile_count, m_correction, v_correction,
+    KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(n, BM) cdiv(V, BN),): g (n, D), table (V, D), one 16-bit or float32 dtype. BN is the tile width.
+
+    `GROUP` row blocks share a column block while it is in L2, so the table streams from memory once.
+    """
+    row_blocks = tl.cdiv(count, BM)
+    per_group = GROUP * tl.cdiv(vocab, BN)
+    group = tl.program_id(0) // per_group
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = tl.program_id(0) % per_group
+    block = group * GROUP + within % height
+    tile = within // height
+
+    i = block * BM + tl.arange(0, BM)
+    column = tile * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    g_at = g + i.to(tl.int64)[:, None] * hidden + k[None, :]
+    table_at = table + column.to(tl.int64)[:, None] * table_stride + k[None, :]
+    accumulator = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, hidden, BK):
+        a = tl.load(g_at, mask=(i[:, None] < count) & (k[None, :] < hidden - start), other=0.0)
+        b = tl.load(table_at, mask=(column[:, None] < vocab) & (k[None, :] < hidden - start), other=0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        accumulator = tl.dot(a, tl.trans(b), accumulator, input_precision="ieee")
+        g_at += BK
+        table_at += BK
+
+    here = i < count
+    row = i.to(tl.int64)
+    if HAS_INDEX:
+        row = tl.load(index + i, mask=here, other=0)
+    own_tau = tl.load(tau + row, mask=here, other=1.0)
+    inverse_tau = 1.0 / own_tau
+    own_eta = tl.load(eta + row, mask=here, other=0.0)[:, None]
+    mean = tl.load(offset + i, mask=here, other=0.0)[:, None]
+    highest = tl.load(row_maximum + row, mask=here, other=0.0)[:, None]
+    total = tl.load(row_s_tau + row, mask=here, other=1.0)
+    scale = (1.0 / (own_tau.to(tl.float64) * total)).to(tl.float32)[:, None]
+
+    if SUB == 1:
+        pieces = (accumulator,)
+    elif SUB == 2:
+        pieces = _halves(accumulator, BM, BN)
+    else:
+        left, right = _halves(accumulator, BM, BN)
+        pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    s_1 = tl.zeros([BM], tl.float32)
+    t_1 = tl.zeros([BM], tl.float32)
+    s_tau = tl.zeros([BM], tl.float32)
+    t_tau = tl.zeros([BM], tl.float32)
+    for piece in tl.static_range(SUB):
+        columns = (tile * BN + piece * (BN // SUB) + tl.arange(0, BN // SUB)).to(tl.int64)[None, :]
+        mask = here[:, None] & (columns < vocab)
+        x = _epilogue(
+            pieces[piece], mean, row[:, None], columns, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+            own_tau[:, None], own_eta, highest, scale, vocab, row_stride, m_correction, v_correction, KIND, WRITE,
+        )  # fmt: skip
+        other, p_1, q_1, p_tau, q_tau = tile_sums(tl.where(mask, x, -float("inf")), inverse_tau[:, None])
+        maximum, s_1, t_1, s_tau, t_tau = _merge(
+            maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inverse_tau
+        )
+    plane = rows.to(tl.int64) * tile_count
+    store_tiles(tiles, plane, row * tile_count + tile, here, maximum, s_1, t_1, s_tau, t_tau)
