@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import httpx
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from clients.quality.intervals import Interval
 from clients.quality.judges import SmolLM, Vader

@@ -1,11 +1,11 @@
-"""Full width without weights: a random Dream-7B cut to two layers goes through the real loader and one step.
+"""Full width without weights: a random Dream-7B and reward model, cut to two layers, take one guided step.
 
 `python -m server.bench.full_size` writes a sharded bfloat16 checkpoint (3.1 GB, in a temporary folder) of the published
-width and vocabulary, loads it in a fresh process with `load_diffusion_model` and runs a forward with logits at the
-masked positions. It prints a table of time and memory, then one JSON line. What to look for: nothing is held twice. In
-bfloat16 on the CPU the weights are the mapped file, so the peak stays below its size plus what an empty process needs
-(rows of the embedding that no token used never come in); in another `--dtype` it is the converted weights, the process
-and the largest single tensor (1.1 GB) while it is converted. (Linux only: it reads /proc.)
+width and vocabulary, and a reward model of a 1.7B's width (0.9 GB). A fresh process loads them through the real loaders
+and runs one EntRGi step: forward, a gradient step through the reward model, draw, reveal. It prints a table of time and
+memory, then one JSON line. What to look for: nothing is held twice. In bfloat16 on the CPU the weights are the mapped
+file, so pages that no token used never come in; in another `--dtype` they are the converted weights and, while it is
+converted, the largest single tensor (1.1 GB). (Linux only: it reads /proc.)
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from server.bench.checkpoints import SPECIAL, write_tokenizer
+from server.bench.checkpoints import SPECIAL, Shape, write_reward, write_tokenizer
+from server.engine.messages import Failed, Finished
+from server.engine.runner import Runner
 from server.models.dream import DreamConfig, DreamModel
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
-from server.models.packing import PackedLayout
 from server.models.weights import stored_tensors
+from server.rewards.reward_model import RewardModel, load_reward_model
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 
 DREAM_7B: dict[str, Any] = {
     "architectures": ["DreamModel"],
@@ -57,6 +60,7 @@ DREAM_7B: dict[str, Any] = {
 """The published config.json of Dream-v0-Instruct-7B, as far as a network can depend on it."""
 
 TOKENIZER_SIZE = 151_667
+REWARD_1_7B_CUT = Shape(vocab_size=151_936, hidden=2048, layers=2, heads=16, intermediate=6144)
 PROMPT_TOKENS = 8
 MASKED_TOKENS = 8
 MIB = 1 << 20
@@ -92,16 +96,27 @@ def write_cut(folder: Path, layers: int = 2, seed: int = 0) -> int:
     return total
 
 
-def step(loaded: LoadedDiffusionModel) -> tuple[int, ...]:
-    """One denoising step's forward on a small canvas; returns the shape of its logits."""
-    canvas = torch.full((PROMPT_TOKENS + MASKED_TOKENS,), loaded.model.mask_token_id)
-    canvas[:PROMPT_TOKENS] = torch.arange(100, 100 + PROMPT_TOKENS)
-    rows = torch.arange(PROMPT_TOKENS, len(canvas))
-    with torch.inference_mode():
-        logits = loaded.model.masked_logits(canvas, PackedLayout.of([len(canvas)]), rows)
-    if not bool(torch.isfinite(logits).all()):
-        raise RuntimeError("the logits are not finite")
-    return tuple(logits.shape)
+def step(loaded: LoadedDiffusionModel, reward: RewardModel) -> float:
+    """One EntRGi denoising step that reveals a small canvas whole; returns the final reward."""
+    runner = Runner(loaded, {reward.name: reward})
+    job = Job(
+        id="full-size",
+        prompt_ids=tuple(range(100, 100 + PROMPT_TOKENS)),
+        conversation=(Message("user", "How large is this?"),),
+        sampling=SamplingParams(max_tokens=MASKED_TOKENS),
+        diffusion=DiffusionParams(steps=1),
+        guidance=GuidanceParams("entrgi", (WeightedReward(reward.name),), gradient_steps=1),
+    )
+    runner.add(job, now=time.time())
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Finished):
+                value = event.result.trajectories[0].reward
+                if value is not None and math.isfinite(value):
+                    return value
+    raise RuntimeError("the guided step gave no finite reward")
 
 
 def memory_bytes() -> dict[str, int]:
@@ -127,19 +142,28 @@ def measure(folder: Path, dtype: torch.dtype) -> None:
     loaded = load_diffusion_model(folder, dtype=dtype, device="cpu")
     stage("load_diffusion_model", started)
     started = time.perf_counter()
-    shape = step(loaded)
-    stage("first step", started)
-    started = time.perf_counter()
-    step(loaded)
-    stage("second step", started)
-    checkpoint = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    reward = load_reward_model(
+        "rm",
+        str(folder / "rm"),
+        diffusion_tokenizer=loaded.tokenizer,
+        diffusion_vocab_size=loaded.model.vocab_size,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+    stage("load_reward_model", started)
+    for name in ("first guided step", "second guided step"):
+        started = time.perf_counter()
+        value = step(loaded, reward)
+        stage(name, started)
+    checkpoint = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     columns = {"anonymous": "own MiB", "mapped": "mapped MiB", "peak": "peak MiB"}
     print(f"{'stage':<24}{'seconds':>9}" + "".join(f"{title:>12}" for title in columns.values()))
     for row in stages:
         print(f"{row['stage']:<24}{row['seconds']:>9}" + "".join(f"{row[key] // MIB:>12}" for key in columns))
-    print(f"checkpoint {checkpoint // MIB} MiB, logits {shape}")
+    print(f"checkpoint {checkpoint // MIB} MiB, reward {value:.3f}")
     peak = stages[-1]["peak"]
-    weights = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values()) * dtype.itemsize
+    stored = [*stored_tensors(folder).values(), *stored_tensors(folder / "rm").values()]
+    weights = sum(math.prod(tensor.shape) for tensor in stored) * dtype.itemsize
     result: dict[str, Any] = {"bench": "full_size", "dtype": str(dtype).removeprefix("torch.")}
     result |= {"checkpoint_bytes": checkpoint, "weights_bytes": weights, "peak_rss_bytes": peak}
     result["peak_over_weights"] = round(peak / weights, 3)
@@ -159,7 +183,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         total = write_cut(Path(folder), arguments.layers)
-        print(f"wrote {total // MIB} MiB in {time.perf_counter() - started:.0f} s", flush=True)
+        write_reward(Path(folder) / "rm", REWARD_1_7B_CUT, dtype=torch.bfloat16)
+        print(
+            f"wrote {total // MIB} MiB of Dream and a reward model in {time.perf_counter() - started:.0f} s", flush=True
+        )
         command = [sys.executable, "-m", "server.bench.full_size", "--dtype", arguments.dtype, "--measure", folder]
         subprocess.run(command, check=True)
 

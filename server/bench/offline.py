@@ -30,7 +30,7 @@ HEADLINE = Workload()
 SWEEPS: dict[str, list[Workload]] = {
     "headline": [HEADLINE],
     "concurrency": [replace(HEADLINE, prompts=n, best_of=1) for n in (1, 4, 16, 64)],
-    "method": [replace(HEADLINE, method=m) for m in ("none", "bon", "expectation", "aps", "entrgi")],  # type: ignore[arg-type]
+    "method": [replace(HEADLINE, method=m) for m in ("none", "bon", "expectation", "aps", "entrgi")],
     "trajectories": [replace(HEADLINE, best_of=k) for k in (1, 2, 4, 8)],
     "gradient_steps": [replace(HEADLINE, gradient_steps=m) for m in (1, 2, 3, 6)],
     "steps": [replace(HEADLINE, steps=t) for t in (8, 16, 32, 64, 128)],

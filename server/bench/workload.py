@@ -15,7 +15,16 @@ from server.engine.runner import Runner
 from server.guidance.plain import PlainLoop, PlainReward
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
-from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, Method, SamplingParams, WeightedReward
+from server.types import (
+    DiffusionParams,
+    GuidanceParams,
+    Job,
+    JobResult,
+    Message,
+    Method,
+    SamplingParams,
+    WeightedReward,
+)
 
 SUBJECTS = ("hotel", "book", "phone", "film", "bakery", "museum", "train", "camera")
 
@@ -31,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts x K trajectories with everything else fixed; the defaults are the headline case of docs/performance.md."""
+    """Prompts x K trajectories with everything else fixed; the defaults are the headline case."""
 
     method: Method = "entrgi"
     prompts: int = 4
@@ -102,7 +111,7 @@ def run_engine(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, JobRes
     """Seconds and results of all jobs submitted at once."""
     runner = Runner(pair.loaded, {} if pair.reward is None else {"rm": pair.reward})
     started = time.perf_counter()
-    results = {}
+    results: dict[str, JobResult] = {}
     for job in jobs:
         runner.add(job, now=time.time())
     while runner.has_work:
@@ -116,7 +125,8 @@ def run_engine(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, JobRes
 
 def run_one_by_one(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, JobResult]]:
     """The engine again, each job only after the one before: a single client."""
-    seconds, results = 0.0, {}
+    seconds = 0.0
+    results: dict[str, JobResult] = {}
     for job in jobs:
         taken, result = run_engine(pair, [job])
         seconds += taken

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from server.demo.batches import Batch, BatchMaker
 from server.demo.corpus import Corpus

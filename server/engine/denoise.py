@@ -18,7 +18,7 @@ import kernels
 from kernels.random import INNER_FINAL
 from server.diffusion.schedule import Step
 from server.engine.batch import Batch, Trajectory, pack
-from server.engine.group import FloatArray, Group, groups
+from server.engine.group import FloatArray, Group, IntArray, groups
 from server.engine.reveal import Choice, choose, confidence, walk, walks
 from server.engine.savings import Savings
 from server.engine.stats import RunnerStats
@@ -207,7 +207,7 @@ class Denoiser:
         return revealed
 
 
-def _entropies(trajectory: Trajectory, positions: FloatArray, entropy: FloatArray) -> list[float | None]:
+def _entropies(trajectory: Trajectory, positions: IntArray, entropy: FloatArray) -> list[float | None]:
     """Entropy in nats by response position, None where revealed (or outside the rows that were computed)."""
     shown: list[float | None] = [None] * len(trajectory.tokens)
     for position, value in zip(positions, entropy, strict=True):

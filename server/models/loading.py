@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from server.errors import ConfigurationError, quote
-from server.models.base import DiffusionModel
 from server.hub import checkpoint_name, read_json, resolve_checkpoint
+from server.models.base import DiffusionModel
 from server.models.registry import (
     DEFAULT_MAX_TOKENS,
     END_OF_TURN_TOKENS,
