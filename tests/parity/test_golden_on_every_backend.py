@@ -1,0 +1,56 @@
+"""The authors' recorded runs come out with each kernel implementation that this machine can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+
+
+def golden_trajectories() -> ModuleType:
+    """The neighbouring test module, whose replay is used here (tests are not a package)."""
+    name = "golden_trajectories_for_backends"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("test_golden_trajectories.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+def test_recorded_runs_in_float32(pair32: Any, family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend not in dispatch.available_backends():
+        pytest.skip(f"the {backend} backend cannot run here")
+    opened: Counter[str] = Counter()
+    begin = kernels.begin
+
+    def count(*arguments: Any, **options: Any) -> kernels.Guided:
+        state = begin(*arguments, **options)
+        opened[state.backend] += 1
+        return state
+
+    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: backend)
+    monkeypatch.setattr(kernels, "begin", count)
+    wrong, runs = golden_trajectories().replay(pair32, family)
+    assert not wrong
+    assert runs > 20
+    assert set(opened) == {backend}
+
+
+def test_the_compiled_backend_runs_where_a_compiler_is(pair32: Any) -> None:
+    """Which implementation is chosen is no accident: float64 takes plain torch, float32 the compiled passes if any."""
+    assert dispatch.choose(torch.device("cpu"), torch.float64) == "torch"
+    expected = "cpp" if "cpp" in dispatch.available_backends() else "torch"
+    assert dispatch.choose(torch.device("cpu"), torch.float32) == expected
+    assert set(kernels.backend_info().values()) <= set(kernels.BACKENDS)
