@@ -113,9 +113,9 @@ def form_faults(text: str, finish_reason: str) -> list[str]:
 def judge(answers: Sequence[Answer], smol: SmolLM, limit: float, subjects: dict[str, tuple[str, ...]]) -> list[Verdict]:
     """Judge the first choice of every answer."""
     verdicts = []
-    for answer in answers:
+    nlls = smol.nlls([(answer.prompt.text, answer.texts[0]) for answer in answers])
+    for answer, nll in zip(answers, nlls, strict=True):
         text, prompt = answer.texts[0], answer.prompt
-        nll = smol.nll(prompt.text, text)
         faults = form_faults(text, answer.finish_reasons[0]) + subject_faults(text, prompt.subject, subjects)
         if nll > limit:
             faults.append("unlikely English")

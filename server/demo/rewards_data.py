@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from server.demo.corpus import WORDINGS, Corpus
+from server.demo.corpus import WORDINGS, Corpus, Request
 from server.demo.grammar import SUBJECTS, Review
 from server.demo.human_ratings import RatedSnippet
 
 SPOILED_SHARE = 0.4
+COMPOSED_SHARE = 0.4  # of the clean texts
 SNIPPET_PROMPTS = ("Write a short review of a {about}.", "What did you think of the {about}?")
 FLOOR = -4.0
 
@@ -64,9 +65,31 @@ class GradedTexts:
     def clean(self) -> Graded:
         """A request and a review that obeys it, at times with the leading space of a raw completion."""
         request = self.corpus.request(WORDINGS, "train")
-        review = self.corpus.answer(request)
+        composed = self.rng.random() < COMPOSED_SHARE
+        review = self.composed(request) if composed else self.corpus.answer(request)
         space = " " if self.rng.random() < 0.3 else ""
         return Graded(request.text, space + review.text, self.grade(review))
+
+    def composed(self, request: Request) -> Review:
+        """Sentences of all sorts in any number and order: what guidance may lead to, though the corpus does not.
+
+        Above all more than one detail, and details at the beginning or the end.
+        """
+        grammar, subject, mood = self.corpus.grammar, request.subject, self.corpus.mood(request.kind)
+        review = Review()
+        for _ in range(self.rng.randint(1, 4)):
+            sort = self.rng.choices(("opening", "aspect", "detail", "vague", "closing"), (3, 4, 6, 1, 2))[0]
+            if sort == "opening":
+                grammar.opening(review, subject, mood)
+            elif sort == "aspect":
+                grammar.aspect_sentence(review, subject, mood)
+            elif sort == "detail":
+                grammar.detail(review, subject)
+            elif sort == "vague":
+                grammar.vague(review)
+            else:
+                grammar.closing(review, subject, mood)
+        return review
 
     def spoiled(self) -> Graded:
         """A clean example with its response damaged, and its grade lowered by how much."""

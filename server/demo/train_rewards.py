@@ -29,7 +29,7 @@ VALIDATION_SEED = 90_003
 class RewardTraining:
     """Settings. `minutes` caps the wall time of each model."""
 
-    steps: int = 1500
+    steps: int = 2000
     minutes: float = 10.0
     batch: int = 32
     learning_rate: float = 2e-3
