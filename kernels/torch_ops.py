@@ -82,8 +82,8 @@ class TorchState(TiledState):
     """Blocks of rows in plain torch."""
 
     backend = "torch"
-    block_elements = 1 << 17  # elements of one elementwise temporary
-    wide_block_elements = 1 << 16  # the same where temporaries are float64 and many
+    block_elements = 1 << 18  # elements of one elementwise temporary
+    wide_block_elements = 1 << 17  # the same where temporaries are float64 and many
 
     def _blocks(self, rows: int, columns: int, elements: int | None = None) -> Iterator[slice]:
         """Ranges of rows, one after another, of at most `elements` elements."""

@@ -7,8 +7,11 @@ the elementwise kernel beside it runs: it is the variant with the least to go wr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,8 @@ class Choice:
     update_stages: int = 3
     forward_rows: int = 64
     forward_hidden: int = 128
-    forward_columns: int = 64
-    forward_warps: int = 4
+    forward_columns: int = 16
+    forward_warps: int = 8
     forward_stages: int = 2
     programs: int = 264  # what the fused forward splits the vocabulary for: two a multiprocessor
 
@@ -44,9 +47,26 @@ def table() -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-@functools.lru_cache(maxsize=1024)
+_forced: ContextVar[Choice | None] = ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def forced(choice: Choice) -> Iterator[None]:
+    """Every launch inside uses this choice, whatever the table says; for measuring and testing variants."""
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def choose(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, hidden: int) -> Choice:
-    """The first measured row that fits these N, V and D, else the defaults."""
+    """The forced choice, else the first measured row that fits these N, V and D, else the defaults."""
+    return _forced.get() or _look_up(device, dtype, rows, vocab_size, hidden)
+
+
+@functools.lru_cache(maxsize=1024)
+def _look_up(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, hidden: int) -> Choice:
     capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     for row in table():
         fits = (

@@ -19,11 +19,11 @@ from kernels.gpu.common import load_phi, store_tiles
 @triton.jit
 def fused_forward(
     logits, g1, g2, phi, tau, eta, table, parts, weight_sums, tiles,
-    rows, hidden, table_stride, vocab, row_stride, part_width, part_count,
+    plane, rows, hidden, table_stride, vocab, row_stride, part_width, part_count,
     KIND: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BM), cdiv(D, BD), P): parts (P, N, D) float32 relative to each part's maximum, weight_sums (N, P)
-    what they are to be divided by, tiles (5, N, P) the part's sums as in kernels.tiled.Tiles."""
+    what they are to be divided by, tiles (5, N, P) the part's sums as in kernels.tiled.Tiles, `plane` = N P."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     part = tl.program_id(2)
@@ -39,7 +39,7 @@ def fused_forward(
     s_tau = tl.zeros([BM], tl.float32)
     t_tau = tl.zeros([BM], tl.float32)
     begin = part.to(tl.int64) * part_width
-    end = tl.minimum(begin + part_width, vocab.to(tl.int64))
+    end = tl.minimum(begin + part_width, vocab)
     for start in range(begin, end, BV):
         token = start + tl.arange(0, BV).to(tl.int64)
         mask = here[:, None] & (token[None, :] < end)
@@ -57,7 +57,7 @@ def fused_forward(
         t_tau = own * (t_tau + shift * inverse_tau * s_tau) + tl.sum(tl.where(weight == 0.0, 0.0, weight * z), 1)
         s_tau = own * s_tau + tl.sum(weight, 1)
         b = tl.load(
-            table + token[:, None] * table_stride + column[None, :],
+            table + start * table_stride + (tl.arange(0, BV)[:, None] * table_stride + column[None, :]),
             mask=(token[:, None] < end) & (column[None, :] < hidden),
             other=0.0,
         )
@@ -67,10 +67,9 @@ def fused_forward(
         rounded = own * rounded + tl.sum(a.to(tl.float32), 1)
         accumulator = tl.dot(a, b, accumulator * own[:, None], input_precision="ieee")
         maximum = top
-    out = (part * rows.to(tl.int64) + row)[:, None] * hidden + column[None, :]
+    out = (part.to(tl.int64) * rows + row)[:, None] * hidden + column[None, :]
     tl.store(parts + out, accumulator, mask=here[:, None] & (column[None, :] < hidden))
     if tl.program_id(1) == 0:
-        plane = rows.to(tl.int64) * part_count
         place = row * part_count + part
         tl.store(weight_sums + place, rounded, mask=here)
         store_tiles(tiles, plane, place, here, maximum, s_1, t_1, s_tau, t_tau)

@@ -65,6 +65,10 @@ class TritonState(TiledState):
     def _tile_count(self) -> int:
         return self.tiles.maximum.shape[1]
 
+    @property
+    def _plane(self) -> int:
+        return self.rows * self._tile_count
+
     def choice(self, hidden: int, dtype: torch.dtype) -> Choice:
         """The variant and blocks for a table of this width and dtype."""
         return choose(self.logits.device, dtype, self.rows, self.vocab_size, hidden)
@@ -82,7 +86,7 @@ class TritonState(TiledState):
         tiles_a_program = 32
         row_kernels.row_sums[(self.rows, triton.cdiv(self._tile_count, tiles_a_program))](
             *self._source(), self._tau, self._eta, self._tile_planes,
-            self.rows, self.vocab_size, self.logits.stride(0), self._tile_count,
+            self._plane, self.vocab_size, self.logits.stride(0), self._tile_count,
             KIND=self._kind, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 
@@ -92,7 +96,7 @@ class TritonState(TiledState):
         row_kernels.combine[(self.rows,)](
             *self._source(), self._tau, self._eta, self._tile_planes,
             self.sums.maximum, self.sums.s_1, self.sums.s_tau, self.sums.mass, stats, argmax,
-            self.rows, self.vocab_size, self.logits.stride(0), self._tile_count,
+            self.rows, self._plane, self.vocab_size, self.logits.stride(0), self._tile_count,
             KIND=self._kind, TILE=self.tile, BLOCK=1024, num_warps=4,
         )  # fmt: skip
         self._stats = RowStats(stats[0], stats[1], stats[2], stats[3], argmax)
@@ -150,7 +154,7 @@ class TritonState(TiledState):
         grid = (triton.cdiv(self.rows, choice.forward_rows), triton.cdiv(hidden, choice.forward_hidden), count)
         fused_forward[grid](
             *self._source(), self._tau, self._eta, table, parts, weight_sums, planes,
-            self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
+            self.rows * count, self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
             KIND=self._kind, BM=choice.forward_rows, BD=choice.forward_hidden, BV=choice.forward_columns,
             UPCAST=interpreted(), num_warps=choice.forward_warps, num_stages=choice.forward_stages,
         )  # fmt: skip
@@ -172,7 +176,12 @@ class TritonState(TiledState):
 
     def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
         table = terms[0].table
-        fits = len(terms) == 1 and table.stride(-1) == 1 and (table.dtype != torch.float32 or interpreted())
+        fits = (
+            len(terms) == 1
+            and self.trail.phi is None
+            and table.stride(-1) == 1
+            and (table.dtype != torch.float32 or interpreted())
+        )
         if not fits or self.choice(table.shape[1], table.dtype).update != "fused":
             super()._update(terms, rows)
             return
@@ -204,7 +213,7 @@ class TritonState(TiledState):
         update_kernels.step[(count, triton.cdiv(width, self.tile * tiles_a_program))](
             slope, offset, self.logits if rows is None else rows, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
-            self.rows, start, width, self.vocab_size, self.logits.stride(0), self._tile_count,
+            self._plane, start, width, self.vocab_size, self.logits.stride(0), self._tile_count,
             1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
             KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None, TILE=self.tile, TILES=tiles_a_program,
             num_warps=8,
@@ -217,10 +226,11 @@ class TritonState(TiledState):
         update_kernels.fused_step[(triton.cdiv(count, choice.update_rows) * self._tile_count,)](
             g, table, offset, self.logits if rows is None else rows, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
-            self.rows, count, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), self._tile_count,
+            self._plane, count, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), self._tile_count,
             1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
             KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None,
-            BM=choice.update_rows, BN=self.tile, BK=choice.update_depth, SUB=choice.update_pieces, GROUP=16,
+            BM=choice.update_rows, BN=self.tile, BK=choice.update_depth,
+            SUB=choice.update_pieces * (2 if self._kind == 2 else 1), GROUP=16,
             UPCAST=interpreted(), num_warps=choice.update_warps, num_stages=choice.update_stages,
         )  # fmt: skip
 
@@ -233,7 +243,7 @@ class TritonState(TiledState):
             self.sums.maximum, self.sums.s_tau, self.sums.mass, self._stats.argmax, keys.contiguous(),
             keys if rows is None else rows, tokens,
             self.vocab_size, self.logits.stride(0), self._tile_count,
-            KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=1024, BLOCK=4096, num_warps=8,
+            KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=1024, BLOCK=2048, num_warps=8,
         )  # fmt: skip
         return tokens
 
@@ -244,6 +254,6 @@ class TritonState(TiledState):
             self.sums.maximum, self.sums.s_tau, self._stats.argmax, tokens.contiguous(),
             tokens if rows is None else rows, out,
             len(tokens), self.vocab_size, self.logits.stride(0),
-            KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=4096, num_warps=8,
+            KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=2048, num_warps=8,
         )  # fmt: skip
         return FilteredStats(out[0], out[1], out[2])

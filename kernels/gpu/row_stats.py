@@ -18,10 +18,10 @@ from kernels.gpu.common import load_phi, store_tiles, tile_sums
 @triton.jit
 def row_sums(
     logits, g1, g2, phi, tau, eta, tiles,
-    rows, vocab, row_stride, tile_count,
+    plane, vocab, row_stride, tile_count,
     KIND: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, cdiv(T, TILES)): `TILES` tiles of `TILE` columns a program."""
+    """Grid (N, cdiv(T, TILES)): `TILES` tiles of `TILE` columns a program; `plane` = N T."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     columns = tile.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -29,7 +29,6 @@ def row_sums(
         logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, tl.load(eta + row), KIND
     )  # fmt: skip
     maximum, s_1, t_1, s_tau, t_tau = tile_sums(x, 1.0 / tl.load(tau + row))
-    plane = rows.to(tl.int64) * tile_count
     at = row * tile_count + tile
     store_tiles(tiles, plane, at, tile < tile_count, maximum, s_1, t_1, s_tau, t_tau)
 
@@ -37,12 +36,11 @@ def row_sums(
 @triton.jit
 def combine(
     logits, g1, g2, phi, tau, eta, tiles, row_maximum, row_s_1, row_s_tau, mass, stats, argmax,
-    rows, vocab, row_stride, tile_count,
+    rows, plane, vocab, row_stride, tile_count,
     KIND: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N,). `stats` is (4, N): lse_1, lse_tau, entropy_1, entropy_tau; sums run in float64."""
     row = tl.program_id(0).to(tl.int64)
-    plane = rows.to(tl.int64) * tile_count
     base = tiles + row * tile_count
     inverse_tau = 1.0 / tl.load(tau + row)
 

