@@ -39,6 +39,12 @@ format: $(DEV) ## Format the code and fix what ruff can fix
 bench: $(RUNTIME) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
 	$(PY) -m server.bench.offline $(ARGS)
 
+bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)
+	$(PY) -m kernels.bench $(ARGS)
+
+gpu-check: $(DEV) ## On a GPU: every kernel test on the device, the benchmark, and a report in build/
+	$(PY) -m kernels.gpu_check $(ARGS)
+
 conformance: $(RUNTIME) ## Replay the recorded runs of the published code over HTTP, alone and sixteen at a time
 	$(PY) -m tests.contract.conformance
 

@@ -35,7 +35,18 @@ def test_documents_are_there() -> None:
 
 
 def test_the_promised_targets_exist() -> None:
-    assert {"setup", "serve", "test", "check", "bench", "conformance", "clean", "help"} <= TARGETS
+    assert {
+        "setup",
+        "serve",
+        "test",
+        "check",
+        "bench",
+        "bench-kernels",
+        "gpu-check",
+        "conformance",
+        "clean",
+        "help",
+    } <= TARGETS
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
