@@ -49,9 +49,9 @@ class SmolLM:
 
         (weights,) = sorted(folder.glob("*.gguf"))
         self._torch: Any = torch
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=weights.name)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=weights.name, local_files_only=True)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), gguf_file=weights.name, dtype=torch.float32
+            str(folder), gguf_file=weights.name, dtype=torch.float32, local_files_only=True
         ).eval()
         self._start: int = self._tokenizer.convert_tokens_to_ids("<|endoftext|>")
 

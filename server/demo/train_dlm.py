@@ -32,8 +32,8 @@ VALIDATION_SEED = 90_001  # far from any training seed
 class DlmTraining:
     """Settings. `minutes` caps the wall time: the learning rate then reaches zero at the cap."""
 
-    steps: int = 3000
-    minutes: float = 70.0
+    steps: int = 8000
+    minutes: float = 60.0
     learning_rate: float = 3e-3  # AdamW
     muon_rate: float = 6e-3
     warmup: int = 100

@@ -29,8 +29,8 @@ VALIDATION_SEED = 90_003
 class RewardTraining:
     """Settings. `minutes` caps the wall time of each model."""
 
-    steps: int = 2000
-    minutes: float = 10.0
+    steps: int = 3000
+    minutes: float = 14.0
     batch: int = 32
     learning_rate: float = 2e-3
     warmup: int = 50
