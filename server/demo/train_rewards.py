@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
 from server.demo.rewards_data import Graded, GradedTexts
