@@ -90,11 +90,11 @@ def cases() -> Iterator[Case]:
         yield Case(
             draw.draw,
             f"draw kind {kind}",
-            {**tile, "HAS_INDEX": kind == 3, "TILES": 1024, "BLOCK": 2048},
+            {**tile, "HAS_INDEX": kind == 3, "TILES": 128, "BLOCK": 1024},
             8,
             quick=heavy,
         )
-        statistics = {"KIND": kind, "HAS_INDEX": kind == 3, "BLOCK": 2048}
+        statistics = {"KIND": kind, "HAS_INDEX": kind == 3, "BLOCK": 1024}
         yield Case(draw.filtered_stats, f"filtered_stats kind {kind}", statistics, 8, quick=heavy)
         yield Case(
             mix.weights,
@@ -125,7 +125,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 update.fused_step,
                 f"fused_step kind {kind} write {write}",
-                {**constants, **blocks, "SUB": choice.update_pieces * (2 if kind == 2 else 1)},
+                {**constants, **blocks, "SUB": choice.update_pieces * (2 if kind == 2 or write else 1)},
                 choice.update_warps,
                 choice.update_stages,
                 tensor_cores=True,
@@ -137,7 +137,7 @@ def cases() -> Iterator[Case]:
     one = {"KIND": 0, "TILE": 128, "TILES": 32, "plane": 1, "tile_count": 1}
     yield Case(row_stats.row_sums, "row_sums N=1", one, 8)
     yield Case(row_stats.combine, "combine N=1", {**one, "rows": 1, "BLOCK": 1024, "TILES": None}, 4, quick=True)
-    yield Case(draw.draw, "draw N=1", {**one, "HAS_INDEX": False, "TILES": 1024, "BLOCK": 2048, "plane": None}, 8)
+    yield Case(draw.draw, "draw N=1", {**one, "HAS_INDEX": False, "TILES": 128, "BLOCK": 1024, "plane": None}, 8)
     yield Case(
         update.fused_step,
         "fused_step N=1",

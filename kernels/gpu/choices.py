@@ -29,7 +29,7 @@ class Choice:
     update: str = "library"
     update_rows: int = 128
     update_depth: int = 64
-    update_pieces: int = 4
+    update_pieces: int = 4  # twice as many where two gradients are read, or phi is written
     update_warps: int = 8
     update_stages: int = 3
     forward_rows: int = 64

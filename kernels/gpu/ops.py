@@ -230,7 +230,7 @@ class TritonState(TiledState):
             1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
             KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None,
             BM=choice.update_rows, BN=self.tile, BK=choice.update_depth,
-            SUB=choice.update_pieces * (2 if self._kind == 2 else 1), GROUP=16,
+            SUB=choice.update_pieces * (2 if self._kind == 2 or write else 1), GROUP=16,
             UPCAST=interpreted(), num_warps=choice.update_warps, num_stages=choice.update_stages,
         )  # fmt: skip
 
@@ -243,7 +243,7 @@ class TritonState(TiledState):
             self.sums.maximum, self.sums.s_tau, self.sums.mass, self._stats.argmax, keys.contiguous(),
             keys if rows is None else rows, tokens,
             self.vocab_size, self.logits.stride(0), self._tile_count,
-            KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=1024, BLOCK=2048, num_warps=8,
+            KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=128, BLOCK=1024, num_warps=8,
         )  # fmt: skip
         return tokens
 
@@ -254,6 +254,6 @@ class TritonState(TiledState):
             self.sums.maximum, self.sums.s_tau, self._stats.argmax, tokens.contiguous(),
             tokens if rows is None else rows, out,
             len(tokens), self.vocab_size, self.logits.stride(0),
-            KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=2048, num_warps=8,
+            KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
         return FilteredStats(out[0], out[1], out[2])

@@ -92,7 +92,7 @@ def step(
     )
     mask = place < width
     own_tau = tl.load(tau + row)
-    scale = (1.0 / (own_tau.to(tl.float64) * tl.load(row_s_tau + row))).to(tl.float32)
+    scale = 1.0 / (own_tau * tl.load(row_s_tau + row).to(tl.float32))
     x = _epilogue(
         tl.load(slope + i * width + place, mask=mask, other=0.0), tl.load(offset + i), row, first + place, mask,
         logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out, own_tau, tl.load(eta + row),
@@ -181,7 +181,7 @@ def fused_step(
     mean = tl.load(offset + i, mask=here, other=0.0)[:, None]
     highest = tl.load(row_maximum + row, mask=here, other=0.0)[:, None]
     total = tl.load(row_s_tau + row, mask=here, other=1.0)
-    scale = (1.0 / (own_tau.to(tl.float64) * total)).to(tl.float32)[:, None]
+    scale = (1.0 / (own_tau * total.to(tl.float32)))[:, None]
 
     if SUB == 1:
         pieces = (accumulator,)

@@ -18,7 +18,7 @@ from kernels.random import row_keys
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 SHAPES = [(5, 37, 3), (3, 1, 2), (4, 2, 5), (7, 1024, 8), (6, 1025, 9), (9, 3001, 17), (130, 517, 33)]  # N, V, D
-SMALL_SHAPES = [(3, 37, 3), (2, 1031, 17), (5, 300, 33)]
+SMALL_SHAPES = [(3, 37, 3), (2, 1031, 17)]
 
 
 @dataclass(frozen=True)

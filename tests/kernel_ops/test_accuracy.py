@@ -106,6 +106,8 @@ def test_update(implementation, make_case, assert_as_good_as_torch, updates, kno
     gradient; where it is far above, the step is nearly its sign, and rounding of a gradient near zero can move phi by
     2 eta whoever computes it: there the mean error is compared.
     """
+    if implementation.interpreted and (updates, known) not in {(1, False), (3, True), (4, False)}:
+        pytest.skip("the interpreter takes a minute for what a GPU does in a blink")
     for shape in implementation.shapes:
         for dtype in implementation.dtypes:
             for scale in (1e-9, 1.0):

@@ -24,7 +24,7 @@ def forced(**changes):
     return choices.forced(replace(choices.Choice(), **changes))
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_fused_and_library_updates_agree(triton_only, make_case, pieces, dtype):
     n, v, d = (3, 300, 33) if triton_only.interpreted else (150, 3001, 65)
