@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     vocab_fallback: Literal["unk", "zero"] = Field(
         "unk", description="reward embedding of a token that the reward vocabulary lacks"
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0: torch's default")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0: all cores but one")
 
     # Network
     host: str = Field("127.0.0.1", description="address to listen on")

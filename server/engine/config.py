@@ -18,7 +18,7 @@ class WorkerConfig:
     `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local
     folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
     or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
-    float32. `max_model_len` (tokens) lowers the model's context length. `threads` 0 leaves torch's default.
+    float32. `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all cores but one.
     """
 
     model: str

@@ -7,6 +7,7 @@ ready.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -78,15 +79,27 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def default_threads(device: torch.device) -> int:
+    """CPU threads for the worker when none are configured; 0 leaves torch's own number.
+
+    One core is left to the HTTP process: OpenMP threads wait for each other by spinning, so a worker with as many
+    threads as cores loses most of its speed as soon as anything else runs (16 clients on two busy cores: 55 s a request
+    with two threads, 1 s with one). OMP_NUM_THREADS, when set, is taken as meant.
+    """
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return 0
+    return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
+
+
 def load(config: WorkerConfig) -> LoadedService:
     """Load the models that the configuration names and run a guided job on each reward model.
 
     Raises ConfigurationError when a setting or a checkpoint is wrong.
     """
     transformers_logging.disable_progress_bar()  # standard error carries log lines
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
+    if threads := config.threads or default_threads(device):
+        torch.set_num_threads(threads)
     dtype = resolve_dtype(config.dtype, device)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
     reward_models = {
