@@ -83,8 +83,8 @@ def default_threads(device: torch.device) -> int:
     """CPU threads for the worker when none are configured; 0 leaves torch's own number.
 
     One core is left to the HTTP process: OpenMP threads wait for each other by spinning, so a worker with as many
-    threads as cores loses most of its speed as soon as anything else runs (16 clients on two busy cores: 55 s a request
-    with two threads, 1 s with one). OMP_NUM_THREADS, when set, is taken as meant.
+    threads as cores loses most of its speed as soon as anything else runs. OMP_NUM_THREADS, when set, is
+    taken as meant.
     """
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return 0
