@@ -23,8 +23,9 @@ setup: $(DEV) ## Create .venv and install the locked dependencies, development t
 serve: $(RUNTIME) ## Serve the bundled models on 127.0.0.1:8000 (other models: ARGS="--model ... --reward-model ...")
 	$(PY) -m server $(ARGS)
 
+# One thread: the tests' tensors are tiny, and threads that wait for each other on busy cores cost ten times the work.
 test: $(DEV) ## Run the test suite
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(ARGS)
 
 check: $(DEV) ## Lint, formatting, types, and who may import whom
 	$(VENV)/bin/ruff check
