@@ -1,10 +1,16 @@
-"""Chooses the implementation: by device, dtype and what this machine can run."""
+"""Chooses the implementation: by device, dtype and what this machine can run.
+
+Two environment variables change the choice, for tests and experiments: KERNELS_BACKEND names a backend for all logits
+that it can take, and KERNELS_CPU_PRODUCTS=bfloat16 makes the CPU's matrix products run in bfloat16, on processors
+with instructions for it (avx512_bf16, amx_bf16) and only there.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +19,41 @@ from kernels.cpp import CppState, library
 from kernels.cpp.ops import DTYPES as CPP_DTYPES
 from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
+from kernels.tiled import TiledState
 from kernels.torch_ops import TorchState
 
 BACKENDS = ("reference", "torch", "cpp", "triton")
 OPS = ("row_stats", "draw", "filtered_stats", "mix", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment asks for."""
+
+    backend: str | None
+    cpu_products: torch.dtype
+
+
+def settings() -> Settings:
+    """Reads the environment; ValueError names the variable that holds something unknown."""
+    backend = os.environ.get("KERNELS_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"KERNELS_BACKEND is {backend!r}; known: {', '.join(BACKENDS)}")
+    products = os.environ.get("KERNELS_CPU_PRODUCTS") or "float32"
+    if products not in ("float32", "bfloat16"):
+        raise ValueError(f"KERNELS_CPU_PRODUCTS is {products!r}; known: float32, bfloat16")
+    return Settings(backend, getattr(torch, products))
+
+
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @functools.cache
@@ -44,9 +81,17 @@ def state_class(name: str) -> type[Guided]:
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs when none is named. Float64 takes plain torch everywhere."""
+    """The backend that runs when none is named. Float64 takes plain torch everywhere.
+
+    One that KERNELS_BACKEND names must be able to run on this machine, and takes only logits that it can.
+    """
+    wanted = settings().backend
+    if wanted in ("reference", "torch"):
+        return wanted
     if dtype == torch.float64:
         return "torch"
+    if wanted is not None and (wanted == "triton") == (device.type == "cuda"):
+        return wanted
     if device.type == "cuda" and has_triton():
         return "triton"
     if device.type == "cpu" and dtype in CPP_DTYPES and library() is not None:
@@ -65,7 +110,11 @@ def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: 
 
     Raises ValueError for an unknown name, or one that cannot run on these logits or this machine.
     """
-    return state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
+    state = state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
+    if isinstance(state, TiledState) and logits.device.type == "cpu" and state.dtype == torch.float32:
+        wanted = settings().cpu_products
+        state.products = wanted if has_bfloat16_products() else torch.float32
+    return state
 
 
 def backend_info() -> dict[str, str]:

@@ -86,6 +86,7 @@ class TiledState(Guided):
 
     tile = TILE
     tile_dtype = torch.float64
+    products: torch.dtype = torch.float32  # of the two matrix products on a CPU; bfloat16 when asked for
     slab_elements = 1 << 20  # elements of the (N, columns) buffer between a product and its elementwise part
 
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
@@ -201,6 +202,8 @@ class TiledState(Guided):
         """total (N, D) += weights (N, columns) @ table (columns, D)."""
         if self._tensor_cores(table):
             total += torch.mm(weights.to(table.dtype), table, out_dtype=torch.float32)
+        elif self.products == torch.bfloat16:
+            total += torch.mm(weights.bfloat16(), table.bfloat16())
         else:
             total.addmm_(weights.to(self.dtype), table.to(self.dtype))
 
@@ -210,6 +213,9 @@ class TiledState(Guided):
             table = term.table[start:stop]
             if self._tensor_cores(table):
                 product = torch.mm(g.to(table.dtype), table.T, out_dtype=torch.float32)
+                out.copy_(product) if index == 0 else out.add_(product)
+            elif self.products == torch.bfloat16:
+                product = torch.mm(g.bfloat16(), table.bfloat16().T)
                 out.copy_(product) if index == 0 else out.add_(product)
             else:
                 out.addmm_(g, table.to(self.dtype).T, beta=1.0 if index else 0.0)

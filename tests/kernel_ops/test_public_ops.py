@@ -86,3 +86,51 @@ def test_no_gradient_flows_through_the_operations(case):
     assert not mixed.embeds.requires_grad
     assert not state.phi().requires_grad
     assert not state.stats.entropy_1.requires_grad
+
+
+def test_the_environment_names_a_backend(make_case, monkeypatch):
+    for name in ("reference", "torch"):
+        monkeypatch.setenv("KERNELS_BACKEND", name)
+        for dtype in (torch.float32, torch.float64):
+            case = make_case(2, 9, 2, dtype, "cpu")
+            assert kernels.begin(case.logits, case.params).backend == name
+    if "cpp" in kernels.available_backends():
+        monkeypatch.setenv("KERNELS_BACKEND", "cpp")
+        case = make_case(2, 9, 2, torch.float64, "cpu")
+        assert kernels.begin(case.logits, case.params).backend == "torch"  # cpp cannot take float64
+    monkeypatch.setenv("KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="KERNELS_BACKEND is 'cuda'"):
+        kernels.begin(case.logits, case.params)
+    monkeypatch.delenv("KERNELS_BACKEND")
+    monkeypatch.setenv("KERNELS_CPU_PRODUCTS", "int8")
+    with pytest.raises(ValueError, match="KERNELS_CPU_PRODUCTS is 'int8'"):
+        make_case(2, 9, 2, torch.float32, "cpu").begin("torch")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_bfloat16_products_cost_their_rounding_and_no_more(make_case, backend):
+    if backend not in kernels.available_backends():
+        pytest.skip("no C++ compiler")
+    case = make_case(9, 3001, 33, torch.float32, "cpu", seed=71)
+    state, exact = case.begin(backend), case.truth()
+    state.products = torch.bfloat16
+    softs = [
+        kernels.mix(s, case.table.to(s.dtype), case.tokens, case.w.to(s.dtype)).soft.double() for s in (state, exact)
+    ]
+    assert (softs[0] - softs[1]).norm() <= 2**-7 * softs[1].norm()
+    g = case.normal(9, 33) * 1e-9
+    for s, soft in zip((state, exact), softs, strict=True):
+        kernels.update(s, [kernels.Term(g.to(s.dtype), case.table.to(s.dtype), soft.to(s.dtype))])
+    moved = [s.phi().double() - case.logits.double() for s in (state, exact)]
+    assert (moved[0] - moved[1]).norm() <= 2**-5 * moved[1].norm()
+
+
+def test_three_updates_hold_at_most_three_tensors(make_case):
+    """Memory beyond the logits, in torch's allocator: Adam's state is two kept gradients, the rest is slabs."""
+    from kernels.bench import compare, measure
+
+    shape = compare.Shape(128, 40_000, 16, 3, torch.float32, torch.device("cpu"))
+    problem = compare.Problem(shape)
+    for backend in set(kernels.available_backends()) & {"torch", "cpp"}:
+        peak = measure.peak_bytes(lambda name=backend: compare.our_step(problem, name), shape.device)
+        assert 2 * problem.logits.nbytes < peak <= 3 * problem.logits.nbytes

@@ -37,9 +37,9 @@ def test_kernels_compile_within_the_limits(architecture):
     assert all(entry["tensor_core_instructions"] > 0 for entry in fused)
     assert all(entry["registers"] <= 255 for entry in fused)
     # The passes that move whole rows are bound by memory: they must load 128 bits at a time and leave room for many
-    # warps (64 registers a thread are 32 warps on every one of these).
+    # warps (72 registers a thread are 28 warps on every one of these).
     streaming = [kernels["row_sums bf16"], kernels["step kind 2 write 2"]]
-    assert all(entry["registers"] <= 64 and entry["wide_loads"] > 0 for entry in streaming)
+    assert all(entry["registers"] <= 72 and entry["wide_loads"] > 0 for entry in streaming)
 
 
 def test_interpreted_kernels_are_refused():

@@ -10,6 +10,9 @@ import torch
 import kernels
 from kernels.random import row_keys, uniform
 
+if "triton" not in kernels.available_backends():
+    pytest.skip("neither a CUDA device nor triton's interpreter", allow_module_level=True)
+
 
 @pytest.fixture
 def triton_only(implementation):
