@@ -26,6 +26,7 @@ from pydantic_settings import (
 
 ENV_PREFIX = "ENTRGI_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+KERNEL_CACHE_VARIABLE = "ENTRGI_CACHE_DIR"  # read by kernels, which knows nothing of these settings
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?")
 
@@ -207,7 +208,7 @@ def reward_models(values: list[str]) -> dict[str, str]:
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Names of `ENTRGI_*` variables that are no setting: most likely misspelt."""
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE}
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | {CONFIG_VARIABLE, KERNEL_CACHE_VARIABLE}
     return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
 
 
