@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -17,7 +16,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median wall time of a call, after one call that does not count."""
+    """Least wall time of a call, after one call that does not count: what other programs disturbed the least."""
     function()
     synchronize(device)
     times = []
@@ -26,7 +25,7 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
         function()
         synchronize(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
