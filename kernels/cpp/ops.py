@@ -21,7 +21,7 @@ _Three = ctypes.c_float * 3
 
 
 class _State(ctypes.Structure):
-    """`struct State` of kernels.cpp."""
+    """`struct State` of tiles.h."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("logits", "g1", "g2", "phi", "m", "v", "tau", "top_p", "eta")]
@@ -33,7 +33,7 @@ class _State(ctypes.Structure):
 
 
 class _Plan(ctypes.Structure):
-    """`struct Plan` of kernels.cpp."""
+    """`struct Plan` of tiles.h."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("gradient", "phi", "m", "v")]

@@ -1,0 +1,222 @@
+// One row's filters and draw: inverse CDF, verification, the last kept rank, and the filtered distribution's statistics.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+// -- random numbers: kernels/random.py ------------------------------------------------------------------------------
+
+double uniform(const int64_t* key, uint32_t round) {
+  uint32_t c0 = uint32_t(key[1]), c1 = uint32_t(uint64_t(key[1]) >> 32), c2 = uint32_t(key[2]);
+  uint32_t c3 = uint32_t(key[3]) | round, k0 = uint32_t(key[0]), k1 = uint32_t(uint64_t(key[0]) >> 32);
+  for (int i = 0; i < 10; ++i) {
+    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+    const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+    c0 = n0, c1 = uint32_t(p1), c2 = n2, c3 = uint32_t(p0);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return double((uint64_t(c0) << 21) | (c1 >> 11)) * 0x1.0p-53;
+}
+
+// -- one row's filters and draw -------------------------------------------------------------------------------------
+
+struct Cut {
+  float value;
+  int64_t id;
+  bool keeps(float phi, int64_t column) const { return phi > value || (phi == value && column <= id); }
+};
+
+class Row {
+ public:
+  Row(const State& state, int64_t row)
+      : s(state), row(row), maximum(float(state.row_maximum[row])), inverse_tau(1.0f / state.tau[row]),
+        total(state.row_s_tau[row]), top_k(state.top_k[row]),
+        limit(state.top_p[row] >= 1 ? std::numeric_limits<double>::infinity() : double(state.top_p[row]) * total) {}
+
+  // One kept token needs no draw: the second is cut when the first alone exceeds top_p.
+  bool certain() const { return s.greedy[row] || top_k == 1 || 1.0 > limit; }
+
+  // The first id whose cumulative unfiltered mass exceeds u times the total.
+  int64_t invert(double u) {
+    const double* mass = s.mass + row * s.tiles;
+    const double target = u * total;
+    double before = 0;
+    int64_t tile = -1;
+    for (int64_t j = 0; j < s.tiles; ++j) {
+      if (mass[j] > 0) {
+        tile = j;
+        if (before + mass[j] > target) break;
+      }
+      if (j + 1 < s.tiles) before += mass[j];
+    }
+    if (tile < 0) return s.argmax[row];
+    before = 0;
+    for (int64_t j = 0; j < tile; ++j) before += mass[j];
+    const int64_t width = tile_width(s, tile);
+    tile_weights(load(s, row, tile * TILE, width, phi_), width, maximum, inverse_tau, weights_);
+    int64_t last = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      before += weights_[i];
+      if (weights_[i] > 0) last = i;
+      if (before > target && weights_[i] > 0) return tile * TILE + i;
+    }
+    return tile * TILE + last;
+  }
+
+  // Whether the filters keep an id: the mass and the count of what ranks above it are small enough.
+  bool keeps(int64_t id) {
+    const float value = value_at(s, row, id);
+    double mass = 0;
+    int64_t count = 0;
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      if (!(s.maximum[row * s.tiles + tile] >= value)) continue;
+      const int64_t start = tile * TILE, width = tile_width(s, tile);
+      const float* phi = load(s, row, start, width, phi_);
+      tile_weights(phi, width, maximum, inverse_tau, weights_);
+      const int64_t lower = std::min(std::max<int64_t>(id - start, 0), width);  // equal values rank above here
+      float sum = 0;
+      int32_t n = 0;
+#pragma omp simd reduction(+ : sum, n)
+      for (int64_t i = 0; i < lower; ++i) {
+        sum += phi[i] >= value ? weights_[i] : 0.0f;
+        n += phi[i] >= value;
+      }
+#pragma omp simd reduction(+ : sum, n)
+      for (int64_t i = lower; i < width; ++i) {
+        sum += phi[i] > value ? weights_[i] : 0.0f;
+        n += phi[i] > value;
+      }
+      mass += sum;
+      count += n;
+      if (count >= top_k || (mass > limit && count > 0)) return false;
+    }
+    return true;
+  }
+
+  // The lowest kept rank. A histogram over (maximum - phi) / tau, monotone in rank, gives the mass and the count
+  // before each bin; only the bin in which the kept prefix ends is sorted.
+  Cut last_kept() {
+    std::vector<double> mass(BINS, 0.0);
+    std::vector<int64_t> count(BINS, 0);
+    auto bin = [this](float phi) {
+      const float z = (maximum - phi) * inverse_tau * BINS_PER_NEPER;
+      return z < float(BINS - 1) ? std::max(int(z), 0) : BINS - 1;
+    };
+    each_tile([&](const float* phi, const float* weights, int64_t, int64_t width) {
+      for (int64_t i = 0; i < width; ++i) {
+        const int b = bin(phi[i]);
+        mass[b] += weights[i];
+        ++count[b];
+      }
+    });
+    double mass_before = 0, mass_at_cut = 0;
+    int64_t count_before = 0, count_at_cut = 0;
+    int cut = 0;
+    for (int b = 0; b < BINS; ++b) {
+      if (!count[b]) continue;
+      if (count_before > 0 && (mass_before > limit || count_before >= top_k)) break;
+      cut = b, mass_at_cut = mass_before, count_at_cut = count_before;
+      mass_before += mass[b];
+      count_before += count[b];
+    }
+    std::vector<std::pair<float, int64_t>> candidates;
+    candidates.reserve(size_t(count[cut]));
+    each_tile([&](const float* phi, const float*, int64_t start, int64_t width) {
+      for (int64_t i = 0; i < width; ++i)
+        if (bin(phi[i]) == cut) candidates.emplace_back(phi[i] == phi[i] ? phi[i] : -INFINITE, start + i);
+    });
+    std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
+      return a.first > b.first || (a.first == b.first && a.second < b.second);
+    });
+    Cut last{candidates.front().first, candidates.front().second};
+    for (const auto& [value, id] : candidates) {
+      if (count_at_cut > 0 && (mass_at_cut > limit || count_at_cut >= top_k)) break;
+      last = {value, id};
+      mass_at_cut += exponential((value - maximum) * inverse_tau);
+      ++count_at_cut;
+    }
+    return last;
+  }
+
+  // Inverse CDF over the kept ids in ascending order.
+  int64_t invert_kept(const Cut& cut, double u) {
+    double kept = 0;
+    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
+      for (int64_t i = 0; i < width; ++i) kept += cut.keeps(phi[i], start + i) ? weights[i] : 0.0f;
+    });
+    const double target = u * kept;
+    double before = 0;
+    int64_t chosen = -1, last = s.argmax[row];
+    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
+      for (int64_t i = 0; i < width && chosen < 0; ++i) {
+        if (!cut.keeps(phi[i], start + i) || weights[i] == 0.0f) continue;
+        before += weights[i];
+        last = start + i;
+        if (before > target) chosen = last;
+      }
+    });
+    return chosen < 0 ? last : chosen;
+  }
+
+  int64_t draw(const int64_t* key) {
+    if (certain()) return s.argmax[row];
+    const int64_t first = invert(uniform(key, 0));
+    if (keeps(first)) return first;
+    const Cut cut = last_kept();
+    for (uint32_t round = 1; round < MAX_REJECTIONS; ++round) {
+      const int64_t x = invert(uniform(key, round));
+      if (cut.keeps(value_at(s, row, x), x)) return x;
+    }
+    return invert_kept(cut, uniform(key, MAX_REJECTIONS));
+  }
+
+  // Minus the entropy, the token's probability, and the top-two margin of the filtered distribution.
+  void filtered_stats(int64_t token, float* neg_entropy, float* probability, float* margin) {
+    const Cut cut = last_kept();
+    double kept = 0, weighted = 0;
+    float second = -INFINITE;
+    int64_t count = 0;
+    const int64_t top = s.argmax[row];
+    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
+      for (int64_t i = 0; i < width; ++i) {
+        if (!cut.keeps(phi[i], start + i)) continue;
+        kept += weights[i];
+        if (weights[i] > 0) weighted += weights[i] * ((phi[i] - maximum) * inverse_tau);
+        if (start + i != top) second = std::max(second, phi[i]);
+        ++count;
+      }
+    });
+    auto share = [&](float phi) { return exponential((phi - maximum) * inverse_tau) / kept; };
+    const float value = value_at(s, row, token);
+    *neg_entropy = float(weighted / kept - std::log(kept));
+    *probability = cut.keeps(value, token) ? float(share(value)) : 0.0f;
+    *margin = float(1.0 / kept - (count > 1 ? share(second) : 0.0));
+  }
+
+ private:
+  // Calls f(phi, weights, first column, width) for every tile, in order.
+  template <class F>
+  void each_tile(F f) {
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      const int64_t start = tile * TILE, width = tile_width(s, tile);
+      const float* phi = load(s, row, start, width, phi_);
+      tile_weights(phi, width, maximum, inverse_tau, weights_);
+      f(phi, weights_, start, width);
+    }
+  }
+
+  const State& s;
+  const int64_t row;
+  const float maximum, inverse_tau;
+  const double total;
+  const int64_t top_k;
+  const double limit;
+  alignas(64) float phi_[TILE];
+  alignas(64) float weights_[TILE];
+};
+
+}  // namespace

@@ -1,0 +1,207 @@
+// What every pass shares: the state as ctypes hands it over, how phi is read, exp, and the sums of one tile.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t TILE = 1024;
+constexpr int BINS = 2048;              // of the rank histogram
+constexpr float BINS_PER_NEPER = 64.0f;  // bins for a factor e of probability
+constexpr int MAX_REJECTIONS = 64;
+constexpr float BETA_1 = 0.9f, BETA_2 = 0.999f, EPSILON = 1e-8f;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+extern "C" {
+
+// Mirrored field by field in kernels/cpp/ops.py.
+struct State {
+  const void* logits;     // (rows, vocab), row_stride elements apart
+  const float *g1, *g2;   // (rows, vocab) gradients that describe phi, or null
+  const float *phi, *m, *v;  // (rows, vocab) once phi is written out, or null
+  const float *tau, *top_p, *eta;  // (rows,)
+  const int64_t* top_k;
+  const uint8_t* greedy;
+  double *maximum, *s_1, *t_1, *s_tau, *t_tau;  // tiles, (rows, tiles)
+  double *row_maximum, *row_s_1, *row_s_tau, *mass;  // rows, (rows,); mass (rows, tiles)
+  int64_t* argmax;
+  int64_t rows, vocab, tiles, row_stride;
+  int32_t dtype;  // of the logits: 0 float32, 1 bfloat16, 2 float16
+  int32_t threads;
+};
+
+// Where an update writes; outputs may alias g1, g2, phi, m, v of the state, element for element.
+struct Plan {
+  float *gradient, *phi, *m, *v;
+  double m_correction, v_correction;  // 1 - beta^t
+  float m_weight[3], v_weight[3];      // bias-corrected closed form, oldest gradient first
+  float m_raw[3], v_raw[3];            // without correction
+  int32_t t;
+};
+}
+
+namespace {
+
+// Denormal weights cost a hundred cycles each and mean nothing here.
+class FlushDenormals {
+#ifdef __SSE__
+  unsigned saved_ = _mm_getcsr();
+
+ public:
+  FlushDenormals() { _mm_setcsr(saved_ | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+#else
+ public:
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// exp(x) for x <= 88, to about one unit in the last place; 0 below the smallest normal number.
+// Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]; rounding to an integer by adding 1.5 * 2^23.
+inline float exponential(float x) {
+  constexpr float magic = 12582912.0f;
+  const float clamped = x < -87.33f ? -87.33f : x;
+  const float shifted = clamped * 1.44269504088896341f + magic;
+  const float n = shifted - magic;
+  float r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const float scale = bits<float>((bits<int32_t>(shifted) << 23) + 0x3f800000);
+  return x < -87.33f ? 0.0f : p * scale;
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  // Shifting the exponent by 2^112 in float arithmetic also normalises half denormals.
+  const float scaled = bits<float>(magnitude << 13) * bits<float>(uint32_t(0x77800000u));
+  const uint32_t finite = bits<uint32_t>(scaled) | sign;
+  const uint32_t special = sign | 0x7f800000u | (magnitude << 13);  // infinity, or NaN with its payload
+  return bits<float>(magnitude >= 0x7c00u ? special : finite);
+}
+
+inline float direction_1(float g) { return g / (std::fabs(g) + EPSILON); }
+
+inline float direction_2(float g1, float g2, const float* mw, const float* vw) {
+  return (mw[0] * g1 + mw[1] * g2) / (std::sqrt(vw[0] * g1 * g1 + vw[1] * g2 * g2) + EPSILON);
+}
+
+struct Coefficients {
+  float m[2], v[2];
+};
+
+Coefficients second_step() {
+  const double b1 = 0.9, b2 = 0.999;
+  return {{float((1 - b1) * b1 / (1 - b1 * b1)), float((1 - b1) / (1 - b1 * b1))},
+          {float((1 - b2) * b2 / (1 - b2 * b2)), float((1 - b2) / (1 - b2 * b2))}};
+}
+
+inline int64_t tile_width(const State& s, int64_t tile) { return std::min(TILE, s.vocab - tile * TILE); }
+
+// phi of columns start .. start + width of a row; `buffer` (TILE) is used unless they lie in memory as they are.
+const float* load(const State& s, int64_t row, int64_t start, int64_t width, float* buffer) {
+  const int64_t at = row * s.vocab + start;
+  if (s.phi) return s.phi + at;
+  const int64_t from = row * s.row_stride + start;
+  if (s.dtype == 0) {
+    const float* x = static_cast<const float*>(s.logits) + from;
+    if (!s.g1) return x;
+    std::copy(x, x + width, buffer);
+  } else {
+    const uint16_t* x = static_cast<const uint16_t*>(s.logits) + from;
+    if (s.dtype == 1) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) buffer[i] = bits<float>(uint32_t(x[i]) << 16);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) buffer[i] = half_to_float(x[i]);
+    }
+  }
+  if (!s.g1) return buffer;
+  const float* g1 = s.g1 + at;
+  const float eta = s.eta[row];
+  if (!s.g2) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) buffer[i] += eta * direction_1(g1[i]);
+    return buffer;
+  }
+  const float* g2 = s.g2 + at;
+  const Coefficients c = second_step();
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i)
+    buffer[i] = (buffer[i] + eta * direction_1(g1[i])) + eta * direction_2(g1[i], g2[i], c.m, c.v);
+  return buffer;
+}
+
+float value_at(const State& s, int64_t row, int64_t column) {
+  float buffer[1];
+  return *load(s, row, column, 1, buffer);
+}
+
+void tile_weights(const float* phi, int64_t width, float maximum, float inverse_tau, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) out[i] = exponential((phi[i] - maximum) * inverse_tau);
+}
+
+struct Sums {
+  float s, t;
+};
+
+// sum exp(d / tau) and sum d / tau exp(d / tau) with d = phi - maximum; -inf counts as nothing.
+Sums exponential_sums(const float* phi, int64_t width, float maximum, float inverse_tau) {
+  float s = 0, t = 0;
+#pragma omp simd reduction(+ : s, t)
+  for (int64_t i = 0; i < width; ++i) {
+    const float z = (phi[i] - maximum) * inverse_tau;
+    const float w = exponential(z);
+    s += w;
+    t += w * (z < -1e30f ? -1e30f : z);
+  }
+  return {s, t};
+}
+
+void tile_sums(const State& s, int64_t row, int64_t tile, const float* phi) {
+  const int64_t width = tile_width(s, tile), at = row * s.tiles + tile;
+  float maximum = -INFINITE;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t i = 0; i < width; ++i) maximum = phi[i] > maximum ? phi[i] : maximum;
+  s.maximum[at] = maximum;
+  if (maximum == -INFINITE) {
+    bool broken = false;  // nothing but -inf is a tile without mass; a NaN among it must not pass for that
+    for (int64_t i = 0; i < width; ++i) broken |= phi[i] != phi[i];
+    s.s_1[at] = s.t_1[at] = s.s_tau[at] = s.t_tau[at] = broken ? NAN : 0.0;
+    return;
+  }
+  const Sums one = exponential_sums(phi, width, maximum, 1.0f);
+  const Sums own = s.tau[row] == 1.0f ? one : exponential_sums(phi, width, maximum, 1.0f / s.tau[row]);
+  s.s_1[at] = one.s;
+  s.t_1[at] = one.t;
+  s.s_tau[at] = own.s;
+  s.t_tau[at] = own.t;
+}
+
+}  // namespace
