@@ -1,8 +1,8 @@
 """Compiles kernels.cpp (with its headers) once into a cache folder and loads it; says why when it cannot.
 
-The file's name in the cache is a hash of everything that shapes the code: the sources, the compiler and its version, the
-flags and the processor's features (`-march=native` code must not meet another machine's processor through a shared
-home directory). It is written under a temporary name and renamed, so processes that start together may all compile,
+The file's name in the cache is a hash of everything that shapes the code: the sources, the compiler and its version,
+the flags and the processor's features (`-march=native` code must not meet another machine's processor through a
+shared home directory). It is written under a temporary name and renamed, so processes that start together may all compile,
 and none sees half a file. Without a compiler, or when compilation fails, the reason is logged once and kept.
 """
 
@@ -68,7 +68,7 @@ def processor_features() -> str:
 def build_key(compiler: str, flags: tuple[str, ...]) -> str:
     """Hash of all that shapes the machine code."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    sources = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h")) + [SOURCE]]
+    sources = [path.read_text() for path in (*sorted(SOURCE.parent.glob("*.h")), SOURCE)]
     parts = (*sources, compiler, version, " ".join(flags), processor_features())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
