@@ -2,8 +2,8 @@
 
 The file's name in the cache is a hash of everything that shapes the code: the sources, the compiler and its version,
 the flags and the processor's features (`-march=native` code must not meet another machine's processor through a
-shared home directory). It is written under a temporary name and renamed, so processes that start together may all compile,
-and none sees half a file. Without a compiler, or when compilation fails, the reason is logged once and kept.
+shared home directory). It is written under a temporary name and renamed, so processes that start together may all
+compile, and none sees half a file. Without a compiler, or when compilation fails, the reason is logged once and kept.
 """
 
 from __future__ import annotations
