@@ -19,6 +19,8 @@ class WorkerConfig:
     folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
     or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
     float32. `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all cores but one.
+    Of `data_parallel` workers this is number `rank`: it takes the CUDA device that many after the one named, or its
+    share of the CPU's threads.
     """
 
     model: str
@@ -30,6 +32,8 @@ class WorkerConfig:
     max_model_len: int | None = None
     served_model_name: str | None = None
     threads: int = 0
+    rank: int = 0
+    data_parallel: int = 1
     budget: Budget = field(default_factory=Budget)
     heartbeat_seconds: float = 1.0
     log_level: str = "INFO"
@@ -38,14 +42,14 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How the HTTP process keeps its worker.
+    """How the HTTP process keeps its workers, `worker.data_parallel` of them.
 
     `max_jobs` bounds the jobs in flight, waiting ones included. A worker whose last sign of progress is older
     than `watchdog_seconds` is killed and restarted. `start_limit_seconds` bounds loading and warm-up. A
     restart after a death before ready waits `backoff_seconds`, doubled each time up to `max_backoff_seconds`.
-    `stop_grace_seconds` is how long a worker may take to leave by itself. With `spare_worker` a second
-    process that has imported its code, but loaded nothing, stands by: a restart is quicker by those seconds,
-    for some hundred MB of memory. `worker_command` gets the socket's number as its last argument.
+    `stop_grace_seconds` is how long a worker may take to leave by itself. With `spare_worker` one more
+    process that has imported its code, but loaded nothing, stands by for all workers: a restart is quicker by those
+    seconds, for some hundred MB of memory. `worker_command` gets the socket's number as its last argument.
     """
 
     worker: WorkerConfig

@@ -57,16 +57,22 @@ class LoadedService:
         torch.ones(1, device=self.device).sum().item()
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a setting. Raises ConfigurationError for an unknown or absent one."""
+def resolve_device(name: str, rank: int = 0) -> torch.device:
+    """The torch device of a setting for worker number `rank`: of CUDA devices the one that many after the one named.
+    Raises ConfigurationError for an unknown or absent one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", (device.index or 0) + rank)
         torch.ones(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"device: {quote(name)} cannot be used: {reason}") from error
+        where = f" by worker {rank} (data_parallel)" if rank else ""
+        raise ConfigurationError(f"device: {quote(name)} cannot be used{where}: {reason}") from error
     return device
 
 
@@ -79,8 +85,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def default_threads(device: torch.device) -> int:
-    """CPU threads for the worker when none are configured; 0 leaves torch's own number.
+def default_threads(device: torch.device, workers: int = 1) -> int:
+    """CPU threads for each of `workers` workers when none are configured; 0 leaves torch's own number.
 
     One core is left to the HTTP process: OpenMP threads wait for each other by spinning, so a worker with as many
     threads as cores loses most of its speed as soon as anything else runs. OMP_NUM_THREADS, when set, is
@@ -88,7 +94,7 @@ def default_threads(device: torch.device) -> int:
     """
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return 0
-    return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // workers) if hasattr(os, "sched_getaffinity") else 0
 
 
 def load(config: WorkerConfig) -> LoadedService:
@@ -97,8 +103,8 @@ def load(config: WorkerConfig) -> LoadedService:
     Raises ConfigurationError when a setting or a checkpoint is wrong.
     """
     transformers_logging.disable_progress_bar()  # standard error carries log lines
-    device = resolve_device(config.device)
-    if threads := config.threads or default_threads(device):
+    device = resolve_device(config.device, config.rank)
+    if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
     dtype = resolve_dtype(config.dtype, device)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
