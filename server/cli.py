@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 from server import __version__, log
 from server.api.app import create_app
+from server.api.protocol import connection_class
 from server.engine.config import EngineConfig, WorkerConfig
 from server.engine.engine import Engine
 from server.engine.scheduler import Budget
@@ -103,12 +104,12 @@ class Server(uvicorn.Server):
 
 
 def http_config(app: Any, settings: Settings) -> uvicorn.Config:
-    """uvicorn's configuration. h11 is the parser that bounds the size of headers while they arrive."""
+    """uvicorn's configuration. h11, under our connection, bounds the size of headers while they arrive."""
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http="h11",
+        http=connection_class(settings.receive_seconds, settings.stalled_client_seconds),
         h11_max_incomplete_event_size=settings.max_header_bytes + 1024,
         ws="none",
         lifespan="on",

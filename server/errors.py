@@ -9,6 +9,7 @@
     |   |   +-- UnknownModel        404  no such diffusion or reward model
     |   +-- MethodNotAllowed        405  the route exists, the method does not
     |   +-- DeadlineExceeded        408  the deadline passed before the work began
+    |   +-- RequestTimeout          408  the request itself did not arrive in time
     |   +-- BodyTooLarge            413  the request body is over the limit
     |   +-- UnsupportedMediaType    415  the body is not JSON
     |   +-- HeadersTooLarge         431  the header fields are over the limit
@@ -125,6 +126,15 @@ class DeadlineExceeded(RequestError):
     code = "deadline_exceeded"
     kind = "deadline"
     retryable = False
+
+
+class RequestTimeout(RequestError):
+    """The request's header or body did not arrive in time."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
+    kind = "request_timeout"
 
 
 class BodyTooLarge(RequestError):

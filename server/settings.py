@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     max_score_pairs: int = Field(1024, ge=1, le=65536, description="pairs in a score or rerank request")
     max_body_bytes: int = Field(2_000_000, ge=1024, le=50_000_000, description="request body, bytes")
     max_header_bytes: int = Field(65_536, ge=4096, le=1_048_576, description="request header, bytes")
+    receive_seconds: float = Field(
+        30.0, gt=0, le=3600, description="for a request's header to arrive, and again for its body"
+    )
     request_timeout: float | None = Field(
         None, gt=0, le=86_400, description="deadline of a request that names none, seconds"
     )

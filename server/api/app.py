@@ -100,7 +100,7 @@ def create_app(
     openapi.install(app, BODIES, keyed=bool(keys))
 
     # Added last is outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.receive_seconds)
     app.add_middleware(
         Guard,
         api_keys=keys,

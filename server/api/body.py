@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
+from server.api.disconnect import ClientGone
 from server.api.errors import validate
 from server.errors import InvalidRequest, UnsupportedMediaType, quote
 
@@ -15,11 +17,19 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read(request: Request, schema: type[Model]) -> Model:
-    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, and BodyTooLarge from below."""
+    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, ClientGone, and what `LimitBody`
+    raises from below."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType(f"the body must be application/json, not {quote(content_type)}")
-    return validate(schema, parse(await request.body()))
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise UnsupportedMediaType(f"the body must not be compressed (content-encoding {quote(coding)})")
+    try:
+        data = await request.body()
+    except ClientDisconnect:
+        raise ClientGone("the client closed the connection") from None
+    return validate(schema, parse(data))
 
 
 def parse(body: bytes) -> object:

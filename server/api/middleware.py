@@ -5,6 +5,7 @@ No class here touches the body of a response or stands between a route and `http
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -17,13 +18,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, unexpected
-from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, Unauthorized
+from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, Unauthorized
 from server.log import request_id
 
 access = logging.getLogger("server.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
+MAX_HEADERS = 256
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
 
 
@@ -118,6 +120,8 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        if len(scope["headers"]) > MAX_HEADERS:
+            raise HeadersTooLarge(f"the header has more than {MAX_HEADERS} fields")
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > self._max_header_bytes:
             raise HeadersTooLarge(f"the header takes more than {self._max_header_bytes} bytes")
@@ -143,34 +147,54 @@ def _digest(key: bytes) -> bytes:
 
 
 class LimitBody:
-    """Refuses bodies over the limit: by their announced length at once, chunked ones as soon as they pass it."""
+    """Refuses bodies over the limit (by their announced length at once, chunked ones as soon as they pass it), bodies
+    that do not arrive in time, and bodies whose length two parties could read differently."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, receive_seconds: float) -> None:
         self.app = app
         self._max_bytes = max_bytes
+        self._receive_seconds = receive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count what the route reads."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        error = BodyTooLarge(f"the body takes more than {self._max_bytes} bytes")
-        announced = Headers(scope=scope).get("content-length")
-        if announced is not None:
-            if not re.fullmatch(r"[0-9]{1,19}", announced):
-                await error_response(InvalidRequest("Content-Length is not a number"))(scope, receive, send)
-                return
-            if int(announced) > self._max_bytes:
-                await error_response(error)(scope, receive, send)
-                return
+        try:
+            self._check(Headers(scope=scope))
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+            return
         read = 0
+        arriving = True
+        give_up_at = asyncio.get_running_loop().time() + self._receive_seconds
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, arriving
+            try:
+                async with asyncio.timeout_at(give_up_at if arriving else None):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(f"the body did not arrive within {self._receive_seconds:g} seconds") from None
+            arriving = message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self._max_bytes:
-                raise error
+                raise self._too_large()
             return message
 
         await self.app(scope, counted, send)
+
+    def _check(self, headers: Headers) -> None:
+        announced = headers.get("content-length")
+        if announced is None:
+            return
+        if "transfer-encoding" in headers:
+            # A proxy in front of us may have believed the one, and we would believe the other.
+            raise InvalidRequest("Content-Length and Transfer-Encoding exclude each other")
+        if not re.fullmatch(r"[0-9]{1,19}", announced):
+            raise InvalidRequest("Content-Length is not a number")
+        if int(announced) > self._max_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body takes more than {self._max_bytes} bytes")

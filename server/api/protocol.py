@@ -1,0 +1,167 @@
+"""One HTTP/1.1 connection: uvicorn's, with limits on time and on what a peer may leave lying about.
+
+What uvicorn alone does without a limit, and this class with one: wait for the rest of a request's header or body; wait
+for a peer that reads nothing of a finished answer; split a body into ever more chunks; buffer pipelined requests (and
+not see that the peer left, because it reads no further). What is not HTTP gets the error envelope, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import uuid
+from typing import Any
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from server.api.errors import envelope, headers
+from server.errors import HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout
+
+MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
+MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
+GRACE_SECONDS = 2.0  # in which the application may answer by itself a body that does not arrive
+
+
+class Connection(H11Protocol):
+    """`receive_seconds` bounds the arrival of a request's header, and again that of its body; `stalled_seconds` how
+    long a peer may read nothing of an answer that has been written."""
+
+    receive_seconds = 30.0
+    stalled_seconds = 60.0
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = _Parser(h11.SERVER, config.h11_max_incomplete_event_size or 65_536)
+        self._awaited: object = None  # the peer's state in which something must arrive, and
+        self._arrival: asyncio.TimerHandle | None = None  # until when
+        self._stall: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
+
+    # -- uvicorn's hooks -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start both clocks."""
+        super().connection_made(transport)
+        self._watch_arrival()
+        self._stall = self.loop.call_later(self.stalled_seconds, self._check_stall)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop them."""
+        super().connection_lost(exc)
+        for timer in (self._arrival, self._stall, self.timeout_keep_alive_task):
+            if timer is not None:
+                timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and see to the clocks."""
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        self._watch_arrival()
+        if self.conn.their_state is h11.DONE and self.flow.read_paused:
+            # Go on reading, or we would not see the peer leave.
+            self.flow.resume_reading()
+            if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
+                self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """The next request may have arrived already, or begun."""
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._watch_arrival()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called for bytes that are not HTTP. While an answer is being written there is no place for another."""
+        error = sys.exc_info()[1]
+        too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
+        self._refuse(
+            HeadersTooLarge("the header is too large") if too_large else InvalidRequest("this is not HTTP/1.1")
+        )
+
+    # -- the clocks ----------------------------------------------------------------------------------------------
+
+    def _watch_arrival(self) -> None:
+        """Time what is arriving: a header, a body, or nothing (while answering, or idle between two requests)."""
+        state = self.conn.their_state
+        awaited = None
+        if state is h11.SEND_BODY or (state is h11.IDLE and self.timeout_keep_alive_task is None):
+            awaited = state
+        if awaited is self._awaited:
+            return
+        self._awaited = awaited
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+        if awaited is not None:
+            seconds = self.receive_seconds + (GRACE_SECONDS if awaited is h11.SEND_BODY else 0.0)
+            self._arrival = self.loop.call_later(seconds, self._late)
+
+    def _late(self) -> None:
+        """The request has not arrived in time. Who sent nothing at all is told nothing."""
+        if not self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
+            self.transport.close()
+        else:
+            self._refuse(RequestTimeout(f"the request did not arrive within {self.receive_seconds:g} seconds"))
+
+    def _check_stall(self) -> None:
+        """Give up a peer that has read nothing between two looks, once there is nothing more to write to it."""
+        unread = self.transport.get_write_buffer_size()
+        written = self.transport.is_closing() or self.cycle is None or self.cycle.response_complete
+        if written and unread and unread == self._unread_bytes:
+            self.transport.abort()
+            return
+        self._unread_bytes = unread
+        self._stall = self.loop.call_later(self.stalled_seconds, self._check_stall)
+
+    # -- answers that no application gives -----------------------------------------------------------------------
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer with the error if there is still a place for an answer, and close."""
+        body = json.dumps(envelope(error)).encode()
+        fields = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "X-Request-Id": uuid.uuid4().hex,
+            "Connection": "close",
+            **headers(error),
+        }
+        with contextlib.suppress(h11.LocalProtocolError):
+            response = h11.Response(status_code=error.status, headers=list(fields.items()), reason=b"")
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+            return
+        self.transport.abort()
+
+
+def connection_class(receive_seconds: float, stalled_seconds: float) -> type[Connection]:
+    """A `Connection` with these limits, as uvicorn's `http` option takes it."""
+    return type("Connection", (Connection,), {"receive_seconds": receive_seconds, "stalled_seconds": stalled_seconds})
+
+
+class _Parser(h11.Connection):
+    """h11, refusing bodies in more pieces than make sense."""
+
+    _chunks = 0
+
+    def next_event(self) -> Any:
+        """The next event. Raises h11.RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Data) and event.chunk_start:
+            self._chunks += 1
+            if self._chunks > MAX_CHUNKS:
+                raise h11.RemoteProtocolError("too many chunks")
+        elif isinstance(event, h11.EndOfMessage):
+            self._chunks = 0
+        return event
