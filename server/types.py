@@ -20,6 +20,9 @@ Role = Literal["system", "user", "assistant"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 GRADIENT_METHODS: frozenset[str] = frozenset({"expectation", "aps", "entrgi"})
+ADAPTIVE_ALGORITHMS: frozenset[str] = frozenset({"entropy_bound", "threshold"})
+"""Those that choose at every step how many positions to reveal. Not exact: tokens revealed together do not see each
+other, and no schedule says how many they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class DiffusionParams:
-    """How the canvas is filled (algorithm.md, section 1)."""
+    """How the canvas is filled (algorithm.md, section 1). `entropy_bound` is in nats; it and `confidence_threshold`
+    each belong to one algorithm and mean nothing to the others."""
 
     steps: int
     algorithm: Algorithm = "entropy"
@@ -56,8 +60,13 @@ class DiffusionParams:
     block_length: int | None = None
     schedule: Schedule = "linear"
     cfg_scale: float = 0.0
-    entropy_bound: float | None = None
-    confidence_threshold: float | None = None
+    entropy_bound: float = 0.1
+    confidence_threshold: float = 0.9
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the algorithm chooses at every step how many positions to reveal."""
+        return self.algorithm in ADAPTIVE_ALGORITHMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from server.types import DiffusionParams
+
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
 IndexArray = npt.NDArray[np.int64]
@@ -52,6 +54,45 @@ def reveal_most_confident(
         confidence = perturb(confidence, algorithm_temperature, uniforms)
     last = is_eos if deprioritize_eos else np.zeros_like(is_eos)
     return np.sort(rank(confidence, last)[:count])
+
+
+def entropy_bounded(entropies: FloatArray, bound: float) -> int:
+    """Size of the largest U among the beginnings of a ranking with  sum of H in U - largest H in U <= bound.
+
+    `entropies` (n,) in nats, in ranking order; `bound` is the paper's gamma. (EB-Sampler; Ben-Hamu et al. 2025, arXiv
+    2505.24857: the left side bounds what the tokens drawn together can have to do with each other.) It never falls
+    as U grows, and is added up without the largest term rather than subtracting it, which would round it off.
+    """
+    h = np.maximum(entropies.astype(np.float64), 0.0)  # rounding can push an entropy below 0
+    highest = np.maximum.accumulate(h)
+    excess = np.cumsum(np.minimum(h[1:], highest[:-1]))
+    return min(len(h), 1 + int((excess <= bound).sum()))
+
+
+def above_threshold(probabilities: FloatArray, threshold: float) -> int:
+    """How many at the beginning of a ranking exceed `threshold`; `probabilities` (n,) in ranking order, each the
+    largest of its position. (Confidence-aware parallel decoding; Wu et al. 2025, arXiv 2505.22618.)"""
+    return int(np.logical_and.accumulate(probabilities > threshold).sum())
+
+
+def adaptive_count(ranked: FloatArray, least: int, diffusion: DiffusionParams) -> int:
+    """How many candidates an adaptive algorithm reveals from the top of a ranking: at least `least`, or all.
+
+    `ranked` (n,) holds their confidences in ranking order: minus the entropy in nats for `entropy_bound`, the largest
+    probability for `threshold`.
+    """
+    if diffusion.algorithm == "entropy_bound":
+        count = entropy_bounded(-ranked, diffusion.entropy_bound)
+    else:
+        count = above_threshold(ranked, diffusion.confidence_threshold)
+    return min(len(ranked), max(least, count))
+
+
+def reveal_adaptively(confidence: FloatArray, is_eos: BoolArray, least: int, diffusion: DiffusionParams) -> IndexArray:
+    """Indices of the candidates that an adaptive algorithm reveals, in ascending order; arguments as above, in any
+    order. Drawn EOS tokens rank last with `deprioritize_eos`, so they wait until all others fit."""
+    order = rank(confidence, is_eos if diffusion.deprioritize_eos else np.zeros_like(is_eos))
+    return np.sort(order[: adaptive_count(confidence[order], least, diffusion)])
 
 
 def reveal_independently(uniforms: FloatArray, probability: float) -> IndexArray:

@@ -2,11 +2,14 @@
 
 The number of masked positions after every step follows from the schedule alone (only `origin` reveals a random
 number), so the whole plan is made on the host once and no step ever asks the device how many tokens are masked.
+
+`entropy_bound` and `threshold` choose the number themselves, at every step. For them the plan is the slowest pace:
+each of its steps says how many positions may still be masked after it, and a run is over when none is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.types import DiffusionParams, GuidanceParams
 
@@ -19,8 +22,10 @@ class Step:
 
     `index` counts scheduled steps over the whole run, `time` is t in (0, 1], `start` and `stop` bound the block
     (response positions) in which positions may be revealed, `reveal` is k (for `origin`, which draws its
-    positions, it is the number left at the last step of a block and 0 before), `probability` is 1 - s/t, the chance
-    with which `origin` reveals each masked position; `guided` says whether gradient guidance runs here.
+    positions, it is the number left at the last step of a block and 0 before; for the adaptive algorithms it is 1,
+    since each of their steps reveals something), `left` is how many positions of the block the schedule leaves masked
+    after the step, `probability` is 1 - s/t, the chance with which `origin` reveals each masked position; `guided`
+    says whether gradient guidance runs here.
     """
 
     index: int
@@ -28,8 +33,14 @@ class Step:
     start: int
     stop: int
     reveal: int
+    left: int
     probability: float
     guided: bool
+
+    def least(self, masked: int) -> int:
+        """The fewest of a block's `masked` positions that an adaptive algorithm reveals in this step, so that the run
+        is never behind its schedule and never longer than T steps."""
+        return max(1, masked - self.left)
 
 
 def time_grid(steps: int) -> list[float]:
@@ -50,15 +61,23 @@ def blocks(max_tokens: int, steps: int, block_length: int | None) -> list[tuple[
     ]
 
 
-def is_guided(index: int, total: int, guidance: GuidanceParams) -> bool:
-    """Whether scheduled step `index` of `total` is guided: it lies in [start, stop) of the run and is an `every`-th."""
+def is_guided(place: float, count: int, guidance: GuidanceParams) -> bool:
+    """Whether a step is guided: its `place` in [0, 1) of the run lies in [start, stop), and of the `count` steps before
+    it `every` is a divisor."""
     if not guidance.uses_gradient or guidance.gradient_steps == 0:
         return False
-    return guidance.start <= index / total < guidance.stop and index % guidance.every == 0
+    return guidance.start <= place < guidance.stop and count % guidance.every == 0
+
+
+def adapted(step: Step, masked: int, max_tokens: int, taken: int, guidance: GuidanceParams) -> Step:
+    """A step of an adaptive run as it is met, with `masked` of `max_tokens` positions masked and `taken` steps behind
+    it. How long the run will be nobody knows, so its place in the run is the share of positions revealed before it."""
+    return replace(step, guided=is_guided((max_tokens - masked) / max_tokens, taken, guidance))
 
 
 def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[Step, ...]:
-    """Every scheduled step of a run, empty ones included (algorithm.md, section 1, points 6 and 'blocks')."""
+    """Every scheduled step of a run, empty ones included (algorithm.md, section 1, points 6 and 'blocks'). For the
+    adaptive algorithms `guided` is settled only when a step is met: see `adapted`."""
     layout = blocks(max_tokens, diffusion.steps, diffusion.block_length)
     total = sum(steps for _, _, steps in layout)
     planned: list[Step] = []
@@ -86,9 +105,10 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
                     grid[i],
                     start,
                     stop,
-                    reveal,
+                    1 if diffusion.adaptive else reveal,
+                    masked,
                     1.0 if last else fraction,
-                    is_guided(index, total, guidance),
+                    is_guided(index / total, index, guidance),
                 )
             )
     return tuple(planned)

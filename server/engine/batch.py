@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.diffusion.schedule import Step, plan
+from server.diffusion.schedule import Step, adapted, plan
 from server.models.packing import PackedLayout
 from server.types import Job, StepTrace
 
@@ -57,11 +57,16 @@ class Trajectory:
             step = self.steps[self.cursor]
             can_reveal = step.reveal > 0 or self.job.diffusion.algorithm == "origin" or not skip_empty
             if self.masked[step.start : step.stop].any() and can_reveal:
-                return step
-            if self.job.trace:
+                return self._as_met(step)
+            if self.job.trace and not self.job.diffusion.adaptive:
                 self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
             self.cursor += 1
         return None
+
+    def _as_met(self, step: Step) -> Step:
+        if not self.job.diffusion.adaptive:
+            return step
+        return adapted(step, int(self.masked.sum()), len(self.masked), self.model_calls, self.job.guidance)
 
     def positions(self, step: Step) -> IntArray:
         """Response positions whose logits this step needs: all masked ones when guided, else those of the block."""

@@ -19,7 +19,7 @@ from kernels.random import INNER_FINAL
 from server.diffusion.schedule import Step
 from server.engine.batch import Batch, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
-from server.engine.reveal import Choice, choose, confidence, walk, walks
+from server.engine.reveal import Choice, base_confidence, choose, confidence, walk, walks
 from server.engine.savings import Savings
 from server.engine.stats import RunnerStats
 from server.guidance.steer import Objective, RewardContext, Steered, Timings, steer
@@ -94,6 +94,7 @@ class Denoiser:
         phi_0 = logits if whole else logits[torch.from_numpy(rows).to(self.device)]
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         base = state.stats  # of the unguided, unfiltered distribution
+        ranking = base_confidence(group, phi_0, base)
         lazy = self.savings.finish_revealed_rows_only and walks(group)
         steered = Steered()
         if group.guided:
@@ -105,11 +106,11 @@ class Denoiser:
         eos = self.info.eos_token_id
         choices: list[Choice | None]
         if lazy:
-            choices = walk(group, candidates, state, steered.pending, (-base.entropy_tau).cpu().numpy(), eos)
+            choices = walk(group, candidates, state, steered.pending, ranking.cpu().numpy(), eos)
         else:
             subset = None if candidates is None else torch.from_numpy(candidates).to(self.device)
             tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
-            ranked = confidence(group, state, base.entropy_tau, tokens, subset)
+            ranked = confidence(group, state, ranking, tokens, subset)
             uniforms = group.ranking_uniforms(candidates)
             choices = choose(group, tokens.cpu().numpy(), ranked.cpu().numpy(), uniforms, eos)
         return self._commit(

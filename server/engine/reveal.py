@@ -2,6 +2,9 @@
 
 Two ways to the same answer. `choose` has every candidate's token and confidence. `walk` is for groups whose ranking is
 known before guidance ends: it finishes and draws only the rows that are about to be revealed.
+
+A confidence is of one of two distributions: the *base* one, unguided and unfiltered, or the filtered one that the token
+is drawn from (algorithm.md, section 1, point 5).
 """
 
 from __future__ import annotations
@@ -15,7 +18,13 @@ from torch import Tensor
 
 import kernels
 from kernels.random import INNER_FINAL
-from server.diffusion.sampler import rank, reveal_independently, reveal_most_confident
+from server.diffusion.sampler import (
+    adaptive_count,
+    rank,
+    reveal_adaptively,
+    reveal_independently,
+    reveal_most_confident,
+)
 from server.engine.batch import Member
 from server.engine.group import FloatArray, Group, IntArray
 
@@ -29,35 +38,60 @@ class Choice:
 
 
 def confidence_kind(member: Member) -> str:
-    """Which number ranks a member's candidates: an algorithm's name, or for `entropy` the distribution it is of."""
+    """Which number ranks a member's candidates: `base` for one of the base distribution, else the name of one of the
+    filtered distribution."""
     job = member.trajectory.job
-    if job.diffusion.algorithm != "entropy":
-        return job.diffusion.algorithm
-    return "base" if member.step.guided and job.guidance.confidence == "base" else "filtered"
+    algorithm = job.diffusion.algorithm
+    if algorithm in ("maskgit_plus", "topk_margin", "origin"):
+        return algorithm
+    if member.step.guided and job.guidance.confidence == "base":
+        return "base"
+    return "top_probability" if algorithm == "threshold" else "neg_entropy"
 
 
-def confidence(
-    group: Group, state: kernels.Guided, base_entropy: Tensor, tokens: Tensor, subset: Tensor | None
-) -> Tensor:
-    """Confidence (n,) of each candidate by its own request's algorithm; `tokens` (n,) are the drawn ones."""
+def base_confidence(group: Group, phi_0: Tensor, stats: kernels.RowStats) -> Tensor:
+    """Confidence (N,) of every row in the base distribution softmax(phi_0 / tau), of which `stats` are: the largest
+    probability for `threshold`, minus the entropy for all others."""
+    entropies = -stats.entropy_tau
+    threshold = [member.trajectory.job.diffusion.algorithm == "threshold" for member in group.members]
+    if not any(threshold):
+        return entropies
+    largest = phi_0.gather(1, stats.argmax[:, None])[:, 0].to(stats.lse_tau.dtype)
+    tau = group.row_params(phi_0).tau
+    return torch.where(_by_row(group, threshold, None, phi_0), (largest / tau - stats.lse_tau).exp(), entropies)
+
+
+def confidence(group: Group, state: kernels.Guided, base: Tensor, tokens: Tensor, subset: Tensor | None) -> Tensor:
+    """Confidence (n,) of each candidate by its own request's algorithm; `base` (N,) is of all rows in the base
+    distribution, `tokens` (n,) are the drawn ones."""
     kinds = [confidence_kind(member) for member in group.members]
-    base = -(base_entropy if subset is None else base_entropy[subset])
+    base = base if subset is None else base[subset]
     if set(kinds) <= {"base", "origin"}:
         return base
-    stats = kernels.filtered_stats(state, tokens, rows=subset)
+    asked = tokens
+    if "top_probability" in kinds:
+        top = state.stats.argmax if subset is None else state.stats.argmax[subset]
+        asked = torch.where(_by_row(group, [kind == "top_probability" for kind in kinds], subset, top), top, tokens)
+    stats = kernels.filtered_stats(state, asked, rows=subset)
     choices = {
         "base": base,
         "origin": base,
-        "filtered": stats.neg_entropy,
+        "neg_entropy": stats.neg_entropy,
         "maskgit_plus": stats.token_probability,
+        "top_probability": stats.token_probability,
         "topk_margin": stats.margin,
     }
     if len(set(kinds)) == 1:
         return choices[kinds[0]]
     names = list(choices)
-    code = torch.from_numpy(group.repeat([names.index(kind) for kind in kinds])).to(base.device)
-    code = code if subset is None else code[subset]
+    code = _by_row(group, [names.index(kind) for kind in kinds], subset, base)
     return torch.stack([choices[name] for name in names]).gather(0, code[None])[0]
+
+
+def _by_row(group: Group, values: Sequence[int | bool], subset: Tensor | None, like: Tensor) -> Tensor:
+    """One value a member -> one a candidate row, (n,), on the device of `like`."""
+    column = torch.from_numpy(group.repeat(values)).to(like.device)
+    return column if subset is None else column[subset]
 
 
 def choose(
@@ -79,6 +113,8 @@ def choose(
         diffusion = member.trajectory.job.diffusion
         if diffusion.algorithm == "origin" and uniforms is not None:
             chosen = reveal_independently(uniforms[start:stop], member.step.probability)
+        elif diffusion.adaptive:
+            chosen = reveal_adaptively(conf, drawn == eos_token_id, member.step.least(len(conf)), diffusion)
         else:
             chosen = reveal_most_confident(
                 conf,
@@ -93,8 +129,8 @@ def choose(
 
 
 def walks(group: Group) -> bool:
-    """Whether every member's ranking is known before its logits are: `entropy` with `base` confidence, nothing random.
-    A trace reads the reward once more after the last update, so it needs all rows."""
+    """Whether every member's ranking is known before its logits are: it is by the base distribution, with nothing
+    random. A trace reads the reward once more after the last update, so it needs all rows."""
     return group.guided and all(
         confidence_kind(member) == "base"
         and not member.trajectory.job.diffusion.algorithm_temperature
@@ -114,7 +150,8 @@ def walk(
     """Walk down each member's ranking: finish and draw k rows, then, where EOS tokens came, as many more.
 
     `pending` is the last update, not yet made; `base` (N,) the confidence of every row. A drawn EOS ranks after all
-    others, so rows are taken until k hold another token; if fewer do, the EOS rows fill up in ranking order.
+    others, so rows are taken until k hold another token; if fewer do, the EOS rows fill up in ranking order. The
+    adaptive algorithms find k on the way: a row that their rule keeps out keeps out all rows behind it.
     """
     orders: list[IntArray] = []
     first = 0
@@ -124,20 +161,22 @@ def walk(
         if candidates is not None:
             rows = rows[(member.positions >= member.step.start) & (member.positions < member.step.stop)]
         orders.append(rows[rank(base[rows], np.zeros(len(rows), dtype=np.bool_))])
-    tokens: dict[int, int] = {}
-    asked = [order[: member.step.reveal] for order, member in zip(orders, group.members, strict=True)]
-    while any(len(rows) for rows in asked):
-        rows = np.concatenate(asked)
-        for row, token in zip(rows, _finish(group, state, pending, rows), strict=True):
-            tokens[int(row)] = int(token)
-        asked = [
-            _missing(member, order, tokens, eos_token_id) for order, member in zip(orders, group.members, strict=True)
+    tokens = np.full(len(base), -1, dtype=np.int64)  # of the rows drawn so far
+    while True:
+        known = [
+            _known(member, order, tokens, base, eos_token_id)
+            for member, order in zip(group.members, orders, strict=True)
         ]
+        rows = np.concatenate([missing for _, missing in known])
+        if not len(rows):
+            break
+        tokens[rows] = _finish(group, state, pending, rows)
     position_of = np.concatenate([member.positions for member in group.members])
-    return [
-        _settle(member, order, tokens, position_of, base, eos_token_id)
-        for order, member in zip(orders, group.members, strict=True)
-    ]
+    choices: list[Choice | None] = []
+    for order, (chosen, _) in zip(orders, known, strict=True):
+        rows = np.sort(chosen)
+        choices.append(Choice(position_of[rows], tokens[rows]) if np.isfinite(base[order]).all() else None)
+    return choices
 
 
 def _finish(group: Group, state: kernels.Guided, pending: Sequence[kernels.Term], rows: IntArray) -> IntArray:
@@ -149,30 +188,23 @@ def _finish(group: Group, state: kernels.Guided, pending: Sequence[kernels.Term]
     return drawn
 
 
-def _missing(member: Member, order: IntArray, tokens: dict[int, int], eos_token_id: int) -> IntArray:
-    """The next rows of a member's ranking to draw: one for every EOS that took the place of another token."""
-    drawn = [int(row) for row in order if int(row) in tokens]
-    if not member.trajectory.job.diffusion.deprioritize_eos:
-        return order[:0]
-    held = sum(tokens[row] != eos_token_id for row in drawn)
-    return order[len(drawn) : len(drawn) + member.step.reveal - held]
+def _known(
+    member: Member, order: IntArray, tokens: IntArray, base: FloatArray, eos_token_id: int
+) -> tuple[IntArray, IntArray]:
+    """A member's rows to reveal if none of those not drawn yet is an EOS, and the rows to draw to be sure of it.
 
-
-def _settle(
-    member: Member,
-    order: IntArray,
-    tokens: dict[int, int],
-    position_of: IntArray,
-    base: FloatArray,
-    eos_token_id: int,
-) -> Choice | None:
-    if not np.isfinite(base[order]).all():
-        return None
-    drawn = [int(row) for row in order if int(row) in tokens]
-    if member.trajectory.job.diffusion.deprioritize_eos:
-        drawn.sort(key=lambda row: tokens[row] == eos_token_id)  # stable: ranking order among equals
-    rows = np.sort(np.array(drawn[: member.step.reveal], dtype=np.int64))
-    return Choice(position_of[rows], np.array([tokens[int(row)] for row in rows], dtype=np.int64))
+    `order` ranks the member's candidates; `tokens` (N,) holds what was drawn, -1 where nothing was.
+    """
+    diffusion, step = member.trajectory.job.diffusion, member.step
+    drawn = tokens[order] >= 0  # true for the first rows of the ranking
+    is_eos = (tokens[order] == eos_token_id) & diffusion.deprioritize_eos
+    held, ended, rest = order[drawn & ~is_eos], order[is_eos], order[~drawn]
+    final = np.concatenate([held, rest, ended])
+    count = adaptive_count(base[final], step.least(len(order)), diffusion) if diffusion.adaptive else step.reveal
+    missing = rest[: max(0, count - len(held))]
+    if diffusion.adaptive and count == len(held) and len(ended):
+        missing = rest[:1]  # the rule keeps it out; but should all the rest be EOS, the rows in `ended` come next
+    return final[:count], missing
 
 
 def _candidate_positions(member: Member) -> IntArray:

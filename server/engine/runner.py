@@ -65,6 +65,7 @@ class Runner:
         self._running: dict[str, _Running] = {}
         self._tickets: dict[tuple[str, int], Ticket] = {}
         self._refused: list[Event] = []
+        self.begin: Callable[[str], None] = lambda _: None  # called with a job's id before anything is computed for it
 
     @property
     def has_work(self) -> bool:
@@ -142,6 +143,7 @@ class Runner:
         job = ticket.job
         events: list[Event] = []
         if job.id not in self._running:
+            self.begin(job.id)
             _, queued_at = self._queued[job.id]
             self._running[job.id] = _Running(job, queued_at, self.clock(), self._contexts(job))
             events.append(Started(job.id))
@@ -215,11 +217,12 @@ class Runner:
                 )
             )
         now = self.clock()
+        model_calls = max(trajectory.model_calls for trajectory in trajectories)
         return JobResult(
             trajectories=tuple(results),
             chosen=choose([result.reward for result in results], job.sampling.n, ranked=job.guidance.method != "none"),
-            steps=job.diffusion.steps,
-            model_calls=max(trajectory.model_calls for trajectory in trajectories),
+            steps=model_calls if job.diffusion.adaptive else job.diffusion.steps,
+            model_calls=model_calls,
             reward_calls=max(trajectory.reward_calls for trajectory in trajectories),
             queue_ms=1e3 * (running.started_at - running.queued_at),
             generation_ms=1e3 * (now - running.started_at),

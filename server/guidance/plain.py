@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, uniform
-from server.diffusion.sampler import reveal_independently, reveal_most_confident
-from server.diffusion.schedule import Step, plan
+from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
+from server.diffusion.schedule import Step, adapted, plan
 from server.guidance.best_of import choose
 from server.guidance.methods import WEIGHTS
 from server.models.base import DiffusionModel
@@ -157,11 +157,15 @@ class PlainLoop:
         suffix = torch.tensor(job.suffix_ids, dtype=torch.long, device=self.device)
         response = torch.full((length,), self.info.mask_token_id, device=self.device)
         masked = torch.ones(length, dtype=torch.bool, device=self.device)
+        taken = 0
         for step in plan(length, job.diffusion, job.guidance):
             if step.reveal == 0 and job.diffusion.algorithm != "origin":
                 continue  # a step that reveals nothing changes nothing
             if not masked[step.start : step.stop].any():
                 continue
+            if job.diffusion.adaptive:
+                step = adapted(step, int(masked.sum()), length, taken, job.guidance)
+            taken += 1
             canvas = torch.cat([prompt, response, suffix])
             rows = torch.nonzero(masked)[:, 0]
             with torch.no_grad():
@@ -256,6 +260,13 @@ class PlainLoop:
         if diffusion.algorithm == "origin":
             u = uniform(self.keys(job, trajectory, step, INNER_ORIGIN, candidates), 0).cpu().numpy()
             chosen = reveal_independently(u, step.probability)
+        elif diffusion.adaptive:
+            chosen = reveal_adaptively(
+                self.confidence(job, step, phi_0, filtered, tokens).cpu().numpy(),
+                (tokens == self.info.eos_token_id).cpu().numpy(),
+                step.least(len(candidates)),
+                diffusion,
+            )
         else:
             u = uniform(self.keys(job, trajectory, step, INNER_RANK, candidates), 0).cpu().numpy()
             chosen = reveal_most_confident(
@@ -276,7 +287,11 @@ class PlainLoop:
         if job.diffusion.algorithm == "topk_margin":
             top = filtered.topk(2, dim=-1).values
             return top[:, 0] - top[:, 1]
-        if step.guided and job.guidance.confidence == "base":
+        base = step.guided and job.guidance.confidence == "base"
+        if job.diffusion.algorithm == "threshold":
+            q = torch.softmax(phi_0 / (job.sampling.temperature or 1.0), dim=-1)
+            return (q if base else filtered).amax(-1)
+        if base:
             return -entropy(phi_0 / (job.sampling.temperature or 1.0))
         log = torch.where(filtered > 0, filtered, torch.ones_like(filtered)).log()
         return (filtered * log).sum(-1)

@@ -53,6 +53,12 @@ def gradient(method: str, **changes: Any) -> dict[str, Any]:
     return {"method": method, "reward_models": ONE, "gradient_steps": 2, "best_of": 2} | changes
 
 
+def adaptive(algorithm: str, **changes: Any) -> dict[str, Any]:
+    """A run of 12 tokens under a rule that neither reveals everything at once nor one position a step."""
+    rule = {"entropy_bound": 3.0} if algorithm == "entropy_bound" else {"confidence_threshold": 0.25}
+    return {"algorithm": algorithm, "max_tokens": 12, "steps": 12, **rule, **changes}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "none": {"n": 2, "best_of": 2},
     "none, scored, greedy": {"temperature": 0.0, "reward_models": ONE},
@@ -83,6 +89,19 @@ CASES: dict[str, dict[str, Any]] = {
     "none, maskgit_plus, top_k": {"algorithm": "maskgit_plus", "top_k": 20, "temperature": 1.2},
     "none, origin": {"algorithm": "origin", "top_p": 0.5},
     "second prompt of a request": gradient("entrgi", prompt_index=3),
+    "none, entropy_bound": adaptive("entropy_bound", n=2, best_of=2),
+    "none, threshold, greedy": adaptive("threshold", temperature=0.0),
+    "entrgi, entropy_bound": gradient("entrgi", **adaptive("entropy_bound")),
+    "entrgi, entropy_bound, guided confidence": gradient("entrgi", **adaptive("entropy_bound", confidence="guided")),
+    "entrgi, entropy_bound, cold": gradient("entrgi", **adaptive("entropy_bound", temperature=0.2, entropy_bound=0.1)),
+    "entrgi, entropy_bound, few steps": gradient("entrgi", **adaptive("entropy_bound", entropy_bound=0.5, steps=4)),
+    "entrgi, entropy_bound, window, cfg": gradient(
+        "entrgi", **adaptive("entropy_bound", start=0.1, stop=0.8, every=2, cfg_scale=0.5)
+    ),
+    "aps, threshold": gradient("aps", **adaptive("threshold")),
+    "entrgi, threshold, guided confidence": gradient("entrgi", **adaptive("threshold", confidence="guided")),
+    "entrgi, threshold, blocks": gradient("entrgi", **adaptive("threshold", block_length=5, schedule="even")),
+    "entrgi, threshold, no EOS rule": gradient("entrgi", **adaptive("threshold", deprioritize_eos=False)),
 }
 
 
@@ -124,6 +143,18 @@ def test_tokens_rewards_and_choice_equal_the_plain_loop_in_float64(pair64: Any, 
         assert result.chosen == expected.chosen
         for trajectory, reward in zip(result.trajectories, expected.rewards, strict=True):
             assert trajectory.reward == (reward if reward is None else pytest.approx(reward, abs=1e-4))
+
+
+@pytest.mark.parametrize("algorithm", ["entropy_bound", "threshold"])
+def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any, algorithm: str) -> None:
+    taken = []
+    for index, case in enumerate(CASES.values()):
+        if case.get("algorithm") == algorithm:
+            result = crowd[f"job-{index}"]
+            assert 1 <= result.steps == result.model_calls <= case["steps"]
+            taken.append(result.steps)
+    assert max(taken) > 3
+    assert min(taken) < 12
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Savings)])
@@ -177,16 +208,19 @@ class Shaken:
         return logits * (1 + 1e-6 * noise) + 1e-6 * noise
 
 
-def step_from(pair: Any, model: Any, job: Job, index: int, step: int, before: list[int]) -> tuple[Any, ...]:
-    """What one step reveals from a given canvas."""
+def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int, before: list[int]) -> tuple[Any, ...]:
+    """What one step reveals from a given canvas, `taken` steps into the run."""
     trajectory = Trajectory.start(job, index, pair.loaded.info.mask_token_id)
     for position, token in enumerate(before):
         if token >= 0:
             trajectory.tokens[position], trajectory.masked[position] = token, False
-    trajectory.cursor = step
+    trajectory.cursor, trajectory.model_calls = step, taken
+    planned = trajectory.next_step()
+    assert planned is not None
+    assert planned.index == step
     contexts = Runner(pair.loaded, pair.rewards)._contexts(job)
     denoiser = Denoiser(model, pair.loaded.info)
-    (revealed,) = denoiser.step([(trajectory, trajectory.steps[step])], {job.id: contexts}, pair.rewards)
+    (revealed,) = denoiser.step([(trajectory, planned)], {job.id: contexts}, pair.rewards)
     return tuple(revealed.tokens)
 
 
@@ -205,7 +239,7 @@ def test_float32_differs_from_float64_only_after_near_ties(pair32: Any, pair64: 
         earlier = [step for step in steps if step < first]
         before = steps[earlier[-1]] if earlier else [-1] * job.sampling.max_tokens
         model = Shaken(pair64.loaded.model, torch.Generator().manual_seed(0))
-        outcomes = {step_from(pair64, model, job, index, first, before) for _ in range(40)}
+        outcomes = {step_from(pair64, model, job, index, first, len(earlier), before) for _ in range(40)}
         assert len(outcomes) > 1, f"{job_id}, trajectory {index} differs at step {first}, and not by a near tie"
 
 
@@ -214,4 +248,5 @@ def test_shaken_steps_are_steady_where_no_tie_is_near(pair64: Any) -> None:
     job = make_job(pair64, 0)
     model = Shaken(pair64.loaded.model, torch.Generator().manual_seed(0))
     before = [-1] * job.sampling.max_tokens
-    assert len({step_from(pair64, model, job, 0, 0, before) for _ in range(20)}) == 1
+    (outcome,) = {step_from(pair64, model, job, 0, 1, 0, before) for _ in range(20)}
+    assert len(outcome) == 1  # one position: step 0 would reveal none
