@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     log.configure(settings.log_level, settings.log_format)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no thread a core for them
     for name in unknown_variables(os.environ):
         logger.warning("%s is set but is no setting of this server", name)
     if settings.host not in LOOPBACK and not settings.api_key:

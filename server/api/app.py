@@ -53,6 +53,7 @@ def create_app(
             max_prompts=settings.max_prompts,
             max_trajectories=settings.max_trajectories,
             max_score_pairs=settings.max_score_pairs,
+            max_score_characters=2 * settings.max_body_bytes,
             request_timeout=settings.request_timeout,
         ),
         times=StreamTimes(settings.keep_alive_seconds, settings.stalled_client_seconds),

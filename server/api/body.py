@@ -11,9 +11,13 @@ from starlette.requests import ClientDisconnect
 
 from server.api.disconnect import ClientGone
 from server.api.errors import validate
+from server.api.frontend import Frontend
 from server.errors import InvalidRequest, UnsupportedMediaType, quote
 
 Model = TypeVar("Model", bound=BaseModel)
+
+SMALL_BYTES = 32_768  # what is larger would hold up the event loop
+MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
 
 
 async def read(request: Request, schema: type[Model]) -> Model:
@@ -29,7 +33,10 @@ async def read(request: Request, schema: type[Model]) -> Model:
         data = await request.body()
     except ClientDisconnect:
         raise ClientGone("the client closed the connection") from None
-    return validate(schema, parse(data))
+    if len(data) <= SMALL_BYTES:
+        return validate(schema, parse(data))
+    frontend: Frontend = request.app.state.frontend
+    return await frontend.aside(lambda: validate(schema, parse(data)))
 
 
 def parse(body: bytes) -> object:
@@ -58,6 +65,8 @@ def _parse_int(digits: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"an object has more than {MAX_KEYS} keys")
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

@@ -37,6 +37,7 @@ class Limits:
     max_prompts: int = 128
     max_trajectories: int = 128
     max_score_pairs: int = 1024
+    max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
     request_timeout: float | None = None
 
 

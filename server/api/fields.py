@@ -16,6 +16,7 @@ from server.errors import quote
 
 INT64 = 2**63
 MAX_COUNT = 2**20  # no canvas is longer; the model's own context is checked later
+MAX_PROMPTS = 1024  # of any server; its own limit is checked later
 STOP_CHARACTERS = 1000
 
 Prompt: TypeAlias = str | list[int]
@@ -56,6 +57,8 @@ def _prompts(value: object) -> list[Prompt]:
         raise invalid("must be a string, a list of strings, a list of token ids or a list of such lists")
     if not value:
         raise invalid("must not be empty")
+    if len(value) > MAX_PROMPTS and not _is_token(value[0]):
+        raise invalid(f"must not hold more than {MAX_PROMPTS} prompts")
     if all(_is_token(item) for item in value):
         return [value]
     if all(isinstance(item, str) for item in value):

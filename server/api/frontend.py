@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from server.api.convert import Limits
 from server.engine.engine import Engine, JobStream
-from server.errors import RequestError
+from server.errors import QueueFull, RequestError
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Job
@@ -38,6 +38,7 @@ class Frontend:
     metrics: Metrics
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
+    _waiting: int = 0  # calls of `aside`
     # Long prompts would hold up the event loop for as long as they take to tokenise.
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
@@ -53,8 +54,18 @@ class Frontend:
         return self._tokenizer
 
     async def aside(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
-        """Run text work in the one thread that is for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        """Run text work in the one thread that is for it. Raises QueueFull when too much of it waits."""
+        if self._waiting >= self.engine.config.max_jobs:
+            raise QueueFull(f"the texts of {self._waiting} requests are being read; try again later")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        finally:
+            self._waiting -= 1
+
+    def check_room(self) -> None:
+        """Refuse before the text work what would be refused after it. Raises Draining, NotReady and QueueFull."""
+        self.engine.check_room()
 
     def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
         """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""

@@ -125,7 +125,8 @@ class _Record:
         method = job.guidance.method
         names = [reward.model for reward in job.guidance.reward_models]
         if method != "none":
-            metrics.guided_requests.labels(method, "+".join(names)).inc()
+            # In one order, whatever the client's: each combination of models is one time series.
+            metrics.guided_requests.labels(method, "+".join(sorted(names))).inc()
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():
                 metrics.final_reward.labels(name, method).observe(reward)

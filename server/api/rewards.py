@@ -19,6 +19,7 @@ from server.api.openapi import errors, success
 from server.api.ops import frontend_of
 from server.api.schemas import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
 from server.errors import InvalidRequest, UnknownModel, quote
+from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Message
 
 router = APIRouter()
@@ -154,12 +155,13 @@ async def tokenize(request: Request) -> Response:
         raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
     else:
         tokens = await frontend.aside(tokenizer.encode, asked.prompt or "")
-    strings = [tokenizer.token_string(token) or "" for token in tokens] if asked.return_token_strs else None
+    return await frontend.aside(_tokens, tokens, tokenizer, frontend.info, bool(asked.return_token_strs))
+
+
+def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
+    strings = [tokenizer.token_string(token) or "" for token in tokens] if with_strings else None
     answer = TokenizeResponse(
-        count=len(tokens),
-        max_model_len=frontend.info.model.context_length,
-        tokens=tokens,
-        token_strs=strings,
+        count=len(tokens), max_model_len=info.model.context_length, tokens=tokens, token_strs=strings
     )
     return JSONResponse(answer.to_json())
 
@@ -201,6 +203,12 @@ async def _rewards(
     if len(pairs) > frontend.limits.max_score_pairs:
         limit = frontend.limits.max_score_pairs
         raise InvalidRequest(f"there are {len(pairs)} documents; the limit is {limit}", "documents")
+    characters = sum(len(text) + sum(len(turn.content) for turn in query) for query, text in pairs)
+    if characters > frontend.limits.max_score_characters:
+        limit = frontend.limits.max_score_characters
+        raise InvalidRequest(
+            f"all pairs of query and document hold {characters} characters; the limit is {limit}", "documents"
+        )
     timeout = frontend.limits.request_timeout
     deadline = None if timeout is None else time.time() + timeout
     return await unless_disconnected(request.receive, frontend.engine.score(name, pairs, deadline=deadline))

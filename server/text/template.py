@@ -116,11 +116,11 @@ class _Marked:
         """Where a special-token string begins in `content`, one that is cut off by its end included: the template's
         own text behind the content must not complete it."""
         strings = self.tokenizer.special_strings
-        end = len(content.rstrip())  # templates often strip contents
-        found = []
-        for match in self.tokenizer.special_first.finditer(content):
-            rest = content[match.start() : match.start() + len(strings[0])]
-            tail = content[match.start() : end] if match.start() + len(strings[0]) > end else rest
-            if any(rest.startswith(string) or string.startswith(tail) for string in strings):
-                found.append(match.start())
-        return found
+        if not strings:
+            return []
+        found = {match.start() for match in self.tokenizer.special_starts.finditer(content)}
+        for end in {len(content), len(content.rstrip())}:  # templates often strip contents
+            for start in range(max(0, end - len(strings[0]) + 1), end):
+                if any(string.startswith(content[start:end]) for string in strings):
+                    found.add(start)
+        return sorted(found)

@@ -60,9 +60,7 @@ class Tokenizer:
         self.special_ids = frozenset(special)
         self.special_pattern = _special_pattern(special.values())
         self.special_strings = tuple(sorted((token.content for token in special.values()), key=len, reverse=True))
-        self.special_first = re.compile(
-            "|".join(sorted({re.escape(text[0]) for text in self.special_strings})) or "(?!)"
-        )
+        self.special_starts = re.compile(f"(?={'|'.join(map(re.escape, self.special_strings)) or '(?!)'})")
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.named_tokens = dict(named_tokens)
         self.bos_token_id = self._named_id("bos_token")
@@ -147,7 +145,8 @@ class Tokenizer:
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     try:
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        # Unlike `encode` this lets other threads run meanwhile, and does not work out offsets.
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     except TypeError as error:  # what tokenizers raises for a str that has no UTF-8 form
         raise InvalidRequest("text holds a lone surrogate, which is not a character") from error
     return ids
