@@ -14,17 +14,20 @@ causality hides it and its gradients are exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from server.errors import ConfigurationError
+
+IntArray = NDArray[np.int64]
 
 ATTENTION_NAME = "entrgi_packed_causal"
 
@@ -47,7 +50,8 @@ class _Group:
 
     `prefixes` are the different ones among them, padded on the left to `prefix_places` p; `which` (n,) names each row's
     (None when there is one). `mask` (m, p + m), or (n, 1, m, p + m) where lengths differ, is True where a query sees a
-    key; None for a group without a prefix, which is plainly causal.
+    key; None for a group without a prefix, which is plainly causal. `last_mask` (n, 1, 1, p + m) is that of each row's
+    last token, None where it sees all.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -56,6 +60,7 @@ class _Group:
     rows: int
     places: int
     mask: Tensor | None
+    last_mask: Tensor | None
 
     def before(self, layer: int, *, values: bool) -> Tensor:
         """Keys or values (n, Hkv, p, d) of one layer in front of every row."""
@@ -73,13 +78,18 @@ class Packing:
     """How S packed tokens fall into rows and rows into groups, whose rectangles lie one after another (P places).
 
     `gather` (P,) holds the packed index of every place, a row's last one repeated over the places past its end, and
-    `order` (S,) the place of every packed token; both None when places and packed tokens are the same. With `capture`,
-    each layer's own keys and values, (Hkv, S, d), are kept there.
+    `order` (S,) the place of every packed token; both None when places and packed tokens are the same. `lasts` (B,) is
+    the packed index of each row's last token, `by_group` (B,) the rows in the groups' order and `by_row` its inverse;
+    these two None when the orders are the same. With `capture`, each layer's own keys and values, (Hkv, S, d), are kept
+    there.
     """
 
     groups: tuple[_Group, ...]
     gather: Tensor | None
     order: Tensor | None
+    lasts: Tensor
+    by_group: Tensor | None
+    by_row: Tensor | None
     capture: list[tuple[Tensor, Tensor]] | None = None
     starts: tuple[int, ...] = field(default=())
 
@@ -104,6 +114,7 @@ class Packing:
         first, size = np.array(starts), np.array(lengths)
         groups = []
         gather = []
+        grouped: list[int] = []
         order = np.empty(starts[-1], dtype=np.int64)
         offset = 0
         for rows in _alike(prefixes, members):
@@ -113,16 +124,27 @@ class Packing:
             gather.append(index)
             order[index[real]] = real + offset
             offset += len(index)
-            groups.append(_group([prefixes[row] for row in rows], len(place), device))
+            grouped += rows
+            groups.append(_group([prefixes[row] for row in rows], size[rows], device))
         places = np.concatenate(gather)
         same = np.array_equal(places, np.arange(starts[-1]))
+        kept = grouped == sorted(grouped)
         return cls(
             tuple(groups),
             None if same else torch.from_numpy(places).to(device),
             None if same else torch.from_numpy(order).to(device),
+            torch.from_numpy(first[1:] - 1).to(device),
+            None if kept else torch.tensor(grouped, device=device),
+            None if kept else torch.from_numpy(np.argsort(grouped)).to(device),
             [] if capture else None,
             tuple(starts[:-1]),
         )
+
+    def keep(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Capture each layer's own keys and values, (Hkv, S, d), where they do not pass through transformers."""
+        if self.capture is None:
+            raise ValueError("this packing does not capture")
+        self.capture.extend(pairs)
 
     def captured(self, row: int, length: int, prefix: Prefix) -> Prefix:
         """`prefix` and, behind it, the `length` tokens of row number `row` that a forward with this packing kept."""
@@ -157,39 +179,96 @@ def _alike(prefixes: Sequence[Prefix], members: dict[int, list[int]]) -> list[li
     return [sorted(rows) for rows in groups]
 
 
-def _group(prefixes: Sequence[Prefix], places: int, device: torch.device) -> _Group:
-    """The group of rows that continue `prefixes` (one a row) with up to `places` tokens each."""
+def _group(prefixes: Sequence[Prefix], sizes: IntArray, device: torch.device) -> _Group:
+    """The group of rows that continue `prefixes` (one a row) with `sizes` (n,) tokens each."""
     different = list({id(prefix): prefix for prefix in prefixes}.values())
-    longest = max(prefix.length for prefix in different)
-    which = mask = None
+    longest, places = max(prefix.length for prefix in different), int(sizes.max())
+    padding = np.array([longest - prefix.length for prefix in prefixes])
+    which = mask = last_mask = None
     if len(different) > 1:
         number = {id(prefix): index for index, prefix in enumerate(different)}
         which = torch.tensor([number[id(prefix)] for prefix in prefixes], device=device)
+    key = np.arange(longest + places)
+    real = key >= padding[:, None]
     if longest:
         mask = torch.ones(places, longest + places, dtype=torch.bool, device=device).tril(longest)
-        if any(prefix.length != longest for prefix in different):
-            padding = torch.tensor([longest - prefix.length for prefix in prefixes], device=device)
-            real = torch.arange(longest + places, device=device) >= padding[:, None]
-            mask = mask & real[:, None, None, :]
-    return _Group(tuple(different), longest, which, len(prefixes), places, mask)
+        if padding.any():
+            mask = mask & torch.from_numpy(real).to(device)[:, None, None, :]
+    seen = real & (key < longest + sizes[:, None])
+    if not seen.all():
+        last_mask = torch.from_numpy(seen).to(device)[:, None, None, :]
+    return _Group(tuple(different), longest, which, len(prefixes), places, mask, last_mask)
+
+
+def _keys_and_values(group: _Group, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of one group's rows, (n, Hkv, p + m, d): its own, (n * m, Hkv, d), behind the prefixes'."""
+    k, v = (x.view(group.rows, group.places, *x.shape[1:]).transpose(1, 2) for x in (key, value))
+    if group.prefix_places:
+        k = torch.cat([group.before(layer, values=False), k], dim=2)
+        v = torch.cat([group.before(layer, values=True), v], dim=2)
+    return k, v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None) -> Tensor:
+    """scaled_dot_product_attention of (n, H, m, d) with keys of H or fewer heads."""
+    shared = q.shape[1] != k.shape[1]
+    if shared and mask is not None and q.device.type == "cuda":
+        # The fused kernels that take a mask do not know grouped queries; without this, CUDA falls back to plain maths.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shared = False
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+    )
 
 
 def _attend(group: _Group, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Attention of one group on its rectangle: query (n * m, H, d), key and value (n * m, Hkv, d) -> (n * m, H, d)."""
-    n, m = group.rows, group.places
-    q, k, v = (x.view(n, m, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))  # (n, heads, m, d)
-    if group.prefix_places:
-        k = torch.cat([group.before(layer, values=False), k], dim=2)
-        v = torch.cat([group.before(layer, values=True), v], dim=2)
-    shared = q.shape[1] != k.shape[1]
-    if shared and group.mask is not None and q.device.type == "cuda":
-        # The fused kernels that take a mask do not know grouped queries; without this, CUDA falls back to plain maths.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        shared = False
-    out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scale, enable_gqa=shared
-    )
+    q = query.view(group.rows, group.places, *query.shape[1:]).transpose(1, 2)
+    k, v = _keys_and_values(group, layer, key, value)
+    out = _sdpa(q, k, v, group.mask, causal=group.mask is None, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_last(group: _Group, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The same for one query a row, its last token's: query (n, H, d) -> (n, H, d)."""
+    k, v = _keys_and_values(group, layer, key, value)
+    return _sdpa(query[:, :, None], k, v, group.last_mask, causal=False, scale=scale)[:, :, 0]
+
+
+def attend(
+    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
+    """Causal attention of packed rows behind their prefixes, (S, H, d): query (S, H, d), key and value (S, Hkv, d)."""
+    q, k, v = query, key, value
+    if packing.gather is not None:
+        q, k, v = (x.index_select(0, packing.gather) for x in (q, k, v))
+    outputs = [_attend(*parts, scale) for parts in _by_group(packing, layer, q, k, v)]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if packing.order is None else out.index_select(0, packing.order)
+
+
+def attend_last(
+    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+) -> Tensor:
+    """The same for each row's last token alone: query (B, H, d), key and value (S, Hkv, d) -> (B, H, d)."""
+    k, v = key, value
+    if packing.gather is not None:
+        k, v = (x.index_select(0, packing.gather) for x in (k, v))
+    q = query if packing.by_group is None else query.index_select(0, packing.by_group)
+    outputs = [_attend_last(*parts, scale) for parts in _by_group(packing, layer, q, k, v)]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if packing.by_row is None else out.index_select(0, packing.by_row)
+
+
+def _by_group(
+    packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor
+) -> list[tuple[_Group, int, Tensor, Tensor, Tensor]]:
+    """What each group's attention takes; `query` has a row for every place, or for every row."""
+    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
+    sizes = [group.rows * group.places for group in packing.groups]
+    each = sizes if len(query) == sum(sizes) else [group.rows for group in packing.groups]
+    queries, keys, values = torch.split(query, each), torch.split(key, sizes), torch.split(value, sizes)
+    return [(group, layer, queries[index], keys[index], values[index]) for index, group in enumerate(packing.groups)]
 
 
 def packed_causal_attention(
@@ -220,19 +299,7 @@ def packed_causal_attention(
     if packing.capture is not None:
         packing.capture.append((key[0].detach(), value[0].detach()))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, d)
-    if packing.gather is not None:
-        q, k, v = (x.index_select(0, packing.gather) for x in (q, k, v))
-    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
-    sizes = [group.rows * group.places for group in packing.groups]
-    queries, keys, values = (torch.split(x, sizes) for x in (q, k, v))
-    outputs = [
-        _attend(group, layer, queries[index], keys[index], values[index], scaling)
-        for index, group in enumerate(packing.groups)
-    ]
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    if packing.order is not None:
-        out = out.index_select(0, packing.order)
-    return out[None], None
+    return attend(packing, layer, q, k, v, scaling)[None], None
 
 
 def register() -> None:

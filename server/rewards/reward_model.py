@@ -21,6 +21,7 @@ from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
 from server.rewards.attention import EMPTY_PREFIX, Packing, Prefix
 from server.rewards.network import check_config, load_network
+from server.rewards.trunk import Trunk
 from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class RewardModel:
         self.info = info
         self._network = network
         self._base = getattr(network, network.base_model_prefix)
+        self._trunk = Trunk.of(self._base)
         self._embed = network.get_input_embeddings()
         self.device: torch.device = self._embed.weight.device
         self.dtype: torch.dtype = self._embed.weight.dtype
@@ -86,8 +88,13 @@ class RewardModel:
         A prefix's `length` counts its tokens; with gaps in the positions the next one is the caller's to know.
         """
         packing = Packing.of(rows.prefixes, rows.lengths, self.device, capture=True)
+        self._check(rows.positions, embeds)
         with torch.no_grad():
-            self._hidden(packing, rows.positions, embeds)
+            if self._trunk is None:
+                self._hidden(packing, rows.positions, embeds)
+            else:
+                pairs = self._trunk.keys_and_values(packing, rows.positions, embeds)
+                packing.keep((k.transpose(0, 1), v.transpose(0, 1)) for k, v in pairs)
         return tuple(
             packing.captured(row, length, prefix)
             for row, (length, prefix) in enumerate(zip(rows.lengths, rows.prefixes, strict=True))
@@ -101,9 +108,11 @@ class RewardModel:
         Differentiable with respect to `embeds` alone. ValueError when the shapes do not fit or a row is empty.
         """
         packing = Packing.of(rows.prefixes, rows.lengths, self.device)
-        hidden = self._hidden(packing, rows.positions, embeds)
-        lasts = [start + length - 1 for start, length in zip(packing.starts, rows.lengths, strict=True)]
-        last_hidden = hidden.index_select(0, torch.tensor(lasts, device=self.device))
+        self._check(rows.positions, embeds)
+        if self._trunk is None:
+            last_hidden = self._hidden(packing, rows.positions, embeds).index_select(0, packing.lasts)
+        else:
+            last_hidden = self._trunk.last_hidden(packing, rows.positions, embeds)
         rewards: Tensor = self._network.score(last_hidden.to(self._reward_dtype))
         return rewards[:, 0]
 
@@ -139,10 +148,12 @@ class RewardModel:
         rows = RewardRows((prefix,) * len(sequences), lengths, positions.to(self.device))
         return self.forward(rows, self.own_embeddings(ids))
 
-    def _hidden(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:
-        """Final-norm hidden states (S, D) of packed rows."""
+    def _check(self, positions: Tensor, embeds: Tensor) -> None:
         if embeds.shape != (len(positions), self.hidden_size):
             raise ValueError(f"embeds {tuple(embeds.shape)} for {len(positions)} positions of {self.hidden_size}")
+
+    def _hidden(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:
+        """Final-norm hidden states (S, D) of packed rows, as transformers runs the model."""
         output = self._base(
             inputs_embeds=embeds[None],
             attention_mask=None,
