@@ -90,8 +90,15 @@ class Heartbeat(_Wire, frozen=True):
     step_seconds: float = 0.0
 
 
+class Begun(_Wire, frozen=True):
+    """From now on the worker computes for this job. Said before the first computation, so that when the worker dies
+    it is known who may have killed it."""
+
+    job_id: str
+
+
 class Started(_Wire, frozen=True):
-    """The first trajectory of a job left the queue."""
+    """The first trajectory of a job left the queue, and its first step is done."""
 
     job_id: str
 
@@ -142,7 +149,7 @@ class Scored(_Wire, frozen=True):
 
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown
-JobEvent: TypeAlias = Started | Progress | Canvas | Finished | Failed
+JobEvent: TypeAlias = Begun | Started | Progress | Canvas | Finished | Failed
 Event: TypeAlias = JobEvent | Scored | Ready | Heartbeat | WorkerError
 AnyMessage: TypeAlias = ToWorker | Event
 

@@ -62,14 +62,24 @@ class Mailbox:
 
 @dataclass(slots=True)
 class Pending:
-    """A job or score request without an answer. `frame` is the message that hands it to a worker."""
+    """A job or score request without an answer. `frame` is the message that hands it to a worker, `cost` an
+    estimate of the work in it.
+
+    `worker` is the number of the worker that has it, None while it waits for one; `begun` says that that worker has
+    begun to compute for it. `deaths` counts the workers that died while computing for it, `losses` those that died
+    with it in their queue.
+    """
 
     id: str
     frame: bytes
     is_job: bool = True
     deadline: float | None = None
+    cost: float = 1.0
     mailbox: Mailbox = field(default_factory=Mailbox)
+    worker: int | None = None
+    begun: bool = False
     deaths: int = 0
+    losses: int = 0
     timer: asyncio.TimerHandle | None = None
     _started: bool = False
     _progress: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from server.engine.channel import ChannelClosed, FrontChannel
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, WorkerConfig
 from server.engine.messages import (
     Configure,
     Event,
@@ -117,28 +117,78 @@ class WorkerHandle:
         return f"signal {-status}" if status < 0 else f"exit status {status}"
 
 
+class Spare:
+    """At most one process that has imported its code and waits to be told what to load, for the first worker that
+    needs it: a restart without those seconds of importing."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        self._command = command
+        self._worker: WorkerHandle | None = None
+        self._filling = False
+        self._stopped = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker that stands by."""
+        return None if self._worker is None else self._worker.process.pid
+
+    async def refill(self) -> None:
+        """Start one unless there is one. That it cannot be started is logged: the next restart is slower, no more."""
+        if not self._needed():
+            return
+        self._filling = True
+        try:
+            worker = await WorkerHandle.spawn(self._command)
+        except EngineFailed as error:
+            logger.warning("no spare: %s", error)
+            return
+        finally:
+            self._filling = False
+        if self._stopped:  # meanwhile
+            await worker.reap()
+        else:
+            self._worker = worker
+
+    def _needed(self) -> bool:
+        return self._worker is None and not self._filling and not self._stopped
+
+    async def take(self) -> WorkerHandle | None:
+        """The process, if it is there and lives."""
+        worker, self._worker = self._worker, None
+        if worker is not None and worker.exited():
+            await worker.reap()
+            return None
+        return worker
+
+    async def stop(self) -> None:
+        """End it, and start no other."""
+        self._stopped = True
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.reap()
+
+
 class Supervisor:
     """One worker at a time, from `start` to `stop`."""
 
-    def __init__(self, config: EngineConfig, listener: Listener) -> None:
+    def __init__(
+        self, config: EngineConfig, worker: WorkerConfig, listener: Listener, spare: Spare | None = None
+    ) -> None:
         self.config = config
+        self.worker_config = worker
         self.listener = listener
+        self.name = f"worker {worker.rank}"
         self.restarts = 0
         self.failed_starts = 0  # in a row
         self.ready = False
         self._worker: WorkerHandle | None = None
-        self._spare: WorkerHandle | None = None
+        self._spare = spare
         self._task: asyncio.Task[None] | None = None
 
     @property
     def worker_pid(self) -> int | None:
         """The process id of the present worker."""
         return None if self._worker is None else self._worker.process.pid
-
-    @property
-    def spare_pid(self) -> int | None:
-        """The process id of the worker that stands by."""
-        return None if self._spare is None else self._spare.process.pid
 
     @property
     def backoff_seconds(self) -> float:
@@ -163,9 +213,6 @@ class Supervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            await spare.reap()
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.channel.send(frame(Shutdown()))
@@ -189,7 +236,7 @@ class Supervisor:
                     await self._attend(self._worker)
             except Exception:
                 # A bug of ours. Nobody may wait for ever because of it: start afresh, not too fast.
-                logger.exception("supervision failed; the worker is replaced")
+                logger.exception("supervision failed; %s is replaced", self.name)
                 self.failed_starts += 1
                 await self._bury()
 
@@ -200,13 +247,13 @@ class Supervisor:
             await self._launch()
         except EntrgiError as error:
             self.failed_starts += 1
-            logger.error("the worker did not start (attempt %d): %s", self.failed_starts, error)
+            logger.error("%s did not start (attempt %d): %s", self.name, self.failed_starts, error)
             self.listener.on_failed_start()
 
     async def _launch(self) -> EngineInfo:
         """Start a worker and wait until it is ready."""
         self._worker = worker = await self._take()
-        worker.channel.send(frame(Configure(self.config.worker)))
+        worker.channel.send(frame(Configure(self.worker_config)))
         try:
             info = await asyncio.wait_for(_until_ready(worker), self.config.start_limit_seconds)
         except BaseException as error:
@@ -225,27 +272,23 @@ class Supervisor:
 
     async def _take(self) -> WorkerHandle:
         """The spare process, if it lives, or a new one."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            if not spare.exited():
-                return spare
-            await spare.reap()
-        return await WorkerHandle.spawn(self.config.worker_command)
+        spare = await self._spare.take() if self._spare is not None else None
+        return spare or await WorkerHandle.spawn(self.config.worker_command)
 
     async def _attend(self, worker: WorkerHandle) -> None:
         """Pass on what a ready worker says, until it dies."""
         watchdog = asyncio.create_task(self._watch(worker), name="engine-watchdog")
         try:
-            if self.config.spare_worker and self._spare is None:
-                self._spare = await WorkerHandle.spawn(self.config.worker_command)
+            if self._spare is not None:
+                await self._spare.refill()
             while True:
                 event = await worker.receive()
                 if isinstance(event, WorkerError):
-                    logger.error("the worker gives up: %s", event.message)
+                    logger.error("%s gives up: %s", self.name, event.message)
                     break
                 self.listener.on_event(event)
         except (ChannelClosed, ProtocolError) as error:
-            logger.error("lost the worker (process %d): %s", worker.process.pid, error)
+            logger.error("lost %s (process %d): %s", self.name, worker.process.pid, error)
         finally:
             watchdog.cancel()
         await self._bury()
@@ -255,7 +298,7 @@ class Supervisor:
         self.ready = False
         worker, self._worker = self._worker, None
         if worker is not None:
-            logger.error("the worker ended with %s", await worker.reap())
+            logger.error("%s ended with %s", self.name, await worker.reap())
         self.listener.on_death()
 
     async def _watch(self, worker: WorkerHandle) -> None:
@@ -266,7 +309,7 @@ class Supervisor:
                 # We may be the ones who slept: let a heartbeat that waits in the socket be read first.
                 await asyncio.sleep(WATCH_SECONDS)
                 if worker.silent_seconds() > self.config.watchdog_seconds:
-                    logger.error("the worker made no progress for %.1f seconds", worker.silent_seconds())
+                    logger.error("%s made no progress for %.1f seconds", self.name, worker.silent_seconds())
                     worker.kill()
             if worker.exited():
                 worker.channel.close()

@@ -26,6 +26,7 @@ from server import log
 from server.engine.channel import ChannelClosed, WorkerChannel
 from server.engine.config import WorkerConfig
 from server.engine.messages import (
+    Begun,
     Cancel,
     Configure,
     Event,
@@ -69,6 +70,9 @@ class Runner(Protocol):
     def step(self) -> list[Event]: ...
 
     def abort_running(self) -> list[str]: ...
+
+    begin: Callable[[str], None]
+    """Called with a job's id before anything is computed for it."""
 
 
 class Scorer(Protocol):
@@ -154,6 +158,7 @@ class Loop:
     def run(self) -> None:
         """Until Shutdown. Raises ChannelClosed when the parent is gone, and whatever breaks the device."""
         runner, scorer = self._service.runner, self._service.scorer
+        runner.begin = self._begin
         while True:
             self._clock.end()
             messages = self._channel.receive(block=not (runner.has_work or scorer.has_work))
@@ -170,6 +175,10 @@ class Loop:
     def heartbeat(self) -> Heartbeat:
         """The state of this moment. Safe to call from another thread."""
         return Heartbeat(self._service.runner.stats, self._clock.running, self._clock.step_seconds)
+
+    def _begin(self, job_id: str) -> None:
+        """At once, not with the step's other events: there will be none if the step kills us."""
+        self._channel.send([Begun(job_id)])
 
     def _take(self, message: ToWorker) -> list[Event]:
         match message:

@@ -72,10 +72,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def kill_worker(engine: Engine) -> None:
-    """Kill the present worker, be it ready or still loading, and wait until the engine has noticed."""
-    await until(lambda: engine.worker_pid is not None)
-    pid = engine.worker_pid
+async def kill_worker(engine: Engine, rank: int = 0) -> None:
+    """Kill a present worker, be it ready or still loading, and wait until the engine has noticed."""
+    await until(lambda: engine.worker_pids[rank] is not None)
+    pid = engine.worker_pids[rank]
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: engine.worker_pid != pid)
+    await until(lambda: engine.worker_pids[rank] != pid)

@@ -11,6 +11,7 @@ import enum
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engine.config import WorkerConfig
@@ -64,6 +65,7 @@ class ScriptedRunner:
     stats: RunnerStats = field(default_factory=RunnerStats)
     jobs: dict[str, Job] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    begin: Callable[[str], None] = lambda _: None
 
     @property
     def has_work(self) -> bool:
@@ -96,6 +98,8 @@ class ScriptedRunner:
 
     def advance(self, job: Job) -> list[Event]:
         step = self.steps[job.id]
+        if step == 0:
+            self.begin(job.id)
         if step == 1:
             misbehave(Do(job.prompt_ids[0]))
         events: list[Event] = [Started(job.id)] if step == 0 else []

@@ -46,13 +46,13 @@ async def test_events_come_in_order_and_only_when_asked_for() -> None:
 @pytest.mark.parametrize(("do", "kind"), [(Do.RAISE, "internal"), (Do.EXHAUST_MEMORY, "out_of_memory")])
 async def test_an_exception_fails_its_batch_and_not_the_worker(do: Do, kind: str) -> None:
     async with running() as engine:
-        pid = engine.worker_pid
+        pid = engine.worker_pids[0]
         last = await answer(engine.submit(job("bad", do)))
         assert isinstance(last, Failed)
         assert last.kind == kind
         assert "secret" not in last.message
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
-        assert engine.worker_pid == pid
+        assert engine.worker_pids[0] == pid
 
 
 async def test_a_refused_job_says_why() -> None:

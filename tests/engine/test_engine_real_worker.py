@@ -149,7 +149,7 @@ async def test_a_killed_worker_changes_no_token_and_streams_none_twice(engine: E
     async for event in engine.submit(job):
         events.append(event)
         if isinstance(event, Progress) and event.step == 6 and engine.stats.worker_restarts == restarts:
-            pid = engine.worker_pid
+            pid = engine.worker_pids[0]
             if engine.ready and pid is not None:
                 os.kill(pid, signal.SIGKILL)
     assert engine.stats.worker_restarts == restarts + 1

@@ -88,15 +88,16 @@ async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None
 
 async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
     async with running(configured(spare_worker=True)) as engine:
-        supervisor = engine._supervisor
-        await until(lambda: supervisor.spare_pid is not None)
-        first_spare = supervisor.spare_pid
+        spare = engine._spare
+        assert spare is not None
+        await until(lambda: spare.pid is not None)
+        first_spare = spare.pid
         stream = engine.submit(job("a", steps=20, step_ms=10))
         await kill_worker(engine)
         assert isinstance(await answer(stream), Finished)
-        assert engine.worker_pid == first_spare
-        await until(lambda: supervisor.spare_pid is not None)
-        second_spare = supervisor.spare_pid
+        assert engine.worker_pids[0] == first_spare
+        await until(lambda: spare.pid is not None)
+        second_spare = spare.pid
         assert second_spare is not None
         assert second_spare != first_spare
         # A spare that died unnoticed is no worse than none.
@@ -104,9 +105,9 @@ async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
         await until(lambda: not alive(second_spare))
         await kill_worker(engine)
         assert isinstance(await answer(engine.submit(job("b"))), Finished)
-        assert engine.worker_pid != second_spare
-        await until(lambda: supervisor.spare_pid is not None)
-        last_spare = supervisor.spare_pid
+        assert engine.worker_pids[0] != second_spare
+        await until(lambda: spare.pid is not None)
+        last_spare = spare.pid
         assert last_spare is not None
     assert not alive(last_spare)
 
@@ -169,22 +170,22 @@ async def test_the_watchdog_turns_a_hang_into_a_restart(do: Do) -> None:
 async def test_the_watchdog_replaces_a_stopped_worker() -> None:
     async with running(configured(watchdog_seconds=0.6)) as engine:
         stream = engine.submit(job("a", steps=20, step_ms=20))
-        pid = engine.worker_pid
+        pid = engine.worker_pids[0]
         assert pid is not None
         assert isinstance(await anext(stream), Started)
         os.kill(pid, signal.SIGSTOP)
         assert isinstance(await answer(stream), Finished)
-        assert engine.worker_pid != pid
+        assert engine.worker_pids[0] != pid
 
 
 async def test_an_idle_worker_is_not_taken_for_a_hanging_one() -> None:
     async with running(configured(watchdog_seconds=1.5)) as engine:
-        pid = engine.worker_pid
+        pid = engine.worker_pids[0]
         await asyncio.sleep(2.5)
-        assert engine.worker_pid == pid
+        assert engine.worker_pids[0] == pid
         # Work that takes longer than the limit in all, in steps that do not, is no hang either.
         assert isinstance(await answer(engine.submit(job("long", steps=60, step_ms=40))), Finished)
-        assert engine.worker_pid == pid
+        assert engine.worker_pids[0] == pid
 
 
 async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
     await engine.start()
     stream = engine.submit(job("stuck", Do.HANG))
     assert isinstance(await anext(stream), Started)
-    pid = engine.worker_pid
+    pid = engine.worker_pids[0]
     assert pid is not None
     await engine.stop()
     with pytest.raises(ProcessLookupError):
@@ -227,7 +228,7 @@ async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
 async def test_the_worker_leaves_draining_to_its_parent(name: str) -> None:
     async with running() as engine:
         stream = engine.submit(job("a", steps=20, step_ms=10))
-        pid = engine.worker_pid
+        pid = engine.worker_pids[0]
         assert pid is not None
         assert os.getpgid(pid) != os.getpgid(0)  # a Ctrl-C in the terminal does not even reach it
         os.kill(pid, getattr(signal, name))
@@ -275,7 +276,7 @@ async def test_a_failed_start_says_why_and_leaves_nothing(model: str, error: typ
     engine = Engine(configured(model, start_limit_seconds=20.0 if model != "hang" else 1.0))
     with pytest.raises(error, match=text):
         await engine.start()
-    assert engine.worker_pid is None
+    assert engine.worker_pids[0] is None
     assert not engine.ready
     with pytest.raises(NotReady):
         engine.submit(job("a"))
@@ -308,7 +309,7 @@ async def test_restarts_that_fail_back_off_and_refuse_work_until_one_succeeds(tm
 
 
 def test_only_deaths_before_ready_slow_the_next_start_down() -> None:
-    supervisor = Engine(replace(CONFIG, backoff_seconds=0.5, max_backoff_seconds=3.0))._supervisor
+    supervisor = Engine(replace(CONFIG, backoff_seconds=0.5, max_backoff_seconds=3.0))._replicas[0].supervisor
     waits = []
     for supervisor.failed_starts in (0, 1, 2, 3, 4, 1000):
         waits.append(supervisor.backoff_seconds)
