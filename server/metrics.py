@@ -45,11 +45,13 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
-    """The worker's side at this moment: counters and histograms by name without prefix, and its description."""
+    """The workers' side at this moment: counters and histograms by name without prefix (sums over all workers), a
+    description, and by worker number whether it can take work."""
 
     counters: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Distribution] = field(default_factory=dict)
     kernel_backend: Mapping[str, str] = field(default_factory=dict)
+    ready: Mapping[str, bool] = field(default_factory=dict)
 
 
 HELP = {
@@ -149,6 +151,12 @@ class _WorkerCollector(Collector):
             family = HistogramMetricFamily(PREFIX + name, HELP[name])
             family.add_metric([], _cumulative(distribution), sum_value=distribution.total)
             yield family
+        ready = GaugeMetricFamily(
+            PREFIX + "worker_ready", "1 for a worker that can take work, else 0", labels=["worker"]
+        )
+        for worker, is_ready in snapshot.ready.items():
+            ready.add_metric([worker], float(is_ready))
+        yield ready
         if snapshot.kernel_backend:
             info = GaugeMetricFamily(
                 PREFIX + "kernel_backend_info", "What computes: always 1", labels=list(snapshot.kernel_backend)

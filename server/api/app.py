@@ -125,13 +125,17 @@ def create_app(
 
 
 def worker_snapshot(engine: Engine) -> WorkerSnapshot:
-    """The worker's numbers for a scrape."""
+    """The workers' numbers for a scrape."""
     stats = engine.stats
     runner = stats.runner
     backend: dict[str, str] = {}
     if stats.ready:
-        info = engine.info
-        backend = {"backend": info.kernel_backend, "device": info.device, "dtype": info.model.dtype}
+        up = [worker for worker in stats.workers if worker.ready]
+        backend = {
+            "backend": ", ".join(sorted({worker.kernel_backend for worker in up})),
+            "device": ", ".join(dict.fromkeys(worker.device for worker in up)),
+            "dtype": engine.info.model.dtype,
+        }
     return WorkerSnapshot(
         counters={
             "denoising_steps": runner.denoising_steps,
@@ -150,4 +154,5 @@ def worker_snapshot(engine: Engine) -> WorkerSnapshot:
             )
         },
         kernel_backend=backend,
+        ready={str(number): worker.ready for number, worker in enumerate(stats.workers)},
     )

@@ -213,7 +213,7 @@ def exported() -> set[str]:
     stats = RunnerStats()
     distributions = {name: getattr(stats, name) for name in HELP if hasattr(getattr(stats, name, None), "bounds")}
     counters = {name: 1.0 for name in HELP if name not in distributions}
-    metrics = Metrics(lambda: WorkerSnapshot(counters, distributions, {"op": "reference"}))
+    metrics = Metrics(lambda: WorkerSnapshot(counters, distributions, {"op": "reference"}, {"0": True}))
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             child: Any = metric.labels(*("x" for _ in metric._labelnames))
