@@ -145,6 +145,7 @@ def engine_config(settings: Settings) -> EngineConfig:
             max_model_len=settings.max_model_len,
             served_model_name=settings.served_model_name,
             threads=settings.threads,
+            data_parallel=settings.data_parallel,
             budget=Budget(settings.batch_tokens, settings.batch_guided_rows, settings.batch_trajectories),
             log_level=settings.log_level,
             log_format=settings.log_format,

@@ -57,7 +57,12 @@ class Settings(BaseSettings):
     vocab_fallback: Literal["unk", "zero"] = Field(
         "unk", description="reward embedding of a token that the reward vocabulary lacks"
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the worker; 0: all cores but one")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of each worker; 0: all cores but one, shared by the workers"
+    )
+    data_parallel: int = Field(
+        1, ge=1, le=64, description="worker processes: with `device` cuda one a GPU, from the named one on"
+    )
 
     # Network
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -101,7 +106,9 @@ class Settings(BaseSettings):
     )
     watchdog_seconds: float = Field(120.0, gt=0, le=86_400, description="a step that hangs this long is killed")
     start_limit_seconds: float = Field(3600.0, gt=0, description="time to load and warm up")
-    spare_worker: bool = Field(False, description="keep a second process at hand, so that a restart is quicker")
+    spare_worker: bool = Field(
+        True, description="keep one more process at hand (about 300 MB), so that a restart skips the imports"
+    )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
 
