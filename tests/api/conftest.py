@@ -97,6 +97,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
             port = probe.getsockname()[1]
         log = tmp_path_factory.mktemp("server") / "log"
         command = [sys.executable, "-m", "server", "--port", str(port), "--dtype", "float32", "--threads", "1"]
+        command.append("--no-spare-worker")  # nobody kills workers here, and its imports would slow every start
         if model is not None:
             command += ["--model", str(model)]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ENTRGI_")}

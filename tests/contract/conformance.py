@@ -33,7 +33,8 @@ def served(*arguments: str, log: Path | None = None) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), "--no-spare-worker"]
+    command += arguments
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
     with (log or Path(os.devnull)).open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
