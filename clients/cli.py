@@ -89,11 +89,16 @@ def _generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gradient-steps", type=int, help="Adam steps per denoising step")
     parser.add_argument("--eta", type=float, help="Adam's step size")
+    parser.add_argument("--guidance-start", type=float, help="share of the run before the first guided step")
+    parser.add_argument("--guidance-stop", type=float, help="share of the run after which no step is guided")
+    parser.add_argument("--guidance-every", type=int, help="guide only every so many steps")
     for name in ("max-tokens", "steps", "best-of", "n", "seed", "top-k", "block-length"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("temperature", "top-p", "cfg-scale"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--algorithm", help="which positions are revealed first")
+    parser.add_argument("--entropy-bound", type=float, help="nats a step, with --algorithm entropy_bound")
+    parser.add_argument("--confidence-threshold", type=float, help="with --algorithm threshold")
     parser.add_argument("--stop", action="append", help="stop string, repeatable")
     parser.add_argument("--timeout", type=float, help="the server's deadline in seconds")
 
@@ -106,7 +111,12 @@ def generation_options(given: argparse.Namespace) -> Options:
         if value is not None:
             options[name] = value
     diffusion = Diffusion(
-        steps=given.steps, algorithm=given.algorithm, block_length=given.block_length, cfg_scale=given.cfg_scale
+        steps=given.steps,
+        algorithm=given.algorithm,
+        entropy_bound=given.entropy_bound,
+        confidence_threshold=given.confidence_threshold,
+        block_length=given.block_length,
+        cfg_scale=given.cfg_scale,
     )
     if diffusion != Diffusion():
         options["diffusion"] = diffusion
@@ -118,7 +128,7 @@ def generation_options(given: argparse.Namespace) -> Options:
 
 def _guidance(given: argparse.Namespace) -> Guidance | None:
     if given.guidance is None:
-        for name in ("reward_model", "gradient_steps", "eta"):
+        for name in ("reward_model", "gradient_steps", "eta", "guidance_start", "guidance_stop", "guidance_every"):
             if getattr(given, name) is not None:
                 raise ClientError(f"--{name.replace('_', '-')} needs --guidance")
         return None
@@ -130,6 +140,9 @@ def _guidance(given: argparse.Namespace) -> Guidance | None:
         reward_models=None if single or not rewards else tuple(rewards),
         gradient_steps=given.gradient_steps,
         eta=given.eta,
+        start=given.guidance_start,
+        stop=given.guidance_stop,
+        every=given.guidance_every,
     )
 
 
@@ -203,6 +216,8 @@ def _show_report(report: GuidanceReport | None) -> None:
         return
     rewards = [f"{r:.2f}" for prompt in report.rewards or [] for r in prompt if r is not None]
     told = f"; rewards of all trajectories {', '.join(rewards)}" if rewards else ""
+    if report.approximations:
+        told += f"; not exact: {printable(', '.join(report.approximations))}"
     _ERR.print(
         f"{report.method}, seed {report.seed}, {report.steps} steps in {report.generation_ms / 1000:.2f} s{told}",
         style="dim",

@@ -47,7 +47,8 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True)
 class Diffusion:
-    """How the canvas is filled."""
+    """How the canvas is filled. `entropy_bound` (nats) belongs to the algorithm of its name, `confidence_threshold` to
+    `threshold`; both reveal as many tokens a step as their rule allows."""
 
     steps: int | None = None
     algorithm: Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy_bound", "threshold"] | None = None

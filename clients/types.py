@@ -39,7 +39,8 @@ class StepTrace:
 @dataclass(frozen=True, slots=True)
 class GuidanceReport:
     """How the answer came about. `rewards[p][k]` is prompt p's final reward of trajectory k, before the choice of the
-    n best; `queue_ms` and `generation_ms` are milliseconds."""
+    n best; `approximations` names what in the request traded exactness for time; `queue_ms` and `generation_ms` are
+    milliseconds."""
 
     method: str
     seed: int
@@ -50,6 +51,7 @@ class GuidanceReport:
     generation_ms: float
     reward_models: list[str] = field(default_factory=list)
     rewards: list[list[float | None]] | None = None
+    approximations: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

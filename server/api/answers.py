@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.convert import Plan
+from server.diffusion.approximations import approximations
 from server.types import FinishReason, JobResult, TrajectoryResult
 
 
@@ -44,6 +45,7 @@ class GuidanceReport(Answer):
     reward_models: list[str]
     seed: int
     rewards: list[list[float | None]]
+    approximations: list[str] = Field(description="What in the request trades exactness for time")
     steps: int
     model_calls: int
     reward_calls: int
@@ -152,6 +154,7 @@ def guidance_report(plan: Plan, results: Sequence[JobResult]) -> GuidanceReport:
         reward_models=[weighted.model for weighted in plan.guidance.reward_models],
         seed=plan.sampling.seed,
         rewards=[[trajectory.reward for trajectory in result.trajectories] for result in results],
+        approximations=list(approximations(plan.sampling.max_tokens, plan.jobs[0].diffusion, plan.guidance)),
         steps=max(result.steps for result in results),
         model_calls=max(result.model_calls for result in results),
         reward_calls=max(result.reward_calls for result in results),

@@ -10,12 +10,11 @@ from typing import TypeVar
 
 from server.api.schemas import Diffusion, Guidance
 from server.errors import InvalidRequest, quote
-from server.types import DiffusionParams, EngineInfo, GuidanceParams, WeightedReward
+from server.types import ADAPTIVE_ALGORITHMS, DiffusionParams, EngineInfo, GuidanceParams, WeightedReward
 
 Value = TypeVar("Value")
 
 GRADIENT_FIELDS = ("gradient_steps", "eta", "confidence", "start", "stop", "every")
-UNBUILT_ALGORITHMS = ("entropy_bound", "threshold")
 OWN_FIELD = {"entropy_bound": "entropy_bound", "threshold": "confidence_threshold"}
 LEAST_ALGORITHM_TEMPERATURE = 1e-6
 
@@ -90,14 +89,15 @@ def diffusion_params(
     for owner, field in OWN_FIELD.items():
         if field in given and algorithm != owner:
             raise InvalidRequest(f"`diffusion.{field}` has no effect with algorithm {algorithm}", f"diffusion.{field}")
-    if algorithm in UNBUILT_ALGORITHMS:
-        raise InvalidRequest(f"`diffusion.algorithm` {algorithm} is not available", "diffusion.algorithm")
     if algorithm == "origin":
         # It reveals each position by chance: nothing is ranked, and no number of positions is scheduled.
-        _refuse_origin("algorithm_temperature", bool(sent.algorithm_temperature))
-        _refuse_origin("deprioritize_eos", sent.deprioritize_eos is True)
-        _refuse_origin("schedule", sent.schedule == "even")
-    if asked is not None and asked.confidence is not None and algorithm != "entropy":
+        _refuse("algorithm_temperature", bool(sent.algorithm_temperature), algorithm)
+        _refuse("deprioritize_eos", sent.deprioritize_eos is True, algorithm)
+        _refuse("schedule", sent.schedule == "even", algorithm)
+    if algorithm in ADAPTIVE_ALGORITHMS:
+        # Their rule is about the most confident positions; a ranking by chance has none.
+        _refuse("algorithm_temperature", bool(sent.algorithm_temperature), algorithm)
+    if asked is not None and asked.confidence is not None and algorithm not in ("entropy", *ADAPTIVE_ALGORITHMS):
         raise InvalidRequest(f"`guidance.confidence` has no effect with algorithm {algorithm}", "guidance.confidence")
     if sent.steps is not None and sent.steps > context_length:
         raise InvalidRequest(
@@ -114,6 +114,7 @@ def diffusion_params(
             f"`diffusion.algorithm_temperature` must be 0 or at least {LEAST_ALGORITHM_TEMPERATURE:g}",
             "diffusion.algorithm_temperature",
         )
+    defaults = DiffusionParams(max_tokens)
     return DiffusionParams(
         steps=_or(sent.steps, max_tokens),
         algorithm=algorithm,
@@ -122,12 +123,14 @@ def diffusion_params(
         block_length=sent.block_length,
         schedule=sent.schedule or "linear",
         cfg_scale=_or(sent.cfg_scale, 0.0),
+        entropy_bound=_or(sent.entropy_bound, defaults.entropy_bound),
+        confidence_threshold=_or(sent.confidence_threshold, defaults.confidence_threshold),
     )
 
 
-def _refuse_origin(field: str, asked: bool) -> None:
+def _refuse(field: str, asked: bool, algorithm: str) -> None:
     if asked:
-        raise InvalidRequest(f"`diffusion.{field}` has no effect with algorithm origin", f"diffusion.{field}")
+        raise InvalidRequest(f"`diffusion.{field}` has no effect with algorithm {algorithm}", f"diffusion.{field}")
 
 
 def _or(value: Value | None, default: Value) -> Value:

@@ -12,11 +12,17 @@ from server import __version__
 from server.api.answers import Answer
 from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from server.api.frontend import Frontend
-from server.api.guidance import UNBUILT_ALGORITHMS
 from server.api.openapi import errors, success
 from server.errors import EngineFailed, NotReady, UnknownModel, quote
 from server.metrics import CONTENT_TYPE
-from server.types import METHODS, Algorithm, EngineInfo, GuidanceParams, ModelInfo, RewardModelInfo
+from server.types import (
+    METHODS,
+    Algorithm,
+    DiffusionParams,
+    GuidanceParams,
+    ModelInfo,
+    RewardModelInfo,
+)
 
 PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 OWNER = "entrgi"
@@ -37,12 +43,14 @@ class Version(Answer):
 
 
 class Model(Answer):
-    """A loaded model. `type` says what it can be used for; the fields that only one kind has are null for the other."""
+    """A loaded model. `type` says what it can be used for; the fields that only one kind has are null for the other.
+    `root` is the model's own id, whichever of its names (`id`) this entry is for."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
     type: Literal["diffusion", "reward"]
     family: str
     context_length: int
@@ -135,34 +143,38 @@ async def playground(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """What is loaded, with defaults."""
     frontend = frontend_of(request)
-    data = [model.to_json() for model in _models(frontend.info, request.app.state.created)]
+    data = [model.to_json() for model in _models(frontend, request.app.state.created)]
     return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
 async def model(request: Request, model_id: str) -> Response:
     """One loaded model."""
-    for each in _models(frontend_of(request).info, request.app.state.created):
+    for each in _models(frontend_of(request), request.app.state.created):
         if each.id == model_id:
             return JSONResponse(each.to_json())
     raise UnknownModel(f"there is no model {quote(model_id)}")
 
 
-def _models(info: EngineInfo, created: int) -> list[Model]:
+def _models(frontend: Frontend, created: int) -> list[Model]:
+    info = frontend.info
     methods: list[str] = [*METHODS] if info.reward_models else ["none"]
+    model = _diffusion_model(info.model, methods, created)
     return [
-        _diffusion_model(info.model, methods, created),
+        model,
+        *(model.model_copy(update={"id": alias}) for alias in frontend.limits.aliases),
         *(_reward_model(reward, created) for reward in info.reward_models),
     ]
 
 
 def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model:
-    guidance = GuidanceParams()
+    guidance, diffusion = GuidanceParams(), DiffusionParams(info.default_max_tokens)
     return Model(
         id=info.id,
         object="model",
         created=created,
         owned_by=OWNER,
+        root=info.id,
         type="diffusion",
         family=info.family,
         context_length=info.context_length,
@@ -172,7 +184,7 @@ def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model
         mask_token_id=info.mask_token_id,
         eos_token_id=info.eos_token_id,
         guidance_methods=methods,
-        algorithms=[name for name in get_args(Algorithm) if name not in UNBUILT_ALGORITHMS],
+        algorithms=list(get_args(Algorithm)),
         defaults={
             "max_tokens": info.default_max_tokens,
             "steps": info.default_max_tokens,
@@ -182,6 +194,8 @@ def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model
             "guidance": guidance.method,
             "gradient_steps": guidance.gradient_steps,
             "eta": guidance.eta,
+            "entropy_bound": diffusion.entropy_bound,
+            "confidence_threshold": diffusion.confidence_threshold,
         },
         vocab_coverage=None,
         vocab_fallback=None,
@@ -194,6 +208,7 @@ def _reward_model(info: RewardModelInfo, created: int) -> Model:
         object="model",
         created=created,
         owned_by=OWNER,
+        root=info.id,
         type="reward",
         family=info.family,
         context_length=info.context_length,

@@ -213,6 +213,64 @@ def test_trace(server: Served) -> None:
         assert not all(guided)
 
 
+def test_entropy_bound_from_one_token_a_step_to_all_at_once(server: Served) -> None:
+    rule = {"algorithm": "entropy_bound", "deprioritize_eos": False}
+    fields = {"guidance": "entrgi", "best_of": 2, "trace": True, "return_token_ids": True}
+    steps = []
+    for bound in (0, 3, 1000):
+        answer = complete(server, diffusion={**rule, "entropy_bound": bound}, **fields)
+        report = answer["guidance"]
+        assert report["approximations"] == ["entropy_bound"]
+        assert report["steps"] == report["model_calls"] == max(len(each) for each in answer["trace"][0])
+        assert report["reward_calls"] == 3 * report["steps"]
+        for trajectory in answer["trace"][0]:
+            assert sum(step["revealed"] for step in trajectory) == 8
+            assert all(step["revealed"] >= 1 for step in trajectory)
+        steps.append(report["steps"])
+    assert steps[0] == 8
+    assert 1 < steps[1] < 8
+    assert steps[2] == 1
+    default = complete(server, diffusion={**rule, "entropy_bound": 0.1}, **fields)
+    assert complete(server, diffusion=rule, **fields)["choices"] == default["choices"]
+
+
+def test_threshold_from_all_at_once_to_one_token_a_step(server: Served) -> None:
+    reports = [
+        complete(server, diffusion={"algorithm": "threshold", "confidence_threshold": value})["guidance"]
+        for value in (0, 1)
+    ]
+    assert [report["steps"] for report in reports] == [1, 8]
+    assert [report["approximations"] for report in reports] == [["threshold"], ["threshold"]]
+    default = complete(server, diffusion={"algorithm": "threshold", "confidence_threshold": 0.9})
+    assert complete(server, diffusion={"algorithm": "threshold"})["choices"] == default["choices"]
+
+
+def test_steps_bound_an_adaptive_run(server: Served) -> None:
+    for rule in ({"algorithm": "entropy_bound", "entropy_bound": 0}, {"algorithm": "threshold"}):
+        answer = complete(server, diffusion={**rule, "steps": 3}, trace=True)
+        assert answer["guidance"]["steps"] <= 3
+        assert sum(step["revealed"] for step in answer["trace"][0][0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("window", "named"),
+    [
+        ({}, []),
+        ({"start": 0.0, "stop": 1.0, "every": 1}, []),
+        ({"start": 0.5}, ["guidance.start"]),
+        ({"stop": 0.5, "every": 2}, ["guidance.stop", "guidance.every"]),
+        # Of 8 steps for 8 tokens the first reveals nothing, so nothing is lost when it is not guided.
+        ({"start": 0.1}, []),
+        ({"gradient_steps": 0, "every": 2}, []),
+    ],
+)
+def test_windows_that_leave_steps_unguided_are_named(server: Served, window: dict[str, Any], named: list[str]) -> None:
+    answer = complete(server, guidance={"method": "entrgi", **window}, best_of=1, trace=True)
+    assert answer["guidance"]["approximations"] == named
+    unguided = [s for s in answer["trace"][0][0] if s["revealed"] and s["reward_before"] is None]
+    assert bool(unguided) == bool(named) or window.get("gradient_steps") == 0
+
+
 def test_deadline_while_running_returns_what_is_there(server: Served) -> None:
     answer = complete(
         server, max_tokens=512, guidance={"method": "entrgi", "gradient_steps": 16}, best_of=4, timeout=1.0
@@ -243,6 +301,9 @@ def test_models(server: Served) -> None:
     assert [model["type"] for model in listed] == ["diffusion", "reward", "reward"]
     assert [model["id"] for model in listed] == ["dlm", "rm", "other"]
     assert listed[0]["defaults"]["max_tokens"] == 128
+    assert listed[0]["defaults"]["entropy_bound"] == 0.1
+    assert listed[0]["defaults"]["confidence_threshold"] == 0.9
+    assert listed[0]["algorithms"][-2:] == ["entropy_bound", "threshold"]
     assert "entrgi" in listed[0]["guidance_methods"]
     assert 0 < listed[2]["vocab_coverage"] <= 1
     assert ok(server.client.get("/v1/models/rm")) == listed[1]

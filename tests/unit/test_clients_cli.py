@@ -149,6 +149,24 @@ def test_complete_prints_the_text_alone_to_standard_output(run: Run, site: Site)
     ]
 
 
+def test_inexact_options_are_sent_and_told(run: Run, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GUIDANCE, "approximations", ["entropy_bound", "guidance.every"])
+    window = ["--guidance-start", "0.1", "--guidance-stop", "0.9", "--guidance-every", "2"]
+    rule = ["--algorithm", "entropy_bound", "--entropy-bound", "0.5"]
+    done = run("complete", "Hotel?", "--guidance", "entrgi", *window, *rule)
+    assert "not exact: entropy_bound, guidance.every" in " ".join(done.stderr.split())
+    run("complete", "Hotel?", "--algorithm", "threshold", "--confidence-threshold", "0.8")
+    assert site.bodies == [
+        {
+            "prompt": "Hotel?",
+            "guidance": {"method": "entrgi", "start": 0.1, "stop": 0.9, "every": 2},
+            "diffusion": {"algorithm": "entropy_bound", "entropy_bound": 0.5},
+        },
+        {"prompt": "Hotel?", "diffusion": {"algorithm": "threshold", "confidence_threshold": 0.8}},
+    ]
+    assert "--guidance-every needs --guidance" in run("complete", "Hotel?", "--guidance-every", "2").stderr
+
+
 def test_weighted_rewards(run: Run, site: Site) -> None:
     run("complete", "a", "--guidance", "aps", "--reward-model", "joy", "--reward-model", "a=b=0.5")
     assert site.bodies[0]["guidance"]["reward_models"] == [
