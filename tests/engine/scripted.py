@@ -28,8 +28,9 @@ CONFIG = EngineConfig(
 )
 
 
-def configured(model: str = "scripted", **changes: object) -> EngineConfig:
-    return replace(CONFIG, worker=replace(CONFIG.worker, model=model), **changes)  # type: ignore[arg-type]
+def configured(model: str = "scripted", data_parallel: int = 1, **changes: object) -> EngineConfig:
+    worker = replace(CONFIG.worker, model=model, data_parallel=data_parallel)
+    return replace(CONFIG, worker=worker, **changes)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

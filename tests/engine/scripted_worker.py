@@ -178,8 +178,8 @@ class ScriptedService:
 
 
 def load(config: WorkerConfig) -> ScriptedService:
-    """`model` is a script too: how the loading ends; `die-after:PATH` and `hang-after:PATH` do so when a file
-    of that name exists."""
+    """`model` is a script too: how the loading ends; `die-after:PATH` and `hang-after:PATH` do so when a file of that
+    name exists, `missing-from:N` has no device for worker N and those after it."""
     if config.model == "missing":
         raise ConfigurationError("model: no checkpoint of that name")
     if config.model == "broken":
@@ -189,6 +189,8 @@ def load(config: WorkerConfig) -> ScriptedService:
     if config.model == "hang":
         time.sleep(3600)
     how, _, flag = config.model.partition(":")
+    if how == "missing-from" and config.rank >= int(flag):
+        raise ConfigurationError(f"device: there is none for worker {config.rank}")
     if os.path.exists(flag):
         if how == "die-after":
             os._exit(7)

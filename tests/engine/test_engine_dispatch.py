@@ -1,0 +1,202 @@
+"""Who gets which job, and who is blamed for a worker's death: properties over random lives of pretended workers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.dispatch import Dispatcher, job_cost, score_cost
+from server.engine.messages import Score
+from server.engine.pending import Pending
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams
+
+
+def add(dispatcher: Dispatcher, name: str, cost: float = 1.0) -> Pending:
+    pending = Pending(name, b"", cost=cost)
+    dispatcher.add(pending)
+    return pending
+
+
+def given_to(dispatcher: Dispatcher, ready: list[int], *, more_to_come: bool = False) -> list[tuple[int, str]]:
+    return [(worker, pending.id) for worker, pending in dispatcher.assign(ready, more_to_come=more_to_come)]
+
+
+def test_work_goes_to_the_worker_with_the_least_of_it() -> None:
+    dispatcher = Dispatcher(2)
+    jobs = [add(dispatcher, name, cost) for name, cost in (("long", 5.0), ("a", 2.0), ("b", 2.0), ("c", 2.0))]
+    assert given_to(dispatcher, [0, 1]) == [(0, "long"), (1, "a"), (1, "b"), (1, "c")]
+    assert (dispatcher.outstanding(0), dispatcher.outstanding(1)) == (5.0, 6.0)
+    for pending in jobs[1:]:
+        dispatcher.remove(pending)
+    assert dispatcher.outstanding(1) == 0.0
+    add(dispatcher, "next")
+    assert given_to(dispatcher, [0, 1]) == [(1, "next")]
+
+
+def test_nothing_is_given_to_a_worker_that_is_not_ready() -> None:
+    dispatcher = Dispatcher(2)
+    add(dispatcher, "a")
+    assert given_to(dispatcher, []) == []
+    assert given_to(dispatcher, [1]) == [(1, "a")]
+
+
+def test_queued_jobs_of_a_dead_worker_move_at_once_and_running_ones_run_alone() -> None:
+    dispatcher = Dispatcher(2)
+    jobs = {name: add(dispatcher, name) for name in ("running 1", "running 2", "queued 1", "queued 2")}
+    given_to(dispatcher, [0])
+    busy = add(dispatcher, "busy", 9.0)
+    given_to(dispatcher, [1])
+    for name in ("running 1", "running 2"):
+        jobs[name].begun = True
+    assert dispatcher.lost(0) == []
+    assert given_to(dispatcher, [1], more_to_come=True) == [(1, "queued 1"), (1, "queued 2")]
+    # The dead worker's successor takes one suspect, and nothing else until that one is done.
+    add(dispatcher, "new")
+    assert given_to(dispatcher, [0, 1]) == [(0, "running 1"), (1, "new")]
+    dispatcher.remove(jobs["running 1"])
+    assert given_to(dispatcher, [0, 1]) == [(0, "running 2")]
+    dispatcher.remove(jobs["running 2"])
+    add(dispatcher, "newer")
+    assert given_to(dispatcher, [0, 1]) == [(0, "newer")]
+    assert busy.deaths == 0
+
+
+def test_suspects_do_not_wait_for_ever_for_a_worker_that_does_not_come_back() -> None:
+    dispatcher = Dispatcher(2)
+    suspect, busy = add(dispatcher, "suspect"), add(dispatcher, "busy")
+    given_to(dispatcher, [0, 1])
+    suspect.begun = True
+    dispatcher.lost(0)
+    add(dispatcher, "new")
+    assert given_to(dispatcher, [1]) == []  # it takes nothing new, and so becomes empty
+    dispatcher.remove(busy)
+    assert given_to(dispatcher, [1]) == [(1, "suspect")]
+    dispatcher.remove(suspect)
+    assert given_to(dispatcher, [1]) == [(1, "new")]
+
+
+def test_a_job_that_breaks_workers_by_its_arrival_is_found_too() -> None:
+    dispatcher = Dispatcher(1)
+    arrival = add(dispatcher, "arrival")
+    deaths = 0
+    while arrival.deaths < 2:
+        assert given_to(dispatcher, [0]) == [(0, "arrival")]
+        convicted = dispatcher.lost(0)
+        deaths += 1
+        assert deaths < 10
+    assert convicted == [arrival]
+    assert given_to(dispatcher, [0]) == []
+
+
+@dataclass
+class Cluster:
+    """Workers that run a few of their jobs at a time, and die of poison as soon as it is among these."""
+
+    random: random.Random
+    workers: int
+    at_once: int
+    dispatcher: Dispatcher = field(init=False)
+    up: dict[int, list[Pending]] = field(default_factory=dict)  # ready workers -> what they have
+    poison: set[str] = field(default_factory=set)
+    done: list[str] = field(default_factory=list)
+    convicted: list[Pending] = field(default_factory=list)
+    deaths: int = 0
+
+    def __post_init__(self) -> None:
+        self.dispatcher = Dispatcher(self.workers)
+        self.up = {worker: [] for worker in range(self.workers)}
+
+    def assign(self) -> None:
+        for worker, pending in self.dispatcher.assign(sorted(self.up), more_to_come=len(self.up) < self.workers):
+            self.up[worker].append(pending)
+            assert pending.deaths == 0 or len(self.up[worker]) == 1, "a suspect has company"
+        for held in self.up.values():
+            assert len(held) == 1 or not any(pending.deaths for pending in held), "a suspect was given company"
+
+    def step(self) -> None:
+        """Something happens to one worker: it comes back, it dies of what it runs, or a job of its is done."""
+        worker = self.random.randrange(self.workers)
+        if worker not in self.up:
+            self.up[worker] = []
+        elif held := self.up[worker]:
+            running = held[: self.at_once]
+            for pending in running:
+                pending.begun = True
+            if any(pending.id in self.poison for pending in running):
+                self.kill(worker)
+            else:
+                pending = self.random.choice(running)
+                held.remove(pending)
+                self.dispatcher.remove(pending)
+                self.done.append(pending.id)
+        self.assign()
+
+    def kill(self, worker: int) -> None:
+        if self.up.pop(worker, None) is not None:
+            self.deaths += 1
+            self.convicted += self.dispatcher.lost(worker)
+        self.assign()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 8), st.integers(1, 60), st.integers(0, 4))
+def test_poison_is_convicted_and_nobody_else(seed: int, workers: int, at_once: int, jobs: int, poison: int) -> None:
+    generator = random.Random(seed)
+    cluster = Cluster(generator, workers, at_once)
+    names = [f"job {index}" for index in range(jobs)]
+    cluster.poison = set(generator.sample(names, min(poison, jobs)))
+    later = list(names)
+    steps = 0
+    while len(cluster.done) + len(cluster.convicted) < jobs:
+        while later and generator.random() < 0.5:
+            add(cluster.dispatcher, later.pop(0), generator.random())
+            cluster.assign()
+        cluster.step()
+        steps += 1
+        assert steps < 400 * (jobs + 1), "it goes round in circles"
+    assert {pending.id for pending in cluster.convicted} == cluster.poison
+    assert sorted(cluster.done) == sorted(set(names) - cluster.poison)
+    assert cluster.deaths <= 2 * len(cluster.poison)
+    assert all(pending.deaths == 2 for pending in cluster.convicted)
+    assert all(cluster.dispatcher.outstanding(worker) == 0 for worker in range(workers))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 8), st.integers(1, 40))
+def test_random_kills_lose_no_job_and_none_fails_before_its_second_death(
+    seed: int, workers: int, at_once: int, jobs: int
+) -> None:
+    generator = random.Random(seed)
+    cluster = Cluster(generator, workers, at_once)
+    for index in range(jobs):
+        add(cluster.dispatcher, f"job {index}", generator.random())
+    cluster.assign()
+    while len(cluster.done) + len(cluster.convicted) < jobs:
+        cluster.step()
+        if cluster.deaths < 20 and generator.random() < 0.1:
+            cluster.kill(generator.randrange(workers))
+    assert sorted([*cluster.done, *(pending.id for pending in cluster.convicted)]) == sorted(
+        f"job {index}" for index in range(jobs)
+    )
+    assert all(pending.deaths == 2 for pending in cluster.convicted)
+
+
+def test_the_estimate_of_work_grows_with_everything_that_is_work() -> None:
+    def cost(best_of: int = 1, steps: int = 8, tokens: int = 16, gradient_steps: int | None = None) -> float:
+        guidance = (
+            GuidanceParams() if gradient_steps is None else GuidanceParams("entrgi", gradient_steps=gradient_steps)
+        )
+        return job_cost(Job("a", (1, 2), SamplingParams(tokens, best_of=best_of), DiffusionParams(steps), guidance))
+
+    assert cost() == 8 * 18
+    assert cost(best_of=4) == 4 * cost()
+    assert cost(steps=16) == 2 * cost()
+    assert cost(steps=10_000) == cost(steps=16)  # a canvas of 16 takes no more than 16
+    assert cost(gradient_steps=3) == 4 * cost()
+    short = score_cost(Score("s", "rm", [((Message("user", "hi"),), "yes")]))
+    assert score_cost(Score("s", "rm", [((Message("user", "hi"),), "yes " * 100)])) > 10 * short
+    assert short == pytest.approx(1 + 5 / 4)
