@@ -119,6 +119,9 @@ def http_config(app: Any, settings: Settings) -> uvicorn.Config:
         server_header=False,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=None
+        if settings.ssl_keyfile_password is None
+        else settings.ssl_keyfile_password.get_secret_value(),
         timeout_graceful_shutdown=LAST_WRITES_SECONDS,
         backlog=2048,
     )
@@ -128,10 +131,11 @@ def engine_config(settings: Settings) -> EngineConfig:
     """The engine's plain values. Without a model the bundled one is served, and without any model named at all the
     bundled reward models too."""
     model, rewards = settings.model, reward_models(settings.reward_model)
+    name = settings.served_model_name[0] if settings.served_model_name else None
     if model is None:
-        from server.demo import bundled_model_path, bundled_reward_models
+        from server.demo import BUNDLED_NAME, bundled_model_path, bundled_reward_models
 
-        model = str(bundled_model_path())
+        model, name = str(bundled_model_path()), name or BUNDLED_NAME
         if not rewards:
             rewards = {name: str(path) for name, path in bundled_reward_models().items()}
     return EngineConfig(
@@ -143,10 +147,11 @@ def engine_config(settings: Settings) -> EngineConfig:
             reward_models=rewards,
             vocab_fallback=settings.vocab_fallback,
             max_model_len=settings.max_model_len,
-            served_model_name=settings.served_model_name,
+            served_model_name=name,
             threads=settings.threads,
             data_parallel=settings.data_parallel,
             budget=Budget(settings.batch_tokens, settings.batch_guided_rows, settings.batch_trajectories),
+            disable_savings=tuple(settings.disable_savings),
             log_level=settings.log_level,
             log_format=settings.log_format,
         ),

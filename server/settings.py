@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ from pydantic_settings import (
 
 ENV_PREFIX = "ENTRGI_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+HASHED = "sha256:"
+"""An API key may be given as this and the hexadecimal SHA-256 of the key, so that no configuration holds the key."""
 KERNEL_CACHE_VARIABLE = "ENTRGI_CACHE_DIR"  # read by kernels, which knows nothing of these settings
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?")
@@ -48,7 +51,10 @@ class Settings(BaseSettings):
     reward_model: Annotated[list[str], NoDecode] = Field(
         [], description="reward model as NAME=PATH_OR_ID or PATH_OR_ID; repeatable, the first is the default"
     )
-    served_model_name: str | None = Field(None, description="the id that clients use; default: folder or hub name")
+    served_model_name: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="the id that clients use, then other names for it; repeatable; default: folder or hub name",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
         "auto", description="weights' type; auto: bfloat16 on a GPU, float32 on a CPU"
@@ -71,10 +77,14 @@ class Settings(BaseSettings):
     cors_origins: Annotated[list[str], NoDecode] = Field([], description="origins allowed by CORS; repeatable")
     ssl_certfile: Path | None = Field(None, description="TLS certificate (PEM)")
     ssl_keyfile: Path | None = Field(None, description="TLS private key (PEM)")
+    ssl_keyfile_password: SecretStr | None = Field(None, description="password of an encrypted TLS private key")
 
     # Access
     api_key: Annotated[list[SecretStr], NoDecode] = Field(
-        [], description="accepted API keys; repeatable; none: no authentication"
+        [], description="accepted API keys, or sha256:HEX of one; repeatable; none: no authentication"
+    )
+    api_key_file: Path | None = Field(
+        None, description="file of further API keys, one a line (blank lines and those from # on are skipped)"
     )
     public_metrics: bool = Field(False, description="serve /metrics without an API key")
     public_playground: bool = Field(False, description="serve the page at / without an API key")
@@ -111,8 +121,14 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
+    otlp_endpoint: str | None = Field(
+        None, description="collector for OpenTelemetry traces, as http://HOST:4318; none: OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+    disable_savings: Annotated[list[str], NoDecode] = Field(
+        [], description="exact savings of the engine to do without, to measure or to debug; repeatable"
+    )
 
-    @field_validator("reward_model", "cors_origins", "api_key", mode="before")
+    @field_validator("reward_model", "cors_origins", "api_key", "served_model_name", "disable_savings", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Environment lists: JSON, or comma-separated."""
@@ -120,9 +136,17 @@ class Settings(BaseSettings):
             return value
         if value.lstrip().startswith("["):
             return json.loads(value)
-        return [item.strip() for item in value.split(",") if item.strip()]
+        return _items(value)
 
-    @field_validator("model", "revision", "served_model_name", mode="after")
+    @field_validator("served_model_name", "disable_savings", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        """Names hold no commas, so a flag may list several as well."""
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return [name for item in value for name in _items(item)]
+        return value
+
+    @field_validator("model", "revision", mode="after")
     @classmethod
     def _not_blank(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
@@ -131,10 +155,10 @@ class Settings(BaseSettings):
 
     @field_validator("served_model_name", mode="after")
     @classmethod
-    def _name(cls, value: str | None) -> str | None:
-        if value is not None and not _NAME.fullmatch(value):
+    def _names(cls, value: list[str]) -> list[str]:
+        if not all(_NAME.fullmatch(name) for name in value):
             raise ValueError("must consist of letters, digits and . _ / -")
-        return value
+        return list(dict.fromkeys(value))
 
     @field_validator("device", mode="after")
     @classmethod
@@ -155,9 +179,7 @@ class Settings(BaseSettings):
     @classmethod
     def _strong_enough(cls, value: list[SecretStr]) -> list[SecretStr]:
         for key in value:
-            text = key.get_secret_value()
-            if len(text) < 8 or not text.isascii() or not text.isprintable() or " " in text:
-                raise ValueError("a key needs at least 8 printable ASCII characters and no spaces")
+            _check_key(key.get_secret_value())
         return value
 
     @field_validator("reward_model", mode="after")
@@ -166,10 +188,36 @@ class Settings(BaseSettings):
         reward_models(value)
         return value
 
+    @field_validator("ssl_certfile", "ssl_keyfile", mode="after")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            try:
+                value.read_bytes()
+            except OSError as error:
+                raise ValueError(f"cannot be read: {error.strerror}") from None
+        return value
+
+    @field_validator("otlp_endpoint", mode="after")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
+            raise ValueError("must look like http://HOST:4318")
+        return value
+
     @model_validator(mode="after")
     def _tls_pair(self) -> Settings:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile go together")
+        if self.ssl_certfile is None or self.ssl_keyfile is None:
+            return self
+        given = self.ssl_keyfile_password
+        password = given.get_secret_value() if given is not None else ""  # None would ask on the terminal
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password)
+        except (ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "reason", None) or "is the password of the key right?"
+            raise ValueError(f"ssl_certfile and ssl_keyfile cannot be used: {reason}") from None
         return self
 
 
@@ -195,9 +243,42 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=file_values)
 
     try:
-        return Layered(**flags)
+        settings = Layered(**flags)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(each) for each in error.errors())) from None
+    if settings.api_key_file is None:
+        return settings
+    return settings.model_copy(update={"api_key": settings.api_key + _keys_in(settings.api_key_file)})
+
+
+def _keys_in(path: Path) -> list[SecretStr]:
+    """The API keys in a file. Raises SettingsError when it cannot be read, holds none, or a bad one."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise SettingsError(f"api_key_file: {path} cannot be read: {reason}") from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise SettingsError(f"api_key_file: {path} holds no key; that would leave the server open")
+    for key in found:
+        try:
+            _check_key(key)
+        except ValueError as error:
+            raise SettingsError(f"api_key_file: {error}") from None
+    return [SecretStr(key) for key in found]
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _check_key(key: str) -> None:
+    if key.startswith(HASHED):
+        if not re.fullmatch(r"[0-9a-f]{64}", key.removeprefix(HASHED)):
+            raise ValueError("sha256: must be followed by 64 lower-case hexadecimal digits")
+    elif len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("a key needs at least 8 printable ASCII characters and no spaces")
 
 
 def reward_models(values: list[str]) -> dict[str, str]:
@@ -241,7 +322,7 @@ def _explain(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         message = "is not a setting"
-    if key == "api_key":  # never repeat a secret
+    if key in ("api_key", "ssl_keyfile_password"):  # never repeat a secret
         return f"{key}: {message}"
     shown = repr(error["input"])
     return f"{key}: {message} (got {shown[:200]})" if error["loc"] else message

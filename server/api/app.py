@@ -55,6 +55,7 @@ def create_app(
             max_score_pairs=settings.max_score_pairs,
             max_score_characters=2 * settings.max_body_bytes,
             request_timeout=settings.request_timeout,
+            aliases=tuple(settings.served_model_name[1:]),
         ),
         times=StreamTimes(settings.keep_alive_seconds, settings.stalled_client_seconds),
         metrics=metrics,

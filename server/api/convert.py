@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.api.fields import ChatMessage, Prompt
@@ -32,13 +33,14 @@ SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for. `aliases` are the diffusion model's names besides its id."""
 
     max_prompts: int = 128
     max_trajectories: int = 128
     max_score_pairs: int = 1024
     max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
     request_timeout: float | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def completion_plan(
     request: CompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
 ) -> Plan:
     """Jobs of a completion request. Raises InvalidRequest and UnknownModel."""
-    check_model(request.model, info)
+    check_model(request.model, info, limits.aliases)
     if len(request.prompt) > limits.max_prompts:
         raise InvalidRequest(
             f"`prompt` holds {len(request.prompt)} prompts; the limit is {limits.max_prompts}", "prompt"
@@ -107,7 +109,7 @@ def chat_plan(
     request: ChatCompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
 ) -> Plan:
     """The job of a chat completion request. Raises InvalidRequest and UnknownModel."""
-    check_model(request.model, info)
+    check_model(request.model, info, limits.aliases)
     conversation = messages(request.messages)
     context = _Context(tuple(tokenizer.render_chat(conversation)), conversation)
     max_tokens = request.max_completion_tokens or request.max_tokens
@@ -121,9 +123,9 @@ def messages(turns: list[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message("system" if turn.role == "developer" else turn.role, turn.content) for turn in turns)
 
 
-def check_model(name: str | None, info: EngineInfo) -> None:
-    """Raises UnknownModel unless `name` is the diffusion model (or left out)."""
-    if name is None or name == info.model.id:
+def check_model(name: str | None, info: EngineInfo, aliases: Sequence[str] = ()) -> None:
+    """Raises UnknownModel unless `name` is the diffusion model's id or an alias of it (or left out)."""
+    if name is None or name == info.model.id or name in aliases:
         return
     if any(name == reward.id for reward in info.reward_models):
         raise UnknownModel(f"{quote(name)} is a reward model; it scores text and generates none")

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import error_response, unexpected
 from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, Unauthorized
 from server.log import request_id
+from server.settings import HASHED
 
 access = logging.getLogger("server.access")
 
@@ -101,7 +102,7 @@ class Guard:
         max_header_bytes: int,
     ) -> None:
         self.app = app
-        self._digests = [_digest(key.encode()) for key in api_keys]
+        self._digests = [_kept(key) for key in api_keys]
         self._open_paths = ALWAYS_OPEN | open_paths
         self._max_header_bytes = max_header_bytes
 
@@ -140,6 +141,11 @@ class Guard:
         for each in self._digests:
             known |= hmac.compare_digest(digest, each)
         return known
+
+
+def _kept(key: str) -> bytes:
+    """What is kept of an accepted key, which may be given as its hash."""
+    return bytes.fromhex(key.removeprefix(HASHED)) if key.startswith(HASHED) else _digest(key.encode())
 
 
 def _digest(key: bytes) -> bytes:

@@ -144,7 +144,7 @@ async def tokenize(request: Request) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
     frontend = frontend_of(request)
     asked = await body.read(request, TokenizeRequest)
-    check_model(asked.model, frontend.info)
+    check_model(asked.model, frontend.info, frontend.limits.aliases)
     tokenizer = await frontend.tokenizer()
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
@@ -175,7 +175,7 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids, special tokens included."""
     frontend = frontend_of(request)
     asked = await body.read(request, DetokenizeRequest)
-    check_model(asked.model, frontend.info)
+    check_model(asked.model, frontend.info, frontend.limits.aliases)
     vocab_size = frontend.info.model.vocab_size
     for index, token in enumerate(asked.tokens):
         if token >= vocab_size:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 MODELS = Path(__file__).resolve().parent / "models"
+BUNDLED_NAME = "entrgi-demo-1.4m"
+"""The id under which the bundled diffusion LM is served unless told otherwise."""
 
 
 def bundled_model_path() -> Path:

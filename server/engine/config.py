@@ -20,7 +20,7 @@ class WorkerConfig:
     or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
     float32. `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all cores but one.
     Of `data_parallel` workers this is number `rank`: it takes the CUDA device that many after the one named, or its
-    share of the CPU's threads.
+    share of the CPU's threads. `disable_savings` names fields of `savings.Savings` to do without.
     """
 
     model: str
@@ -34,6 +34,7 @@ class WorkerConfig:
     threads: int = 0
     rank: int = 0
     data_parallel: int = 1
+    disable_savings: tuple[str, ...] = ()
     budget: Budget = field(default_factory=Budget)
     heartbeat_seconds: float = 1.0
     log_level: str = "INFO"

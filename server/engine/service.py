@@ -18,6 +18,7 @@ import kernels
 from server.engine.config import WorkerConfig
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
+from server.engine.savings import Savings
 from server.engine.scoring import Scorer
 from server.errors import ConfigurationError, quote
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
@@ -107,6 +108,7 @@ def load(config: WorkerConfig) -> LoadedService:
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
     dtype = resolve_dtype(config.dtype, device)
+    savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
     reward_models = {
         name: load_reward_model(
@@ -120,7 +122,7 @@ def load(config: WorkerConfig) -> LoadedService:
         )
         for name, path in config.reward_models.items()
     }
-    runner = Runner(model, reward_models, budget=config.budget)
+    runner = Runner(model, reward_models, budget=config.budget, savings=savings)
     warm_up(runner, model, reward_models)
     runner.stats.reset()
     info = EngineInfo(
