@@ -37,7 +37,7 @@ format: $(DEV) ## Format the code and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-bench: $(RUNTIME) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
+bench: $(DEV) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
 	$(PY) -m server.bench.offline $(ARGS)
 
 bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)

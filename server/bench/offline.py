@@ -1,114 +1,70 @@
-"""The engine against the plain loop on the same work, in one run: `python -m server.bench.offline`.
+"""The engine offline, against the plain loop on the same work in the same run: `python -m server.bench.offline`.
 
-Every row is one workload; `x plain` compares its tokens/s with the plain per-request loop on the same kind of job,
-`utilisation` is FLOPs counted from shapes over the machine's measured matrix-product rate. Ends with one JSON line.
-By default it measures the generated random-weight pair (V = 16,384, 13 M and 5 M parameters) in float32.
+Each case (`--case`) is one claim. Compared variants run in turn on request sets that they share. Utilisation is
+operations counted from shapes over the machine's measured matrix-product rate. Prints tables and, last, one JSON line;
+writes the same, and plots, to `--out`. By default it runs all cases in the quick form on the generated random-weight
+pair (V = 16,384, 13 M and 5 M parameters) in float32; `--full` is the form that the claims are made in.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
-import kernels
-from server.bench.checkpoints import write_pair
-from server.bench.workload import Pair, Workload, count_flops, gemm_rate, load, run_engine, run_one_by_one, run_plain
-
-HEADLINE = Workload()
-SWEEPS: dict[str, list[Workload]] = {
-    "headline": [HEADLINE],
-    "concurrency": [replace(HEADLINE, prompts=n, best_of=1) for n in (1, 4, 16, 64)],
-    "method": [replace(HEADLINE, method=m) for m in ("none", "bon", "expectation", "aps", "entrgi")],
-    "trajectories": [replace(HEADLINE, best_of=k) for k in (1, 2, 4, 8)],
-    "gradient_steps": [replace(HEADLINE, gradient_steps=m) for m in (1, 2, 3, 6)],
-    "steps": [replace(HEADLINE, steps=t) for t in (8, 16, 32, 64, 128)],
-    "max_tokens": [replace(HEADLINE, max_tokens=n, steps=n // 2) for n in (16, 32, 64, 128)],
-    "prompt_words": [replace(HEADLINE, prompt_words=n) for n in (12, 50, 200)],
-}
+from server.bench.cases import CASES
+from server.bench.harness import Bench
+from server.bench.machine import describe
+from server.bench.plots import draw
+from server.bench.report import show, write
 
 
-def measure(pair: Pair, workload: Workload, rate: float, *, plain_prompts: int) -> dict[str, Any]:
-    """One row: the engine on the whole workload, one job at a time on all of it, the plain loop on a part of it."""
-    jobs = workload.jobs(pair)
-    run_engine(pair, jobs[:1])  # warm-up: lazy initialisation, allocator, caches
-    together, results = run_engine(pair, jobs)
-    apart, _ = run_one_by_one(pair, jobs)
-    row: dict[str, Any] = asdict(workload) | {
-        "seconds": together,
-        "tokens_per_s": workload.tokens / together,
-        "one_by_one_tokens_per_s": workload.tokens / apart,
-        "utilisation": count_flops(pair, jobs) / together / rate,
-    }
-    if plain_prompts:
-        sample = jobs[:plain_prompts]
-        seconds, tokens = run_plain(pair, sample)
-        per_job = workload.best_of * workload.max_tokens
-        row["plain_tokens_per_s"] = per_job * len(sample) / seconds
-        row["plain_seconds_for_all"] = seconds * len(jobs) / len(sample)
-        row["x_plain"] = row["tokens_per_s"] / row["plain_tokens_per_s"]
-        same = [
-            list(trajectory.token_ids) == tokens[job.id][trajectory.index]
-            for job in sample
-            for trajectory in results[job.id].trajectories
-        ]
-        row["same_tokens_as_plain"] = sum(same) / len(same)
-    return row
-
-
-def rows(pair: Pair, sweeps: list[str], plain_prompts: int) -> Iterator[dict[str, Any]]:
-    """All rows of the named sweeps, with a progress bar."""
-    rate = gemm_rate(pair.loaded.model.dtype, pair.loaded.model.device)
-    work = [(sweep, workload) for sweep in sweeps for workload in SWEEPS[sweep]]
-    for sweep, workload in tqdm(work, desc="workloads"):
-        yield {"sweep": sweep, "gemm_gflops": rate / 1e9} | measure(pair, workload, rate, plain_prompts=plain_prompts)
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    """The table."""
-    columns = ["sweep", "method", "prompts", "best_of", "max_tokens", "steps", "gradient_steps", "prompt_words"]
-    figures = ["seconds", "tokens_per_s", "one_by_one_tokens_per_s", "plain_tokens_per_s", "x_plain", "utilisation"]
-    table = Table(*columns, *figures)
-    for row in results:
-        numbers = [f"{row[name]:.3g}" if name in row else "-" for name in figures]
-        table.add_row(*(str(row[name]) for name in columns), *numbers)
-    Console(width=200).print(table)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--case", nargs="+", choices=list(CASES), default=list(CASES), help="which cases to run; default: all"
+    )
+    size = made.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smaller workloads, one repetition (the default)")
+    size.add_argument("--full", action="store_true", help="the sizes that the claims are made for")
+    made.add_argument("--repetitions", type=int, help="rounds of each comparison; default: 1, and 3 with --full")
+    made.add_argument("--request-set", type=int, default=0, help="number of the first set of seeds and prompts")
+    made.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    made.add_argument("--dlm", type=Path, help="a diffusion checkpoint instead of the generated one")
+    made.add_argument("--rm", type=Path, help="its reward model")
+    made.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--out", type=Path, default=Path("build/bench"), help="for the JSON and the plots")
+    return made
 
 
 def main() -> None:
-    """Measure, print a table, then one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=["headline", "concurrency"])
-    parser.add_argument("--dlm", type=Path, help="a diffusion checkpoint instead of the generated one")
-    parser.add_argument("--rm", type=Path, help="its reward model")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--plain-prompts", type=int, default=1, help="jobs the plain loop runs (0: none)")
-    args = parser.parse_args()
+    """Measure, print tables, then one JSON line."""
+    made = parser()
+    args = made.parse_args()
+    if (args.dlm is None) != (args.rm is None):
+        made.error("--dlm and --rm go together")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    repetitions = args.repetitions or (3 if args.full else 1)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    console = Console(width=200)
     with tempfile.TemporaryDirectory() as folder:
-        dlm, rm = (args.dlm, args.rm) if args.dlm else write_pair(Path(folder))
-        pair = load(dlm, rm, getattr(torch, args.dtype), torch.device(args.device))
-        results = list(rows(pair, args.sweep, args.plain_prompts))
-    show(results)
-    machine = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kernels": kernels.backend_info(),
-    }
-    print(json.dumps({"bench": "offline", "dtype": args.dtype, "device": args.device} | machine | {"rows": results}))
+        bench = Bench(Path(folder), device, dtype, not args.full, repetitions, args.request_set, args.dlm, args.rm)
+        document = {"bench": "offline", "form": "full" if args.full else "quick"} | describe(device, dtype)
+        document["cases"] = []
+        for name in args.case:
+            console.print(f"[bold]{name}[/]: {CASES[name].__doc__}")
+            document["cases"].append(CASES[name](bench).to_json())
+    show(document, console)
+    for path in (write(document, args.out), *draw(document, args.out)):
+        console.print(f"wrote {path}")
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

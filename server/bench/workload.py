@@ -1,21 +1,26 @@
-"""What the offline benchmarks run: a loaded pair, and lists of jobs on it."""
+"""What the offline benchmarks run: a loaded pair, lists of jobs on it, and one run of them with its clock readings."""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from server.bench.flops import Flops, recording
+from server.bench.machine import Stopwatch
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
+from server.engine.savings import Savings
+from server.engine.stats import RunnerStats
 from server.guidance.plain import PlainLoop, PlainReward
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
+    Algorithm,
     DiffusionParams,
     GuidanceParams,
     Job,
@@ -37,10 +42,24 @@ class Pair:
     reward: RewardModel | None
     plain: PlainLoop
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.loaded.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The diffusion model's dtype."""
+        return self.loaded.model.dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts x K trajectories with everything else fixed; the defaults are the headline case."""
+    """Prompts x K trajectories with everything else fixed; the defaults are the headline case.
+
+    A prompt is a sentence of `prompt_words` words through the chat template, or, with `prompt_tokens`, that many
+    random ids. `max_tokens` is L, `steps` T, `best_of` K, `gradient_steps` M.
+    """
 
     method: Method = "entrgi"
     prompts: int = 4
@@ -51,40 +70,95 @@ class Workload:
     temperature: float = 0.7
     top_p: float = 0.95
     prompt_words: int = 12
-    algorithm: str = "entropy"
+    prompt_tokens: int | None = None
+    algorithm: Algorithm = "entropy"
 
     @property
     def tokens(self) -> int:
         """Canvas tokens that the whole workload fills."""
         return self.prompts * self.best_of * self.max_tokens
 
-    def jobs(self, pair: Pair) -> list[Job]:
-        """The jobs, one a prompt, all different."""
+    def jobs(self, pair: Pair, request_set: int = 0) -> list[Job]:
+        """The jobs, one a prompt, all different. Another `request_set` has other seeds and other prompts of the same
+        lengths."""
+        return [self._job(pair, request_set, index) for index in range(self.prompts)]
+
+    def _job(self, pair: Pair, request_set: int, index: int) -> Job:
+        number = request_set * 1000 + index
+        words = ["Write", "a", "review", "of", "the", SUBJECTS[index % len(SUBJECTS)], f"{number:06d}"]
+        words += ["please"] * max(0, self.prompt_words - len(words))
+        conversation = (Message("user", " ".join(words)),)
+        if self.prompt_tokens is None:
+            prompt = pair.loaded.tokenizer.render_chat(conversation)
+        else:
+            generator, vocab_size = random.Random(number), pair.loaded.info.vocab_size
+            prompt = [generator.randrange(vocab_size) for _ in range(self.prompt_tokens)]
         rewards = () if self.method == "none" else (WeightedReward("rm"),)
-        jobs = []
-        for index in range(self.prompts):
-            words = ["Write", "a", "review", "of", "the", SUBJECTS[index % len(SUBJECTS)], str(index)]
-            words += ["please"] * max(0, self.prompt_words - len(words))
-            conversation = (Message("user", " ".join(words)),)
-            jobs.append(
-                Job(
-                    id=f"bench-{index}",
-                    prompt_ids=tuple(pair.loaded.tokenizer.render_chat(conversation)),
-                    conversation=conversation,
-                    sampling=SamplingParams(
-                        max_tokens=self.max_tokens,
-                        temperature=self.temperature,
-                        top_p=self.top_p,
-                        seed=index,
-                        n=self.best_of if self.method == "none" else 1,
-                        best_of=self.best_of,
-                        ignore_eos=True,
-                    ),
-                    diffusion=DiffusionParams(steps=self.steps, algorithm=self.algorithm),  # type: ignore[arg-type]
-                    guidance=GuidanceParams(self.method, rewards, self.gradient_steps),
-                )
-            )
-        return jobs
+        return Job(
+            id=f"bench-{number}",
+            prompt_ids=tuple(prompt),
+            conversation=conversation,
+            sampling=SamplingParams(
+                max_tokens=self.max_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=number,
+                n=self.best_of if self.method == "none" else 1,
+                best_of=self.best_of,
+                ignore_eos=True,
+            ),
+            diffusion=DiffusionParams(steps=self.steps, algorithm=self.algorithm),
+            guidance=GuidanceParams(self.method, rewards, self.gradient_steps),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Some jobs, done. Seconds of wall and CPU time; tokens (L each) by job and trajectory; the engine's phase timers
+    and the operations counted from shapes (neither for the plain loop)."""
+
+    seconds: float
+    cpu_seconds: float
+    token_ids: Mapping[str, tuple[tuple[int, ...], ...]]
+    stats: RunnerStats | None = None
+    flops: Flops | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Canvas tokens that were filled."""
+        return sum(len(tokens) for trajectories in self.token_ids.values() for tokens in trajectories)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Canvas tokens a second of wall time, of all trajectories."""
+        return self.tokens / self.seconds
+
+    def phases(self) -> dict[str, float]:
+        """Wall seconds by phase; what no timer covers (drawing, ranking, queue, final scores) is `rest`."""
+        if self.stats is None:
+            return {}
+        stats = self.stats
+        forward, backward = stats.reward_forward_seconds.total, stats.reward_backward_seconds.total
+        diffusion, guidance = stats.model_forward_seconds.total, stats.guidance_seconds.total
+        return {
+            "diffusion": diffusion,
+            "vocabulary": max(guidance - forward - backward, 0.0),
+            "reward forward": forward,
+            "reward backward": backward,
+            "rest": max(self.seconds - diffusion - guidance, 0.0),
+        }
+
+    def plus(self, other: Run) -> Run:
+        """Both, one after the other."""
+        stats = self.stats.plus(other.stats) if self.stats and other.stats else None
+        flops = self.flops.plus(other.flops) if self.flops and other.flops else None
+        return Run(
+            self.seconds + other.seconds,
+            self.cpu_seconds + other.cpu_seconds,
+            {**self.token_ids, **other.token_ids},
+            stats,
+            flops,
+        )
 
 
 def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -> Pair:
@@ -107,56 +181,53 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
     return Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))
 
 
-def run_engine(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, JobResult]]:
-    """Seconds and results of all jobs submitted at once."""
-    runner = Runner(pair.loaded, {} if pair.reward is None else {"rm": pair.reward})
-    started = time.perf_counter()
+def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
+    """All jobs submitted at once."""
+    runner = Runner(pair.loaded, {} if pair.reward is None else {"rm": pair.reward}, savings=savings)
     results: dict[str, JobResult] = {}
-    for job in jobs:
-        runner.add(job, now=time.time())
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Failed):
-                raise RuntimeError(event.message)
-            if isinstance(event, Finished):
-                results[event.job_id] = event.result
-    return time.perf_counter() - started, results
+    with recording(pair.loaded.model, pair.reward) as recorder:
+        watch = Stopwatch(pair.device)
+        for job in jobs:
+            runner.add(job, now=time.time())
+        while runner.has_work:
+            for event in runner.step():
+                if isinstance(event, Failed):
+                    raise RuntimeError(event.message)
+                if isinstance(event, Finished):
+                    results[event.job_id] = event.result
+        seconds, cpu_seconds = watch.read()
+    tokens = {job_id: tuple(t.token_ids for t in result.trajectories) for job_id, result in results.items()}
+    return Run(seconds, cpu_seconds, tokens, runner.stats, recorder.count())
 
 
-def run_one_by_one(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, JobResult]]:
+def run_one_by_one(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
     """The engine again, each job only after the one before: a single client."""
-    seconds = 0.0
-    results: dict[str, JobResult] = {}
-    for job in jobs:
-        taken, result = run_engine(pair, [job])
-        seconds += taken
-        results |= result
-    return seconds, results
+    run = run_engine(pair, jobs[:1], savings)
+    for job in jobs[1:]:
+        run = run.plus(run_engine(pair, [job], savings))
+    return run
 
 
-def run_plain(pair: Pair, jobs: Sequence[Job]) -> tuple[float, dict[str, list[list[int]]]]:
-    """Seconds and canvas tokens of the plain loop, one job after another."""
-    started = time.perf_counter()
-    tokens = {job.id: pair.plain.run(job).token_ids for job in jobs}
-    return time.perf_counter() - started, tokens
+def run_plain(pair: Pair, jobs: Sequence[Job]) -> Run:
+    """The plain loop, one job after another."""
+    watch = Stopwatch(pair.device)
+    tokens = {job.id: tuple(tuple(ids) for ids in pair.plain.run(job).token_ids) for job in jobs}
+    seconds, cpu_seconds = watch.read()
+    return Run(seconds, cpu_seconds, tokens)
 
 
-def count_flops(pair: Pair, jobs: Sequence[Job]) -> int:
-    """Floating-point operations of the matrix products and attentions that the engine really runs on these jobs."""
-    with FlopCounterMode(display=False) as counter:
-        run_engine(pair, jobs)
-    return int(counter.get_total_flops())
+def only_first_trajectory(job: Job) -> Job:
+    """The same job with K = 1: its trajectory is the first of the whole job's, token for token."""
+    return replace(job, sampling=replace(job.sampling, n=1, best_of=1))
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 1.0) -> float:
-    """The machine's matrix-product rate in FLOP/s, the best of many products of `size` cubed."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+def same_tokens(run: Run, other: Run) -> float:
+    """Share of the trajectories that both runs have whose tokens are all equal."""
+    same = [
+        mine == theirs
+        for job_id in run.token_ids.keys() & other.token_ids.keys()
+        for mine, theirs in zip(run.token_ids[job_id], other.token_ids[job_id], strict=False)
+    ]
+    if not same:
+        raise ValueError("the runs have no trajectory in common")
+    return sum(same) / len(same)

@@ -1,0 +1,296 @@
+"""The cost model: floating-point operations of a run, counted from shapes, by phase.
+
+Counted are the multiplications and additions of matrix products and attention, two operations a multiply-add; norms,
+rotations, softmaxes and the passes over the vocabulary that are no products are not, so time spent there lowers the
+utilisation. What is counted is what the work *needs*, whatever the code does: in its last layer a network needs
+queries, output projections and MLPs only where it is read; causal attention needs its lower triangle; the backward
+pass of a frozen network needs one product for each of the forward's (the gradient of its input) and no gradient at
+all of cached keys and values. Sizes are read from the real calls of a run, so a saving that shrinks a call shrinks
+its count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import kernels
+from server.models.dream import DreamConfig
+from server.models.llada import LLaDAConfig
+from server.rewards.reward_model import RewardModel
+
+Note = Callable[..., Callable[["Flops"], None]]
+"""The arguments of a watched call -> what adds its operations up later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Sizes of a stack of pre-norm blocks with SwiGLU: width d, H query and Hkv key heads of `size` channels."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    size: int
+    intermediate: int
+
+    @classmethod
+    def of_diffusion(cls, config: DreamConfig | LLaDAConfig) -> Decoder:
+        """Of a Dream or LLaDA network."""
+        if isinstance(config, DreamConfig):
+            return cls(
+                config.hidden_size,
+                config.num_hidden_layers,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                config.intermediate_size,
+            )
+        return cls(
+            config.d_model,
+            config.n_layers,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.mlp_hidden_size,
+        )
+
+    @classmethod
+    def of_reward(cls, config: Any) -> Decoder:
+        """Of a transformers configuration of Llama's family."""
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            size,
+            config.intermediate_size,
+        )
+
+    def queries(self, tokens: int) -> int:
+        """Query and output projections and the MLP of one layer: what only tokens that are read later need."""
+        return 2 * tokens * self.hidden * (2 * self.heads * self.size + 3 * self.intermediate)
+
+    def keys(self, tokens: int) -> int:
+        """Key and value projections of one layer."""
+        return 4 * tokens * self.hidden * self.key_heads * self.size
+
+    def attention(self, pairs: int) -> int:
+        """Scores and weighted sums of one layer, for that many (query, key) pairs."""
+        return 4 * pairs * self.heads * self.size
+
+    def products(self, tokens: int, read: int) -> int:
+        """All projections and MLPs when `read` of the tokens are read after the last layer."""
+        return self.layers * self.keys(tokens) + (self.layers - 1) * self.queries(tokens) + self.queries(read)
+
+
+def diffusion_attention(decoder: Decoder, lengths: Sequence[int], read: Sequence[int]) -> int:
+    """Bidirectional attention within sequences of these lengths, of which `read` tokens each are read."""
+    whole = sum(length * length for length in lengths)
+    last = sum(length * rows for length, rows in zip(lengths, read, strict=True))
+    return decoder.attention((decoder.layers - 1) * whole + last)
+
+
+def causal_pairs(prefixes: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+    """(query, key) pairs of rows that continue cached prefixes: with the prefix, and among the rows' own tokens."""
+    behind = sum(prefix * length for prefix, length in zip(prefixes, lengths, strict=True))
+    return behind, sum(length * (length + 1) // 2 for length in lengths)
+
+
+def reward_forward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
+    """One number a row, read at its last token."""
+    behind, own = causal_pairs(prefixes, lengths)
+    last = sum(prefixes) + sum(lengths)
+    pairs = (decoder.layers - 1) * (behind + own) + last
+    read = len(lengths)
+    return decoder.products(sum(lengths), read) + decoder.attention(pairs) + 2 * read * decoder.hidden
+
+
+def reward_backward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
+    """From the reward to the rows' own embeddings: a product for each of the forward's; in attention two for every pair
+    with a cached key (of the weights and of the query) and four for every other (of the key and the value as well)."""
+    behind, own = causal_pairs(prefixes, lengths)
+    read = len(lengths)
+    last_own = sum(lengths)
+    pairs = (decoder.layers - 1) * (behind + 2 * own) + sum(prefixes) + 2 * last_own
+    return decoder.products(sum(lengths), read) + decoder.attention(pairs) + 2 * read * decoder.hidden
+
+
+def reward_prefix(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
+    """Keys and values of every layer for tokens that no reward is read at."""
+    behind, own = causal_pairs(prefixes, lengths)
+    return decoder.products(sum(lengths), 0) + decoder.attention((decoder.layers - 1) * (behind + own))
+
+
+def vocabulary_product(rows: int, vocab_size: int, width: int) -> int:
+    """The LM head, the mixing of embeddings (q @ E) or the gradient of the logits (g @ E.T)."""
+    return 2 * rows * vocab_size * width
+
+
+@dataclass(slots=True)
+class Flops:
+    """Operations of a run: the diffusion model's trunk, attention and head; q @ E and g @ E.T; the reward model's
+    forward passes (final scoring included), backward passes, and cached prefixes."""
+
+    trunk: int = 0
+    attention: int = 0
+    head: int = 0
+    mix: int = 0
+    update: int = 0
+    reward_forward: int = 0
+    reward_backward: int = 0
+    reward_prefix: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    def plus(self, other: Flops) -> Flops:
+        """The sum, kind by kind."""
+        theirs = asdict(other)
+        return Flops(**{name: value + theirs[name] for name, value in asdict(self).items()})
+
+    def by_phase(self) -> dict[str, int]:
+        """Under the names of the phases that the engine times."""
+        return {
+            "diffusion": self.trunk + self.attention + self.head,
+            "vocabulary": self.mix + self.update,
+            "reward forward": self.reward_forward + self.reward_prefix,
+            "reward backward": self.reward_backward,
+        }
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Calls as they come, counted afterwards: reading sizes from a device would make it wait."""
+
+    pending: list[Callable[[Flops], None]] = field(default_factory=list)
+
+    def count(self) -> Flops:
+        flops = Flops()
+        for each in self.pending:
+            each(flops)
+        return flops
+
+
+@contextmanager
+def recording(model: Any, reward: RewardModel | None) -> Iterator[_Recorder]:
+    """Watch a diffusion model, a reward model and the kernels while a run goes on; `count()` afterwards."""
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(_watched(model, "hidden", _diffusion_hidden(model), recorder))
+        stack.enter_context(_watched(model, "head", _diffusion_head(model), recorder))
+        stack.enter_context(_watched(kernels, "mix", _mix, recorder))
+        stack.enter_context(_watched(kernels, "update", _update, recorder))
+        if reward is not None:
+            decoder = Decoder.of_reward(reward._network.config)
+            stack.enter_context(_watched(reward, "forward", _reward_read(decoder), recorder))
+            stack.enter_context(_watched(reward, "extend", _reward_extended(decoder), recorder))
+        yield recorder
+
+
+@contextmanager
+def _watched(owner: Any, name: str, note: Note, recorder: _Recorder) -> Iterator[None]:
+    original = getattr(owner, name)
+    own = name in vars(owner)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        recorder.pending.append(note(*args, **kwargs))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def _diffusion_hidden(model: Any) -> Note:
+    decoder = Decoder.of_diffusion(model.config)
+
+    def note(tokens: torch.Tensor, layout: Any, rows: torch.Tensor | None = None) -> Callable[[Flops], None]:
+        lengths = layout.lengths
+
+        def add(flops: Flops) -> None:
+            read = list(lengths)
+            if rows is not None:
+                ends = np.cumsum(lengths)
+                # Only different rows are needed: with Dream's shift two positions may read the same one.
+                owners = np.searchsorted(ends, np.unique(rows.cpu().numpy()), side="right")
+                read = np.bincount(owners, minlength=len(lengths)).tolist()
+            flops.trunk += decoder.products(sum(lengths), sum(read))
+            flops.attention += diffusion_attention(decoder, lengths, read)
+
+        return add
+
+    return note
+
+
+def _diffusion_head(model: Any) -> Note:
+    def note(hidden: torch.Tensor) -> Callable[[Flops], None]:
+        rows, width = hidden.shape
+
+        def add(flops: Flops) -> None:
+            flops.head += vocabulary_product(rows, model.vocab_size, width)
+
+        return add
+
+    return note
+
+
+def _mix(state: kernels.Guided, table: torch.Tensor, *_: Any, **__: Any) -> Callable[[Flops], None]:
+    rows, (vocab_size, width) = state.rows, table.shape
+
+    def add(flops: Flops) -> None:
+        flops.mix += vocabulary_product(rows, vocab_size, width)
+
+    return add
+
+
+def _update(
+    state: kernels.Guided, terms: Sequence[kernels.Term], rows: torch.Tensor | None = None
+) -> Callable[[Flops], None]:
+    count = state.rows if rows is None else len(rows)
+    shapes = [term.table.shape for term in terms]
+
+    def add(flops: Flops) -> None:
+        flops.update += sum(vocabulary_product(count, vocab_size, width) for vocab_size, width in shapes)
+
+    return add
+
+
+def _reward_read(decoder: Decoder) -> Note:
+    def note(rows: Any, embeds: torch.Tensor, *_: Any, **__: Any) -> Callable[[Flops], None]:
+        prefixes, lengths = [prefix.length for prefix in rows.prefixes], rows.lengths
+        backward = embeds.requires_grad
+
+        def add(flops: Flops) -> None:
+            flops.reward_forward += reward_forward(decoder, prefixes, lengths)
+            if backward:
+                flops.reward_backward += reward_backward(decoder, prefixes, lengths)
+
+        return add
+
+    return note
+
+
+def _reward_extended(decoder: Decoder) -> Note:
+    def note(rows: Any, embeds: torch.Tensor, *_: Any, **__: Any) -> Callable[[Flops], None]:
+        prefixes, lengths = [prefix.length for prefix in rows.prefixes], rows.lengths
+
+        def add(flops: Flops) -> None:
+            flops.reward_prefix += reward_prefix(decoder, prefixes, lengths)
+
+        return add
+
+    return note
