@@ -145,6 +145,25 @@ def test_tokens_rewards_and_choice_equal_the_plain_loop_in_float64(pair64: Any, 
             assert trajectory.reward == (reward if reward is None else pytest.approx(reward, abs=1e-4))
 
 
+@pytest.mark.parametrize(
+    ("one_at_a_time", "ranking"),
+    [
+        (gradient("entrgi", algorithm="entropy_bound", entropy_bound=0.0), "entropy"),
+        # The whole vocabulary: positions at which the filters keep one token have no entropy, and would go together.
+        ({"algorithm": "entropy_bound", "entropy_bound": 0.0, "top_p": 1.0}, "entropy"),
+        ({"algorithm": "threshold", "confidence_threshold": 1.0, "temperature": 0.0}, "maskgit_plus"),
+    ],
+)
+def test_rules_that_allow_one_token_a_step_equal_the_exact_ranking(
+    pair64: Any, one_at_a_time: dict[str, Any], ranking: str
+) -> None:
+    adaptive_job = make_job(pair64, 1, schedule="even", **one_at_a_time)
+    exact_job = replace(adaptive_job, diffusion=DiffusionParams(8, ranking, schedule="even"))  # type: ignore[arg-type]
+    adaptive_run, exact_run = (run(pair64, [job])[job.id] for job in (adaptive_job, exact_job))
+    assert adaptive_run.trajectories == exact_run.trajectories
+    assert adaptive_run.steps == exact_run.steps == 8
+
+
 @pytest.mark.parametrize("algorithm", ["entropy_bound", "threshold"])
 def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any, algorithm: str) -> None:
     taken = []

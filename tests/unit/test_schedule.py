@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.diffusion.schedule import blocks, plan, time_grid
+from server.diffusion.schedule import adapted, blocks, plan, time_grid
 from server.types import DiffusionParams, GuidanceParams
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -90,3 +90,51 @@ def test_every_plan_reveals_every_position_of_every_block_once(
     assert sum(revealed.values()) == max_tokens
     assert [step.index for step in planned] == list(range(len(planned)))
     assert len(planned) >= steps or block_length is not None
+
+
+@given(
+    max_tokens=st.integers(1, 200),
+    steps=st.integers(1, 200),
+    block_length=st.none() | st.integers(1, 200),
+    schedule=st.sampled_from(["linear", "even"]),
+    algorithm=st.sampled_from(["entropy_bound", "threshold"]),
+)
+def test_an_adaptive_run_keeps_the_pace_of_the_exact_one(
+    max_tokens: int, steps: int, block_length: int | None, schedule: str, algorithm: str
+) -> None:
+    """When the rule allows nothing, each step reveals what the schedule does, and one where that is none: the run never
+    lags behind, and ends within T steps."""
+    common = {"steps": steps, "block_length": block_length, "schedule": schedule}
+    exact = plan(max_tokens, DiffusionParams(**common), GuidanceParams())  # type: ignore[arg-type]
+    planned = plan(max_tokens, DiffusionParams(**common, algorithm=algorithm), GuidanceParams())  # type: ignore[arg-type]
+    assert [(step.start, step.stop, step.time) for step in planned] == [(s.start, s.stop, s.time) for s in exact]
+    left = {(step.start, step.stop): step.stop - step.start for step in exact}
+    behind = dict(left)
+    for step, counted in zip(planned, exact, strict=True):
+        block = step.start, step.stop
+        left[block] -= counted.reveal
+        assert step.left == counted.left == left[block]
+        if behind[block]:
+            behind[block] -= min(behind[block], step.least(behind[block]))
+            assert step.reveal == 1
+        assert behind[block] <= left[block]
+    assert not any(behind.values())
+
+
+@given(max_tokens=st.integers(1, 200), more=st.integers(0, 100), schedule=st.sampled_from(["linear", "even"]))
+def test_with_a_step_a_token_the_pace_never_asks_for_more_than_one(max_tokens: int, more: int, schedule: str) -> None:
+    diffusion = DiffusionParams(max_tokens + more, "threshold", schedule=schedule)  # type: ignore[arg-type]
+    masked = max_tokens
+    for step in plan(max_tokens, diffusion, GuidanceParams())[:max_tokens]:
+        assert step.least(masked) == 1
+        masked -= 1
+
+
+def test_the_window_of_an_adaptive_run_counts_what_is_revealed_and_the_steps_taken() -> None:
+    guidance = GuidanceParams(method="entrgi", start=0.25, stop=0.75, every=2)
+    step = plan(8, DiffusionParams(8, "threshold"), guidance)[5]
+    assert adapted(step, 6, 8, 0, guidance).guided
+    assert not adapted(step, 6, 8, 1, guidance).guided
+    assert not adapted(step, 7, 8, 0, guidance).guided
+    assert adapted(step, 3, 8, 4, guidance).guided
+    assert not adapted(step, 2, 8, 4, guidance).guided
