@@ -95,6 +95,11 @@ class JobStream:
         self._ended = isinstance(event, Answer)
         return event
 
+    @property
+    def begun_at(self) -> float | None:
+        """When a worker began to compute for the job (`time.monotonic`); None before that."""
+        return self._pending.begun_at
+
     async def aclose(self) -> None:
         """The client is gone: the job leaves before the worker's next denoising step."""
         self._ended = True
@@ -243,15 +248,25 @@ class Engine:
         *,
         deadline: float | None = None,
     ) -> list[float]:
-        """Rewards of (conversation, response) pairs, in order. Raises as `check_room` does, InvalidRequest,
-        and DeadlineExceeded past `deadline` (seconds of time.time())."""
+        """Rewards of (conversation, response) pairs, in order. Raises as `scored` does."""
+        return (await self.scored(reward_model, items, deadline=deadline)).scores
+
+    async def scored(
+        self,
+        reward_model: str,
+        items: Sequence[tuple[tuple[Message, ...], str]],
+        *,
+        deadline: float | None = None,
+    ) -> Scored:
+        """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
+        does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
         request_id = f"score:{next(self._score_ids)}"
         message = Score(request_id, reward_model, list(items))
         async with JobStream(self, self._enqueue(request_id, message, score_cost(message), deadline)) as stream:
             async for event in stream:
                 match event:
-                    case Scored(scores=scores):
-                        return scores
+                    case Scored():
+                        return event
                     case Failed(kind=kind, message=text, param=param):
                         raise from_kind(kind, text, param)
                     case _:
@@ -296,6 +311,8 @@ class Engine:
             return  # cancelled meanwhile
         if isinstance(event, Begun):
             pending.begun = True
+            if pending.begun_at is None:
+                pending.begun_at = time.monotonic()
         elif isinstance(event, Answer):
             if isinstance(event, Finished):
                 self._throughput.finished(time.monotonic())

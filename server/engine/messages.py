@@ -142,10 +142,11 @@ class Failed(_Wire, frozen=True):
 
 
 class Scored(_Wire, frozen=True):
-    """The answer of a score request: one reward an item, in order."""
+    """The answer of a score request: one reward an item, in order, and how many tokens were read for all of them."""
 
     id: str
     scores: list[float]
+    tokens: int
 
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown

@@ -66,8 +66,8 @@ class Pending:
     estimate of the work in it.
 
     `worker` is the number of the worker that has it, None while it waits for one; `begun` says that that worker has
-    begun to compute for it. `deaths` counts the workers that died while computing for it, `losses` those that died
-    with it in their queue.
+    begun to compute for it; `begun_at` (`time.monotonic`) when a worker first had. `deaths` counts the workers that
+    died while computing for it, `losses` those that died with it in their queue.
     """
 
     id: str
@@ -78,6 +78,7 @@ class Pending:
     mailbox: Mailbox = field(default_factory=Mailbox)
     worker: int | None = None
     begun: bool = False
+    begun_at: float | None = None
     deaths: int = 0
     losses: int = 0
     timer: asyncio.TimerHandle | None = None

@@ -18,10 +18,11 @@ from server.text.template import conversation_ids
 
 @dataclass(slots=True)
 class _Request:
-    """Scores as they come in; None where an item has not been scored."""
+    """Scores as they come in; None where an item has not been scored. `tokens` of all items."""
 
     id: str
     scores: list[float | None] = field(default_factory=list)
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Scorer:
                     f"{model.info.context_length}",
                     "documents",
                 )
+            pending.tokens += len(token_ids)
             items.append(_Item(pending, index, request.reward_model, token_ids))
         self._items.extend(items)
         if not items:
@@ -86,7 +88,7 @@ class Scorer:
 
     def step(self) -> list[Event]:
         """Score one pack of items; the answers of the requests that are complete with it."""
-        events: list[Event] = [Scored(request_id, []) for request_id in self._empty]
+        events: list[Event] = [Scored(request_id, [], 0) for request_id in self._empty]
         self._empty = []
         if not self._items:
             return events
@@ -101,7 +103,7 @@ class Scorer:
         for request in touched.values():
             scores = [score for score in request.scores if score is not None]
             if len(scores) == len(request.scores):
-                events.append(Scored(request.id, scores))
+                events.append(Scored(request.id, scores, request.tokens))
         return events
 
     def _pack(self) -> list[_Item]:

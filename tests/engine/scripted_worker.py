@@ -163,7 +163,8 @@ class ScriptedScorer:
 
     def step(self) -> list[Event]:
         request = self.requests.pop(0)
-        return [Scored(request.id, [float(len(response)) for _, response in request.items])]
+        scores = [float(len(response)) for _, response in request.items]
+        return [Scored(request.id, scores, sum(len(response) for _, response in request.items))]
 
 
 @dataclass
