@@ -37,6 +37,10 @@ class DiffusionModel(Protocol):
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
 
+    def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """What `head` turns into the logits for the tokens at packed indices `rows` (N,): (N, d). Kept in place of
+        logits, which are V / d times as large, so that the head can run on some rows at a time."""
+
     def head(self, hidden: Tensor) -> Tensor:
         """(N, d) -> logits (N, V)."""
 

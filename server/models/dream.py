@@ -190,9 +190,13 @@ class DreamModel(nn.Module):
         tied = self.config.tie_word_embeddings
         return functional.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
+    def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """`masked_logits` before the head, (N, d); the shift is done here."""
+        return self.hidden(tokens, layout, source_rows(layout, rows, shifts=self.shifts))
+
     def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """Logits (N, V) for the tokens at packed indices `rows` (N,) int64; the shift is done here."""
-        return self.head(self.hidden(tokens, layout, source_rows(layout, rows, shifts=self.shifts)))
+        return self.head(self.masked_hidden(tokens, layout, rows))
 
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """`masked_logits`, so that the module can be called (and wrapped) in training."""

@@ -188,9 +188,13 @@ class LLaDAModel(nn.Module):
         head = self.model.transformer.wte if self.config.weight_tying else self.model.transformer.ff_out
         return functional.linear(hidden, head.weight)
 
+    def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """`masked_logits` before the head, (N, d)."""
+        return self.hidden(tokens, layout, source_rows(layout, rows, shifts=self.shifts))
+
     def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """Logits (N, V) for the tokens at packed indices `rows` (N,) int64."""
-        return self.head(self.hidden(tokens, layout, source_rows(layout, rows, shifts=self.shifts)))
+        return self.head(self.masked_hidden(tokens, layout, rows))
 
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """`masked_logits`, so that the module can be called (and wrapped) in training."""
