@@ -267,6 +267,7 @@ class Supervisor:
             raise
         self.failed_starts = 0
         self.ready = True
+        logger.info("%s (process %d) is ready", self.name, worker.process.pid)
         self.listener.on_ready(info)
         return info
 
