@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import uvicorn
+from opentelemetry.trace import TracerProvider
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from server import __version__, log
 from server.api.app import create_app
 from server.api.protocol import connection_class
+from server.api.telemetry import exporting_provider
 from server.engine.config import EngineConfig, WorkerConfig
 from server.engine.engine import Engine
 from server.engine.scheduler import Budget
+from server.errors import ConfigurationError
 from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config: Path | None = parsed.pop("config", None)
     try:
         settings = load(parsed, config)
-    except SettingsError as error:
+        tracer_provider = exporting_provider(settings.otlp_endpoint)
+    except (SettingsError, ConfigurationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     log.configure(settings.log_level, settings.log_format)
@@ -55,10 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.host not in LOOPBACK and not settings.api_key:
         logger.warning("LISTENING ON %s WITHOUT AN API KEY: anyone who can reach it can use it", settings.host)
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
-        return runner.run(serve(settings))
+        status = runner.run(serve(settings, tracer_provider))
+    if tracer_provider is not None:
+        tracer_provider.shutdown()  # sends what is left
+    return status
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, tracer_provider: TracerProvider | None = None) -> int:
     """Serve until a signal, or until the engine turns out not to start. Returns the exit status."""
     engine = Engine(engine_config(settings))
     failures: list[BaseException] = []
@@ -67,7 +74,7 @@ async def serve(settings: Settings) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(engine, settings, on_failure=failed)
+    app = create_app(engine, settings, tracer_provider=tracer_provider, on_failure=failed)
     server = Server(http_config(app, settings))
     sock = server.config.bind_socket()
     draining: list[asyncio.Task[None]] = []

@@ -18,16 +18,19 @@ from prometheus_client.registry import Collector
 PREFIX = "entrgi:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# vLLM's buckets, in seconds.
+# vLLM's buckets, in seconds; latencies and waits have finer ones below vLLM's least bound of 0.3 s.
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
 )  # fmt: skip
 LATENCY_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0,
+    40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
-REWARD_BUCKETS = (-20.0, -10.0, -5.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0)
+REWARD_BUCKETS = (
+    -40.0, -30.0, -20.0, -15.0, -10.0, -7.5, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0,
+    15.0, 20.0, 30.0, 40.0,
+)  # fmt: skip
 
 
 class Distribution(Protocol):
@@ -105,10 +108,22 @@ class Metrics:
         self.final_reward = histogram(
             "final_reward", "Final reward of returned answers", REWARD_BUCKETS, ("reward_model", "method")
         )
+        # A histogram of numbers below zero has no `_sum`: Prometheus takes sums to be counters. These two are.
+        self.final_reward_size = counter(
+            "final_reward_size",
+            "Sum of the absolute final rewards of returned answers, by sign; positive minus negative is their sum",
+            ("reward_model", "method", "sign"),
+        )
         self.admission_rejections = counter(
             "admission_rejections", "Requests refused for want of room, time or readiness", ("reason",)
         )
         self.registry.register(_WorkerCollector(snapshot))
+
+    def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
+        """Count the final reward of one returned answer."""
+        self.final_reward.labels(reward_model, method).observe(reward)
+        for sign, size in (("positive", max(0.0, reward)), ("negative", max(0.0, -reward))):
+            self.final_reward_size.labels(reward_model, method, sign).inc(size)
 
     def introduce(self, model_name: str) -> None:
         """Make the label `model_name` exist from the start, so that rates of counters begin at zero."""

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
-from server.api import errors, openapi, ops, rewards, routes
+from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.convert import Limits
 from server.api.frontend import Frontend, StreamTimes
 from server.api.middleware import Guard, LimitBody, Observe
@@ -42,10 +43,14 @@ DESCRIPTION = "Reward-guided diffusion language models behind OpenAI's API, with
 
 
 def create_app(
-    engine: Engine, settings: Settings, *, on_failure: Callable[[BaseException], None] | None = None
+    engine: Engine,
+    settings: Settings,
+    *,
+    tracer_provider: TracerProvider | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
-    while the models load; `on_failure` hears when they cannot be loaded."""
+    while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
     metrics = Metrics(lambda: worker_snapshot(engine))
     frontend = Frontend(
         engine=engine,
@@ -59,6 +64,7 @@ def create_app(
         ),
         times=StreamTimes(settings.keep_alive_seconds, settings.stalled_client_seconds),
         metrics=metrics,
+        tracer=telemetry.tracer_of(tracer_provider),
     )
 
     async def start() -> None:
@@ -91,6 +97,7 @@ def create_app(
         docs_url=None,  # both pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=telemetry.fastapi_config(tracer_provider, settings.root_path),
     )
     app.state.frontend = frontend
     app.state.created = int(time.time())

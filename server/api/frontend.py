@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from opentelemetry.trace import NoOpTracer, Tracer
+
 from server.api.convert import Limits
 from server.engine.engine import Engine, JobStream
 from server.errors import QueueFull, RequestError
@@ -36,6 +38,7 @@ class Frontend:
     limits: Limits
     times: StreamTimes
     metrics: Metrics
+    tracer: Tracer = field(default_factory=NoOpTracer)
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
     _waiting: int = 0  # calls of `aside`

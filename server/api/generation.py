@@ -9,10 +9,10 @@ from contextlib import aclosing
 
 from server.api.convert import Plan
 from server.api.frontend import Frontend
+from server.api.telemetry import JobSpans
 from server.engine.engine import JobStream
 from server.engine.messages import Event, Failed, Finished, Progress, Started
 from server.errors import InvalidRequest, RequestError, from_kind
-from server.metrics import Metrics
 from server.types import Job, JobResult
 
 MERGED_EVENTS = 64
@@ -23,7 +23,7 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
     Close it (`aclosing`) to drop what is left: jobs leave before the next denoising step."""
     streams = frontend.submit(plan.jobs)
     merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MERGED_EVENTS)
-    records = [_Record(frontend.metrics, plan, job) for job in plan.jobs]
+    records = [_Record(frontend, plan, job, stream) for job, stream in zip(plan.jobs, streams, strict=True)]
     pumps = [
         asyncio.create_task(_pump(index, stream, merged), name=f"pump {plan.jobs[index].id}")
         for index, stream in enumerate(streams)
@@ -70,14 +70,16 @@ def failure(event: Failed, plan: Plan) -> RequestError:
 
 
 class _Record:
-    """The metrics of one job's life."""
+    """The metrics and spans of one job's life."""
 
-    def __init__(self, metrics: Metrics, plan: Plan, job: Job) -> None:
-        self._metrics = metrics
+    def __init__(self, frontend: Frontend, plan: Plan, job: Job, stream: JobStream) -> None:
+        self._metrics = frontend.metrics
         self._job = job
+        self._stream = stream
         self._model = plan.model
         self._arrived = time.monotonic()
-        self._gauge = metrics.requests_waiting.labels(plan.model)
+        self._spans = JobSpans(frontend.tracer, plan, job, self._arrived)
+        self._gauge = self._metrics.requests_waiting.labels(plan.model)
         self._gauge.inc()
         self._first_text = False
         self._ended = False
@@ -87,7 +89,9 @@ class _Record:
         now = time.monotonic()
         match event:
             case Started():
-                self._metrics.queue_time.labels(self._model).observe(now - self._arrived)
+                begun = self._stream.begun_at or now
+                self._metrics.queue_time.labels(self._model).observe(max(0.0, begun - self._arrived))
+                self._spans.begun(begun)
                 self._gauge.dec()
                 self._gauge = self._metrics.requests_running.labels(self._model)
                 self._gauge.inc()
@@ -97,14 +101,16 @@ class _Record:
             case Finished(result=result):
                 self._text_is_there(now)
                 self._finished(result, now)
-            case Failed():
+            case Failed(kind=kind):
                 self._ended = True
+                self._spans.failed(kind)
             case _:
                 pass
 
     def close(self) -> None:
         """The job is over, one way or another."""
         self._gauge.dec()
+        self._spans.close()
         if not self._ended:
             self._metrics.request_success.labels(self._model, "abort").inc()
 
@@ -115,6 +121,7 @@ class _Record:
 
     def _finished(self, result: JobResult, now: float) -> None:
         self._ended = True
+        self._spans.finished(result)
         metrics, job = self._metrics, self._job
         metrics.e2e_latency.labels(self._model).observe(now - self._arrived)
         metrics.prompt_tokens.labels(self._model).inc(len(job.prompt_ids) + len(job.suffix_ids))
@@ -129,4 +136,4 @@ class _Record:
             metrics.guided_requests.labels(method, "+".join(sorted(names))).inc()
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():
-                metrics.final_reward.labels(name, method).observe(reward)
+                metrics.observe_reward(name, method, reward)

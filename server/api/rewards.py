@@ -26,6 +26,13 @@ router = APIRouter()
 STATUSES = (400, 404, 408, 413, 415, 429, 503)
 
 
+class ReadUsage(Answer):
+    """Tokens that the reward model read: each conversation with its response, in its chat template."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
 class Score(Answer):
     """The reward of one pair."""
 
@@ -42,6 +49,7 @@ class ScoreResponse(Answer):
     created: int
     model: str
     data: list[Score]
+    usage: ReadUsage
 
 
 class Document(Answer):
@@ -64,6 +72,7 @@ class RerankResponse(Answer):
     id: str
     model: str
     results: list[RankedDocument]
+    usage: ReadUsage
 
 
 class TokenizeResponse(Answer):
@@ -100,13 +109,14 @@ async def score(request: Request) -> Response:
             "the one as of the other",
             "documents",
         )
-    rewards = await _rewards(request, frontend, name, list(zip(queries, asked.documents, strict=True)))
+    rewards, usage = await _rewards(request, frontend, name, list(zip(queries, asked.documents, strict=True)))
     answer = ScoreResponse(
         id=f"score-{uuid.uuid4().hex}",
         object="list",
         created=int(time.time()),
         model=name,
         data=[Score(index=index, object="score", score=reward) for index, reward in enumerate(rewards)],
+        usage=usage,
     )
     return JSONResponse(answer.to_json())
 
@@ -122,7 +132,7 @@ async def rerank(request: Request) -> Response:
     asked = await body.read(request, RerankRequest)
     name = _reward_model(asked.model, frontend.info)
     query = messages(asked.query)
-    rewards = await _rewards(request, frontend, name, [(query, document) for document in asked.documents])
+    rewards, usage = await _rewards(request, frontend, name, [(query, document) for document in asked.documents])
     order = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))
     answer = RerankResponse(
         id=f"rerank-{uuid.uuid4().hex}",
@@ -131,6 +141,7 @@ async def rerank(request: Request) -> Response:
             RankedDocument(index=index, document=Document(text=asked.documents[index]), relevance_score=rewards[index])
             for index in order[: asked.top_n or len(order)]
         ],
+        usage=usage,
     )
     return JSONResponse(answer.to_json())
 
@@ -199,7 +210,7 @@ def _reward_model(name: str | None, info: EngineInfo) -> str:
 
 async def _rewards(
     request: Request, frontend: Frontend, name: str, pairs: list[tuple[tuple[Message, ...], str]]
-) -> list[float]:
+) -> tuple[list[float], ReadUsage]:
     if len(pairs) > frontend.limits.max_score_pairs:
         limit = frontend.limits.max_score_pairs
         raise InvalidRequest(f"there are {len(pairs)} documents; the limit is {limit}", "documents")
@@ -211,4 +222,5 @@ async def _rewards(
         )
     timeout = frontend.limits.request_timeout
     deadline = None if timeout is None else time.time() + timeout
-    return await unless_disconnected(request.receive, frontend.engine.score(name, pairs, deadline=deadline))
+    scored = await unless_disconnected(request.receive, frontend.engine.scored(name, pairs, deadline=deadline))
+    return scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

@@ -1,0 +1,180 @@
+"""OpenTelemetry traces, when a collector is configured; otherwise nothing here costs more than a call.
+
+A request's span is FastAPI's own; it continues the client's trace (`traceparent`). Below it each prompt has two spans:
+`queue`, until a worker begins, and one for the generation, with the attributes of OpenTelemetry's conventions for
+generative AI and ours under `entrgi.`. No span holds text of a prompt, of an answer or of a stop string.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi.telemetry import TelemetryConfig
+from opentelemetry import context, trace
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
+
+from server import __version__
+from server.api.convert import Plan
+from server.errors import ConfigurationError
+from server.log import request_id
+from server.types import Job, JobResult
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
+
+ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+SERVICE = "entrgi-server"
+PROBES = ("/health", "/ready", "/ping", "/metrics")
+Attributes = dict[str, str | bool | int | float | list[str]]
+
+
+def exporting_provider(endpoint: str | None, environment: Mapping[str, str] = os.environ) -> SdkTracerProvider | None:
+    """Sends spans to `endpoint` (a collector's base URL, OTLP over HTTP), or to where OpenTelemetry's own variables
+    say; None when neither names a collector. Nothing of the SDK is imported in that case. The caller shuts it down.
+    Raises ConfigurationError when the SDK is not installed."""
+    if endpoint is None and not any(environment.get(name) for name in ENDPOINT_VARIABLES):
+        return None
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise ConfigurationError(
+            "otlp_endpoint: traces need the packages of requirements-otel.lock, which are not installed"
+        ) from error
+    exporter = OTLPSpanExporter(None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces")
+    name = environment.get("OTEL_SERVICE_NAME") or SERVICE
+    resource = Resource.create({"service.name": name, "service.version": __version__})
+    provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
+
+
+def fastapi_config(provider: TracerProvider | None, root_path: str) -> TelemetryConfig:
+    """FastAPI's own telemetry: spans of requests other than probes, and nothing else."""
+    probes = frozenset({*PROBES, *(root_path + path for path in PROBES)})
+    exclude: Callable[[MutableMapping[str, Any]], bool] = lambda scope: scope["path"] in probes  # noqa: E731
+    return {
+        "tracing": provider is not None,
+        "tracer_provider": provider,
+        "metrics": False,
+        "logs": False,
+        "operation_spans": False,
+        "auto_configure": False,
+        "exclude": exclude,
+    }
+
+
+def tracer_of(provider: TracerProvider | None) -> Tracer:
+    """The tracer of our spans; one that does nothing without a provider."""
+    return NoOpTracer() if provider is None else provider.get_tracer("entrgi", __version__)
+
+
+class JobSpans:
+    """The two spans of one prompt, from its submission on. Moments are seconds of `time.monotonic`."""
+
+    def __init__(self, tracer: Tracer, plan: Plan, job: Job, arrived: float) -> None:
+        self._tracer = tracer
+        self._parent = context.get_current()
+        self._plan = plan
+        self._job = job
+        if identity := request_id.get():
+            trace.get_current_span().set_attribute("entrgi.request_id", identity)
+        self._span: Span = tracer.start_span("queue", self._parent, start_time=_wall(arrived))
+        self._span.set_attribute("entrgi.prompt_index", job.prompt_index)
+        self._generating = False
+        self._ended = False
+
+    def begun(self, moment: float) -> None:
+        """A worker began at this moment."""
+        if self._ended or self._generating:
+            return
+        self._generating = True
+        recording = self._span.is_recording()
+        self._span.end(_wall(moment))
+        operation = "chat" if self._plan.chat else "text_completion"
+        self._span = self._tracer.start_span(
+            f"{operation} {self._plan.model}",
+            self._parent,
+            SpanKind.INTERNAL,
+            attributes=_request_attributes(self._plan, self._job, operation) if recording else None,
+            start_time=_wall(moment),
+        )
+
+    def finished(self, result: JobResult) -> None:
+        """The prompt is answered."""
+        self.begun(time.monotonic())
+        if self._span.is_recording():
+            self._span.set_attributes(_response_attributes(self._job, result))
+        self._end()
+
+    def failed(self, kind: str) -> None:
+        """It ends with an error, whose class in `server.errors` has this kind."""
+        self._span.set_attribute("error.type", kind)
+        self._span.set_status(Status(StatusCode.ERROR))
+        self._end()
+
+    def close(self) -> None:
+        """Nobody waits for it any longer; after its end this does nothing."""
+        if not self._ended:
+            self._span.set_attribute("error.type", "client_closed_request")
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._span.end()
+
+
+def _wall(moment: float) -> int:
+    """A moment of `time.monotonic` as nanoseconds of the wall clock."""
+    return time.time_ns() - int((time.monotonic() - moment) * 1e9)
+
+
+def _request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
+    sampling, diffusion, guidance = job.sampling, job.diffusion, job.guidance
+    attributes: Attributes = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "entrgi",
+        "gen_ai.request.model": plan.model,
+        "gen_ai.request.choice.count": sampling.n,
+        "gen_ai.request.max_tokens": sampling.max_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.seed": sampling.seed,
+        "gen_ai.request.stream": plan.stream is not None,
+        "gen_ai.response.id": plan.id,
+        "gen_ai.response.model": plan.model,
+        "entrgi.prompt_index": job.prompt_index,
+        "entrgi.best_of": sampling.best_of,
+        "entrgi.diffusion.steps": diffusion.steps,
+        "entrgi.diffusion.algorithm": diffusion.algorithm,
+        "entrgi.guidance.method": guidance.method,
+    }
+    if sampling.top_k is not None:
+        attributes["gen_ai.request.top_k"] = sampling.top_k
+    if guidance.reward_models:
+        attributes["entrgi.guidance.reward_models"] = [weighted.model for weighted in guidance.reward_models]
+    if guidance.uses_gradient:
+        attributes["entrgi.guidance.gradient_steps"] = guidance.gradient_steps
+    return attributes
+
+
+def _response_attributes(job: Job, result: JobResult) -> Attributes:
+    chosen = [result.trajectories[index] for index in result.chosen]
+    attributes: Attributes = {
+        "gen_ai.usage.input_tokens": len(job.prompt_ids) + len(job.suffix_ids),
+        "gen_ai.usage.output_tokens": sum(trajectory.completion_tokens for trajectory in chosen),
+        "gen_ai.response.finish_reasons": [trajectory.finish_reason for trajectory in chosen],
+        "entrgi.trajectory_tokens": sum(trajectory.completion_tokens for trajectory in result.trajectories),
+        "entrgi.model_calls": result.model_calls,
+        "entrgi.reward_calls": result.reward_calls,
+    }
+    if chosen[0].reward is not None:
+        attributes["entrgi.reward"] = chosen[0].reward
+    return attributes
