@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from server.bench.harness import Bench, CaseResult, Figure, Measure, cpu_ratio, ratio, row, utilisation, warm_up
-from server.bench.workload import (
-    Pair,
-    Workload,
-    only_first_trajectory,
-    run_engine,
-    run_one_by_one,
-    run_plain,
-    same_tokens,
-)
+import torch
+
+from server.bench.harness import Bench, CaseResult, Figure, Row, cpu_ratio, ratio, row, utilisation, warm_up
+from server.bench.variants import engine, one_by_one, plain
+from server.bench.workload import Run, Workload, run_engine, run_plain, same_tokens
 from server.engine.savings import Savings
-from server.types import Job
+from server.types import METHODS
 
 HEADLINE = Workload()
 SMALL = Workload(prompts=2, best_of=2, max_tokens=32, steps=16)
 PUBLISHED_SECONDS = 137.0
 """What the authors' code takes for the headline case on two cores of this kind."""
-
-
-def engine(pair: Pair, workload: Workload, savings: Savings | None = None) -> Measure:
-    """The engine, all of the workload's jobs at once."""
-    return lambda number: run_engine(pair, workload.jobs(pair, number), savings)
-
-
-def one_by_one(pair: Pair, workload: Workload) -> Measure:
-    """The engine, one job after the other."""
-    return lambda number: run_one_by_one(pair, workload.jobs(pair, number))
-
-
-def plain(pair: Pair, workload: Workload, sample: Callable[[list[Job]], list[Job]] = lambda jobs: jobs) -> Measure:
-    """The plain loop, on all jobs or a sample of them."""
-    return lambda number: run_plain(pair, sample(workload.jobs(pair, number)))
-
-
-def first_trajectory(jobs: list[Job]) -> list[Job]:
-    """A sample: the first job, with K = 1."""
-    return [only_first_trajectory(jobs[0])]
 
 
 def headline(bench: Bench) -> CaseResult:
@@ -123,4 +98,61 @@ def ablation(bench: Bench) -> CaseResult:
     return CaseResult("ablation", rows, figures, rate.wall / 1e9)
 
 
-CASES: dict[str, Callable[[Bench], CaseResult]] = {"headline": headline, "unguided": unguided, "ablation": ablation}
+def guided_over_unguided(bench: Bench) -> CaseResult:
+    """The same requests guided (entrgi) and not: the ratio of their times over the ratio of their operations."""
+    pair = bench.pair()
+    work = bench.choose(HEADLINE, SMALL)
+    without = replace(work, method="none")
+    warm_up(pair, work)
+    before = bench.rate(pair.dtype)
+    variants = {"entrgi": engine(pair, work), "none": engine(pair, without)}
+    runs = bench.in_turn(variants, title="guided over unguided")
+    rate = before.max(bench.rate(pair.dtype))
+    guided, unguided_ = runs["entrgi"], runs["none"]
+    times, cpu_times = ratio(guided, unguided_), cpu_ratio(guided, unguided_)
+    operations = ratio_of_flops(runs)
+    figures = [
+        Figure("guided over unguided: ratio of times", times),
+        Figure("guided over unguided: ratio of operations", operations),
+        Figure("guided over unguided: the gap between them", times / operations, at_most=1.3),
+        Figure("guided over unguided: the gap by CPU time", cpu_times / operations),
+    ]
+    rows = [row(each, rate, variant=name) for name, each in runs.items()]
+    return CaseResult("guided_over_unguided", rows, figures, rate.wall / 1e9)
+
+
+def ratio_of_flops(runs: Mapping[str, list[Run]]) -> float:
+    """Operations of the first variant over those of the second, in the first round."""
+    first, second = (each[0].flops for each in runs.values())
+    if first is None or second is None:
+        raise ValueError("operations are counted for the engine only")
+    return first.total / second.total
+
+
+def exactness(bench: Bench) -> CaseResult:
+    """In float64, the engine's tokens are the plain loop's: every method, every saving on and off, mixed batches."""
+    pair = bench.pair(torch.float64)
+    work = bench.choose(replace(SMALL, max_tokens=24, steps=24), replace(SMALL, max_tokens=12, steps=12))
+    jobs = {method: replace(work, method=method).jobs(pair, number) for number, method in enumerate(METHODS)}
+    oracle = {method: run_plain(pair, each) for method, each in jobs.items()}
+    rate = bench.rate(pair.dtype)
+    rows: list[Row] = []
+
+    def check(variant: str, savings: Savings) -> None:
+        mixed = run_engine(pair, [job for each in jobs.values() for job in each], savings)
+        rows.append(
+            row([mixed], rate, variant=f"all methods in one batch, {variant}")
+            | {"same_tokens": min(same_tokens(each, mixed) for each in oracle.values())}
+        )
+
+    for method, each in jobs.items():
+        run = run_engine(pair, each)
+        rows.append(row([run], rate, variant=method) | {"same_tokens": same_tokens(oracle[method], run)})
+    names = [saving.name for saving in fields(Savings)]
+    check("all savings", Savings())
+    for name in names:
+        check(f"no {name}", Savings.without([name]))
+    check("no saving", Savings.without(names))
+    least = min(entry["same_tokens"] for entry in rows)
+    figures = [Figure("exactness: least share of trajectories with the plain loop's tokens", least, at_least=1.0)]
+    return CaseResult("exactness", rows, figures, rate.wall / 1e9)

@@ -11,6 +11,7 @@ its count.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -168,12 +169,15 @@ class Flops:
 
 
 @dataclass(slots=True)
-class _Recorder:
-    """Calls as they come, counted afterwards: reading sizes from a device would make it wait."""
+class Recorder:
+    """Calls as they come, counted afterwards: reading sizes from a device would make it wait. `prefix_seconds` is the
+    time inside the reward model's `extend`."""
 
     pending: list[Callable[[Flops], None]] = field(default_factory=list)
+    prefix_seconds: float = 0.0
 
     def count(self) -> Flops:
+        """Operations of all calls so far."""
         flops = Flops()
         for each in self.pending:
             each(flops)
@@ -181,9 +185,9 @@ class _Recorder:
 
 
 @contextmanager
-def recording(model: Any, reward: RewardModel | None) -> Iterator[_Recorder]:
+def recording(model: Any, reward: RewardModel | None) -> Iterator[Recorder]:
     """Watch a diffusion model, a reward model and the kernels while a run goes on; `count()` afterwards."""
-    recorder = _Recorder()
+    recorder = Recorder()
     with ExitStack() as stack:
         stack.enter_context(_watched(model, "hidden", _diffusion_hidden(model), recorder))
         stack.enter_context(_watched(model, "head", _diffusion_head(model), recorder))
@@ -197,13 +201,17 @@ def recording(model: Any, reward: RewardModel | None) -> Iterator[_Recorder]:
 
 
 @contextmanager
-def _watched(owner: Any, name: str, note: Note, recorder: _Recorder) -> Iterator[None]:
+def _watched(owner: Any, name: str, note: Note, recorder: Recorder) -> Iterator[None]:
     original = getattr(owner, name)
     own = name in vars(owner)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         recorder.pending.append(note(*args, **kwargs))
-        return original(*args, **kwargs)
+        started = time.perf_counter()
+        result = original(*args, **kwargs)
+        if name == "extend":
+            recorder.prefix_seconds += time.perf_counter() - started
+        return result
 
     setattr(owner, name, call)
     try:

@@ -11,16 +11,33 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from server.bench.cases import CASES
-from server.bench.harness import Bench
+from server.bench import cases, llada_case, sweeps
+from server.bench.harness import Bench, CaseResult
 from server.bench.machine import describe
 from server.bench.plots import draw
 from server.bench.report import show, write
+
+CASES: dict[str, Callable[[Bench], CaseResult]] = {
+    case.__name__: case
+    for case in (
+        cases.headline,
+        cases.unguided,
+        cases.guided_over_unguided,
+        cases.ablation,
+        cases.exactness,
+        sweeps.concurrency,
+        sweeps.method,
+        sweeps.linear,
+        sweeps.prefix_share,
+        llada_case.llada,
+    )
+}
 
 
 def parser() -> argparse.ArgumentParser:

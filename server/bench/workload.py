@@ -95,7 +95,7 @@ class Workload:
             prompt = [generator.randrange(vocab_size) for _ in range(self.prompt_tokens)]
         rewards = () if self.method == "none" else (WeightedReward("rm"),)
         return Job(
-            id=f"bench-{number}",
+            id=f"{self.method}-{number}",
             prompt_ids=tuple(prompt),
             conversation=conversation,
             sampling=SamplingParams(
@@ -115,13 +115,20 @@ class Workload:
 @dataclass(frozen=True, slots=True)
 class Run:
     """Some jobs, done. Seconds of wall and CPU time; tokens (L each) by job and trajectory; the engine's phase timers
-    and the operations counted from shapes (neither for the plain loop)."""
+    and the operations counted from shapes (neither for the plain loop); the part of `rest` that ran cached prefixes."""
 
     seconds: float
     cpu_seconds: float
     token_ids: Mapping[str, tuple[tuple[int, ...], ...]]
     stats: RunnerStats | None = None
     flops: Flops | None = None
+    prefix_seconds: float = 0.0
+
+    @property
+    def reward_seconds(self) -> float:
+        """Wall seconds inside the reward model: passes forward and back, and cached prefixes."""
+        phases = self.phases()
+        return phases["reward forward"] + phases["reward backward"] + self.prefix_seconds
 
     @property
     def tokens(self) -> int:
@@ -158,6 +165,7 @@ class Run:
             {**self.token_ids, **other.token_ids},
             stats,
             flops,
+            self.prefix_seconds + other.prefix_seconds,
         )
 
 
@@ -197,7 +205,7 @@ def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) 
                     results[event.job_id] = event.result
         seconds, cpu_seconds = watch.read()
     tokens = {job_id: tuple(t.token_ids for t in result.trajectories) for job_id, result in results.items()}
-    return Run(seconds, cpu_seconds, tokens, runner.stats, recorder.count())
+    return Run(seconds, cpu_seconds, tokens, runner.stats, recorder.count(), recorder.prefix_seconds)
 
 
 def run_one_by_one(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
