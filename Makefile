@@ -49,9 +49,10 @@ gpu-check: $(DEV) ## On a GPU: every kernel test on the device, the benchmark, a
 conformance: $(RUNTIME) ## Replay the recorded runs of the published code over HTTP, alone and sixteen at a time
 	$(PY) -m tests.contract.conformance
 
-lock: $(DEV) ## Resolve pyproject.toml anew into the two lock files
+lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
+	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra otel -c requirements.lock -o requirements-otel.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 
 clean: ## Remove the environment, caches and build outputs

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-otel.lock", "requirements-dev.lock")
 FROM_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 
 
@@ -56,7 +56,11 @@ def test_the_package_that_would_shadow_our_kernels_is_not_there(lock: str) -> No
 def test_the_locks_agree_with_the_project_and_with_each_other() -> None:
     runtime = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements.lock")}
     everything = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements-dev.lock")}
-    assert runtime <= everything
+    tracing = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements-otel.lock")}
+    assert runtime < tracing < everything
+    for line in project()["project"]["optional-dependencies"]["otel"]:
+        wanted = Requirement(line)
+        assert (canonicalize_name(wanted.name), str(wanted.specifier)) in tracing - runtime
     for line in project()["project"]["dependencies"]:
         wanted = Requirement(line)
         assert (canonicalize_name(wanted.name), str(wanted.specifier)) in runtime
