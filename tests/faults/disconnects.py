@@ -1,0 +1,171 @@
+"""`python -m tests.faults.disconnects --clients 1000`: clients that go at any moment, two hundred at a time.
+
+They leave in the middle of the header or of the body, while they are queued, while their answer is made, or after some
+bytes of a stream; by closing, by closing only their sending half, or by a reset. What they had asked for must leave
+with them: no slot, no descriptor, no memory may stay behind, and clients that stayed must get their right answers all
+the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import struct
+import sys
+from collections import Counter
+from typing import Any
+
+from tqdm import tqdm
+
+from tests.faults.harness import (
+    Bystander,
+    Server,
+    Verdict,
+    chat,
+    parser,
+    percentile,
+    seconds_until_idle,
+    served,
+    stop,
+)
+
+MOMENTS = ("connected", "in the header", "in the body", "at once", "while waiting", "in the stream", "pipelining")
+WAYS = ("close", "half-close", "reset")
+MEMORY_MB = 12.0  # of either process, over what the first clients left: pools and caches that are filled once
+
+
+def request_bytes(server: Server, body: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Header and body of a chat request."""
+    data = json.dumps(body).encode()
+    header = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.host}:{server.port}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return header.encode(), data
+
+
+async def leave(writer: asyncio.StreamWriter, reader: asyncio.StreamReader, way: str) -> None:
+    """Go in one of the ways."""
+    sock: socket.socket = writer.get_extra_info("socket")
+    if way == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if way == "half-close" and writer.can_write_eof():
+        writer.write_eof()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(5):
+                while await reader.read(65_536):
+                    pass
+    writer.transport.abort() if way == "reset" else writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+async def client_that_leaves(server: Server, generator: random.Random) -> str:
+    """One client; returns when it left and how."""
+    moment, way = generator.choice(MOMENTS), generator.choice(WAYS)
+    guided = generator.random() < 0.5
+    body = chat(generator.randrange(2**31), max_tokens=64, diffusion={"steps": 64}, ignore_eos=True)
+    if guided:
+        body |= {"guidance": generator.choice(("entrgi", "aps")), "best_of": 2}
+    if moment == "in the stream" or generator.random() < 0.3:
+        body |= {"stream": True, "stream_canvas": generator.random() < 0.5}
+    header, data = request_bytes(server, body)
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        if moment == "in the header":
+            writer.write(header[: generator.randrange(1, len(header))])
+        elif moment == "in the body":
+            writer.write(header + data[: generator.randrange(len(data))])
+        elif moment != "connected":
+            writer.write(header + data)
+        if moment == "pipelining":  # the beginning of another request hides the end from a server that reads no further
+            writer.write(header[: generator.randrange(1, len(header))])
+        await writer.drain()
+        if moment == "in the stream":
+            async with asyncio.timeout(30):
+                await reader.readexactly(generator.randrange(1, 3000))
+        elif moment in ("while waiting", "pipelining", "in the body", "in the header"):
+            await asyncio.sleep(generator.uniform(0.0, 2.0))
+    await leave(writer, reader, way)
+    return f"{moment}, {way}"
+
+
+async def wave(server: Server, clients: int, at_once: int, seed: int) -> Counter[str]:
+    """So many clients, so many at a time."""
+    left: Counter[str] = Counter()
+    numbers = iter(tqdm(range(clients), desc="disconnects", mininterval=2))
+
+    async def one_after_the_other() -> None:
+        for number in numbers:
+            try:
+                left[await client_that_leaves(server, random.Random(seed + number))] += 1
+            except TimeoutError:
+                left["saw nothing for 30 s"] += 1
+
+    await asyncio.gather(*(one_after_the_other() for _ in range(at_once)))
+    return left
+
+
+async def run(server: Server, clients: int, at_once: int, seed: int) -> int:
+    """A first wave, which fills what is filled once, then the wave that counts."""
+    bystander = Bystander(server)
+    watching = asyncio.create_task(bystander.run())
+    await wave(server, at_once, at_once, seed + clients)
+    await asyncio.sleep(8)  # until they are gone for certain
+    before = server.usage()
+    left = await wave(server, clients, at_once, seed)
+    await stop(watching)
+    idle = await seconds_until_idle(server)
+    await asyncio.sleep(6)  # idle connections are closed after 5
+    after = server.usage()
+
+    verdict = Verdict("disconnects")
+    verdict.figures = {
+        "clients": clients,
+        "at_once": at_once,
+        "left": dict(sorted(left.items())),
+        "idle_after_seconds": round(idle, 2),
+        "front_mb": [round(before.front_mb, 1), round(after.front_mb, 1)],
+        "worker_mb": [round(before.worker_mb, 1), round(after.worker_mb, 1)],
+        "front_fds": [before.front_fds, after.front_fds],
+        "bystander": {
+            "answers": bystander.answers,
+            "wrong": bystander.wrong,
+            "refused": bystander.refused,
+            "p99_seconds": round(percentile(bystander.latencies, 99), 2),
+            "health_p99_seconds": round(percentile(bystander.health, 99), 3),
+        },
+        "errors_logged": len(server.errors_logged()),
+    }
+    verdict.promise("all clients left as they meant to", "saw nothing for 30 s" not in left, left.total())
+    verdict.promise("slots are free within 10 s", idle <= 10, f"{idle:.1f} s")
+    for name in ("front_mb", "worker_mb"):
+        grown = getattr(after, name) - getattr(before, name)
+        verdict.promise(f"{name} grew by at most {MEMORY_MB:g}", grown <= MEMORY_MB, f"{grown:+.1f}")
+    verdict.promise(
+        "descriptors are back", after.front_fds <= before.front_fds, f"{before.front_fds} -> {after.front_fds}"
+    )
+    verdict.promise("threads are back", after.front_threads <= before.front_threads, after.front_threads)
+    verdict.promise(
+        "who stayed got the right answers", bystander.answers > 0 and not bystander.wrong, bystander.answers
+    )
+    verdict.promise("no error logged", not server.errors_logged(), server.errors_logged()[:1])
+    return verdict.close()
+
+
+def main() -> int:
+    """Parse, serve, disconnect."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--clients", type=int, default=1000)
+    arguments.add_argument("--at-once", type=int, default=200)
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    with served() as server:
+        return asyncio.run(run(server, given.clients, given.at_once, given.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""`python -m tests.faults.fuzz --requests 10000`: malformed requests, from a seeded fuzzer, on every route.
+
+A request may be refused, answered, or, where it is not whole, timed out; it may never get a 5xx, hang, or hurt anybody.
+Every refusal must be OpenAI's error object. A known request is sent in between and must get its known answer. A case
+that fails is told by its number: `--first N --requests 1` repeats it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections import Counter
+
+import httpx
+from tqdm import tqdm
+
+from tests.faults import hostile
+from tests.faults.harness import (
+    Bystander,
+    Server,
+    Verdict,
+    growth_percent,
+    is_envelope,
+    parser,
+    seconds_until_idle,
+    served,
+)
+from tests.faults.mutations import mutant
+
+# Short limits, so that a request that is not whole, or that is valid and large by chance, is soon over.
+FLAGS = (
+    *("--receive-seconds", "2", "--request-timeout", "5", "--max-model-len", "256", "--batch-tokens", "2048"),
+    *("--max-trajectories", "32", "--log-level", "WARNING"),
+)
+HANG_SECONDS = 60.0
+GROWTH_PERCENT = 3.0
+
+
+class Fuzz:
+    """The run's findings."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.seed = seed
+        self.outcomes: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    async def send(self, index: int) -> None:
+        """One case."""
+        case = mutant(self.seed, index)
+        self.kinds[case.kind] += 1
+        try:
+            reply = await hostile.exchange(self.server.host, self.server.port, case.data, HANG_SECONDS)
+        except TimeoutError:
+            self.fail(index, "hang", "")
+            return
+        head = case.data.startswith(b"HEAD ")
+        self.outcomes[str(reply.status or "closed without an answer")] += 1
+        if reply.status >= 500:
+            self.fail(index, "5xx", f"{reply.status} {reply.body[:200]!r}")
+        elif reply.status >= 400 and not head and not is_envelope(reply.body.decode("utf-8", "replace")):
+            self.fail(index, "not the error object", f"{reply.status} {reply.body[:200]!r}")
+        elif reply.status and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", reply.headers.get("x-request-id", "")):
+            self.fail(index, "request id", repr(reply.headers.get("x-request-id")))
+
+    def fail(self, index: int, what: str, detail: str) -> None:
+        """Note a broken promise."""
+        self.outcomes[what] += 1
+        self.failed.append(f"case {index}: {what} {detail}")
+
+
+async def run(server: Server, requests: int, at_once: int, seed: int, first: int) -> int:
+    """All cases, and the verdict."""
+    fuzz = Fuzz(server, seed)
+    known = Bystander(server)
+    front: list[float] = []
+    worker: list[float] = []
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        await known.ask(http)
+        with tqdm(total=requests, desc="fuzz", mininterval=2) as bar:
+            for start in range(first, first + requests, at_once):
+                indices = range(start, min(start + at_once, first + requests))
+                await asyncio.gather(*map(fuzz.send, indices))
+                await known.ask(http)
+                usage = server.usage()
+                front.append(usage.front_mb)
+                worker.append(usage.worker_mb)
+                bar.update(len(indices))
+    idle = await seconds_until_idle(server)
+
+    verdict = Verdict("fuzz")
+    growth = {"front": growth_percent(front), "worker": growth_percent(worker)}
+    verdict.figures = {
+        "requests": requests,
+        "seed": seed,
+        "kinds": dict(sorted(fuzz.kinds.items())),
+        "outcomes": dict(sorted(fuzz.outcomes.items())),
+        "known_requests": known.answers,
+        "front_mb": [round(front[len(front) // 4], 1), round(front[-1], 1)],
+        "worker_mb": [round(worker[len(worker) // 4], 1), round(worker[-1], 1)],
+        "growth_percent": {name: round(percent, 2) for name, percent in growth.items()},
+        "idle_after_seconds": round(idle, 2),
+        "failed": fuzz.failed[:20],
+        "errors_logged": server.errors_logged()[:5],
+    }
+    for what in ("5xx", "hang", "not the error object", "request id"):
+        examples = [text for text in fuzz.failed if what in text][:3]
+        verdict.promise(f"no case: {what}", fuzz.outcomes[what] == 0, examples or requests)
+    verdict.promise("the known request got its answer each time", known.answers > 0 and not known.wrong, known.answers)
+    for name, percent in growth.items():
+        verdict.promise(f"memory of the {name} process flat within {GROWTH_PERCENT:g}%", percent <= GROWTH_PERCENT,
+                        f"{percent:+.2f}%")  # fmt: skip
+    verdict.promise("idle within 10 s", idle <= 10, f"{idle:.1f} s")
+    verdict.promise("no error logged", not server.errors_logged(), server.errors_logged()[:1])
+    return verdict.close()
+
+
+def main() -> int:
+    """Parse, serve, fuzz."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--requests", type=int, default=10_000)
+    arguments.add_argument("--at-once", type=int, default=16)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--first", type=int, default=0, help="number of the first case; default: %(default)s")
+    given = arguments.parse_args()
+    with served(*FLAGS) as server:
+        return asyncio.run(run(server, given.requests, given.at_once, given.seed, given.first))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""What the fault programs share: a server of their own, what its processes hold, and the verdict.
+
+Each program is run as `python -m tests.faults.NAME`. It starts the server as a user would, on the bundled models and a
+free port, and stops it. It prints a table, then one JSON line, and exits with 1 when a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 300.0
+GAUGES = ("num_requests_running", "num_requests_waiting")
+MEGABYTE = 2**20
+
+# One step's batch never holds all of them, so that some wait.
+SMALL = ("--threads", "1", "--batch-trajectories", "16")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the HTTP process and the worker hold at one moment: resident megabytes, descriptors, threads."""
+
+    front_mb: float
+    worker_mb: float
+    front_fds: int
+    worker_fds: int
+    front_threads: int
+    worker_threads: int
+
+
+@dataclass
+class Server:
+    """A running server process."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{self.host}:{self.port}"
+
+    def worker_pid(self) -> int:
+        """The process that holds the models: the child with the most memory."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return max((int(pid) for pid in children), key=_resident_mb)
+
+    def usage(self) -> Usage:
+        """What both processes hold now."""
+        front, worker = self.process.pid, self.worker_pid()
+        return Usage(
+            *(_resident_mb(pid) for pid in (front, worker)),
+            *(len(os.listdir(f"/proc/{pid}/fd")) for pid in (front, worker)),
+            *(len(os.listdir(f"/proc/{pid}/task")) for pid in (front, worker)),
+        )
+
+    def errors_logged(self) -> list[str]:
+        """Lines of the log that tell of an error."""
+        return [line for line in self.log.read_text("utf-8").splitlines() if '"level": "ERROR"' in line]
+
+
+def _resident_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+@contextmanager
+def served(*flags: str, models: Sequence[str] = (), module: str = "server") -> Iterator[Server]:
+    """A server with these flags, ready; stopped at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", module, "--port", str(port), "--log-format", "json", *SMALL, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, *models], cwd=ROOT, env=environment, stdout=output, stderr=output, process_group=0
+            )
+        server = Server(process, "127.0.0.1", port, log)
+        try:
+            _wait_ready(server)
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_ready(server: Server) -> None:
+    give_up_at = time.monotonic() + START_SECONDS
+    while time.monotonic() < give_up_at and server.process.poll() is None:
+        try:
+            if httpx.get(server.url + "/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"the server is not ready: {server.log.read_text()[-3000:]}")
+
+
+# -- requests --------------------------------------------------------------------------------------------------
+
+
+def client(server: Server, timeout: float = 120.0) -> httpx.AsyncClient:
+    """A client that never waits for a free connection of its own."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
+    return httpx.AsyncClient(base_url=server.url, timeout=timeout, limits=limits)
+
+
+def chat(seed: int, **fields: Any) -> dict[str, Any]:
+    """A small seeded chat request."""
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Write a short review of a hotel."}],
+        "max_tokens": 16,
+        "seed": seed,
+        "diffusion": {"steps": 8},
+        "return_token_ids": True,
+    }
+    return {**body, **fields}
+
+
+def answer_of(body: dict[str, Any]) -> Any:
+    """What of an answer the seed decides: texts and tokens, not times and ids."""
+    return [
+        (choice.get("text") or choice.get("message", {}).get("content"), choice.get("token_ids"))
+        for choice in body["choices"]
+    ]
+
+
+def joined(chunks: str) -> list[tuple[str, list[int] | None]]:
+    """The same of a stream's text; raises ValueError when it does not end as it must, or ends with an error."""
+    events = [event for event in chunks.split("\n\n") if event and not event.startswith(":")]
+    if not events or events[-1] != "data: [DONE]":
+        raise ValueError("the stream has no end")
+    texts: dict[int, str] = {}
+    tokens: dict[int, list[int] | None] = {}
+    for event in events[:-1]:
+        data = json.loads(event.removeprefix("data: "))
+        if "error" in data:
+            raise ValueError(data["error"]["message"])
+        for choice in data["choices"]:
+            text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            texts[choice["index"]] = texts.get(choice["index"], "") + text
+            tokens[choice["index"]] = choice.get("token_ids") or tokens.get(choice["index"])
+    return [(texts[index], tokens[index]) for index in sorted(texts)]
+
+
+def is_envelope(text: str) -> bool:
+    """Whether a body is exactly OpenAI's error object."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(data, dict) or set(data) != {"error"} or not isinstance(data["error"], dict):
+        return False
+    error = data["error"]
+    return (
+        set(error) == {"message", "type", "param", "code"}
+        and isinstance(error["message"], str)
+        and isinstance(error["type"], str)
+        and all(error[name] is None or isinstance(error[name], str) for name in ("param", "code"))
+    )
+
+
+async def gauges(http: httpx.AsyncClient) -> float:
+    """Requests that the server says are running or waiting."""
+    text = (await http.get("/metrics")).text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.removeprefix("entrgi:") in GAUGES
+    )
+
+
+async def seconds_until(condition: Callable[[], Awaitable[bool]], limit: float) -> float:
+    """How long until the condition holds; infinity when it does not within the limit."""
+    started = time.monotonic()
+    while time.monotonic() - started < limit:
+        if await condition():
+            return time.monotonic() - started
+        await asyncio.sleep(0.1)
+    return math.inf
+
+
+async def seconds_until_idle(server: Server, limit: float = 60.0) -> float:
+    """How long until the server holds no request."""
+    async with client(server) as http:
+
+        async def idle() -> bool:
+            return await gauges(http) == 0
+
+        return await seconds_until(idle, limit)
+
+
+@dataclass
+class Bystander:
+    """A client that does nothing wrong: known seeded requests and /health, one after the other, while others misbehave.
+    Run it as a task and cancel it; then `wrong` must be 0."""
+
+    server: Server
+    body: dict[str, Any] = field(default_factory=lambda: chat(7))
+    pause: float = 0.2
+    answers: int = 0
+    refused: int = 0
+    wrong: int = 0
+    latencies: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+    _first: Any = None
+
+    async def ask(self, http: httpx.AsyncClient) -> None:
+        """One request, compared with the first answer."""
+        started = time.perf_counter()
+        response = await http.post("/v1/chat/completions", json=self.body)
+        if response.status_code == 429:
+            self.refused += 1
+            return
+        response.raise_for_status()
+        self.latencies.append(time.perf_counter() - started)
+        answer = answer_of(response.json())
+        if self._first is None:
+            self._first = answer
+        self.answers += 1
+        self.wrong += answer != self._first
+
+    async def run(self) -> None:
+        """Until cancelled."""
+
+        async def probe() -> None:
+            async with client(self.server) as http:
+                while True:
+                    started = time.perf_counter()
+                    (await http.get("/health")).raise_for_status()
+                    self.health.append(time.perf_counter() - started)
+                    await asyncio.sleep(0.1)
+
+        async def ask() -> None:
+            async with client(self.server) as http:
+                while True:
+                    await self.ask(http)
+                    await asyncio.sleep(self.pause)
+
+        await asyncio.gather(probe(), ask())
+
+
+async def stop(task: asyncio.Task[Any]) -> None:
+    """Cancel a task that runs for ever; raises what ended it before."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+# -- the verdict -----------------------------------------------------------------------------------------------
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile (0..100): the smallest value with at least q% at or below it; nan of nothing."""
+    ranked = sorted(values)
+    return ranked[max(math.ceil(q / 100 * len(ranked)) - 1, 0)] if ranked else math.nan
+
+
+def growth_percent(samples: Sequence[float], warm_up: float = 0.25, window: float = 0.25) -> float:
+    """By how much the median of the last `window` of the samples exceeds that of the `window` after the warm-up (both
+    as shares of the whole), in percent. Medians, because single samples catch work in progress."""
+    count = len(samples)
+    first = samples[int(count * warm_up) : int(count * (warm_up + window))]
+    last = samples[count - max(1, int(count * window)) :]
+    return 100 * (statistics.median(last) / statistics.median(first) - 1)
+
+
+class Verdict:
+    """Promises and figures, as they are found."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.figures: dict[str, Any] = {}
+        self._promises: list[tuple[str, bool, str]] = []
+
+    def promise(self, text: str, kept: bool, seen: object) -> None:
+        """Record whether a promise was kept, and what was seen."""
+        self._promises.append((text, kept, str(seen)))
+
+    def close(self) -> int:
+        """Print the table and the JSON line. Returns the exit status."""
+        table = Table("promise", "seen", "kept", title=self.program)
+        for text, kept, seen in self._promises:
+            table.add_row(text, seen, "yes" if kept else "[bold red]NO[/]")
+        console = Console(highlight=False, width=140)
+        console.print(table)
+        broken = [text for text, kept, _ in self._promises if not kept]
+        print(json.dumps({"program": self.program, **self.figures, "broken": broken}))
+        return 1 if broken else 0
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser with the module's first line as its description."""
+    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])

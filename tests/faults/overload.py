@@ -1,0 +1,260 @@
+"""`python -m tests.faults.overload --minutes 5`: four times the load that the server can carry, then silence.
+
+First the sustainable rate is measured: requests a second when as many are in flight as the queue takes. Then requests
+arrive at four times that rate, whether or not earlier ones have been answered. Nothing may break; who is accepted must
+be answered within the time that a full queue implies; who is refused must be told a sensible time. Last, a crowd of
+three times the queue comes at once and does as told: it must be served at about the full rate and in few attempts.
+
+When `Retry-After` is right: it names the time of the next place that nobody was promised. Two things are checked of it
+against the completions that were seen. A place did come free before that time; and the time is not longer than it
+took for as many requests to leave as were in flight, that is, for every place to be given anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import statistics
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+from tqdm import tqdm
+
+from tests.faults.harness import (
+    Server,
+    Verdict,
+    chat,
+    client,
+    is_envelope,
+    parser,
+    percentile,
+    seconds_until_idle,
+    served,
+)
+
+CHAT = "/v1/chat/completions"
+QUEUE = 64
+TIMES_TOO_MUCH = 4.0
+MEASURE_SECONDS = 20.0
+WORST_HEALTH_SECONDS = 1.0  # on a machine that is busy with the load itself
+
+
+@dataclass
+class Traffic:
+    """What happened to requests; times in seconds of `time.perf_counter`."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)  # of accepted ones, from their scheduled departure
+    completions: list[float] = field(default_factory=list)
+    refusals: list[tuple[float, float]] = field(default_factory=list)  # when, and the seconds of Retry-After
+    malformed: list[str] = field(default_factory=list)
+
+    async def send(self, http: httpx.AsyncClient, seed: int, due: float) -> float | None:
+        """One request; returns the seconds of Retry-After when refused."""
+        try:
+            response = await http.post(CHAT, json=chat(seed))
+        except httpx.HTTPError as error:
+            self.statuses[0] += 1
+            self.malformed.append(repr(error))
+            return None
+        now = time.perf_counter()
+        self.statuses[response.status_code] += 1
+        if response.status_code == 200:
+            self.latencies.append(now - due)
+            self.completions.append(now)
+            return None
+        if response.status_code == 429 and is_envelope(response.text) and response.headers["retry-after"].isdigit():
+            self.refusals.append((now, float(response.headers["retry-after"])))
+            return self.refusals[-1][1]
+        self.malformed.append(f"{response.status_code} {response.text[:200]}")
+        return None
+
+
+async def closed_loop(server: Server, concurrency: int, seconds: float) -> float:
+    """Answers a second with this many requests always in flight."""
+    traffic = Traffic()
+    started = time.perf_counter()
+    async with client(server) as http:
+
+        async def user(number: int) -> None:
+            seed = number
+            while time.perf_counter() - started < seconds:
+                await traffic.send(http, seed, time.perf_counter())
+                seed += concurrency
+
+        await asyncio.gather(*map(user, range(concurrency)))
+    # Without the ends, where the batch is filling or emptying.
+    inner = [t for t in traffic.completions if started + 0.2 * seconds <= t <= started + seconds]
+    return len(inner) / (0.8 * seconds)
+
+
+async def open_loop(server: Server, rate: float, seconds: float, seed: int) -> Traffic:
+    """Poisson arrivals at `rate` a second, none of which wait for others."""
+    generator = random.Random(seed)
+    traffic = Traffic()
+    sent: set[asyncio.Task[float | None]] = set()
+    due = started = time.perf_counter()
+    async with client(server) as http:
+        with tqdm(total=round(seconds), unit="s", desc="overload", mininterval=2) as bar:
+            while due - started < seconds:
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                task = asyncio.create_task(traffic.send(http, len(traffic.latencies) % 1000, due))
+                sent.add(task)
+                task.add_done_callback(sent.discard)
+                due += generator.expovariate(rate)
+                bar.update(min(round(due - started), bar.total) - bar.n)
+        await asyncio.gather(*sent)
+    return traffic
+
+
+async def crowd(server: Server, size: int, seed: int) -> tuple[float, list[int]]:
+    """That many clients at once, each of which comes back when told; the seconds until the last has its answer, and how
+    often each had to ask."""
+    traffic = Traffic()
+    generator = random.Random(seed)
+    started = time.perf_counter()
+    async with client(server) as http:
+
+        async def one(number: int) -> int:
+            attempts = 1
+            while (wait := await traffic.send(http, number, started)) is not None:
+                await asyncio.sleep(wait * generator.uniform(1.0, 1.1))  # as clients do, so as not to come in step
+                attempts += 1
+            return attempts
+
+        attempts = await asyncio.gather(*map(one, range(size)))
+    if traffic.malformed:
+        raise RuntimeError(traffic.malformed[0])
+    return time.perf_counter() - started, attempts
+
+
+@contextmanager
+def watching_health(server: Server) -> Iterator[list[float]]:
+    """Latencies of /health every 100 ms, from a thread of its own so that the load generator does not delay them."""
+    latencies: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as http:
+            while not over.wait(0.1):
+                started = time.perf_counter()
+                http.get("/health").raise_for_status()
+                latencies.append(time.perf_counter() - started)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield latencies
+    finally:
+        over.set()
+        thread.join()
+
+
+def judge_retry_after(traffic: Traffic, in_flight: int) -> tuple[float, float, float]:
+    """Over the refusals whose future was seen: the share before whose time a place came free; the share that was not
+    longer than 1.5 times (and a second more than) the time for all places to be given anew; the median of the ratio of
+    the two times."""
+    free_before, not_too_long, ratios = 0, 0, []
+    completions = sorted(traffic.completions)
+    for when, wait in traffic.refusals:
+        index = bisect_right(completions, when)
+        if index + in_flight > len(completions):
+            continue  # all places were not given anew any more
+        free_before += completions[index] - when <= wait
+        turnover = completions[index + in_flight - 1] - when
+        not_too_long += wait <= 1.5 * turnover + 1.0
+        ratios.append(wait / turnover)
+    judged = max(len(ratios), 1)
+    return free_before / judged, not_too_long / judged, statistics.median(ratios) if ratios else math.nan
+
+
+async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
+    """The three parts and the verdict."""
+    await closed_loop(server, 4, 3.0)  # warm
+    alone = await closed_loop(server, 1, 5.0)
+    rate = await closed_loop(server, queue, MEASURE_SECONDS)
+    with watching_health(server) as health:
+        traffic = await open_loop(server, TIMES_TOO_MUCH * rate, 60 * minutes, seed)
+    idle = await seconds_until_idle(server)
+    served_rate = traffic.statuses[200] / (60 * minutes)
+    crowd_seconds, attempts = await crowd(server, 3 * queue, seed)
+    crowd_rate = len(attempts) / crowd_seconds
+    idle_again = await seconds_until_idle(server)
+
+    # A full queue leaves at the rate at which requests are answered; half as much again for unevenness.
+    bound = 1.5 * queue / served_rate + 2 / alone
+    p99 = percentile(traffic.latencies, 99)
+    free_before, not_too_long, ratio = judge_retry_after(traffic, queue)
+    verdict = Verdict("overload")
+    verdict.figures = {
+        "minutes": minutes,
+        "queue": queue,
+        "sustainable_per_second": round(rate, 2),
+        "offered_per_second": round(sum(traffic.statuses.values()) / (60 * minutes), 2),
+        "answered_per_second": round(served_rate, 2),
+        "statuses": {str(status): count for status, count in sorted(traffic.statuses.items())},
+        "accepted_latency_seconds": {f"p{q}": round(percentile(traffic.latencies, q), 2) for q in (50, 90, 99, 100)},
+        "latency_bound_seconds": round(bound, 2),
+        "retry_after_seconds": {
+            f"p{q}": percentile([wait for _, wait in traffic.refusals], q) for q in (0, 50, 99, 100)
+        },
+        "retry_after": {
+            "a_place_came_free_before": round(free_before, 3),
+            "not_longer_than_turnover": round(not_too_long, 3),
+            "median_ratio_to_turnover": round(ratio, 2),
+        },
+        "health_seconds": {f"p{q}": round(percentile(health, q), 4) for q in (50, 99, 100)},
+        "idle_after_seconds": round(idle, 2),
+        "crowd": {
+            "clients": len(attempts),
+            "seconds": round(crowd_seconds, 2),
+            "per_second": round(crowd_rate, 2),
+            "mean_attempts": round(statistics.mean(attempts), 2),
+            "most_attempts": max(attempts),
+        },
+        "errors_logged": len(server.errors_logged()),
+    }
+    statuses = set(traffic.statuses)
+    verdict.promise("nothing but 200 and 429", statuses <= {200, 429}, dict(traffic.statuses))
+    verdict.promise("every refusal is the error object with Retry-After", not traffic.malformed, traffic.malformed[:2])
+    verdict.promise("refused at all", traffic.statuses[429] > 0, traffic.statuses[429])
+    verdict.promise("p99 of the accepted within a full queue's time", p99 <= bound, f"{p99:.2f} <= {bound:.2f} s")
+    verdict.promise("overload does not lower the rate by half", served_rate >= 0.5 * rate,
+                    f"{served_rate:.1f} of {rate:.1f}/s")  # fmt: skip
+    verdict.promise("a place came free before Retry-After (95%)", free_before >= 0.95, f"{free_before:.1%}")
+    verdict.promise("Retry-After not longer than all places' turnover (95%)", not_too_long >= 0.95,
+                    f"{not_too_long:.1%}, median ratio {ratio:.2f}")  # fmt: skip
+    slowest = percentile(health, 99)
+    verdict.promise("/health p99 during the overload", slowest <= WORST_HEALTH_SECONDS, f"{slowest * 1000:.0f} ms")
+    verdict.promise("idle within 10 s afterwards", max(idle, idle_again) <= 10, f"{idle:.1f} s, {idle_again:.1f} s")
+    verdict.promise("an obedient crowd is served at half the rate or more", crowd_rate >= 0.5 * served_rate,
+                    f"{crowd_rate:.1f} of {served_rate:.1f}/s")  # fmt: skip
+    mean = statistics.mean(attempts)
+    verdict.promise(
+        "an obedient crowd asks 3 times or less on average", mean <= 3, f"{mean:.2f}, at most {max(attempts)}"
+    )
+    verdict.promise("no error logged", not server.errors_logged(), len(server.errors_logged()))
+    return verdict.close()
+
+
+def main() -> int:
+    """Parse, serve, overload."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--minutes", type=float, default=5.0)
+    arguments.add_argument("--queue", type=int, default=QUEUE, help="the server's max_queue; default: %(default)s")
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    with served("--max-queue", str(given.queue)) as server:
+        return asyncio.run(run(server, given.minutes, given.queue, given.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
