@@ -150,7 +150,7 @@ async def exchange(host: str, port: int, data: bytes, seconds: float = 30.0, lin
     try:
         sending = asyncio.create_task(_send(writer, data))
         async with asyncio.timeout(seconds):
-            status, headers, body = await _first_answer(reader)
+            status, headers, body = await _first_answer(reader, with_body=not data.startswith(b"HEAD "))
         closed = status == 0
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(linger):
@@ -170,14 +170,16 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
         await writer.drain()
 
 
-async def _first_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
+async def _first_answer(reader: asyncio.StreamReader, with_body: bool) -> tuple[int, dict[str, str], bytes]:
     try:
         head = await reader.readuntil(b"\r\n\r\n")
         while head.startswith(b"HTTP/1.1 100"):
             head = await reader.readuntil(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")[:-2]
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        if headers.get("transfer-encoding") == "chunked":
+        if not with_body:
+            body = b""
+        elif headers.get("transfer-encoding") == "chunked":
             body = await reader.readuntil(b"\r\n0\r\n\r\n")
         else:
             body = await reader.readexactly(int(headers.get("content-length", "0")))

@@ -44,19 +44,24 @@ HEADERS = (
     "Content-Type: text/plain", "Content-Type: application/json; charset=utf-16", "Content-Type: ", "Accept: nothing",
     "Content-Encoding: br", "Transfer-Encoding: chunked", "Expect: 100-continue", "Connection: upgrade",
     "Upgrade: h2c", "Content-Length: 0", "Content-Length: 18446744073709551616", "X-Request-Id: \x7f",
-    "X-Request-Id: " + "a" * 300, "Authorization: Bearer", "Authorization: Basic eDp5", "Host: other", "Range: bytes=0-",
+    "X-Request-Id: " + "a" * 300, "Authorization: Bearer", "Authorization: Basic eDp5", "Host: other",
+    "Range: bytes=0-",
     "Origin: null", "Cookie: " + "c" * 5000, "X-Forwarded-For: 127.0.0.1", "Content-Length: 7", ":authority: x", "",
 )  # fmt: skip
 
 STRINGS = (
-    "", " ", "a", "none", "entrgi", "NaN", "null", "\x00", "\ud800", "\u202e", "e\u0301" * 50, "\U0001f600", "<|im_end|>",
-    "<|mask|>", "{{ 7*7 }}", "{% raw %}", "../../etc/passwd", "%s%n", "'; DROP TABLE", "x" * 3000, "\r\nX: y", "sentiment",
-    "concrete", "origin", "maskgit_plus", "even", "guided", "user", "tool",
+    "", " ", "a", "none", "entrgi", "NaN", "null", "\x00", "\ud800", "\u202e", "e\u0301" * 50, "\U0001f600",
+    "<|im_end|>",
+    "<|mask|>", "{{ 7*7 }}", "{% raw %}", "../../etc/passwd", "%s%n", "'; DROP TABLE", "x" * 3000, "\r\nX: y",
+    "sentiment", "concrete", "origin", "maskgit_plus", "even", "guided", "user", "tool",
 )  # fmt: skip
 NUMBERS = (
-    0, 1, -1, 2, 3, 17, 255, 1024, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400,
+    0, 1, -1, 2, 3, 17, 255, 1024, 65536, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
+    10**400,
     0.0, -0.0, 0.5, 1e-9, 1e-320, 1.5, 1e9, 1e308, -1e308, math.nan, math.inf, -math.inf,
 )  # fmt: skip
+
+PIECES = (b"\r\n", b"\n", b"\0", b":", b'"', b"[", b"{", b"\\u", b"\xff", b"NaN")
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,7 @@ def flip(data: bytes, generator: random.Random) -> bytes:
         elif how == 3:
             changed[where:where] = changed[where : where + generator.randrange(1, 40)]
         elif how == 4:
-            changed[where:where] = generator.choice(
-                (b"\r\n", b"\n", b"\0", b":", b'"', b"[", b"{", b"\\u", b"\xff", b"NaN")
-            )
+            changed[where:where] = generator.choice(PIECES)
         elif generator.random() < 0.2:
             del changed[where:]
     return bytes(changed)
