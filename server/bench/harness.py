@@ -1,6 +1,6 @@
 """How the offline benchmarks measure: which models, how often, in what order, and what a row of a report holds.
 
-Variants that are compared run in turn (a, b, a, b, ...), each round on a fresh set of requests that all of them share,
+Variants that are compared run in turn (a, b, b, a, a, ...), each round on a fresh set of requests that they share,
 so that neither a slow minute of the machine nor lucky requests favour one. Ratios are taken within a round; reported
 is their median, and of times the least and the median.
 """
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from server.bench.checkpoints import LLADA_126K, write_llada, write_pair
 from server.bench.machine import Rate, gemm_rate
 from server.bench.workload import Pair, Run, Workload, load, run_engine
-from server.types import Job
 
 Row = dict[str, Any]
 Measure = Callable[[int], Run]
@@ -102,8 +101,11 @@ class Bench:
     ) -> dict[str, list[Run]]:
         """Run all variants in each round; the runs of each, by round."""
         runs: dict[str, list[Run]] = {name: [] for name in variants}
-        rounds = range(self.first_set, self.first_set + (repetitions or self.repetitions))
-        work = [(number, name) for number in rounds for name in variants]
+        names = list(variants)
+        work = []
+        for repetition in range(repetitions or self.repetitions):
+            order = names if repetition % 2 == 0 else names[::-1]
+            work += [(self.first_set + repetition, name) for name in order]
         progress = tqdm(work, desc=title, leave=False)
         for number, name in progress:
             progress.set_postfix_str(name)
@@ -159,8 +161,3 @@ def ratio(slower: Sequence[Run], faster: Sequence[Run]) -> float:
 def cpu_ratio(slower: Sequence[Run], faster: Sequence[Run]) -> float:
     """The same by CPU time."""
     return median((a.cpu_seconds / a.tokens) / (b.cpu_seconds / b.tokens) for a, b in zip(slower, faster, strict=False))
-
-
-def jobs_of(pair: Pair, workload: Workload) -> Callable[[int], list[Job]]:
-    """Request set number -> the workload's jobs."""
-    return lambda number: workload.jobs(pair, number)
