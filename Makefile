@@ -46,14 +46,15 @@ bench-kernels: $(DEV) ## Measure the kernels against the research code's operati
 gpu-check: $(DEV) ## On a GPU: every kernel test on the device, the benchmark, and a report in build/
 	$(PY) -m kernels.gpu_check $(ARGS)
 
-conformance: $(RUNTIME) ## Replay the recorded runs of the published code over HTTP, alone and sixteen at a time
-	$(PY) -m tests.contract.conformance
+conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
+	$(PY) -m tests.conformance $(ARGS)
 
 lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra otel -c requirements.lock -o requirements-otel.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
+	for pins in tests/conformance/*/requirements.in; do $(VENV)/bin/uv pip compile --quiet --upgrade $$pins -o $${pins%.in}.txt; done
 
 clean: ## Remove the environment, caches and build outputs
 	rm -rf $(VENV) build .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,8 +1,4 @@
-"""`python -m tests.contract.conformance`: the recorded decoding runs of the published code, replayed over HTTP.
-
-For each golden checkpoint a server is started as a user would start it, and every recorded run is sent to it, one at a
-time and sixteen at a time: the same tokens and rewards must come back. Exit status 0 when they all do.
-"""
+"""A server started as a user would start it, for the programs and tests that talk to it over HTTP."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
-CASES = {"dream-tiny": ("trajectories",), "llada-tiny": ("trajectories", "blocks")}
-CONCURRENCY = (1, 16)
 START_SECONDS = 240.0
 
 
@@ -33,8 +27,7 @@ def served(*arguments: str, log: Path | None = None) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), "--no-spare-worker"]
-    command += arguments
+    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", str(port), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
     with (log or Path(os.devnull)).open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
@@ -66,26 +59,3 @@ def golden_arguments(name: str) -> list[str]:
     """The server's arguments for a golden pair."""
     folder = GOLDEN / name
     return ["--model", str(folder / "dlm"), "--reward-model", f"rm={folder / 'rm'}", "--dtype", "float32"]
-
-
-def main() -> int:
-    """Replay everything; 0 when all passes."""
-    failed = 0
-    for name, files in CASES.items():
-        with served(*golden_arguments(name)) as url:
-            for file in files:
-                for concurrency in CONCURRENCY:
-                    print(f"{name}/{file} at concurrency {concurrency}: ", end="", flush=True)
-                    failed += subprocess.run(
-                        [
-                            sys.executable,
-                            str(GOLDEN / "run_golden.py"),
-                            *("--cases", str(GOLDEN / name / f"{file}.json")),
-                            *("--base-url", url, "--concurrency", str(concurrency)),
-                        ]
-                    ).returncode
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

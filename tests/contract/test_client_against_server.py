@@ -22,7 +22,7 @@ from clients import (
     WeightedReward,
 )
 from clients.cli import main
-from tests.contract.conformance import golden_arguments, served
+from tests.conformance.serving import golden_arguments, served
 
 PROMPT = "Tell me a story."
 OPTIONS: Options = {"max_tokens": 12, "seed": 7, "best_of": 2, "guidance": "entrgi", "diffusion": Diffusion(steps=6)}

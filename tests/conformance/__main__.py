@@ -1,0 +1,182 @@
+"""`python -m tests.conformance [CLIENT ...]`: the conformance matrix (`make conformance`).
+
+Each client is a folder here: `check.py`, and the pinned `requirements.txt` of its own environment. The server runs
+the bundled models behind an API key; clients that generate requests by the thousand get one with tighter limits. Exit
+status 0 when every client passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from server.demo import bundled_model_path
+from tests.conformance.environments import BUILD, FOLDER, python_of
+from tests.conformance.matrix import Row, line, markdown, table
+from tests.conformance.serving import ROOT, served
+
+PAGE = ROOT / "docs" / "conformance.md"
+
+
+@dataclass(frozen=True)
+class Client:
+    """A folder of checks, the seconds it may take, and flags of the server it wants."""
+
+    name: str
+    seconds: float = 600
+    flags: tuple[str, ...] = ()
+
+
+# Schemathesis sends thousands of requests with the largest values that the document allows: the limits bound the work
+# of each, and the document shows them, so no route has to be left out.
+SMALL = ("--max-model-len", "128", "--max-prompts", "4", "--max-trajectories", "4", "--max-score-pairs", "8")
+CLIENTS = (
+    Client("openai"),
+    Client("langchain"),
+    Client("litellm"),
+    Client("lm_eval", 900),
+    Client("guidellm", 900),
+    Client("schemathesis", 1800, SMALL),
+    Client("golden", 1200),
+)
+
+
+def main() -> int:
+    """Run the clients named, or all; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("client", nargs="*", help=f"of {', '.join(client.name for client in CLIENTS)}; none: all")
+    names = parser.parse_args().client
+    clients = [client for client in CLIENTS if not names or client.name in names]
+    if unknown := set(names) - {client.name for client in clients}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, console=console) as progress:
+        for client in clients:
+            task = progress.add_task(client.name, total=None)
+
+            def tell(row: Row, task=task) -> None:  # type: ignore[no-untyped-def]
+                progress.update(task, total=row.expected or None, completed=len(row.checks))
+
+            rows.append(outcome(client, tell))
+            progress.stop_task(task)
+            progress.console.print(f"{client.name} {rows[-1].version}: {rows[-1].result}")
+            for failure in rows[-1].failures:
+                progress.console.print(f"  {failure}", markup=False, soft_wrap=True)
+    console.print(table(rows))
+    print(line(rows))
+    if not names:
+        PAGE.write_text(markdown(rows), "utf-8")
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def outcome(client: Client, tell: Callable[[Row], None]) -> Row:
+    """Run one client against a server of its own. Whatever goes wrong is written into the row."""
+    row = Row(client.name)
+    out = BUILD / "out" / client.name
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    try:
+        python = python_of(client.name, out / "install.log")
+        key = secrets.token_hex(16)
+        if (FOLDER / client.name / "requirements.txt").exists():
+            with served("--api-key", key, *client.flags, log=out / "server.log") as url:
+                _run(client, python, out, row, tell, facts(url, key))
+        else:
+            _run(client, python, out, row, tell, {})
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        row.trouble = f"{type(error).__name__}: {error}"
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def facts(url: str, key: str) -> dict[str, str]:
+    """What a client must know of the server, as environment variables (`shared/checks.py`)."""
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        models = {model["type"]: model["id"] for model in reversed(json.load(response)["data"])}
+    return {
+        "CONFORMANCE_URL": url,
+        "CONFORMANCE_KEY": key,
+        "CONFORMANCE_MODEL": models["diffusion"],
+        "CONFORMANCE_REWARD": models["reward"],
+        "CONFORMANCE_TOKENIZER": str(bundled_model_path()),
+    }
+
+
+def _run(
+    client: Client, python: Path, out: Path, row: Row, tell: Callable[[Row], None], server: dict[str, str]
+) -> None:
+    # Only what the checks share is on the path: our own packages must not meet a client's. A client without an
+    # environment of its own is ours.
+    paths = [FOLDER / "shared"] if server else [FOLDER / "shared", ROOT]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ENTRGI_", "PYTHON"))},
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(BUILD / "hf"),
+        **server,
+        "CONFORMANCE_OUT": str(out),
+    }
+    late = threading.Event()
+    with (
+        (out / "log").open("wb") as log,
+        subprocess.Popen(
+            [str(python), str(FOLDER / client.name / "check.py")],
+            env=environment,
+            cwd=out,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+
+        def end() -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(client.seconds, end)
+        timer.start()
+        try:
+            for said in process.stdout or ():
+                _hear(said, row)
+                tell(row)
+        finally:
+            timer.cancel()
+    if late.is_set():
+        row.trouble = f"not done within {client.seconds:g} s"
+    elif process.returncode and not row.failures:
+        row.trouble = f"exit status {process.returncode}; see {(out / 'log').relative_to(ROOT)}"
+
+
+def _hear(said: bytes, row: Row) -> None:
+    """Take one line of a client's; what is not ours is the client library's own talk."""
+    try:
+        data = json.loads(said)
+    except ValueError:
+        return
+    if isinstance(data, dict):
+        row.version = data.get("version", row.version)
+        row.expected = data.get("checks", row.expected)
+        if "check" in data:
+            row.checks.append(data)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""OpenAI's own client: sync, async, streams, errors, and this server's objects in `extra_body`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+from checks import KEY, MESSAGES, MODEL, PROMPT, REWARD, URL, check, equal, main, raises, true
+
+client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
+asynchronous = {"base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0}
+
+
+@check
+def models() -> None:
+    """models: list, retrieve"""
+    listed = [model.id for model in client.models.list()]
+    true({MODEL, REWARD} <= set(listed), listed)
+    equal(client.models.retrieve(MODEL).id, MODEL)
+
+
+@check
+def completions() -> None:
+    """completions: text and token prompts, n, suffix, stop, seed"""
+    one = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, seed=1)
+    again = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, seed=1)
+    equal(one.choices[0].text, again.choices[0].text)
+    true(one.choices[0].finish_reason in ("stop", "length"))
+    true(one.usage and one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens, one.usage)
+    batch = client.completions.create(model=MODEL, prompt=["One", "Two"], n=2, max_tokens=8, suffix=" end", stop=["."])
+    equal([choice.index for choice in batch.choices], [0, 1, 2, 3])
+    true(all("." not in choice.text for choice in batch.choices))
+    tokens = client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=8)
+    equal(tokens.usage and tokens.usage.prompt_tokens, 3)
+
+
+@check
+def chat() -> None:
+    """chat: whole answer and raw response"""
+    raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=MESSAGES, max_completion_tokens=16)
+    answer = raw.parse()
+    equal(answer._request_id, raw.headers["x-request-id"])
+    equal(answer.object, "chat.completion")
+    message = answer.choices[0].message
+    equal((message.role, message.refusal, message.tool_calls), ("assistant", None, None))
+    true(isinstance(message.content, str))
+
+
+@check
+def chat_stream() -> None:
+    """chat: stream, usage, same text as the whole answer"""
+    given = {"model": MODEL, "messages": MESSAGES, "max_tokens": 24, "seed": 2}
+    whole = client.chat.completions.create(**given)
+    text, usage, finish, roles = "", None, None, []
+    for chunk in client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            roles += [choice.delta.role] if choice.delta.role else []
+            finish = choice.finish_reason or finish
+    equal((text, finish), (whole.choices[0].message.content, whole.choices[0].finish_reason))
+    equal(usage, whole.usage)
+    equal(roles, ["assistant"])
+
+
+@check
+def stream_helper() -> None:
+    """chat: the stream() helper's final completion"""
+    with client.chat.completions.stream(model=MODEL, messages=MESSAGES, max_tokens=16, seed=2) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    true({"chunk", "content.done"} <= kinds, kinds)
+    whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=16, seed=2)
+    equal(final.choices[0].message.content, whole.choices[0].message.content)
+
+
+@check
+def guided() -> None:
+    """extra_body: guidance (short and long form), best_of, rewards in the answer"""
+    short = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=12, seed=3, n=2, best_of=3, extra_body={"guidance": "bon"}
+    )
+    rewards = [choice.reward for choice in short.choices]
+    equal(rewards, sorted(rewards, reverse=True))
+    equal(len(short.guidance["rewards"][0]), 3)
+    long = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        max_tokens=12,
+        extra_body={
+            "best_of": 2,
+            "guidance": {"method": "entrgi", "reward_model": REWARD, "gradient_steps": 1, "eta": 0.5},
+            "return_token_ids": True,
+        },
+    )
+    equal((long.guidance["method"], long.guidance["reward_models"]), ("entrgi", [REWARD]))
+    equal(len(long.choices[0].token_ids), 12)
+
+
+@check
+def diffusion() -> None:
+    """extra_body: diffusion, trace, stream_canvas"""
+    body = {"diffusion": {"steps": 4, "algorithm": "maskgit_plus"}, "trace": True}
+    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=12, seed=4, extra_body=body)
+    equal(answer.guidance["steps"], 4)
+    true(answer.trace[0][0], answer.trace)
+    chunks = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=12, seed=4, stream=True, extra_body=body | {"stream_canvas": True}
+    )
+    canvases = [chunk.canvas for chunk in chunks if "canvas" in (chunk.model_extra or {})]
+    equal(canvases[-1]["tokens"].count(None), 0)
+
+
+@check
+async def asynchronously() -> None:
+    """async: eight at a time, and a stream"""
+    async with openai.AsyncOpenAI(**asynchronous) as aio:
+        given = {"model": MODEL, "messages": MESSAGES, "max_tokens": 12}
+        answers = await asyncio.gather(*(aio.chat.completions.create(**given, seed=seed) for seed in range(8)))
+        stream = await aio.chat.completions.create(**given, seed=5, stream=True)
+        text = "".join([choice.delta.content or "" async for chunk in stream for choice in chunk.choices])
+    equal(text, answers[5].choices[0].message.content)
+
+
+@check
+async def walking_away() -> None:
+    """async: a stream closed half-way, and the client's own timeout"""
+    async with openai.AsyncOpenAI(**asynchronous) as aio:
+        stream = await aio.completions.create(model=MODEL, prompt=PROMPT, max_tokens=64, stream=True)
+        await anext(aiter(stream))
+        await stream.close()
+        try:
+            await aio.completions.create(model=MODEL, prompt=PROMPT, max_tokens=256, timeout=0.05)
+        except openai.APITimeoutError:
+            return
+    raise AssertionError("no timeout")
+
+
+@check
+def errors() -> None:
+    """errors: 400, 401, 404 and 408 as its exceptions, with code, param and request id"""
+    wrong = raises(openai.BadRequestError, lambda: client.completions.create(model=MODEL, prompt="Hi", logprobs=2))
+    equal((wrong.param, wrong.type), ("logprobs", "invalid_request_error"))
+    true(wrong.request_id)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    wrong = raises(
+        openai.BadRequestError,
+        lambda: client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools),
+    )
+    equal(wrong.param, "tools")
+    wrong = raises(openai.NotFoundError, lambda: client.completions.create(model="gpt-4o", prompt="Hi"))
+    equal((wrong.code, wrong.param), ("model_not_found", "model"))
+    wrong = raises(openai.NotFoundError, lambda: client.models.retrieve("gpt-4o"))
+    wrong = raises(openai.NotFoundError, lambda: client.embeddings.create(model=MODEL, input="Hi"))
+    equal(wrong.code, "not_found")
+    stranger = openai.OpenAI(base_url=f"{URL}/v1", api_key="wrong", max_retries=0)
+    wrong = raises(openai.AuthenticationError, stranger.models.list)
+    equal(wrong.code, "invalid_api_key")
+    late = raises(
+        openai.APIStatusError,
+        lambda: client.completions.create(model=MODEL, prompt="Hi", extra_body={"timeout": 1e-9}),
+    )
+    equal(late.status_code, 408)
+
+
+main("openai")
