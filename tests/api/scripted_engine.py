@@ -1,0 +1,184 @@
+"""The HTTP layer in-process: a scripted engine stands for the worker; no text here comes from a model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
+from starlette.routing import Route
+from starlette.types import Message, Scope
+
+from server.api.app import create_app
+from server.engine.config import EngineConfig, WorkerConfig
+from server.engine.engine import Engine, EngineStats
+from server.engine.messages import Event, Failed, Finished, Progress, Scored, Started
+from server.engine.stats import RunnerStats
+from server.settings import load
+from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
+KEYS = ["first-key-1234", "second-key-5678"]
+INFO = EngineInfo(
+    model=ModelInfo("dlm", "dream", str(GOLDEN / "dlm"), 128, 512, 3, 0, 0, (0, 2), 8, "float32"),
+    reward_models=(RewardModelInfo("rm", "qwen3", 128, 1.0, "unk", "float32"),),
+    device="cpu",
+    kernel_backend="torch",
+)
+
+Script = Callable[[Job], AsyncIterator[Event]]
+
+
+class ScriptedEngine(Engine):
+    """The engine's face without a worker: every job gets the events of `script`."""
+
+    def __init__(self, script: Script, refuse: Exception | None = None, *, is_ready: bool = True) -> None:
+        super().__init__(EngineConfig(WorkerConfig("dlm")))
+        self._script = script
+        self.refuse = refuse
+        self.is_ready = is_ready
+        self.cancelled: list[str] = []
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def stop(self) -> None:
+        """Nothing to stop."""
+
+    @property
+    def ready(self) -> bool:
+        return self.is_ready
+
+    @property
+    def info(self) -> EngineInfo:
+        return INFO
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(RunnerStats(), 0, self.is_ready)
+
+    def check_room(self, jobs: int = 1) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+
+    def submit(self, job: Job) -> Any:
+        return Scripted(self, job)
+
+    async def scored(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
+        raise RuntimeError("scoring broke in /secret/place")
+
+
+class Scripted:
+    """A job's events; notes when it is closed early."""
+
+    begun_at: float | None = None
+
+    def __init__(self, engine: ScriptedEngine, job: Job) -> None:
+        self._engine, self._job = engine, job
+        self._events = engine._script(job)
+        self._ended = False
+
+    def __aiter__(self) -> Scripted:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await anext(self._events)
+        self._ended = isinstance(event, Finished | Failed)
+        return event
+
+    async def aclose(self) -> None:
+        if not self._ended:
+            self._engine.cancelled.append(self._job.id)
+        self._ended = True
+
+
+def finished(job: Job) -> Finished:
+    trajectory = TrajectoryResult(0, (43, 76), "Hi", "length", 2)
+    return Finished(job.id, JobResult((trajectory,), (0,), 2, 2, 0, 0.1, 1.0))
+
+
+async def at_once(job: Job) -> AsyncIterator[Event]:
+    yield Started(job.id)
+    yield Progress(job.id, 0, 0, [(0, 43)])
+    yield finished(job)
+
+
+async def never(job: Job) -> AsyncIterator[Event]:
+    yield Started(job.id)
+    await asyncio.Event().wait()
+
+
+def make(engine: Engine | None = None, *, tracer_provider: TracerProvider | None = None, **settings: Any) -> FastAPI:
+    return create_app(engine or ScriptedEngine(at_once), load(settings), tracer_provider=tracer_provider)
+
+
+def unloaded() -> Engine:
+    """A real engine that has not been started."""
+    return Engine(EngineConfig(WorkerConfig("dlm")))
+
+
+@asynccontextmanager
+async def open_client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        yield client
+
+
+def routes(of: Any) -> Iterator[tuple[str, str]]:
+    """Every (method, path) that is routed, found and not listed; an application or a router."""
+    for route in of.routes:
+        if isinstance(route, Route):
+            yield from ((method, route.path) for method in (route.methods or {"GET"}) - {"HEAD"})
+        else:
+            yield from routes(route.original_router)  # whatever is neither a route nor a router breaks this test
+
+
+def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
+    """Every (method, path) in the OpenAPI document."""
+    document = app.openapi()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            yield method.upper(), path.replace("{model_id}", "dlm")
+
+
+def check_envelope(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["code"] is None or isinstance(error["code"], str)
+    return error
+
+
+def scope_of(path: str = "/v1/completions") -> Scope:
+    return {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"server")], "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80), "state": {},
+    }  # fmt: skip
+
+
+def receive_once(body: dict[str, Any]) -> Callable[[], Any]:
+    """A client that sends its body and stays."""
+    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> Message:
+        if (message := next(messages, None)) is None:
+            await asyncio.Event().wait()
+            raise AssertionError
+        return message
+
+    return receive
