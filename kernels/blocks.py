@@ -24,9 +24,9 @@ MAX_HEAD_SIZE = 1024  # of the C++ gradient's buffer
 
 def runs(x: Tensor) -> bool:
     """Whether the passes below take x. KERNELS_BACKEND=reference or torch turns them off with the other kernels."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or settings().backend in ("reference", "torch"):
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return library() is not None and x.numel() > 0
+    return settings().backend not in ("reference", "torch") and library() is not None and x.numel() > 0
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -39,6 +39,13 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x (S, 2 m), which holds [gate, up] -> (S, m)."""
     out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
     return out
+
+
+def swiglu_apart(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two tensors (S, m), no gradient; the result takes the place of `gate`."""
+    gate, up = gate.contiguous(), up.contiguous()
+    _call("swiglu", gate, up, gate.shape[1], gate, *gate.shape)
+    return gate
 
 
 def split_heads(
@@ -100,7 +107,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = torch.empty(x.shape[0], x.shape[1] // 2)
-        _call("swiglu", x, out, *out.shape)
+        _call("swiglu", x, x[:, out.shape[1] :], x.shape[1], out, *out.shape)
         ctx.save_for_backward(x)
         return out
 

@@ -49,17 +49,19 @@ void rms_norm_gradient(const float* g, const float* x, const float* w, const flo
     rms_gradient(g + row * width, x + row * width, w, inverse[row], width, out + row * width);
 }
 
-// y = silu(gate) * up, where a row of x holds gate and up, `width` each.
-void swiglu(const float* x, float* y, int64_t rows, int64_t width, int32_t threads) {
+// y = silu(gate) * up; gate and up have rows `stride` floats apart.
+void swiglu(const float* gates, const float* ups, int64_t stride, float* y, int64_t rows, int64_t width,
+            int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const float *gate = x + 2 * row * width, *up = gate + width;
+    const float *gate = gates + row * stride, *up = ups + row * stride;
     float* to = y + row * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
   }
 }
 
+// The gradient behind swiglu, where a row of x holds gate and up, `width` each; out likewise.
 void swiglu_gradient(const float* g, const float* x, float* out, int64_t rows, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {

@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from server.models.base import source_rows
 from server.models.config import ConfigReader
-from server.models.layers import RMSNorm, RotaryTable, initialise, rotate
+from server.models.layers import RMSNorm, RotaryTable, initialise, rotate, swiglu
 from server.models.packing import PackedLayout, attend
+from server.types import DecoderShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class DreamMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, d) -> (N, d)."""
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
@@ -179,6 +180,19 @@ class DreamModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes of the blocks."""
+        config = self.config
+        return DecoderShape(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.num_hidden_layers,
+        )
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""

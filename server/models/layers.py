@@ -1,4 +1,8 @@
-"""What both families share below the block: the norm and the rotary embedding."""
+"""What both families share below the block: the norm, the rotary embedding and SwiGLU.
+
+Inference in float32 on a CPU takes the fused passes of `kernels.blocks`; everything else, training included, the
+plain expressions.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels import blocks
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Where norms and rotations compute: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the fused passes take x: nothing here keeps what a gradient would need."""
+    return not torch.is_grad_enabled() and blocks.runs(x)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, (N, m) each; may write into `gate`."""
+    return blocks.swiglu_apart(gate, up) if fused(gate) else functional.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +38,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
+        if fused(x):
+            return blocks.rms_norm(x, self.weight, self.eps)
         exact = x.to(compute_dtype(x.dtype))
         return functional.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
 
@@ -57,6 +75,9 @@ class RotaryTable:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (S, heads, d), pairing channel i with i + d/2, by tables (S, 1, d/2); x's dtype comes back."""
+    if fused(x):
+        heads = x.shape[1]
+        return blocks.split_heads(x.flatten(1), heads, 0, None, None, 0.0, cos[:, 0], sin[:, 0])[0]
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

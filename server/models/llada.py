@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from server.models.base import source_rows
 from server.models.config import ConfigReader
-from server.models.layers import RMSNorm, RotaryTable, initialise, rotate
+from server.models.layers import RMSNorm, RotaryTable, initialise, rotate, swiglu
 from server.models.packing import PackedLayout, attend
+from server.types import DecoderShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class LLaDABlock(nn.Module):
             x, mixed = x[rows], mixed[rows]
         x = x + self.attn_out(mixed)
         normed = self.ff_norm(x)
-        out: Tensor = x + self.ff_out(functional.silu(self.ff_proj(normed)) * self.up_proj(normed))
+        out: Tensor = x + self.ff_out(swiglu(self.ff_proj(normed), self.up_proj(normed)))
         return out
 
 
@@ -177,6 +178,19 @@ class LLaDAModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.model.transformer.wte.weight.dtype
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes of the blocks."""
+        config = self.config
+        return DecoderShape(
+            config.d_model,
+            config.mlp_hidden_size,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.n_layers,
+        )
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""

@@ -1,0 +1,101 @@
+"""The fused passes of a decoder block against plain float64 expressions, values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels import blocks
+from kernels.cpp import library
+
+EPSILON = 1e-6
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # a handful of float32 roundings
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt() * weight
+
+
+def turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cosines, sines = cosines[:, None], sines[:, None]
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+
+
+def compare(fused: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Values, and gradients along a random direction, in float32 against float64."""
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, expected = fused(ours), plain(exact)
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+    along = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(out, [ours], along.float())
+    (reference,) = torch.autograd.grad(expected, [exact], along)
+    torch.testing.assert_close(gradient.double(), reference, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 64), (17, 192)])
+def test_rms_norm(rows: int, width: int) -> None:
+    weight = torch.randn(width)
+    x = torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]
+    compare(
+        lambda x: blocks.rms_norm(x, weight, EPSILON),
+        lambda x: rms(x, weight.double()),
+        x,
+    )
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (9, 576)])
+def test_swiglu(rows: int, width: int) -> None:
+    x = torch.randn(rows, 2 * width) * 5
+    x[0, 0], x[-1, 0] = -120.0, 120.0  # exp must neither overflow nor turn into NaN
+    compare(blocks.swiglu, lambda x: functional.silu(x[:, :width]) * x[:, width:], x)
+    expected = functional.silu(x[:, :width].double()) * x[:, width:].double()
+    apart = blocks.swiglu_apart(x[:, :width].clone(), x[:, width:])
+    torch.testing.assert_close(apart.double(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 8), (3, 3, 2), (6, 0, 32), (0, 2, 64)])
+def test_split_heads(heads: int, key_heads: int, size: int, normed: bool) -> None:
+    rows = 5
+    angles = torch.randn(rows, size // 2, dtype=torch.float64)
+    of_q, of_k = (torch.randn(size) if normed else None for _ in range(2))
+
+    def plain(x: Tensor) -> Tensor:
+        q, k, v = x.view(rows, -1, size).split([heads, key_heads, key_heads], dim=1)
+        if of_q is not None and of_k is not None:
+            q, k = rms(q, of_q.double()), rms(k, of_k.double())
+        return torch.cat((turn(q, angles.cos(), angles.sin()), turn(k, angles.cos(), angles.sin()), v), dim=1)
+
+    def fused(x: Tensor) -> Tensor:
+        cosines, sines = angles.cos().float(), angles.sin().float()
+        return torch.cat(blocks.split_heads(x, heads, key_heads, of_q, of_k, EPSILON, cosines, sines), dim=1)
+
+    compare(fused, plain, torch.randn(rows, (heads + 2 * key_heads) * size))
+
+
+def test_a_non_contiguous_gradient_is_read_as_it_lies() -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    out = blocks.rms_norm(x, torch.ones(8), EPSILON)
+    along = torch.randn(8, 6).T
+    (gradient,) = torch.autograd.grad(out, [x], along)
+    exact = x.detach().double().requires_grad_()
+    (reference,) = torch.autograd.grad(rms(exact, torch.ones(8).double()), [exact], along.double())
+    torch.testing.assert_close(gradient.double(), reference, **TOLERANCE)
+
+
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert blocks.runs(torch.ones(2, 2))
+    assert not blocks.runs(torch.ones(2, 2, dtype=torch.float64))
+    assert not blocks.runs(torch.ones(2, 2, dtype=torch.bfloat16))
+    assert not blocks.runs(torch.ones(0, 2))
+    monkeypatch.setenv("KERNELS_BACKEND", "torch")
+    assert not blocks.runs(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="heads of 2048 channels"):
+        blocks.split_heads(torch.ones(1, 2048), 1, 0, None, None, EPSILON, torch.ones(1, 1024), torch.ones(1, 1024))
