@@ -170,7 +170,10 @@ async def tokenize(request: Request) -> Response:
 
 
 def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
-    strings = [tokenizer.token_string(token) or "" for token in tokens] if with_strings else None
+    strings = None
+    if with_strings:
+        names = {token: tokenizer.token_string(token) or "" for token in set(tokens)}
+        strings = [names[token] for token in tokens]
     answer = TokenizeResponse(
         count=len(tokens), max_model_len=info.model.context_length, tokens=tokens, token_strs=strings
     )

@@ -141,7 +141,7 @@ class Soak:
     async def user(self, number: int, until: float) -> None:
         """One client: a request after the other."""
         generator = random.Random(number)
-        async with client(self.server) as http:
+        async with client(self.server, timeout=300) as http:
             while time.monotonic() < until:
                 index = generator.randrange(len(self.cases))
                 try:
@@ -181,8 +181,8 @@ class Soak:
 
     def note_id(self, case: Case, text: str) -> None:
         """No two answers with one id."""
-        data = json.loads(text.partition("\n\n")[0].removeprefix("data: ") if case.stream else text)
-        identity = data.get("id")
+        event = next((line for line in text.splitlines() if line.startswith("data: ")), "") if case.stream else text
+        identity = json.loads(event.removeprefix("data: ")).get("id")
         if identity is not None:
             expect(identity not in self.ids, f"id {identity} came twice")
             self.ids.add(identity)
