@@ -1,4 +1,4 @@
-"""`python -m clients.quality [compare|fluency]`: prints a table, then one JSON line."""
+"""`python -m clients.quality [compare|fluency|shortcuts]`: prints a table, then one JSON line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import httpx
 
 from clients.quality import prompts as prompt_file
+from clients.quality import shortcuts, shortcuts_report
 from clients.quality.compare import METHODS, Comparison, Settings, compare
-from clients.quality.fluency import measure
+from clients.quality.fluency import calibrate, judge, measure
+from clients.quality.judges import SmolLM
 from clients.quality.report import (
     comparison_json,
     comparison_markdown,
@@ -28,22 +30,22 @@ LIMITS = httpx.Limits(max_connections=64)
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m clients.quality", description=__doc__)
-    top.add_argument("what", nargs="?", choices=("compare", "fluency"), default="compare")
+    top.add_argument("what", nargs="?", choices=("compare", "fluency", "shortcuts"), default="compare")
     top.add_argument("--url", default="http://127.0.0.1:8000")
     top.add_argument("--api-key", help="sent as a bearer token")
     top.add_argument("--prompts", type=Path, default=prompt_file.PATH, help="default: the bundled prompts")
     top.add_argument("--concurrency", type=int, default=4, help="requests in flight")
     top.add_argument("--seed", type=int, default=1000, help="prompt i is sent with seed + i")
     top.add_argument("--count", type=int, help="only the first prompts, for a quick look")
-    group = top.add_argument_group("compare")
+    group = top.add_argument_group("compare and shortcuts")
     group.add_argument("--reward-model", action="append", help="repeatable; default: every one that is served")
-    group.add_argument("--method", action="append", choices=METHODS, help="repeatable; default: all")
+    group.add_argument("--method", action="append", choices=METHODS, help="compare; repeatable; default: all")
     group.add_argument("--trajectories", type=int, default=4, help="K")
     for name, kind in (("--max-tokens", int), ("--steps", int), ("--gradient-steps", int), ("--eta", float)):
         group.add_argument(name, type=kind, help="default: the server's")
     group.add_argument("--temperature", type=float, help="default: the server's")
     group.add_argument("--top-p", type=float, help="default: the server's")
-    group.add_argument("--report", type=Path, help="folder for report.md, report.svg and report.json")
+    group.add_argument("--report", type=Path, help="folder for a report: Markdown, plot and JSON")
     top.add_argument_group("fluency").add_argument("--shown", type=int, default=20, help="answers to print")
     return top
 
@@ -52,7 +54,17 @@ async def run_compare(options: argparse.Namespace, client: httpx.AsyncClient) ->
     """Compare the methods under every reward model."""
     prompts = prompt_file.load(options.prompts).compare[: options.count]
     served = [entry["id"] for entry in await models(client) if is_reward_model(entry)]
-    settings = Settings(
+    settings = settings_of(options)
+    comparison = await compare(client, prompts, options.reward_model or served, options.method or METHODS, settings)
+    print(comparison_text(comparison))
+    if options.report is not None:
+        write_report(options.report, comparison, [prompt.text for prompt in prompts])
+    print(json.dumps(comparison_json(comparison)))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What is asked of the server, from the command line."""
+    return Settings(
         trajectories=options.trajectories,
         max_tokens=options.max_tokens,
         steps=options.steps,
@@ -63,11 +75,31 @@ async def run_compare(options: argparse.Namespace, client: httpx.AsyncClient) ->
         seed=options.seed,
         concurrency=options.concurrency,
     )
-    comparison = await compare(client, prompts, options.reward_model or served, options.method or METHODS, settings)
-    print(comparison_text(comparison))
-    if options.report is not None:
-        write_report(options.report, comparison, [prompt.text for prompt in prompts])
-    print(json.dumps(comparison_json(comparison)))
+
+
+async def run_shortcuts(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
+    """Measure what is not exact, under every reward model. The judge comes last, when the server is idle."""
+    found = prompt_file.load(options.prompts)
+    prompts = found.compare[: options.count]
+    entries = await models(client)
+    served = [str(entry["id"]) for entry in entries if is_reward_model(entry)]
+    settings = settings_of(options)
+    defaults = next(entry["defaults"] for entry in entries if not is_reward_model(entry))
+    chosen = shortcuts.options(settings.steps or settings.max_tokens or defaults["steps"])
+    asked = {
+        name: await shortcuts.ask_all(client, prompts, chosen, name, settings)
+        for name in options.reward_model or served
+    }
+    smol = SmolLM()
+    limit = calibrate(smol, found.references).threshold
+    documents = []
+    for name, runs in asked.items():
+        rows = shortcuts.rows_of(runs, [judge(run.answers, smol, limit, found.subjects) for run in runs])
+        print(shortcuts_report.shortcuts_text(name, rows), end="\n\n")
+        if options.report is not None:
+            shortcuts_report.write(options.report, name, rows)
+        documents.append(shortcuts_report.shortcuts_json(name, rows))
+    print(json.dumps({"prompts": len(prompts), "trajectories": settings.trajectories, "reward_models": documents}))
 
 
 def write_report(folder: Path, comparison: Comparison, prompts: list[str]) -> None:
@@ -99,7 +131,9 @@ async def run(options: argparse.Namespace) -> None:
     async with httpx.AsyncClient(
         base_url=options.url, headers=headers, timeout=TIMEOUT_SECONDS, limits=LIMITS
     ) as client:
-        await (run_compare if options.what == "compare" else run_fluency)(options, client)
+        await {"compare": run_compare, "fluency": run_fluency, "shortcuts": run_shortcuts}[options.what](
+            options, client
+        )
 
 
 def main() -> None:

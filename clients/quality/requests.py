@@ -16,13 +16,18 @@ TIMEOUT_SECONDS = 900.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt: the texts in the server's order, and the final reward of every trajectory."""
+    """What came back for one prompt: the texts in the server's order, the final reward of every trajectory, and what it
+    took (of the longest trajectory)."""
 
     prompt: Prompt
     texts: tuple[str, ...]
     finish_reasons: tuple[str, ...]
     choice_rewards: tuple[float | None, ...]
     trajectory_rewards: tuple[float, ...]
+    steps: int = 0
+    model_calls: int = 0
+    reward_calls: int = 0
+    approximations: tuple[str, ...] = ()
 
 
 class ServerError(Exception):
@@ -40,13 +45,16 @@ def parse(prompt: Prompt, payload: dict[str, Any]) -> Answer:
     """Read a completion response (docs: the `guidance` object holds all trajectories' rewards)."""
     choices = payload["choices"]
     texts = tuple(c["message"]["content"] if prompt.form == "chat" else c["text"] for c in choices)
-    rewards = (payload.get("guidance") or {}).get("rewards") or [[]]
+    report = payload.get("guidance") or {}
+    rewards = report.get("rewards") or [[]]
     return Answer(
         prompt,
         texts,
         tuple(choice["finish_reason"] for choice in choices),
         tuple(choice.get("reward") for choice in choices),
         tuple(float(reward) for reward in rewards[0] if reward is not None),
+        **{name: int(report.get(name, 0)) for name in ("steps", "model_calls", "reward_calls")},
+        approximations=tuple(report.get("approximations", ())),
     )
 
 
