@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.diffusion.approximations import approximations
 from server.diffusion.schedule import adapted, blocks, plan, time_grid
 from server.types import DiffusionParams, GuidanceParams
 
@@ -138,3 +139,22 @@ def test_the_window_of_an_adaptive_run_counts_what_is_revealed_and_the_steps_tak
     assert not adapted(step, 7, 8, 0, guidance).guided
     assert adapted(step, 3, 8, 4, guidance).guided
     assert not adapted(step, 2, 8, 4, guidance).guided
+
+
+def named(steps: int, algorithm: str = "entropy", **guidance: object) -> list[str]:
+    diffusion = DiffusionParams(steps, algorithm)  # type: ignore[arg-type]
+    return list(approximations(8, diffusion, GuidanceParams(method="entrgi", **guidance)))  # type: ignore[arg-type]
+
+
+def test_a_window_is_an_approximation_where_it_leaves_a_step_that_reveals_something_unguided() -> None:
+    assert named(8) == []
+    assert named(8, every=2) == ["guidance.every"]
+    assert named(1, every=2) == []  # the only step is guided
+    assert named(8, stop=0.99) == []  # the last step begins at 7/8
+    assert named(8, stop=0.8, start=0.3) == ["guidance.start", "guidance.stop"]
+    assert named(8, start=0.1) == []  # the first step, at 0, reveals nothing
+    assert named(8, "origin", start=0.1) == ["guidance.start"]  # and here it may
+    assert named(8, every=2, gradient_steps=0) == []
+    assert named(8, "threshold") == ["threshold"]
+    assert named(8, "entropy_bound", stop=0.99) == ["entropy_bound", "guidance.stop"]
+    assert approximations(8, DiffusionParams(8, "entropy_bound"), GuidanceParams()) == ("entropy_bound",)
