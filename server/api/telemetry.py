@@ -96,15 +96,15 @@ class JobSpans:
         if self._ended or self._generating:
             return
         self._generating = True
-        recording = self._span.is_recording()
-        self._span.end(_wall(moment))
+        recording, at = self._span.is_recording(), _wall(moment)
+        self._span.end(at)
         operation = "chat" if self._plan.chat else "text_completion"
         self._span = self._tracer.start_span(
             f"{operation} {self._plan.model}",
             self._parent,
             SpanKind.INTERNAL,
             attributes=_request_attributes(self._plan, self._job, operation) if recording else None,
-            start_time=_wall(moment),
+            start_time=at,
         )
 
     def finished(self, result: JobResult) -> None:

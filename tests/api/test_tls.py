@@ -1,0 +1,120 @@
+"""TLS on a real socket, with a certificate made for the test; and a prefix that a proxy did not cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from server.api.app import create_app
+from server.cli import Server, http_config
+from server.settings import Settings, SettingsError, load
+from tests.api.scripted_engine import ScriptedEngine, at_once
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A certificate for localhost and its key, plain and encrypted."""
+    folder = tmp_path_factory.mktemp("tls")
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    certificate, key, encrypted = folder / "cert.pem", folder / "key.pem", folder / "encrypted.pem"
+    certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    private = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encrypted.write_bytes(
+        private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"open sesame"))
+    )
+    return {"certificate": str(certificate), "key": str(key), "encrypted": str(encrypted)}
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[int]:
+    """The application on a real socket, as the command line serves it; the port."""
+    server = Server(http_config(create_app(ScriptedEngine(at_once), settings), settings))
+    sock = server.config.bind_socket()
+    running = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        while not server.started:
+            assert not running.done(), running.result()
+            await asyncio.sleep(0.01)
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+        sock.close()
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.mark.parametrize("key", ["key", "encrypted"])
+async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str], key: str) -> None:
+    flags: dict[str, Any] = {"port": 0, "ssl_certfile": files["certificate"], "ssl_keyfile": files[key]}
+    if key == "encrypted":
+        flags["ssl_keyfile_password"] = "open sesame"
+    async with serving(load(flags)) as port:
+        async with httpx.AsyncClient(verify=trusting(authority), base_url=f"https://localhost:{port}") as client:
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            answer = await client.post("/v1/completions", json={"prompt": "Hi"})
+            assert answer.json()["choices"][0]["text"] == "Hi"
+            streamed = await client.post("/v1/completions", json={"prompt": "Hi", "stream": True})
+            assert streamed.text.endswith("data: [DONE]\n\n")
+        async with httpx.AsyncClient(base_url=f"https://localhost:{port}") as stranger:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                await stranger.get("/health")
+        async with httpx.AsyncClient(base_url=f"http://localhost:{port}") as plain:
+            with pytest.raises(httpx.TransportError):
+                await plain.get("/health")
+
+
+def test_tls_settings_that_cannot_work_are_refused(files: dict[str, str], tmp_path: Path) -> None:
+    good = {"ssl_certfile": files["certificate"], "ssl_keyfile": files["key"]}
+    assert load(good).ssl_keyfile == Path(files["key"])
+    other = tmp_path / "other.pem"
+    other.write_bytes(trustme.CA().issue_cert("localhost").private_key_pem.bytes())
+    for wrong, key in (
+        ({"ssl_keyfile": None}, "ssl_certfile"),
+        ({"ssl_certfile": str(tmp_path / "absent.pem")}, "ssl_certfile"),
+        ({"ssl_keyfile": str(other)}, "ssl_certfile"),
+        ({"ssl_keyfile": files["encrypted"]}, "ssl_certfile"),
+        ({"ssl_keyfile": files["encrypted"], "ssl_keyfile_password": "wrong-word"}, "ssl_certfile"),
+    ):
+        with pytest.raises(SettingsError, match=rf"^{key}\b") as caught:
+            load({**good, **wrong})
+        assert "wrong-word" not in str(caught.value)
+
+
+async def test_behind_a_prefix_on_a_real_socket() -> None:
+    async with (
+        serving(load({"port": 0, "root_path": "/llm/v2"})) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        for prefix in ("/llm/v2", ""):  # a proxy may or may not have cut it off
+            assert (await client.get(f"{prefix}/ready")).status_code == 200
+            assert (await client.get(f"{prefix}/v1/models/dlm")).json()["id"] == "dlm"
+            answer = await client.post(f"{prefix}/v1/completions", json={"prompt": "Hi"})
+            assert answer.json()["choices"][0]["text"] == "Hi"
+            document = (await client.get(f"{prefix}/openapi.json")).json()
+            assert document["servers"] == [{"url": "/llm/v2"}]
+        assert (await client.get("/llm/v1/models")).status_code == 404

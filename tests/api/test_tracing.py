@@ -1,0 +1,220 @@
+"""OpenTelemetry: spans of requests, waits and generations, read back from the SDK's memory exporter and, from a real
+server process, by a collector that speaks OTLP over HTTP."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from server.api.telemetry import exporting_provider
+from server.engine.messages import Event, Failed, Started
+from server.errors import ConfigurationError
+from server.types import Job
+from tests.api.conftest import Launch
+from tests.api.scripted_engine import ScriptedEngine, at_once, make, open_client
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+SECRET = "the-secret-of-the-prompt"
+
+
+@pytest.fixture
+def spans() -> tuple[TracerProvider, InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return provider, exporter
+
+
+Spans = tuple[TracerProvider, InMemorySpanExporter]
+
+
+def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
+    return {span.name: span for span in exporter.get_finished_spans()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_spans_of_a_request(spans: Spans, stream: bool) -> None:
+    provider, exporter = spans
+    body = {
+        "prompt": SECRET, "suffix": SECRET, "stop": ["a-stop-string"], "max_tokens": 8, "temperature": 0.5, "seed": 11,
+        "top_k": 5, "guidance": {"method": "entrgi", "gradient_steps": 2}, "best_of": 1, "stream": stream,
+    }  # fmt: skip
+    async with open_client(make(tracer_provider=provider)) as client:
+        response = await client.post("/v1/completions", json=body, headers={**TRACEPARENT, "X-Request-Id": "id-1"})
+        assert response.status_code == 200
+    found = by_name(exporter)
+    assert set(found) == {"POST /v1/completions", "queue", "text_completion dlm"}
+    request, queue, generation = (found[n] for n in ("POST /v1/completions", "queue", "text_completion dlm"))
+    assert request.kind is SpanKind.SERVER
+    assert f"{request.context.trace_id:032x}" == TRACE
+    assert request.parent is not None
+    assert f"{request.parent.span_id:016x}" == PARENT
+    for child in (queue, generation):
+        assert child.context.trace_id == request.context.trace_id
+        assert child.parent is not None
+        assert child.parent.span_id == request.context.span_id
+    assert request.start_time <= queue.start_time <= queue.end_time == generation.start_time <= generation.end_time
+    assert request.attributes is not None
+    assert request.attributes["http.route"] == "/v1/completions"
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.attributes["entrgi.request_id"] == "id-1"
+    given = dict(generation.attributes or {})
+    assert given["gen_ai.response.id"].startswith("cmpl-")
+    assert {key: value for key, value in given.items() if key != "gen_ai.response.id"} == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "entrgi",
+        "gen_ai.request.model": "dlm",
+        "gen_ai.request.choice.count": 1,
+        "gen_ai.request.max_tokens": 8,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.95,
+        "gen_ai.request.top_k": 5,
+        "gen_ai.request.seed": 11,
+        "gen_ai.request.stream": stream,
+        "gen_ai.response.model": "dlm",
+        "gen_ai.response.finish_reasons": ("length",),
+        "gen_ai.usage.input_tokens": given["gen_ai.usage.input_tokens"],
+        "gen_ai.usage.output_tokens": 2,
+        "entrgi.prompt_index": 0,
+        "entrgi.best_of": 1,
+        "entrgi.diffusion.steps": 8,
+        "entrgi.diffusion.algorithm": "entropy",
+        "entrgi.guidance.method": "entrgi",
+        "entrgi.guidance.reward_models": ("rm",),
+        "entrgi.guidance.gradient_steps": 2,
+        "entrgi.trajectory_tokens": 2,
+        "entrgi.model_calls": 2,
+        "entrgi.reward_calls": 0,
+    }
+    assert given["gen_ai.usage.input_tokens"] > 0
+    everything = "".join(span.to_json() for span in exporter.get_finished_spans())
+    assert SECRET not in everything
+    assert "a-stop-string" not in everything
+
+
+async def test_every_prompt_has_its_spans_and_probes_have_none(spans: Spans) -> None:
+    provider, exporter = spans
+    async with open_client(make(tracer_provider=provider, root_path="/llm")) as client:
+        for path in ("/health", "/ready", "/ping", "/metrics", "/llm/health", "/llm/metrics"):
+            assert (await client.get(path)).status_code == 200
+        assert exporter.get_finished_spans() == ()
+        await client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert sorted(names) == ["POST /v1/completions", *["queue"] * 3, *["text_completion dlm"] * 3]
+    indices = [s.attributes["entrgi.prompt_index"] for s in exporter.get_finished_spans() if s.attributes and s.parent]
+    assert sorted(indices) == [0, 0, 1, 1, 2, 2]
+
+
+async def test_a_failure_is_an_error_of_its_span(spans: Spans) -> None:
+    async def fails(job: Job) -> AsyncIterator[Event]:
+        yield Started(job.id)
+        yield Failed(job.id, "engine_failed", f"broke on {SECRET}")
+
+    provider, exporter = spans
+    async with open_client(make(ScriptedEngine(fails), tracer_provider=provider)) as client:
+        body = {"messages": [{"role": "user", "content": SECRET}]}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 500
+        assert (await client.post("/v1/chat/completions", json={})).status_code == 400
+    found = by_name(exporter)
+    generation = found["chat dlm"]
+    assert generation.status.status_code is StatusCode.ERROR
+    assert generation.attributes is not None
+    assert generation.attributes["error.type"] == "engine_failed"
+    assert SECRET not in "".join(span.to_json() for span in exporter.get_finished_spans())
+    statuses = [s.attributes["http.response.status_code"] for s in exporter.get_finished_spans() if s.attributes and
+                "http.route" in s.attributes]  # fmt: skip
+    assert statuses == [500, 400]
+
+
+async def test_nothing_is_traced_unless_configured() -> None:
+    assert exporting_provider(None, {}) is None
+    assert exporting_provider(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}) is None
+    assert exporting_provider("http://127.0.0.1:1", {"OTEL_SDK_DISABLED": "true"}) is None
+    async with open_client(make(ScriptedEngine(at_once))) as client:
+        assert (await client.post("/v1/completions", json={"prompt": "Hi"}, headers=TRACEPARENT)).status_code == 200
+
+
+def test_the_sdk_is_not_imported_unless_configured() -> None:
+    code = (
+        "import sys, server.cli, server.api.telemetry as t; assert t.exporting_provider(None, {}) is None; "
+        "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_missing_sdk_is_refused_by_the_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    with pytest.raises(ConfigurationError, match=r"^otlp_endpoint: .*requirements-otel\.lock"):
+        exporting_provider("http://127.0.0.1:4318", {})
+
+
+# -- over the wire -----------------------------------------------------------------------------------------------
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Keeps what is exported to /v1/traces."""
+
+    received: list[ExportTraceServiceRequest]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.headers["Content-Type"] == "application/x-protobuf"
+        if self.path == "/v1/traces":
+            self.received.append(ExportTraceServiceRequest.FromString(body))
+        self.send_response(200 if self.path == "/v1/traces" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
+    received: list[ExportTraceServiceRequest] = []
+    server = HTTPServer(("127.0.0.1", 0), type("Mine", (Collector,), {"received": received}))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", received
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def value(of: AnyValue) -> object:
+    return getattr(of, str(of.WhichOneof("value")))
+
+
+def test_a_server_process_exports_to_a_collector(
+    launch: Launch, collector: tuple[str, list[ExportTraceServiceRequest]]
+) -> None:
+    endpoint, received = collector
+    served = launch("--otlp-endpoint", endpoint)
+    served.wait_ready()
+    answer = served.client.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 8}, headers=TRACEPARENT)
+    assert answer.status_code == 200
+    assert served.stop() == 0  # sends what is left
+    scopes = [scope for request in received for resource in request.resource_spans for scope in resource.scope_spans]
+    found = {span.name: span for scope in scopes for span in scope.spans}
+    assert set(found) == {"POST /v1/completions", "queue", "text_completion dlm"}
+    assert {span.trace_id.hex() for span in found.values()} == {TRACE}
+    generation = {pair.key: value(pair.value) for pair in found["text_completion dlm"].attributes}
+    assert generation["gen_ai.usage.output_tokens"] == answer.json()["usage"]["completion_tokens"]
+    resource = {pair.key: value(pair.value) for pair in received[0].resource_spans[0].resource.attributes}
+    assert resource["service.name"] == "entrgi-server"
+    assert SECRET.encode() not in b"".join(request.SerializeToString() for request in received)
