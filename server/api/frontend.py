@@ -13,7 +13,7 @@ from opentelemetry.trace import NoOpTracer, Tracer
 
 from server.api.convert import Limits
 from server.engine.engine import Engine, JobStream
-from server.errors import QueueFull, RequestError
+from server.errors import InvalidRequest, QueueFull, RequestError
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Job
@@ -72,6 +72,9 @@ class Frontend:
 
     def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
         """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""
+        places = self.engine.config.max_jobs
+        if len(jobs) > places:  # waiting would not help
+            raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
         self.engine.check_room(len(jobs))
         return [self.engine.submit(job) for job in jobs]
 

@@ -16,30 +16,57 @@ MOST_SECONDS = 60.0
 
 
 class Throughput:
-    """Answers of the last half minute, and the promises made on them. All times are seconds of one monotonic
-    clock."""
+    """Places that came free lately, and the promises made on them. All times are seconds of one monotonic clock.
+
+    The rate is measured only while at least half of the places are taken: how much leaves an idle server says nothing
+    about how much can.
+    """
 
     def __init__(self) -> None:
-        self._finished: deque[float] = deque(maxlen=4096)
+        self._finished: deque[float] = deque(maxlen=4096)  # by the clock that stands still in idle times
+        self._began: float | None = None
+        self._idle_since: float | None = None
+        self._idle_seconds = 0.0
         self._promised_until = 0.0
 
+    def taken(self, in_flight: int, places: int, now: float) -> None:
+        """So many of the places are taken from now on."""
+        loaded = 2 * in_flight >= places
+        if loaded and self._idle_since is not None:
+            self._idle_seconds += now - self._idle_since
+            self._idle_since = None
+        elif not loaded and self._idle_since is None:
+            self._idle_since = now
+        self._start(now)
+
     def finished(self, now: float) -> None:
-        """One job has left."""
-        self._finished.append(now)
+        """One place has come free."""
+        self._start(now)
+        if self._idle_since is None:
+            self._finished.append(self._clock(now))
 
     def per_second(self, now: float) -> float | None:
-        """Jobs that left a second, lately; None when fewer than two did."""
-        while self._finished and now - self._finished[0] > WINDOW_SECONDS:
+        """Places that came free a second, lately; None when fewer than two did."""
+        clock = self._clock(now)
+        since = max(clock - WINDOW_SECONDS, clock if self._began is None else self._began)
+        while self._finished and self._finished[0] <= since:
             self._finished.popleft()
-        if len(self._finished) < 2 or now <= self._finished[0]:
+        if len(self._finished) < 2:
             return None
-        return (len(self._finished) - 1) / (now - self._finished[0])
+        return len(self._finished) / (clock - since)
 
-    def retry_after_seconds(self, in_flight: int, now: float) -> float:
-        """When to try again: the next place that nobody was promised, at most the time in which all
-        `in_flight` jobs will have left, within 1 to 60 seconds."""
+    def retry_after_seconds(self, in_flight: int, now: float, places: int = 1) -> float:
+        """When to try again for so many places: when the next that nobody was promised come free, at most the time in
+        which all `in_flight` jobs will have left, within 1 to 60 seconds."""
         rate = self.per_second(now)
         if rate is None:
             return UNKNOWN_RATE_SECONDS
-        self._promised_until = min(max(self._promised_until, now) + 1.0 / rate, now + in_flight / rate)
+        self._promised_until = min(max(self._promised_until, now) + places / rate, now + in_flight / rate)
         return min(max(self._promised_until - now, LEAST_SECONDS), MOST_SECONDS)
+
+    def _clock(self, now: float) -> float:
+        return (now if self._idle_since is None else self._idle_since) - self._idle_seconds
+
+    def _start(self, now: float) -> None:
+        if self._began is None:
+            self._began = self._clock(now)

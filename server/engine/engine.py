@@ -23,7 +23,6 @@ from server.engine.messages import (
     Cancel,
     Event,
     Failed,
-    Finished,
     FrameTooLarge,
     Score,
     Scored,
@@ -228,7 +227,7 @@ class Engine:
         if len(self._pending) + jobs > self.config.max_jobs:
             raise QueueFull(
                 f"{len(self._pending)} requests are in flight; the server takes {self.config.max_jobs}",
-                retry_after=self._throughput.retry_after_seconds(len(self._pending), time.monotonic()),
+                retry_after=self._throughput.retry_after_seconds(len(self._pending), time.monotonic(), jobs),
             )
 
     def submit(self, job: Job) -> JobStream:
@@ -283,6 +282,7 @@ class Engine:
             raise InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
         pending = Pending(identity, data, isinstance(message, Submit), deadline, cost)
         self._pending[identity] = pending
+        self._throughput.taken(len(self._pending), self.config.max_jobs, time.monotonic())
         self._idle.clear()
         self._arm(pending)
         self._dispatcher.add(pending)
@@ -314,8 +314,6 @@ class Engine:
             if pending.begun_at is None:
                 pending.begun_at = time.monotonic()
         elif isinstance(event, Answer):
-            if isinstance(event, Finished):
-                self._throughput.finished(time.monotonic())
             self._answer(event)
         elif not pending.deliver(event):
             logger.error("job %s: the second run differs from the first", pending.id)
@@ -347,6 +345,9 @@ class Engine:
 
     def _answer(self, answer: Answer) -> None:
         pending = self._pending.pop(subject(answer) or "")
+        now = time.monotonic()
+        self._throughput.finished(now)
+        self._throughput.taken(len(self._pending), self.config.max_jobs, now)
         self._dispatcher.remove(pending)
         pending.close(answer)
         if not self._pending:

@@ -65,6 +65,38 @@ def test_old_answers_say_nothing_about_the_present_rate() -> None:
     assert throughput.retry_after_seconds(256, 100.0) > 0
 
 
+def test_idle_times_do_not_slow_the_rate() -> None:
+    throughput = Throughput()
+    throughput.taken(0, 10, 0.0)
+    for minute in range(1, 10):  # one request a minute
+        throughput.taken(1, 10, 60.0 * minute)
+        throughput.finished(60.0 * minute + 0.5)
+        throughput.taken(0, 10, 60.0 * minute + 0.5)
+    throughput.taken(10, 10, 1000.0)
+    for tenth in range(1, 21):  # then ten a second
+        throughput.finished(1000.0 + tenth / 10)
+    assert throughput.per_second(1002.0) == pytest.approx(10.0)
+    throughput.taken(0, 10, 1002.0)
+    throughput.taken(10, 10, 2000.0)
+    assert throughput.per_second(2000.0) == pytest.approx(10.0)  # the last known, however long ago
+
+
+def test_places_that_come_free_together_do_not_look_like_a_high_rate() -> None:
+    throughput = Throughput()
+    throughput.taken(32, 32, 0.0)
+    for _ in range(16):  # a batch that ends in one step
+        throughput.finished(2.0)
+    assert throughput.per_second(2.0) == pytest.approx(8.0)
+
+
+def test_several_places_take_longer() -> None:
+    throughput = Throughput()
+    for tenth in range(101):
+        throughput.finished(tenth / 10)
+    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(5.0)
+    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(10.0)
+
+
 def test_statistics_add_up_and_start_afresh() -> None:
     one, other = RunnerStats(running=2, denoising_steps=3), RunnerStats(denoising_steps=4)
     one.guidance_seconds.add(0.02)
