@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,23 @@ async def test_wrong_keys() -> None:
         twice = [("Authorization", f"Bearer {KEYS[0]}"), ("Authorization", f"Bearer {KEYS[0]}")]
         assert (await client.get("/version", headers=twice)).status_code == 401
         assert (await client.get("/version", headers={"Authorization": f"Bearer {KEYS[1]}"})).status_code == 200
+
+
+async def test_keys_may_be_given_as_hashes() -> None:
+    digest = hashlib.sha256(KEYS[0].encode()).hexdigest()
+    async with open_client(make(api_key=[f"sha256:{digest}", KEYS[1]])) as client:
+        for key, status in ((KEYS[0], 200), (KEYS[1], 200), (digest, 401), (f"sha256:{digest}", 401), ("x" * 12, 401)):
+            given = await client.get("/version", headers={"Authorization": f"Bearer {key}"})
+            assert given.status_code == status
+
+
+async def test_keys_from_a_file_guard_the_server(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEYS[0]}\n{KEYS[1]}\n")
+    async with open_client(make(api_key_file=str(file))) as client:
+        assert (await client.get("/version")).status_code == 401
+        for key in KEYS:
+            assert (await client.get("/version", headers={"Authorization": f"Bearer {key}"})).status_code == 200
 
 
 async def test_open_by_flag() -> None:

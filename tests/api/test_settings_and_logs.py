@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from server import log
 from server.cli import engine_config, parser
-from server.metrics import Metrics, WorkerSnapshot
+from server.engine.stats import SECONDS_BOUNDS
+from server.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics, WorkerSnapshot
 from server.settings import Settings, SettingsError, load, reward_models, unknown_variables
 
 
@@ -53,7 +56,8 @@ def test_lists_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("port", "http"), ("port", "70000"), ("max_queue", "0"), ("dtype", "int8"), ("device", "tpu"),
         ("drain_seconds", "-1"), ("api_key", ["short"]), ("reward_model", ["=x"]), ("reward_model", ["a=x", "a=y"]),
         ("root_path", "llm"), ("served_model_name", "a b"), ("model", " "), ("vocab_fallback", "mean"),
-        ("log_level", "LOUD"), ("no_such_key", "1"), ("keep_alive_seconds", "nan"),
+        ("served_model_name", ["a", "b c"]), ("api_key", ["sha256:0a1b"]), ("otlp_endpoint", "collector:4318"),
+        ("ssl_keyfile", "absent.pem"), ("log_level", "LOUD"), ("no_such_key", "1"), ("keep_alive_seconds", "nan"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: object) -> None:
@@ -83,6 +87,30 @@ def test_secrets_are_not_repeated() -> None:
     with pytest.raises(SettingsError) as caught:
         load({"api_key": ["tiny"]})
     assert "tiny" not in str(caught.value)
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    digest = hashlib.sha256(b"key-number-three").hexdigest()
+    file.write_text(f"# who has it\n\n  key-number-two \nsha256:{digest}\n")
+    settings = load({"api_key": ["key-number-one"], "api_key_file": str(file)})
+    keys = [key.get_secret_value() for key in settings.api_key]
+    assert keys == ["key-number-one", "key-number-two", f"sha256:{digest}"]
+    assert "key-number-two" not in repr(settings)
+    for text in ("", "# nothing\n", "short\n", "kéy-number-four\n", "sha256:12\n"):
+        file.write_text(text)
+        with pytest.raises(SettingsError, match=r"^api_key_file: ") as caught:
+            load({"api_key_file": str(file)})
+        assert text.strip() == "" or text.strip() not in str(caught.value)
+    with pytest.raises(SettingsError, match=r"^api_key_file: "):
+        load({"api_key_file": str(tmp_path / "absent")})
+
+
+def test_names_may_be_listed_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load({"served_model_name": ["a,b", "c", "a"]}).served_model_name == ["a", "b", "c"]
+    monkeypatch.setenv("ENTRGI_SERVED_MODEL_NAME", "x, y")
+    assert load({}).served_model_name == ["x", "y"]
+    assert load({"disable_savings": ["a,b"]}).disable_savings == ["a", "b"]
 
 
 def test_misspelt_variables_are_noticed() -> None:
@@ -118,6 +146,11 @@ def test_engine_config_of_settings() -> None:
     assert list(config.worker.reward_models) == ["a", "b"]
     assert config.max_jobs == 7
     assert config.worker.budget.tokens == 99
+    assert config.worker.served_model_name is None
+    assert engine_config(load({})).worker.served_model_name == "entrgi-demo-1.4m"
+    named = engine_config(load({"served_model_name": ["mine", "other"], "disable_savings": ["skip_empty_steps"]}))
+    assert named.worker.served_model_name == "mine"
+    assert named.worker.disable_savings == ("skip_empty_steps",)
 
 
 # -- logs ----------------------------------------------------------------------------------------------------
@@ -179,3 +212,30 @@ def test_two_applications_do_not_share_metrics() -> None:
     first.prompt_tokens.labels("m").inc(5)
     assert b'prompt_tokens_total{model_name="m"} 5.0' in first.render()
     assert b"prompt_tokens_total{" not in second.render()
+
+
+def test_the_sum_of_final_rewards_is_exported_though_some_are_negative() -> None:
+    metrics = Metrics(lambda: WorkerSnapshot())
+    for reward in (2.5, -4.0, 0.25):
+        metrics.observe_reward("rm", "bon", reward)
+    metrics.observe_reward("rm", "entrgi", 1.0)
+    found = {
+        (sample.name, sample.labels.get("method"), sample.labels.get("sign")): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if "le" not in sample.labels
+    }
+    assert found["entrgi:final_reward_count", "bon", None] == 3
+    size = "entrgi:final_reward_size_total"
+    assert (found[size, "bon", "positive"], found[size, "bon", "negative"]) == (2.75, 4.0)
+    assert (found[size, "entrgi", "positive"], found[size, "entrgi", "negative"]) == (1.0, 0.0)  # both exist at once
+
+
+def test_buckets_hold_vllms_bounds_and_tell_milliseconds_apart() -> None:
+    vllm = {0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0}
+    assert vllm < set(LATENCY_BUCKETS)
+    for buckets in (LATENCY_BUCKETS, FIRST_TOKEN_BUCKETS, SECONDS_BOUNDS, REWARD_BUCKETS):
+        assert list(buckets) == sorted(set(buckets))
+    for buckets in (LATENCY_BUCKETS, FIRST_TOKEN_BUCKETS, SECONDS_BOUNDS):
+        assert buckets[0] <= 0.001
+        assert sum(bound < 0.1 for bound in buckets) >= 5
