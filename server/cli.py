@@ -27,9 +27,8 @@ from server import __version__, log
 from server.api.app import create_app
 from server.api.protocol import connection_class
 from server.api.telemetry import exporting_provider
-from server.engine.config import EngineConfig, WorkerConfig
+from server.engine.config import BudgetSettings, EngineConfig, WorkerConfig
 from server.engine.engine import Engine
-from server.engine.scheduler import Budget
 from server.errors import ConfigurationError
 from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
 
@@ -157,7 +156,13 @@ def engine_config(settings: Settings) -> EngineConfig:
             served_model_name=name,
             threads=settings.threads,
             data_parallel=settings.data_parallel,
-            budget=Budget(settings.batch_tokens, settings.batch_guided_rows, settings.batch_trajectories),
+            budget=BudgetSettings(
+                tokens=settings.batch_tokens,
+                guided_rows=settings.batch_guided_rows,
+                reward_tokens=settings.batch_reward_tokens,
+                trajectories=settings.batch_trajectories,
+                memory_fraction=settings.memory_fraction,
+            ),
             disable_savings=tuple(settings.disable_savings),
             log_level=settings.log_level,
             log_format=settings.log_format,

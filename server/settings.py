@@ -104,9 +104,19 @@ class Settings(BaseSettings):
     )
 
     # Batching
-    batch_tokens: int = Field(16_384, ge=1, description="canvas tokens in one denoising step")
-    batch_guided_rows: int = Field(8_192, ge=1, description="guided rows of logits in one denoising step")
+    batch_tokens: int = Field(
+        0, ge=0, description="canvas tokens in one denoising step; 0: computed from the free memory"
+    )
+    batch_guided_rows: int = Field(
+        0, ge=0, description="rows of logits that are guided at once; 0: computed from the free memory"
+    )
+    batch_reward_tokens: int = Field(
+        0, ge=0, description="reward-model tokens that are guided at once; 0: computed from the free memory"
+    )
     batch_trajectories: int = Field(256, ge=1, description="trajectories in one denoising step")
+    memory_fraction: float = Field(
+        0.8, gt=0, le=1, description="share of the memory that is free after loading that batches may take"
+    )
 
     # Operation
     drain_seconds: float = Field(30.0, ge=0, le=86_400, description="grace for requests in flight at SIGTERM")

@@ -21,6 +21,7 @@ from server.types import Job, StepTrace
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating]
 
 
 @dataclass(slots=True)
@@ -90,16 +91,18 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One packed forward: tokens (S,), layout, and the packed indices `rows` (U + C,) whose logits are wanted: U rows
-    of distinct canvases, then the C rows of the same positions with a blind prompt (classifier-free guidance), which
-    belong to rows `cfg_rows` (C,) with `cfg_scale` (C,)."""
+    of distinct canvases, then the C rows of the same positions with a blind prompt (classifier-free guidance).
+
+    `blind` (U,) is where among them each row's blind twin is, -1 without one; `cfg_scale` (U,) is 0 there.
+    """
 
     members: tuple[Member, ...]
     tokens: Tensor
     layout: PackedLayout
     rows: Tensor
     count: int
-    cfg_rows: Tensor | None
-    cfg_scale: Tensor | None
+    blind: IntArray
+    cfg_scale: FloatArray
 
 
 @dataclass(slots=True)
@@ -151,20 +154,19 @@ def pack(
         Member(trajectory, step, positions, canvases[key].first_row + np.arange(len(positions)))
         for (trajectory, step), positions, key in zip(trajectories, wanted, keys, strict=True)
     )
-    cfg_rows = cfg_scale = None
-    if with_cfg:
-        places = [canvas.first_row + np.arange(len(canvas.rows)) for canvas in with_cfg]
-        scales = [np.full(len(canvas.rows), canvas.cfg_scale) for canvas in with_cfg]
-        cfg_rows = torch.from_numpy(np.concatenate(places)).to(device)
-        cfg_scale = torch.from_numpy(np.concatenate(scales)).to(device)
+    blind = np.full(count, -1, dtype=np.int64)
+    next_blind = count
+    for canvas in with_cfg:
+        blind[canvas.first_row : canvas.first_row + len(canvas.rows)] = next_blind + np.arange(len(canvas.rows))
+        next_blind += len(canvas.rows)
     return Batch(
         members=members,
         tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences])).to(device),
         layout=PackedLayout.of(tuple(lengths), device),
         rows=torch.from_numpy(rows.astype(np.int64)).to(device),
         count=count,
-        cfg_rows=cfg_rows,
-        cfg_scale=cfg_scale,
+        blind=blind,
+        cfg_scale=np.concatenate([np.full(len(canvas.rows), canvas.cfg_scale) for canvas in ordered]),
     )
 
 

@@ -6,9 +6,19 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.engine.scheduler import Budget
-
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.engine.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSettings:
+    """What is fixed of the budgets of a denoising step (`types.Budget` has the units); 0 leaves it to be computed from
+    the memory that is free after loading, of which the engine may take `memory_fraction`."""
+
+    tokens: int = 0
+    guided_rows: int = 0
+    reward_tokens: int = 0
+    trajectories: int = 256
+    memory_fraction: float = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ class WorkerConfig:
     rank: int = 0
     data_parallel: int = 1
     disable_savings: tuple[str, ...] = ()
-    budget: Budget = field(default_factory=Budget)
+    budget: BudgetSettings = BudgetSettings()
     heartbeat_seconds: float = 1.0
     log_level: str = "INFO"
     log_format: Literal["auto", "json", "console"] = "auto"

@@ -7,8 +7,8 @@ trajectory's few dozen positions happens on the host.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,39 +17,78 @@ from torch import Tensor
 import kernels
 from kernels.random import INNER_FINAL
 from server.diffusion.schedule import Step
-from server.engine.batch import Batch, Trajectory, pack
+from server.engine.batch import Batch, Member, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
+from server.engine.memory import reward_tokens
+from server.engine.microbatch import Limits
 from server.engine.reveal import Choice, base_confidence, choose, confidence, walk, walks
 from server.engine.savings import Savings
 from server.engine.stats import RunnerStats
 from server.guidance.steer import Objective, RewardContext, Steered, Timings, steer
 from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
-from server.types import ModelInfo, StepTrace
+from server.types import Budget, ModelInfo, StepTrace
 
 Contexts = Mapping[str, Mapping[str, RewardContext]]  # job id -> reward model's name -> context
+
+
+LogitsOf = Callable[[IntArray], Tensor]  # phi_0 (n, V) of some of a batch's distinct rows (n,)
+
+
+@dataclass(slots=True)
+class _Seconds:
+    """What a step's parts took together, and the distinct rows that they had."""
+
+    forward: float = 0.0
+    guidance: float = 0.0
+    reward: Timings = field(default_factory=Timings)
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Revealed:
     """What a step did to one trajectory: (response position, token id) pairs; entropies (L entries, None where
-    revealed) when the job streams its canvas; `broken` when the numbers were not finite."""
+    revealed) when the job streams its canvas. It did nothing, and will not, where the numbers were not finite
+    (`broken`) or memory ran out (`out_of_memory`)."""
 
     trajectory: Trajectory
     step: Step
     tokens: list[tuple[int, int]]
     entropy: list[float | None] | None
     broken: bool = False
+    out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What a micro-batch decided, on the host: a choice a member, entropies (N,) and w (N,) of its rows, and each
+    inner step's rewards (members,)."""
+
+    group: Group
+    choices: list[Choice | None]
+    entropy: FloatArray
+    first_w: FloatArray | None
+    rewards: list[FloatArray]
 
 
 class Denoiser:
-    """Runs denoising steps with one diffusion model."""
+    """Runs denoising steps with one diffusion model, in parts where `budget` (or memory) demands it."""
 
-    def __init__(self, model: DiffusionModel, info: ModelInfo, savings: Savings | None = None) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        info: ModelInfo,
+        savings: Savings | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self.model, self.info = model, info
         self.savings = savings or Savings()
         self.device = model.device
         self.stats = RunnerStats()
+        budget = budget or Budget()
+        self.forwards = Limits("forward (canvas tokens)", (budget.tokens,), self._ran_out)
+        self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self._ran_out)
+        self.unguided = Limits("unguided rows", (budget.logit_rows,), self._ran_out)
 
     @torch.no_grad()
     def step(
@@ -58,40 +97,97 @@ class Denoiser:
         contexts: Contexts,
         reward_models: Mapping[str, RewardModel],
     ) -> list[Revealed]:
-        """One step of every given trajectory, which are changed in place."""
-        started = time.perf_counter()
-        batch = pack(trajectories, self.info.mask_token_id, self.device, share_equal=self.savings.share_equal_canvases)
-        logits = self._logits(batch)
-        self.stats.model_forward_seconds.add(time.perf_counter() - started)
-        self.stats.batch_trajectories.add(len(batch.members))
-        self.stats.batch_rows.add(batch.count)
+        """One step of every given trajectory. They are changed in place, and only when all else is done, so a part
+        of the step that runs out of memory can run again."""
+        seconds = _Seconds()
+        parts, lost = self.forwards.run(
+            trajectories,
+            [(len(t.job.prompt_ids) + len(t.tokens) + len(t.job.suffix_ids),) for t, _ in trajectories],
+            lambda part: self._decide(part, contexts, reward_models, seconds),
+        )
         revealed: list[Revealed] = []
-        for group in groups(batch, self.device):
-            revealed += self._group_step(group, logits, contexts, reward_models)
-        self.stats.denoising_steps += len(batch.members)
-        self.stats.committed_tokens += sum(len(entry.tokens) for entry in revealed)
+        for outcomes, out_of_memory in parts:
+            for outcome in outcomes:
+                revealed += self._commit(outcome)
+            lost += out_of_memory
+        revealed += [Revealed(trajectory, step, [], None, out_of_memory=True) for trajectory, step in lost]
+        self._count(trajectories, revealed, seconds)
         return revealed
 
-    def _logits(self, batch: Batch) -> Tensor:
-        """phi_0 (U, V) of the batch's distinct rows, with classifier-free guidance applied."""
+    def _decide(
+        self,
+        trajectories: Sequence[tuple[Trajectory, Step]],
+        contexts: Contexts,
+        reward_models: Mapping[str, RewardModel],
+        seconds: _Seconds,
+    ) -> tuple[list[_Outcome], list[tuple[Trajectory, Step]]]:
+        """One forward and what follows from it, by group and micro-batch; and the trajectories that memory ran out
+        for. What is kept of the forward is its hidden states: the logits, V / d times as large, are made for one
+        micro-batch at a time."""
+        started = time.perf_counter()
+        batch = pack(trajectories, self.info.mask_token_id, self.device, share_equal=self.savings.share_equal_canvases)
+        logits_of = self._forward(batch)
+        seconds.forward += time.perf_counter() - started
+        seconds.rows += batch.count
+        outcomes: list[_Outcome] = []
+        lost: list[tuple[Trajectory, Step]] = []
+        for group in groups(batch, self.device):
+            limits = self.guided if group.guided else self.unguided
+            done, out_of_memory = limits.run(
+                group.members,
+                [_size(member, group, contexts, reward_models) for member in group.members],
+                lambda part, group=group: self._group_step(  # type: ignore[misc]
+                    replace(group, members=tuple(part)), logits_of, contexts, reward_models, seconds
+                ),
+            )
+            outcomes += done
+            lost += [(member.trajectory, member.step) for member in out_of_memory]
+        return outcomes, lost
+
+    def _forward(self, batch: Batch) -> LogitsOf:
+        """Run the diffusion model; phi_0 (n, V) of any of the batch's distinct rows (n,) is then made on demand."""
+        head: Callable[[Tensor], Tensor]
         if self.savings.head_on_masked_rows:
-            logits = self.model.masked_logits(batch.tokens, batch.layout, batch.rows)
+            kept, head = self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head
         else:
             everywhere = torch.arange(len(batch.tokens), device=self.device)
-            logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)[batch.rows]
-        if batch.cfg_rows is None or batch.cfg_scale is None:
-            return logits
-        conditional, blind = logits[: batch.count], logits[batch.count :]
-        scale = batch.cfg_scale.to(logits.dtype)[:, None]
-        mixed = blind + (scale + 1.0) * (conditional[batch.cfg_rows] - blind)
-        return conditional.index_copy(0, batch.cfg_rows, mixed)
+            kept, head = self.model.masked_logits(batch.tokens, batch.layout, everywhere)[batch.rows], torch.clone
+
+        def plain(rows: IntArray) -> Tensor:
+            whole = len(rows) == len(kept) and bool((rows == np.arange(len(rows))).all())
+            return head(kept if whole else kept[torch.from_numpy(rows).to(self.device)])
+
+        def logits_of(rows: IntArray) -> Tensor:
+            """With classifier-free guidance applied: b + (s + 1) (c - b), in place."""
+            blind = batch.blind[rows]
+            if (blind < 0).all():
+                return plain(rows)
+            twins = np.flatnonzero(blind >= 0)
+            logits = plain(np.concatenate([rows, blind[twins]]))
+            where = torch.from_numpy(twins).to(self.device)
+            scale = torch.from_numpy(batch.cfg_scale[rows[twins]]).to(self.device, logits.dtype)[:, None]
+            without = logits[len(rows) :]
+            return logits[: len(rows)].index_copy_(
+                0, where, logits[where].sub_(without).mul_(scale.add_(1.0)).add_(without)
+            )
+
+        return logits_of
 
     def _group_step(
-        self, group: Group, logits: Tensor, contexts: Contexts, reward_models: Mapping[str, RewardModel]
-    ) -> list[Revealed]:
-        rows = group.rows()
-        whole = len(rows) == len(logits) and bool((rows == np.arange(len(rows))).all())
-        phi_0 = logits if whole else logits[torch.from_numpy(rows).to(self.device)]
+        self,
+        group: Group,
+        logits_of: LogitsOf,
+        contexts: Contexts,
+        reward_models: Mapping[str, RewardModel],
+        seconds: _Seconds,
+    ) -> _Outcome:
+        """Logits, guidance, draws and choices of one micro-batch. Changes nothing but `seconds`."""
+        started = time.perf_counter()
+        rows, places = np.unique(group.rows(), return_inverse=True)
+        phi_0 = logits_of(rows)
+        if len(rows) < len(places) or not (places == np.arange(len(places))).all():
+            phi_0 = phi_0[torch.from_numpy(places).to(self.device)]
+        seconds.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         base = state.stats  # of the unguided, unfiltered distribution
         ranking = base_confidence(group, phi_0, base)
@@ -99,8 +195,8 @@ class Denoiser:
         steered = Steered()
         if group.guided:
             started = time.perf_counter()
-            steered = self._steer(group, state, contexts, reward_models, finish=not lazy)
-            self.stats.guidance_seconds.add(time.perf_counter() - started)
+            steered = self._steer(group, state, contexts, reward_models, seconds, finish=not lazy)
+            seconds.guidance += time.perf_counter() - started
 
         candidates = group.candidates()
         eos = self.info.eos_token_id
@@ -113,7 +209,7 @@ class Denoiser:
             ranked = confidence(group, state, ranking, tokens, subset)
             uniforms = group.ranking_uniforms(candidates)
             choices = choose(group, tokens.cpu().numpy(), ranked.cpu().numpy(), uniforms, eos)
-        return self._commit(
+        return _Outcome(
             group,
             choices,
             base.entropy_1.cpu().numpy(),
@@ -127,10 +223,10 @@ class Denoiser:
         state: kernels.Guided,
         contexts: Contexts,
         reward_models: Mapping[str, RewardModel],
+        seconds: _Seconds,
         *,
         finish: bool,
     ) -> Steered:
-        timings = Timings()
         objectives = []
         for name in group.rewards:
             weights = [
@@ -144,7 +240,7 @@ class Denoiser:
                     torch.tensor(weights, dtype=torch.float64).to(self.device),
                 )
             )
-        steered = steer(
+        return steer(
             state,
             group.responses(),
             objectives,
@@ -153,26 +249,17 @@ class Denoiser:
             group.gradient_steps,
             eos_token_id=self.info.eos_token_id,
             pad_token_id=self.info.pad_token_id,
-            timings=timings,
+            timings=seconds.reward,
             finish=finish,
             read_after=any(member.trajectory.job.trace for member in group.members),
         )
-        self.stats.reward_forward_seconds.add(timings.reward_forward_seconds)
-        self.stats.reward_backward_seconds.add(timings.reward_backward_seconds)
-        return steered
 
-    def _commit(
-        self,
-        group: Group,
-        choices: list[Choice | None],
-        entropy: FloatArray,
-        first_w: FloatArray | None,
-        rewards: list[FloatArray],
-    ) -> list[Revealed]:
-        """Write the chosen tokens into the canvases. `entropy` and `first_w` are (N,), each of `rewards` (members,)."""
+    def _commit(self, outcome: _Outcome) -> list[Revealed]:
+        """Write the chosen tokens into the canvases."""
+        group, entropy, first_w, rewards = outcome.group, outcome.entropy, outcome.first_w, outcome.rewards
         revealed = []
         stop = 0
-        for index, (member, choice) in enumerate(zip(group.members, choices, strict=True)):
+        for index, (member, choice) in enumerate(zip(group.members, outcome.choices, strict=True)):
             trajectory, step = member.trajectory, member.step
             start, stop = stop, stop + len(member.positions)
             seen = [float(reward[index]) for reward in rewards]
@@ -206,6 +293,39 @@ class Denoiser:
             pairs = [(int(p), int(t)) for p, t in zip(choice.positions, choice.tokens, strict=True)]
             revealed.append(Revealed(trajectory, step, pairs, shown))
         return revealed
+
+    def _count(
+        self, trajectories: Sequence[tuple[Trajectory, Step]], revealed: Sequence[Revealed], seconds: _Seconds
+    ) -> None:
+        stats = self.stats
+        stats.model_forward_seconds.add(seconds.forward)
+        if seconds.guidance:
+            stats.guidance_seconds.add(seconds.guidance)
+            stats.reward_forward_seconds.add(seconds.reward.reward_forward_seconds)
+            stats.reward_backward_seconds.add(seconds.reward.reward_backward_seconds)
+        stats.batch_trajectories.add(len(trajectories))
+        stats.batch_rows.add(seconds.rows)
+        stats.denoising_steps += len(trajectories)
+        stats.committed_tokens += sum(len(entry.tokens) for entry in revealed)
+
+    def _ran_out(self) -> None:
+        self.stats.out_of_memory += 1
+
+
+def _size(
+    member: Member, group: Group, contexts: Contexts, reward_models: Mapping[str, RewardModel]
+) -> tuple[int, ...]:
+    """What one member takes of a micro-batch's limits: rows of logits and, when guided, reward-model tokens."""
+    job = member.trajectory.job
+    rows = len(member.rows) * (2 if job.diffusion.cfg_scale else 1)
+    if not group.guided:
+        return (rows,)
+    most = 0
+    for name in group.rewards:
+        context = contexts[job.id][name]
+        own = len(context.lead_ids) + len(member.trajectory.tokens) + len(context.suffix_ids)
+        most = max(most, reward_tokens(reward_models[name], own, context.prefix.length))
+    return rows, most
 
 
 def _entropies(trajectory: Trajectory, positions: IntArray, entropy: FloatArray) -> list[float | None]:

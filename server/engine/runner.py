@@ -10,13 +10,16 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from server.diffusion.schedule import Step
 from server.engine.batch import Trajectory
 from server.engine.denoise import Denoiser, Revealed
+from server.engine.memory import reward_tokens
 from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
+from server.engine.out_of_memory import OUT_OF_MEMORY, attempt
 from server.engine.savings import Savings
-from server.engine.scheduler import Budget, Scheduler, Ticket
+from server.engine.scheduler import Budget, Cost, Scheduler, Ticket
 from server.engine.stats import RunnerStats
 from server.errors import InvalidRequest
 from server.guidance.best_of import choose
@@ -28,6 +31,8 @@ from server.text.template import conversation_ids, split_at_response
 from server.types import Job, JobResult, TrajectoryResult
 
 DEADLINE = "deadline"
+
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -52,14 +57,15 @@ class Runner:
         reward_models: Mapping[str, RewardModel],
         *,
         budget: Budget | None = None,
+        largest: Budget | None = None,
         savings: Savings | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.loaded = model
         self.reward_models = dict(reward_models)
-        self.scheduler = Scheduler(budget or Budget())
+        self.scheduler = Scheduler(budget or Budget(), largest)
         self.savings = savings or Savings()
-        self.denoiser = Denoiser(model.model, model.info, self.savings)
+        self.denoiser = Denoiser(model.model, model.info, self.savings, budget)
         self.clock = clock
         self._queued: dict[str, tuple[Job, float]] = {}
         self._running: dict[str, _Running] = {}
@@ -83,8 +89,7 @@ class Runner:
     def add(self, job: Job, now: float) -> None:
         """Queue a job. One that can never run is answered with a Failed event by the next step."""
         try:
-            self._check(job)
-            self.scheduler.add(job)
+            self.scheduler.add(job, self._checked_cost(job))
         except InvalidRequest as error:
             self._refused.append(Failed(job.id, "invalid_request", str(error), error.param))
             return
@@ -109,7 +114,8 @@ class Runner:
         self._refused = []
         events += self._expire()
         for ticket in self.scheduler.admit():
-            events += self._start(ticket)
+            if ticket.job.id in self._queued:  # not lost by the start of an earlier trajectory
+                events += self._start(ticket)
         batch = [
             (trajectory, step)
             for running in self._running.values()
@@ -144,8 +150,11 @@ class Runner:
         events: list[Event] = []
         if job.id not in self._running:
             self.begin(job.id)
+            contexts = self._attempt(lambda: self._contexts(job))
+            if contexts is None and (contexts := self._attempt(lambda: self._contexts(job))) is None:
+                return self._lost(job.id)
             _, queued_at = self._queued[job.id]
-            self._running[job.id] = _Running(job, queued_at, self.clock(), self._contexts(job))
+            self._running[job.id] = _Running(job, queued_at, self.clock(), contexts)
             events.append(Started(job.id))
         trajectory = Trajectory.start(job, ticket.index, self.loaded.info.mask_token_id)
         self._running[job.id].trajectories[ticket.index] = trajectory
@@ -158,6 +167,8 @@ class Runner:
         job = trajectory.job
         if job.id not in self._running:
             return []
+        if revealed.out_of_memory:
+            return self._lost(job.id)
         if revealed.broken:
             self._forget(job.id)
             message = "the model or the reward gave values that are not finite"
@@ -187,17 +198,21 @@ class Runner:
                 self.scheduler.release(ticket)
         if len(running.finished) < job.sampling.best_of:
             return []
-        result = self._result(running)
+        result = self._attempt(lambda: self._result(running)) or self._attempt(
+            lambda: self._result(running, one_by_one=True)
+        )
+        if result is None:
+            return self._lost(job.id)
         self._forget(job.id)
         return [Finished(job.id, result)]
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def _result(self, running: _Running) -> JobResult:
+    def _result(self, running: _Running, *, one_by_one: bool = False) -> JobResult:
         job = running.job
         trajectories = [running.finished[index] for index in range(job.sampling.best_of)]
         texts = [self._text(trajectory, running.stopped) for trajectory in trajectories]
-        rewards = self._final_rewards(job, [text.text for text in texts])
+        rewards = self._final_rewards(job, [text.text for text in texts], one_by_one)
         results = []
         for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True):
             total = None
@@ -244,28 +259,32 @@ class Runner:
             return FinishedText(text.text, "length", stopped, text.completion_tokens)
         return text
 
-    def _final_rewards(self, job: Job, texts: list[str]) -> list[dict[str, float]]:
-        """R on the text of every trajectory (end of section 2), by reward model."""
+    def _final_rewards(self, job: Job, texts: list[str], one_by_one: bool) -> list[dict[str, float]]:
+        """R on the text of every trajectory (end of section 2), by reward model; `one_by_one` takes less memory."""
         rewards: list[dict[str, float]] = [{} for _ in texts]
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]
             sequences = [
                 conversation_ids(model.tokenizer, job.conversation, text + job.response_suffix) for text in texts
             ]
-            for reward, score in zip(rewards, model.score(sequences).tolist(), strict=True):
+            packs = [[sequence] for sequence in sequences] if one_by_one else [sequences]
+            scores = [score for pack in packs for score in model.score(pack).tolist()]
+            for reward, score in zip(rewards, scores, strict=True):
                 reward[weighted.model] = float(score)
         return rewards
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
-    def _check(self, job: Job) -> None:
-        """Refuse what could only fail later: a reward model that is not loaded, a conversation too long for it."""
+    def _checked_cost(self, job: Job) -> Cost:
+        """What a trajectory of the job takes. Refuses what could only fail later: a reward model that is not loaded, a
+        conversation too long for it."""
         canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         if canvas > self.loaded.info.context_length:
             raise InvalidRequest(
                 f"prompt, suffix and max_tokens take {canvas} tokens; the context is {self.loaded.info.context_length}",
                 param="max_tokens",
             )
+        passed = cached = 0
         for weighted in job.guidance.reward_models:
             model = self.reward_models.get(weighted.model)
             if model is None:
@@ -282,6 +301,11 @@ class Runner:
                     f"{weighted.model!r} is {model.info.context_length}",
                     param="messages",
                 )
+            lead = 0 if self.savings.reward_prefix_cache else len(before)
+            own = lead + job.sampling.max_tokens + len(after)
+            passed = max(passed, reward_tokens(model, own, len(before) - lead))
+            cached += len(before) - lead
+        return Cost.of(job, reward_tokens=passed, cached_tokens=cached)
 
     def _contexts(self, job: Job) -> dict[str, RewardContext]:
         """Reward prefixes of a job, computed once for all its trajectories and steps. Only the gradient needs them."""
@@ -299,6 +323,18 @@ class Runner:
 
     def _next_step(self, trajectory: Trajectory) -> Step | None:
         return trajectory.next_step(skip_empty=self.savings.skip_empty_steps)
+
+    def _attempt(self, work: Callable[[], R]) -> R | None:
+        """What it returns, or None where memory ran out."""
+        result = attempt(work)
+        if result is None:
+            self.denoiser.stats.out_of_memory += 1
+        return result
+
+    def _lost(self, job_id: str) -> list[Event]:
+        """A job for which memory ran out, and again in smaller pieces."""
+        self._forget(job_id)
+        return [Failed(job_id, "out_of_memory", OUT_OF_MEMORY)]
 
     def _forget(self, job_id: str) -> None:
         self.scheduler.drop(job_id)

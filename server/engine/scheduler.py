@@ -1,8 +1,13 @@
-"""Who runs in the next denoising step. Pure Python: it counts tokens and rows and never sees a tensor.
+"""Who runs in the next denoising step. Pure Python: it counts tokens and never sees a tensor.
 
 First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
 one as room allows, so a job may run in parts. Strict order means no starvation: when the head of the queue does not
-fit, nothing behind it overtakes, and running trajectories leave after a bounded number of steps.
+fit, nothing behind it overtakes, and running trajectories leave after a bounded number of steps. A trajectory larger
+than the budget, but not larger than what memory takes, runs alone.
+
+What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the
+reward models' cached conversations. Rows of logits and reward-model tokens do not: that part of a step runs in
+micro-batches (engine/microbatch), as many as it takes.
 """
 
 from __future__ import annotations
@@ -12,32 +17,47 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from server.errors import InvalidRequest
-from server.types import Job
+from server.types import Budget, Job
 
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What may share one denoising step: packed canvas tokens (classifier-free guidance counts twice), guided rows
-    (masked positions under a gradient method; each costs V logits several times over) and trajectories."""
-
-    tokens: int = 16_384
-    guided_rows: int = 8_192
-    trajectories: int = 256
+__all__ = ["Budget", "Cost", "Scheduler", "Ticket"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one trajectory of a job takes from the budget while it runs."""
+    """What one trajectory of a job takes (see `Budget` for the units), and `cached_tokens`, which the job's
+    trajectories share for as long as it runs."""
 
     tokens: int
-    guided_rows: int
+    guided_rows: int = 0
+    logit_rows: int = 0
+    reward_tokens: int = 0
+    cached_tokens: int = 0
 
     @classmethod
-    def of(cls, job: Job) -> Cost:
-        """The cost of each trajectory of `job`."""
+    def of(cls, job: Job, *, reward_tokens: int = 0, cached_tokens: int = 0) -> Cost:
+        """The cost of each trajectory of `job`; what its reward models take must be told."""
         canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         forwards = 2 if job.diffusion.cfg_scale else 1
-        return cls(canvas * forwards, job.sampling.max_tokens if job.guidance.uses_gradient else 0)
+        rows = job.sampling.max_tokens * forwards
+        if job.guidance.uses_gradient:
+            return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens)
+        return cls(canvas * forwards, 0, rows)
+
+    def check(self, largest: Budget) -> None:
+        """Raises InvalidRequest when one trajectory alone takes more than `largest`, and so could never run."""
+        for taken, limit, what, param in (
+            (self.tokens, largest.tokens, "canvas tokens", "max_tokens"),
+            (self.guided_rows, largest.guided_rows, "guided rows of logits", "max_tokens"),
+            (self.logit_rows, largest.logit_rows, "rows of logits", "max_tokens"),
+            (self.reward_tokens, largest.reward_tokens, "reward-model tokens", "max_tokens"),
+            (self.cached_tokens, largest.cached_tokens, "cached tokens of the conversation", "messages"),
+        ):
+            if taken > limit:
+                raise InvalidRequest(
+                    f"one trajectory takes {taken} {what}, more than the {limit} that a denoising step of this server "
+                    "can hold",
+                    param=param,
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +73,23 @@ class _Waiting:
     priority: int
     order: int
     job: Job = field(compare=False)
+    cost: Cost = field(compare=False)
     next_index: int = field(default=0, compare=False)
 
 
 class Scheduler:
-    """Admits trajectories under a budget and forgets them when they leave."""
+    """Admits trajectories under a budget and forgets them when they leave. `largest` bounds a single trajectory; by
+    default it is the budget itself."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, largest: Budget | None = None) -> None:
         self.budget = budget
+        self.largest = largest or budget
         self._waiting: list[_Waiting] = []
         self._running: dict[tuple[str, int], Cost] = {}
+        self._cached: dict[str, int] = {}  # cached tokens of jobs that have begun
+        self._left: dict[str, int] = {}  # trajectories of those that have not left yet
         self._order = 0
         self._tokens = 0
-        self._guided_rows = 0
 
     @property
     def waiting_jobs(self) -> list[Job]:
@@ -82,44 +106,31 @@ class Scheduler:
         """Trajectories that hold a part of the budget."""
         return len(self._running)
 
-    def add(self, job: Job) -> None:
-        """Queue a job. Raises InvalidRequest when one trajectory alone exceeds the budget and so could never run."""
-        cost = Cost.of(job)
-        if cost.tokens > self.budget.tokens:
-            raise InvalidRequest(
-                f"one trajectory takes {cost.tokens} canvas tokens, more than the {self.budget.tokens} "
-                "that a denoising step of this server can hold",
-                param="max_tokens",
-            )
-        if cost.guided_rows > self.budget.guided_rows:
-            raise InvalidRequest(
-                f"one guided trajectory takes {cost.guided_rows} rows of logits, more than the "
-                f"{self.budget.guided_rows} that a denoising step of this server can hold",
-                param="max_tokens",
-            )
-        heapq.heappush(self._waiting, _Waiting(job.priority, self._order, job))
+    def add(self, job: Job, cost: Cost | None = None) -> None:
+        """Queue a job. Raises InvalidRequest when one trajectory alone could never run."""
+        cost = cost or Cost.of(job)
+        cost.check(self.largest)
+        heapq.heappush(self._waiting, _Waiting(job.priority, self._order, job, cost))
         self._order += 1
 
     def admit(self) -> list[Ticket]:
         """Trajectories that start with the next step, in the order in which their jobs came."""
         tickets: list[Ticket] = []
-        while self._waiting:
-            head = self._waiting[0]
-            cost = Cost.of(head.job)
-            if not self._fits(cost):
-                break
-            self._take(head.job.id, head.next_index, cost)
-            tickets.append(Ticket(head.job, head.next_index))
-            head.next_index += 1
-            if head.next_index == head.job.sampling.best_of:
-                heapq.heappop(self._waiting)
+        while (entry := self._next()) is not None and self._fits(entry.cost):
+            self._take(entry)
+            tickets.append(Ticket(entry.job, entry.next_index))
+            entry.next_index += 1
+            if entry.next_index == entry.job.sampling.best_of:
+                self._waiting.remove(entry)
+                heapq.heapify(self._waiting)
         return tickets
 
     def release(self, ticket: Ticket) -> None:
         """A trajectory has finished; its share of the budget is free."""
-        cost = self._running.pop((ticket.job.id, ticket.index))
-        self._tokens -= cost.tokens
-        self._guided_rows -= cost.guided_rows
+        self._give_back(ticket.job.id, ticket.index)
+        self._left[ticket.job.id] -= 1
+        if not self._left[ticket.job.id]:
+            self._forget(ticket.job.id)
 
     def drop(self, job_id: str) -> int:
         """Forget a job, waiting or running; returns how many trajectories it had here (0: unknown)."""
@@ -129,24 +140,45 @@ class Scheduler:
         self._waiting = [entry for entry in self._waiting if entry.job.id != job_id]
         heapq.heapify(self._waiting)
         for key in [key for key in self._running if key[0] == job_id]:
-            cost = self._running.pop(key)
-            self._tokens -= cost.tokens
-            self._guided_rows -= cost.guided_rows
+            self._give_back(*key)
             dropped += 1
+        self._forget(job_id)
         return dropped
 
     def shares(self) -> Counter[str]:
         """Running trajectories of each job."""
         return Counter(job_id for job_id, _ in self._running)
 
-    def _fits(self, cost: Cost) -> bool:
-        return (
-            len(self._running) < self.budget.trajectories
-            and self._tokens + cost.tokens <= self.budget.tokens
-            and self._guided_rows + cost.guided_rows <= self.budget.guided_rows
-        )
+    def _next(self) -> _Waiting | None:
+        """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there
+        already, and it must end for the cache to be given back."""
+        if not self._waiting:
+            return None
+        head = self._waiting[0]
+        if head.job.id in self._cached or self._cache_fits(head.cost):
+            return head
+        return min((entry for entry in self._waiting if entry.job.id in self._cached), default=None)
 
-    def _take(self, job_id: str, index: int, cost: Cost) -> None:
-        self._running[job_id, index] = cost
-        self._tokens += cost.tokens
-        self._guided_rows += cost.guided_rows
+    def _cache_fits(self, cost: Cost) -> bool:
+        held = sum(self._cached.values())
+        return not cost.cached_tokens or not held or held + cost.cached_tokens <= self.budget.cached_tokens
+
+    def _fits(self, cost: Cost) -> bool:
+        if not self._running:
+            return True
+        room = self.budget.tokens - self._tokens
+        return len(self._running) < self.budget.trajectories and cost.tokens <= room
+
+    def _take(self, entry: _Waiting) -> None:
+        if not entry.next_index:
+            self._cached[entry.job.id] = entry.cost.cached_tokens
+            self._left[entry.job.id] = entry.job.sampling.best_of
+        self._running[entry.job.id, entry.next_index] = entry.cost
+        self._tokens += entry.cost.tokens
+
+    def _give_back(self, job_id: str, index: int) -> None:
+        self._tokens -= self._running.pop((job_id, index)).tokens
+
+    def _forget(self, job_id: str) -> None:
+        self._cached.pop(job_id, None)
+        self._left.pop(job_id, None)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 import kernels
+from server.engine import memory
 from server.engine.config import WorkerConfig
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
@@ -22,8 +23,9 @@ from server.engine.savings import Savings
 from server.engine.scoring import Scorer
 from server.errors import ConfigurationError, quote
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
-from server.rewards.reward_model import load_reward_model
+from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
+    Budget,
     DiffusionParams,
     EngineInfo,
     GuidanceParams,
@@ -122,7 +124,8 @@ def load(config: WorkerConfig) -> LoadedService:
         )
         for name, path in config.reward_models.items()
     }
-    runner = Runner(model, reward_models, budget=config.budget, savings=savings)
+    budget, largest = _budgets(config, model, reward_models.values(), device)
+    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)
     runner.stats.reset()
     info = EngineInfo(
@@ -130,9 +133,10 @@ def load(config: WorkerConfig) -> LoadedService:
         reward_models=tuple(reward.info for reward in reward_models.values()),
         device=_device_name(device),
         kernel_backend=_join(kernels.backend_info().values()),
+        largest=largest,
     )
     logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
-    return LoadedService(info, runner, Scorer(reward_models, config.budget.tokens), device)
+    return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device)
 
 
 def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable[str]) -> None:
@@ -179,6 +183,28 @@ def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionMo
     if config.served_model_name is not None:
         info = replace(info, id=config.served_model_name)
     return replace(model, info=info)
+
+
+def _budgets(
+    config: WorkerConfig, model: LoadedDiffusionModel, reward_models: Collection[RewardModel], device: torch.device
+) -> tuple[Budget, Budget]:
+    """What may share a denoising step, and what one trajectory may take: computed, where the settings do not say."""
+    free = memory.free_bytes(device)
+    if device.type != "cuda":
+        free //= config.data_parallel
+    shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
+        free,
+        config.budget.memory_fraction,
+        device.type,
+        rewards=len(reward_models),
+        context_length=model.info.context_length,
+    )
+    names = ("tokens", "guided_rows", "reward_tokens")
+    fixed = {name: value for name in names if (value := getattr(config.budget, name))}
+    shared = replace(shared, trajectories=config.budget.trajectories, **fixed)
+    largest = replace(largest, **fixed)
+    logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
+    return shared, largest
 
 
 def _device_name(device: torch.device) -> str:

@@ -74,14 +74,15 @@ def _sizes() -> Distribution:
 
 @dataclass(slots=True)
 class RunnerStats:
-    """Gauges: trajectories that run and wait now. Counters: trajectory steps done, tokens revealed.
-    Distributions, one value a denoising step: seconds of each phase, trajectories and masked rows in the
-    batch."""
+    """Gauges: trajectories that run and wait now. Counters: trajectory steps done, tokens revealed, and how often
+    memory ran out. Distributions, one value a denoising step: seconds of each phase (of guidance where there was any),
+    trajectories and masked rows in the batch."""
 
     running: int = 0
     waiting: int = 0
     denoising_steps: int = 0
     committed_tokens: int = 0
+    out_of_memory: int = 0
     model_forward_seconds: Distribution = field(default_factory=_seconds)
     guidance_seconds: Distribution = field(default_factory=_seconds)
     reward_forward_seconds: Distribution = field(default_factory=_seconds)

@@ -45,6 +45,7 @@ from server.engine.messages import (
     frame,
     subject,
 )
+from server.engine.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from server.engine.stats import RunnerStats
 from server.errors import ConfigurationError, RequestError
 from server.types import EngineInfo, Job
@@ -217,7 +218,7 @@ class Loop:
         logger.error("a step failed; jobs %s are dropped", job_ids, exc_info=error)
         kind = "out_of_memory" if out_of_memory else "internal"
         # The text of an unforeseen exception may hold anything; it goes to the log, not to the client.
-        message = "the device ran out of memory" if out_of_memory else "an internal error ended this request"
+        message = OUT_OF_MEMORY if out_of_memory else "an internal error ended this request"
         return [Failed(job_id, kind, message) for job_id in job_ids]
 
     def _send(self, events: list[Event]) -> None:
@@ -239,15 +240,6 @@ class Loop:
                 message = "the answer is too large" if isinstance(error, FrameTooLarge) else "an internal error"
                 frames.append(frame(Failed(job_id, "internal", message)))
         self._channel.send_frames(frames)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def beat(channel: WorkerChannel, make: Callable[[], Heartbeat], seconds: float) -> None:

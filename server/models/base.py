@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from server.models.packing import PackedLayout
+from server.types import DecoderShape
 
 
 class DiffusionModel(Protocol):
@@ -33,6 +34,10 @@ class DiffusionModel(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes of the blocks."""
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""

@@ -25,7 +25,7 @@ from server.rewards.trunk import Trunk
 from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
-from server.types import Message, RewardModelInfo
+from server.types import DecoderShape, Message, RewardModelInfo
 
 __all__ = ["Prefix", "RewardModel", "RewardRows", "load_reward_model"]
 
@@ -66,6 +66,26 @@ class RewardModel:
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
         self.table = self._table(vocab_map)
+
+    @property
+    def written_out(self) -> bool:
+        """Whether `trunk` runs the blocks; else transformers does, which keeps more for the way back."""
+        return self._trunk is not None
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes of the blocks; where the configuration does not say, as if every head had its own keys and the MLP
+        were four times as wide as the stream."""
+        config = self._network.config.get_text_config()
+        heads = config.num_attention_heads
+        return DecoderShape(
+            hidden=self.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * self.hidden_size,
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or self.hidden_size // heads,
+            layers=config.num_hidden_layers,
+        )
 
     def own_embeddings(self, ids: Tensor) -> Tensor:
         """Embeddings (n, D) of reward-vocabulary ids (n,) int64; no gradient."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from server.engine.config import WorkerConfig
+from server.engine.out_of_memory import is_out_of_memory
 from server.engine.service import load, resolve_device, resolve_dtype
-from server.engine.worker import is_out_of_memory
 from server.errors import ConfigurationError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"

@@ -221,8 +221,8 @@ class Shaken:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def masked_logits(self, *arguments: Any) -> torch.Tensor:
-        logits = self.model.masked_logits(*arguments)
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.model.head(hidden)
         noise = torch.randn(logits.shape, generator=self.generator, dtype=logits.dtype)
         return logits * (1 + 1e-6 * noise) + 1e-6 * noise
 
