@@ -1,7 +1,9 @@
-"""Open-loop load over HTTP: requests leave at Poisson times whether or not earlier ones have come back.
+"""Load over HTTP, in one of two ways.
 
-A closed loop (the next request waits for the last) slows down with the server and hides its queue. Here latencies are
-counted from the time at which a request *should* have left, so a stall counts for every request that it delayed.
+Open loop (`--rate`): requests leave at Poisson times whether or not earlier ones have come back. Latencies are counted
+from the time at which a request *should* have left, so a stall counts for every request that it delayed.
+Closed loop (`--concurrency`): that many clients, each of which sends its next request when it has the last answer. It
+slows down with the server, so it shows the server's throughput and hides its queue.
 
 Printed: a table of percentiles, then one line of JSON.
 """
@@ -55,10 +57,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A run. `latencies` maps a quantity's name to its percentiles in seconds, over the successful requests."""
+    """A run. `latencies` maps a quantity's name to its percentiles in seconds, over the successful requests. A closed
+    loop offers as much as is completed: its `offered_per_second` is None."""
 
     requests: int
-    offered_per_second: float
+    offered_per_second: float | None
     completed_per_second: float
     tokens_per_second: float
     seconds: float
@@ -98,6 +101,31 @@ async def generate_load(
     return summarise(outcomes, offered=len(times) / times[-1], seconds=time.perf_counter() - start)
 
 
+async def closed_loop(
+    client: AsyncClient,
+    prompts: Sequence[str],
+    options: Options,
+    *,
+    requests: int,
+    concurrency: int,
+    stream: bool,
+    seed: int,
+) -> Report:
+    """Send `requests` in all from `concurrency` clients; request i is that of `generate_load`."""
+    start = time.perf_counter()
+    numbers = iter(range(requests))
+    outcomes: list[Outcome] = []
+
+    async def one_client() -> None:
+        for index in numbers:  # shared: each takes the next that nobody has taken
+            own: Options = {**options, "seed": seed + index}
+            prompt = prompts[index % len(prompts)]
+            outcomes.append(await _request(client, prompt, own, time.perf_counter(), stream=stream))
+
+    await asyncio.gather(*(one_client() for _ in range(concurrency)))
+    return summarise(outcomes, offered=None, seconds=time.perf_counter() - start)
+
+
 async def _request(client: AsyncClient, prompt: str, options: Options, due: float, *, stream: bool) -> Outcome:
     lateness = time.perf_counter() - due
     first_text: float | None = None
@@ -129,7 +157,7 @@ async def _request(client: AsyncClient, prompt: str, options: Options, due: floa
     )
 
 
-def summarise(outcomes: Sequence[Outcome], *, offered: float, seconds: float) -> Report:
+def summarise(outcomes: Sequence[Outcome], *, offered: float | None, seconds: float) -> Report:
     """Percentiles and rates of a run that took `seconds`."""
     good = [outcome for outcome in outcomes if outcome.status == "ok"]
     columns = {
@@ -160,7 +188,9 @@ def summarise(outcomes: Sequence[Outcome], *, offered: float, seconds: float) ->
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    parser.add_argument("--rate", type=_positive, required=True, help="mean arrivals per second")
+    load = parser.add_mutually_exclusive_group(required=True)
+    load.add_argument("--rate", type=_positive, help="open loop: mean arrivals per second")
+    load.add_argument("--concurrency", type=int, help="closed loop: requests in flight")
     parser.add_argument("--requests", type=int, default=100, help="how many; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and of the requests; default: %(default)s")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: four built in")
@@ -184,6 +214,8 @@ def run(given: argparse.Namespace) -> int:
     """Run the command; 0 if at least one request succeeded."""
     if given.requests < 1:
         raise ClientError("--requests must be at least 1")
+    if given.concurrency is not None and given.concurrency < 1:
+        raise ClientError("--concurrency must be at least 1")
     prompts: Sequence[str] = PROMPTS
     if given.prompts:
         try:
@@ -207,21 +239,34 @@ def run(given: argparse.Namespace) -> int:
 
 
 async def _run(given: argparse.Namespace, prompts: Sequence[str], options: Options) -> Report:
-    times = arrivals(given.rate, given.requests, given.seed)
-    # A load generator that retries or waits for a free connection is a closed loop again.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-    async with AsyncClient(
-        given.url, api_key=given.api_key, retry=RetryPolicy(retries=0), timeout=DEFAULT_TIMEOUT, limits=limits
-    ) as client:
+    async with load_client(given.url, given.api_key) as client:
+        if given.concurrency is not None:
+            return await closed_loop(
+                client,
+                prompts,
+                options,
+                requests=given.requests,
+                concurrency=given.concurrency,
+                stream=given.stream,
+                seed=given.seed,
+            )
+        times = arrivals(given.rate, given.requests, given.seed)
         return await generate_load(client, prompts, options, times, stream=given.stream, seed=given.seed)
+
+
+def load_client(url: str, api_key: str | None = None) -> AsyncClient:
+    """A client that neither retries nor waits for a free connection: either would make an open loop a closed one."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    return AsyncClient(url, api_key=api_key, retry=RetryPolicy(retries=0), timeout=DEFAULT_TIMEOUT, limits=limits)
 
 
 def show(report: Report) -> None:
     """The table, then the JSON line."""
     console = Console(highlight=False)
     outcomes = ", ".join(f"{status} {count}" for status, count in report.outcomes.items())
+    offered = "" if report.offered_per_second is None else f"offered {report.offered_per_second:.2f}/s, "
     console.print(
-        f"{report.requests} requests in {report.seconds:.1f} s: offered {report.offered_per_second:.2f}/s, "
+        f"{report.requests} requests in {report.seconds:.1f} s: {offered}"
         f"completed {report.completed_per_second:.2f}/s, {report.tokens_per_second:.1f} tokens/s; {outcomes}"
     )
     table = Table("seconds", *(f"p{q}" for q in PERCENTILES), "mean", "max")

@@ -15,6 +15,7 @@ from server.types import METHODS
 
 HEADLINE = Workload()
 SMALL = Workload(prompts=2, best_of=2, max_tokens=32, steps=16)
+EMPTY = "skip_empty_steps"
 PUBLISHED_SECONDS = 137.0
 """What the authors' code takes for the headline case on two cores of this kind."""
 
@@ -79,21 +80,26 @@ def ablation(bench: Bench) -> CaseResult:
     before = bench.rate(pair.dtype)
     # Steps that reveal nothing exist only where T exceeds L.
     long = replace(work, steps=2 * work.max_tokens)
-    variants = {"all savings": engine(pair, work)}
-    variants |= {name: engine(pair, work, Savings.without([name])) for name in names if name != "skip_empty_steps"}
+    base, long_base = "all savings", "all savings, T = 2 L"
+    variants = {base: engine(pair, work)}
+    variants |= {f"no {name}": engine(pair, work, Savings.without([name])) for name in names if name != EMPTY}
     variants["none of them"] = engine(pair, work, Savings.without(names))
-    variants["all savings, T = 2 L"] = engine(pair, long)
-    variants["skip_empty_steps"] = engine(pair, long, Savings.without(["skip_empty_steps"]))
+    variants[long_base] = engine(pair, long)
+    variants[f"no {EMPTY}, T = 2 L"] = engine(pair, long, Savings.without([EMPTY]))
     runs = bench.in_turn(variants, title="ablation")
     rate = before.max(bench.rate(pair.dtype))
     rows = []
     for name, each in runs.items():
-        base = runs["all savings, T = 2 L" if name in ("skip_empty_steps", "all savings, T = 2 L") else "all savings"]
-        found = row(each, rate, variant=name if name.startswith("all") or name == "none of them" else f"no {name}")
-        found["times_slower"], found["cpu_times_slower"] = ratio(each, base), cpu_ratio(each, base)
-        found["same_tokens"] = same_tokens(each[0], base[0])
+        whole = runs[long_base if name.endswith("T = 2 L") else base]
+        found = row(each, rate, variant=name)
+        found["times_slower"], found["cpu_times_slower"] = ratio(each, whole), cpu_ratio(each, whole)
+        found["same_tokens"] = same_tokens(each[0], whole[0])
         rows.append(found)
-    figures = [Figure(f"ablation: {entry['variant']}, times slower", entry["times_slower"]) for entry in rows]
+    figures = [
+        Figure(f"ablation: {entry['variant']}, times slower", entry["times_slower"])
+        for entry in rows
+        if entry["variant"] not in (base, long_base)
+    ]
     figures.append(Figure("ablation: least share of same tokens", min(entry["same_tokens"] for entry in rows)))
     return CaseResult("ablation", rows, figures, rate.wall / 1e9)
 

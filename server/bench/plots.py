@@ -28,6 +28,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "figure.dpi": 110,
@@ -144,8 +145,8 @@ def ablation(rows: Rows) -> Figure:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.12)
-    axes.set(xlabel="times slower than with all savings", title="One saving off at a time")
-    axes.legend(loc="lower right")
+    axes.set(xlabel="times slower than with all savings")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from clients import AsyncClient, RetryPolicy
-from clients.loadgen import Outcome, arrivals, generate_load, percentile, summarise
+from clients.loadgen import Outcome, arrivals, closed_loop, generate_load, percentile, summarise
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -48,6 +49,28 @@ async def test_a_stalled_server_does_not_hold_back_departures() -> None:
         report = await generate_load(client, ["a", "b"], {}, times, stream=False, seed=0)
     assert report.outcomes == {"429": 1, "ok": 29}
     assert report.tokens_per_second == pytest.approx(29 * 3 / report.seconds)
+
+
+async def test_a_closed_loop_has_as_many_in_flight_as_clients_and_no_more() -> None:
+    in_flight = most = 0
+    seeds = []
+
+    async def server(request: httpx.Request) -> httpx.Response:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        seeds.append(json.loads(request.content)["seed"])
+        await asyncio.sleep(0.001)
+        in_flight -= 1
+        return httpx.Response(200, json={"id": "c", "model": "m", "choices": [], "usage": {"completion_tokens": 2}})
+
+    async with AsyncClient("http://s", retry=RetryPolicy(retries=0), transport=httpx.MockTransport(server)) as client:
+        report = await closed_loop(client, ["a"], {}, requests=40, concurrency=4, stream=False, seed=100)
+    assert most == 4
+    assert sorted(seeds) == list(range(100, 140))
+    assert report.outcomes == {"ok": 40}
+    assert report.offered_per_second is None
+    assert report.tokens_per_second == pytest.approx(80 / report.seconds)
 
 
 def test_failures_count_in_the_outcomes_and_not_in_the_latencies() -> None:

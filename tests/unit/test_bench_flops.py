@@ -1,0 +1,180 @@
+"""The benchmarks' cost model against torch's own counter of the operations that are really dispatched.
+
+torch counts attention only where it is made of matrix products (the `math` backend), as whole rectangles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels.random import row_keys
+from server.bench.flops import (
+    Decoder,
+    Flops,
+    causal_pairs,
+    diffusion_attention,
+    recording,
+    reward_backward,
+    reward_forward,
+    reward_prefix,
+    vocabulary_product,
+)
+from server.bench.workload import Pair, Workload, load, run_engine
+from server.models.packing import PackedLayout
+from server.rewards.reward_model import RewardModel, RewardRows
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def dream() -> Pair:
+    folder = GOLDEN / "dream-tiny"
+    return load(folder / "dlm", folder / "rm", torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def llada() -> Pair:
+    return load(GOLDEN / "llada-tiny" / "dlm", None, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def counter() -> Iterator[FlopCounterMode]:
+    with sdpa_kernel(SDPBackend.MATH):
+        yield FlopCounterMode(display=False)
+
+
+def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tuple[RewardRows, torch.Tensor]:
+    """Rows of these lengths behind one prefix, and random embeddings for them."""
+    cached = reward.prefill(list(range(1, prefix + 1)))
+    positions = torch.cat([torch.arange(prefix, prefix + length) for length in lengths])
+    embeds = torch.randn(sum(lengths), reward.hidden_size)
+    return RewardRows((cached,) * len(lengths), lengths, positions), embeds
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_the_diffusion_trunk_is_counted_exactly(
+    family: str, counter: FlopCounterMode, request: pytest.FixtureRequest
+) -> None:
+    pair: Pair = request.getfixturevalue(family)
+    lengths = (5, 9, 9, 14)
+    layout = PackedLayout.of(lengths)
+    tokens = torch.randint(0, 100, (sum(lengths),))
+    with torch.no_grad(), recording(pair.loaded.model, pair.reward) as recorder, counter:
+        hidden = pair.loaded.model.hidden(tokens, layout)
+        pair.loaded.model.head(hidden[:7])
+    flops = recorder.count()
+    assert flops.total == counter.get_total_flops()
+    assert flops.head == vocabulary_product(7, pair.loaded.model.vocab_size, hidden.shape[1])
+    decoder = Decoder.of_diffusion(pair.loaded.model.config)  # type: ignore[attr-defined]
+    assert flops.attention == diffusion_attention(decoder, lengths, lengths)
+
+
+def test_rows_that_are_not_read_cost_less_and_never_more_than_is_done(dream: Pair, counter: FlopCounterMode) -> None:
+    lengths = (8, 12)
+    rows = torch.tensor([3, 4, 10, 11, 12, 19])
+    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder, counter:
+        dream.loaded.model.masked_logits(torch.randint(0, 100, (20,)), PackedLayout.of(lengths), rows)
+    needed, done = recorder.count().total, counter.get_total_flops()
+    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder:
+        dream.loaded.model.head(dream.loaded.model.hidden(torch.randint(0, 100, (20,)), PackedLayout.of(lengths)))
+    assert needed <= done < recorder.count().total
+
+
+def test_reward_rows_of_one_token_are_counted_exactly(dream: Pair, counter: FlopCounterMode) -> None:
+    assert dream.reward is not None
+    rows, embeds = own_rows(dream.reward, 6, (1, 1, 1))
+    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder, counter:
+        dream.reward.forward(rows, embeds)
+    decoder = Decoder.of_reward(dream.reward._network.config)
+    assert recorder.count() == Flops(reward_forward=reward_forward(decoder, (6, 6, 6), (1, 1, 1)))
+    assert recorder.count().total == counter.get_total_flops()
+
+
+def test_the_reward_forward_does_no_more_than_whole_rectangles_on_top(dream: Pair, counter: FlopCounterMode) -> None:
+    assert dream.reward is not None
+    rows, embeds = own_rows(dream.reward, 6, (7, 7))
+    with torch.no_grad(), counter:
+        dream.reward.forward(rows, embeds)
+    decoder = Decoder.of_reward(dream.reward._network.config)
+    above = decoder.attention((decoder.layers - 1) * 2 * (7 * 6 // 2))  # the triangle that causality hides
+    assert counter.get_total_flops() == reward_forward(decoder, (6, 6), (7, 7)) + above
+
+
+def test_the_reward_backward_wastes_only_hidden_triangles_and_cached_keys(dream: Pair) -> None:
+    assert dream.reward is not None
+    prefixes, lengths = (6, 6), (7, 7)
+    rows, embeds = own_rows(dream.reward, 6, lengths)
+    embeds.requires_grad_(True)
+    backward = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        total = dream.reward.forward(rows, embeds).sum()
+        with backward:
+            torch.autograd.grad(total, [embeds])
+    decoder = Decoder.of_reward(dream.reward._network.config)
+    behind, own = causal_pairs(prefixes, lengths)
+    rectangle = sum(length * length for length in lengths)
+    wasted = (decoder.layers - 1) * (2 * (rectangle - own) + behind) + sum(prefixes)
+    assert backward.get_total_flops() == reward_backward(decoder, prefixes, lengths) + decoder.attention(wasted)
+
+
+def test_a_prefix_needs_no_more_than_its_keys_and_values(dream: Pair, counter: FlopCounterMode) -> None:
+    assert dream.reward is not None
+    with counter:
+        dream.reward.prefill(list(range(1, 10)))
+    decoder = Decoder.of_reward(dream.reward._network.config)
+    needed = reward_prefix(decoder, (0,), (9,))
+    hidden = decoder.attention((decoder.layers - 1) * (9 * 8 // 2))
+    queries = decoder.queries(9) - 2 * 9 * decoder.hidden * (
+        decoder.heads * decoder.size + 3 * decoder.intermediate
+    )  # q comes with k and v in one product
+    assert needed + hidden <= counter.get_total_flops() <= needed + hidden + queries
+
+
+def test_the_products_over_the_vocabulary_are_counted_exactly(dream: Pair, counter: FlopCounterMode) -> None:
+    rows, vocab_size, width = 6, 50, 8
+    table = torch.randn(vocab_size, width)
+    params = kernels.RowParams(
+        tau=torch.full((rows,), 0.7),
+        top_p=torch.full((rows,), 0.9),
+        top_k=torch.full((rows,), vocab_size),
+        greedy=torch.zeros(rows, dtype=torch.bool),
+        eta=torch.full((rows,), 0.5),
+    )
+    with recording(dream.loaded.model, None) as recorder, counter:
+        state = kernels.begin(torch.randn(rows, vocab_size), params, backend="reference")
+        tokens = kernels.draw(state, row_keys(*(torch.arange(rows) for _ in range(6))))
+        mixed = kernels.mix(state, table, tokens, torch.rand(rows))
+        kernels.update(state, [kernels.Term(torch.randn(rows, width), table, mixed.soft)])
+    assert recorder.count() == Flops(mix=2 * rows * vocab_size * width, update=2 * rows * vocab_size * width)
+    assert recorder.count().total == counter.get_total_flops()
+
+
+def test_a_whole_guided_run_needs_no_more_than_it_does(dream: Pair, counter: FlopCounterMode) -> None:
+    """... and most of what it does: what is beyond is the waste that the tests above name."""
+    jobs = Workload(prompts=2, best_of=2, max_tokens=12, steps=6).jobs(dream)
+    with counter:
+        run = run_engine(dream, jobs)
+    assert run.flops is not None
+    assert 0.6 * counter.get_total_flops() < run.flops.total <= counter.get_total_flops()
+    assert all(value > 0 for value in run.flops.by_phase().values())
+
+
+def test_watching_leaves_no_trace(dream: Pair) -> None:
+    assert dream.reward is not None
+    before = (kernels.mix, kernels.update, set(vars(dream.reward)), set(vars(dream.loaded.model)))
+    with recording(dream.loaded.model, dream.reward), pytest.raises(ValueError, match="no trace"):
+        raise ValueError("no trace")
+    assert before == (kernels.mix, kernels.update, set(vars(dream.reward)), set(vars(dream.loaded.model)))
+
+
+def test_flops_add_up() -> None:
+    one = Flops(trunk=1, head=2, mix=3, reward_prefix=4)
+    assert one.plus(one) == Flops(trunk=2, head=4, mix=6, reward_prefix=8)
+    assert sum(one.by_phase().values()) == one.total == 10
