@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.scheduler import Budget, Scheduler, Ticket
+from server.engine.scheduler import Budget, Cost, Scheduler, Ticket
 from server.errors import InvalidRequest
 from server.types import DiffusionParams, GuidanceParams, Job, SamplingParams, WeightedReward
 
@@ -45,15 +45,59 @@ def test_a_lower_priority_number_goes_first() -> None:
     assert names(scheduler.admit()) == ["soon0"]
 
 
-def test_guided_rows_and_tokens_are_budgets_of_their_own() -> None:
-    scheduler = Scheduler(Budget(tokens=1000, guided_rows=15))
-    for name in "ab":
-        scheduler.add(job(name, method="entrgi"))
-    assert names(scheduler.admit()) == ["a0"]
-    free = Scheduler(Budget(tokens=25, guided_rows=0))
+def test_tokens_bound_what_runs_together_and_guided_rows_only_one_trajectory() -> None:
+    scheduler = Scheduler(Budget(tokens=25, guided_rows=10))
     for name in "abc":
-        free.add(job(name))
-    assert names(free.admit()) == ["a0", "b0"]
+        scheduler.add(job(name, method="entrgi"))
+    assert names(scheduler.admit()) == ["a0", "b0"]  # 20 guided rows: they are steered in two micro-batches
+    free = Scheduler(Budget(tokens=25, guided_rows=0))
+    free.add(job("a"))
+    assert names(free.admit()) == ["a0"]
+
+
+def test_a_trajectory_above_the_budget_but_not_above_the_largest_runs_alone() -> None:
+    scheduler = Scheduler(Budget(tokens=30), Budget(tokens=100))
+    scheduler.add(job("small", tokens=10))
+    scheduler.add(job("big", tokens=60, best_of=2))
+    scheduler.add(job("after", tokens=10))
+    with pytest.raises(InvalidRequest, match="100"):
+        scheduler.add(job("never", tokens=99))
+    order = []
+    while tickets := scheduler.admit():
+        order.append(names(tickets))
+        for ticket in tickets:
+            scheduler.release(ticket)
+    assert order == [["small0"], ["big0"], ["big1"], ["after0"]]
+
+
+def test_the_cached_conversation_is_paid_once_a_job_until_its_last_trajectory_leaves() -> None:
+    scheduler = Scheduler(Budget(cached_tokens=100))
+    for name in "abc":
+        guided = job(name, method="entrgi", best_of=2)
+        scheduler.add(guided, Cost.of(guided, reward_tokens=10, cached_tokens=40))
+    scheduler.add(job("unguided"))
+    a0, a1, b0, b1 = scheduler.admit()
+    assert names([a0, a1, b0, b1]) == ["a0", "a1", "b0", "b1"]
+    scheduler.release(a0)
+    assert scheduler.admit() == []  # c comes first, and a's conversation is still there
+    scheduler.release(a1)
+    assert names(scheduler.admit()) == ["c0", "c1", "unguided0"]
+    assert scheduler.drop("b") == 2
+
+
+def test_a_job_that_waits_for_the_cache_lets_those_finish_that_hold_it() -> None:
+    """Else both would wait for ever: the urgent job for the cache, its holder for its turn."""
+    scheduler = Scheduler(Budget(trajectories=1, cached_tokens=100))
+    slow, urgent = (job(name, method="entrgi", best_of=2, priority=p) for name, p in (("slow", 0), ("urgent", -1)))
+    scheduler.add(slow, Cost.of(slow, cached_tokens=60))
+    running = scheduler.admit()
+    scheduler.add(urgent, Cost.of(urgent, cached_tokens=60))
+    seen = names(running)
+    while running:
+        scheduler.release(running.pop())
+        running = scheduler.admit()
+        seen += names(running)
+    assert seen == ["slow0", "slow1", "urgent0", "urgent1"]
 
 
 def test_what_can_never_run_is_refused_with_the_budget_it_exceeds() -> None:
@@ -87,32 +131,81 @@ def test_a_dropped_job_gives_its_room_back() -> None:
     assert names(scheduler.admit()) == ["b0", "b1"]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 40), st.integers(1, 5), st.sampled_from(["none", "entrgi"]), st.integers(-1, 1)),
-        max_size=30,
+def test_a_big_job_does_not_hold_up_small_ones_for_longer_than_it_runs() -> None:
+    scheduler = Scheduler(Budget(trajectories=4))
+    scheduler.add(job("big", best_of=10))
+    for index in range(3):
+        scheduler.add(job(f"small{index}-"))
+    passes, seen = 0, []
+    while tickets := scheduler.admit():
+        passes += 1
+        seen += names(tickets)
+        for ticket in tickets:
+            scheduler.release(ticket)
+    assert seen == [*(f"big{k}" for k in range(10)), "small0-0", "small1-0", "small2-0"]
+    assert passes == 4  # the last two of the big job share theirs with two small ones
+
+
+SPECS = st.lists(
+    st.tuples(
+        st.integers(0, 40),  # the step at which it arrives
+        st.integers(1, 60),  # canvas
+        st.integers(1, 5),  # best_of
+        st.integers(-1, 1),  # priority
+        st.integers(0, 80),  # cached tokens
+        st.integers(1, 6),  # steps that each trajectory takes
     ),
-    st.randoms(),
+    max_size=30,
 )
-def test_everything_runs_once_and_the_budget_always_holds(
-    specs: list[tuple[int, int, str, int]], random: object
+
+
+@settings(deadline=None)
+@given(SPECS)
+def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_the_work_before_him(
+    specs: list[tuple[int, int, int, int, int, int]],
 ) -> None:
-    budget = Budget(tokens=100, guided_rows=60, trajectories=5)
-    scheduler = Scheduler(budget)
-    for index, (tokens, best_of, method, priority) in enumerate(specs):
-        scheduler.add(job(f"job{index}/", tokens, best_of, method, priority))
-    seen: list[str] = []
-    running: list[Ticket] = []
-    while True:
-        running += scheduler.admit()
-        if not running:
-            break
+    budget, largest = Budget(tokens=50, trajectories=5, cached_tokens=50), Budget(tokens=62, cached_tokens=80)
+    scheduler = Scheduler(budget, largest)
+    arrivals: dict[int, list[int]] = {}
+    for index, spec in enumerate(specs):
+        arrivals.setdefault(spec[0], []).append(index)
+    running: dict[tuple[int, int], tuple[Ticket, int]] = {}  # (job, trajectory) -> its ticket and the step of its end
+    began: dict[int, int] = {}
+    ended: dict[tuple[int, int], int] = {}
+    arrived: list[int] = []
+    step = 0
+    while running or scheduler.waiting_trajectories or any(at >= step for at in arrivals):
+        for index in arrivals.pop(step, []):
+            _, tokens, best_of, priority, cached, _ = specs[index]
+            guided = job(str(index), tokens, best_of, "entrgi", priority)
+            scheduler.add(guided, Cost.of(guided, cached_tokens=cached))
+            arrived.append(index)
+        for ticket in scheduler.admit():
+            index = int(ticket.job.id)
+            began.setdefault(index, step)
+            assert (index, ticket.index) not in running
+            running[index, ticket.index] = (ticket, step + specs[index][5])
+        assert running or not scheduler.waiting_trajectories  # there is always somebody to move on
+        costs = [2 + specs[index][1] for index, _ in running]
         assert len(running) <= budget.trajectories
-        assert sum(2 + ticket.job.sampling.max_tokens for ticket in running) <= budget.tokens
-        guided = [ticket for ticket in running if ticket.job.guidance.uses_gradient]
-        assert sum(ticket.job.sampling.max_tokens for ticket in guided) <= budget.guided_rows
-        ticket = running.pop(random.randrange(len(running)))  # type: ignore[attr-defined]
-        seen += names([ticket])
-        scheduler.release(ticket)
-    assert sorted(seen) == sorted(f"job{i}/{k}" for i, spec in enumerate(specs) for k in range(spec[1]))
+        assert sum(costs) <= budget.tokens or len(costs) == 1
+        open_jobs = {i for i in began if sum((i, k) in ended for k in range(specs[i][2])) < specs[i][2]}
+        held = [specs[i][4] for i in open_jobs if specs[i][4]]
+        assert sum(held) <= budget.cached_tokens or len(held) == 1
+        step += 1
+        for key, (_, end) in list(running.items()):
+            if end <= step:
+                scheduler.release(running.pop(key)[0])
+                ended[key] = step
+    assert sorted(ended) == sorted((i, k) for i, spec in enumerate(specs) for k in range(spec[2]))
     assert scheduler.waiting_trajectories == scheduler.running_trajectories == 0
+    for index in arrived:
+        # While it waits somebody runs, and only who has priority, came before, or had begun: at most all their steps.
+        at, _, _, priority, _, _ = specs[index]
+        ahead = [other for other in arrived if other != index and began[other] <= began[index]]
+        assert began[index] - at <= sum(specs[other][2] * specs[other][5] for other in ahead)
+        for other in ahead:
+            assert not (at <= began[other] < began[index] and specs[other][3] > priority)
+        # Within a priority nobody begins before who came earlier.
+        same = [other for other in arrived[: arrived.index(index)] if specs[other][3] == priority]
+        assert all(began[other] <= began[index] for other in same)
