@@ -72,7 +72,8 @@ def entropy_bounded(entropies: FloatArray, bound: float) -> int:
 def above_threshold(probabilities: FloatArray, threshold: float) -> int:
     """How many at the beginning of a ranking exceed `threshold`; `probabilities` (n,) in ranking order, each the
     largest of its position. (Confidence-aware parallel decoding; Wu et al. 2025, arXiv 2505.22618.)"""
-    return int(np.logical_and.accumulate(probabilities > threshold).sum())
+    exceeds = np.minimum(probabilities, 1.0) > threshold  # rounding can push a probability above 1
+    return int(np.logical_and.accumulate(exceeds).sum())
 
 
 def adaptive_count(ranked: FloatArray, least: int, diffusion: DiffusionParams) -> int:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from server.diffusion.sampler import (
+    above_threshold,
     entropy_bounded,
     rank,
     reveal_adaptively,
@@ -160,8 +161,9 @@ def test_the_least_number_is_revealed_whatever_the_rule_says() -> None:
     assert reveal_adaptively(confidence, NONE, 9, threshold(1.0)).tolist() == [0, 1, 2, 3]
 
 
-def test_small_entropies_are_not_rounded_away() -> None:
+def test_rounding_decides_nothing() -> None:
     """1e-20 + 1.0 - 1.0 is 0 in floating point, and would pass for no entropy."""
+    assert above_threshold(np.array([1.0000001, 1.0]), 1.0) == 0  # nothing exceeds certainty
     assert entropy_bounded(np.array([1e-20, 1.0]), 0.0) == 1
     assert entropy_bounded(np.array([0.0, 0.0, 1.0, 1.0]), 0.0) == 3
     assert entropy_bounded(np.array([-1e-7, 0.5, 0.5]), 0.0) == 2  # a rounding error is no entropy
