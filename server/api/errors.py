@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -123,12 +125,12 @@ def explain(details: Sequence[Any]) -> InvalidRequest:
         return InvalidRequest(f"{where} is required", param)
     if field in UNSUPPORTED:
         return InvalidRequest(f"{where} is not supported: {UNSUPPORTED[field]}", param)
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = str(detail["msg"])
     if kind == "invalid":
         return InvalidRequest(f"{where} {message}", param)
     value = detail.get("input")
-    shown = f" (got {quote(value)})" if isinstance(value, str | int | float | bool | None) else ""
-    return InvalidRequest(f"{where}: {_lower(message)}{shown}", param)
+    shown = f" (got {_shown(value)})" if isinstance(value, str | int | float | bool | None) else ""
+    return InvalidRequest(f"{where} {_in_our_words(message)}{shown}", param)
 
 
 def validate(schema: type[Model], data: object) -> Model:
@@ -146,5 +148,28 @@ def _clean(text: str) -> str:
     return text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+_WORDS = tuple(
+    (re.compile(pattern), word)
+    for pattern, word in (
+        (r"^(Input|List|String|Value|Dictionary|Set|Tuple) should ", "must "),
+        (r"a valid dictionary( or instance of \w+)?", "an object"),
+        (r"a valid (list|string|number)", r"a \1"),
+        (r"a valid integer", "an integer"),
+        (r"a valid boolean", "true or false"),
+        (r" after validation", ""),
+        (r"\bNone\b", "null"),
+        (r"\bTrue\b", "true"),
+        (r"\bFalse\b", "false"),
+    )
+)
+
+
+def _in_our_words(message: str) -> str:
+    """pydantic's sentence, which speaks of Python, as the end of one that begins with the field and speaks of JSON."""
+    for pattern, word in _WORDS:
+        message = pattern.sub(word, message)
+    return message if message.startswith("must ") else f"is not valid: {message}"
+
+
+def _shown(value: str | int | float | bool | None) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else quote(value)
