@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench bench-kernels gpu-check conformance lock clean
+.PHONY: help setup serve test check format bench bench-kernels gpu-check conformance faults lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,14 @@ gpu-check: $(DEV) ## On a GPU: every kernel test on the device, the benchmark, a
 
 conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
 	$(PY) -m tests.conformance $(ARGS)
+
+# Each is a program with options of its own: make faults FAULTS=kill_worker ARGS="--kills 5"
+FAULTS ?= kill_worker kill_server kill_faults
+
+faults: $(DEV) ## Kill, stop and break the server and its workers under load (FAULTS=... chooses, ARGS=... are its options)
+	@failed=0; for program in $(FAULTS); do \
+	  echo "== $$program"; $(PY) -m tests.faults.$$program $(ARGS) || failed=1; \
+	done; exit $$failed
 
 lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)

@@ -124,7 +124,7 @@ def main() -> int:
     arguments.add_argument("--kills", type=int, default=20)
     arguments.add_argument("--clients", type=int, default=12)
     arguments.add_argument("--cases", type=int, default=60, help="different requests; default: %(default)s")
-    arguments.add_argument("--gap", type=float, default=8.0, help="most seconds between ready and the next kill")
+    arguments.add_argument("--gap", type=float, default=20.0, help="most seconds between ready and the next kill")
     arguments.add_argument("--data-parallel", type=int, default=1)
     arguments.add_argument("--no-spare", action="store_true", help="without a spare worker")
     arguments.add_argument("--seed", type=int, default=0)
