@@ -300,7 +300,7 @@ class Engine:
 
     def on_ready(self, replica: Replica) -> None:
         """A worker can take work."""
-        if self._info is None:
+        if self._info is None or replica.rank == 0:
             self._info = replica.info
         self._dispatch()
 
