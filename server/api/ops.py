@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server import __version__
 from server.api.answers import Answer
-from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP_P
+from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Limits
 from server.api.frontend import Frontend
 from server.api.openapi import errors, success
 from server.errors import EngineFailed, NotReady, UnknownModel, quote
@@ -19,8 +19,8 @@ from server.types import (
     METHODS,
     Algorithm,
     DiffusionParams,
+    EngineInfo,
     GuidanceParams,
-    ModelInfo,
     RewardModelInfo,
 )
 
@@ -44,7 +44,8 @@ class Version(Answer):
 
 class Model(Answer):
     """A loaded model. `type` says what it can be used for; the fields that only one kind has are null for the other.
-    `root` is the model's own id, whichever of its names (`id`) this entry is for."""
+    `root` is the model's own id, whichever of its names (`id`) this entry is for. `chat` says that it has a chat
+    template; without one `/v1/chat/completions` is refused. `limits` are those of one request that a server sets."""
 
     id: str
     object: Literal["model"]
@@ -61,7 +62,9 @@ class Model(Answer):
     eos_token_id: int | None
     guidance_methods: list[str] | None
     algorithms: list[str] | None
+    chat: bool | None
     defaults: dict[str, Any] | None
+    limits: dict[str, Any] | None
     vocab_coverage: float | None
     vocab_fallback: Literal["unk", "zero"] | None
 
@@ -143,23 +146,24 @@ async def playground(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """What is loaded, with defaults."""
     frontend = frontend_of(request)
-    data = [model.to_json() for model in _models(frontend, request.app.state.created)]
+    data = [model.to_json() for model in await _models(frontend, request.app.state.created)]
     return JSONResponse({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
 async def model(request: Request, model_id: str) -> Response:
     """One loaded model."""
-    for each in _models(frontend_of(request), request.app.state.created):
+    for each in await _models(frontend_of(request), request.app.state.created):
         if each.id == model_id:
             return JSONResponse(each.to_json())
     raise UnknownModel(f"there is no model {quote(model_id)}")
 
 
-def _models(frontend: Frontend, created: int) -> list[Model]:
+async def _models(frontend: Frontend, created: int) -> list[Model]:
     info = frontend.info
     methods: list[str] = [*METHODS] if info.reward_models else ["none"]
-    model = _diffusion_model(info.model, methods, created)
+    chat = (await frontend.tokenizer()).has_chat_template
+    model = _diffusion_model(info, methods, created, chat, frontend.limits)
     return [
         model,
         *(model.model_copy(update={"id": alias}) for alias in frontend.limits.aliases),
@@ -167,7 +171,8 @@ def _models(frontend: Frontend, created: int) -> list[Model]:
     ]
 
 
-def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model:
+def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat: bool, limits: Limits) -> Model:
+    info = engine.model
     guidance, diffusion = GuidanceParams(), DiffusionParams(info.default_max_tokens)
     return Model(
         id=info.id,
@@ -184,6 +189,12 @@ def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model
         mask_token_id=info.mask_token_id,
         eos_token_id=info.eos_token_id,
         guidance_methods=methods,
+        chat=chat,
+        limits={
+            "prompts": limits.max_prompts,
+            "trajectories": limits.max_trajectories,
+            "score_pairs": limits.max_score_pairs,
+        },
         algorithms=list(get_args(Algorithm)),
         defaults={
             "max_tokens": info.default_max_tokens,
@@ -192,8 +203,18 @@ def _diffusion_model(info: ModelInfo, methods: list[str], created: int) -> Model
             "top_p": DEFAULT_TOP_P,
             "best_of": {method: 1 if method == "none" else DEFAULT_BEST_OF for method in methods},
             "guidance": guidance.method,
+            "reward_model": engine.reward_models[0].id if engine.reward_models else None,
             "gradient_steps": guidance.gradient_steps,
             "eta": guidance.eta,
+            "confidence": guidance.confidence,
+            "start": guidance.start,
+            "stop": guidance.stop,
+            "every": guidance.every,
+            "algorithm": diffusion.algorithm,
+            "schedule": diffusion.schedule,
+            "deprioritize_eos": diffusion.deprioritize_eos,
+            "cfg_scale": diffusion.cfg_scale,
+            "timeout": limits.request_timeout,
             "entropy_bound": diffusion.entropy_bound,
             "confidence_threshold": diffusion.confidence_threshold,
         },
@@ -219,7 +240,9 @@ def _reward_model(info: RewardModelInfo, created: int) -> Model:
         eos_token_id=None,
         guidance_methods=None,
         algorithms=None,
+        chat=None,
         defaults=None,
+        limits=None,
         vocab_coverage=info.vocab_coverage,
         vocab_fallback=info.vocab_fallback,
     )

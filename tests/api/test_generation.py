@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
     from conftest import Served
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+REWARD = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny" / "rm"
 
 
 def ok(response: Any) -> dict[str, Any]:
@@ -294,6 +297,13 @@ def test_score_and_rerank_agree_with_bon(server: Served) -> None:
     assert len(ranked["results"]) == 2
     assert [each["relevance_score"] for each in ranked["results"]] == pytest.approx(rewards[:2], abs=1e-4)
     assert [each["document"]["text"] for each in ranked["results"]] == texts[:2]
+    tokenizer = AutoTokenizer.from_pretrained(REWARD)
+    read = 0
+    for text in texts:
+        whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": text}], tokenize=False)
+        read += len(tokenizer(whole, add_special_tokens=False).input_ids)
+    for answer in (scored, pairs, ranked):
+        assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read}
 
 
 def test_models(server: Served) -> None:

@@ -1,0 +1,80 @@
+"""`/v1/models`: what a client needs to know, under every name of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from server.api.schemas import CompletionRequest, Diffusion, Guidance
+from server.types import METHODS
+from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client
+
+
+def ok(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+async def test_a_model_answers_to_all_its_names() -> None:
+    async with open_client(make(served_model_name=["dlm", "also", "org/also"])) as client:
+        listed = ok(await client.get("/v1/models"))["data"]
+        assert [(model["id"], model["root"]) for model in listed] == [
+            ("dlm", "dlm"),
+            ("also", "dlm"),
+            ("org/also", "dlm"),
+            ("rm", "rm"),
+        ]
+        for entry in listed:
+            assert ok(await client.get(f"/v1/models/{entry['id']}")) == entry
+        for name in ("dlm", "also", "org/also"):
+            answer = ok(await client.post("/v1/completions", json={"model": name, "prompt": "Hi"}))
+            assert answer["model"] == "dlm"
+            assert ok(await client.post("/tokenize", json={"model": name, "prompt": "Hi"}))["count"] > 0
+            assert ok(await client.post("/detokenize", json={"model": name, "tokens": [43]}))["prompt"]
+        for name in ("DLM", "al", "rm"):
+            error = check_envelope(await client.post("/v1/completions", json={"model": name, "prompt": "Hi"}), 404)
+            assert error["param"] == "model"
+
+
+async def test_defaults_are_those_of_a_request_that_names_none() -> None:
+    """Sent back explicitly, each of them changes nothing."""
+    async with open_client(make(max_prompts=5, max_trajectories=6, max_score_pairs=7, request_timeout=9)) as client:
+        model, reward = ok(await client.get("/v1/models"))["data"]
+    assert model["chat"] is True
+    assert model["limits"] == {"prompts": 5, "trajectories": 6, "score_pairs": 7}
+    assert reward["defaults"] is reward["limits"] is reward["chat"] is None
+    defaults = model["defaults"]
+    assert defaults["timeout"] == 9
+    assert defaults["reward_model"] == "rm"
+    assert set(defaults["best_of"]) == set(METHODS)
+    fields = {*CompletionRequest.model_fields, *Guidance.model_fields, *Diffusion.model_fields}
+    assert set(defaults) <= fields
+    guidance = {key: defaults[key] for key in Guidance.model_fields if key in defaults}
+    diffusion = {key: defaults[key] for key in Diffusion.model_fields if key in defaults}
+    top = {key: value for key, value in defaults.items() if key not in {*guidance, *diffusion, "best_of", "guidance"}}
+    own = ("entropy_bound", "confidence_threshold")  # each belongs to an algorithm that is not the default
+    body = {
+        "prompt": "Hi",
+        "seed": 1,
+        **top,
+        "guidance": {"method": "entrgi", **guidance},
+        "diffusion": {key: value for key, value in diffusion.items() if key not in own},
+    }
+    jobs: list[Any] = []
+
+    class Noting(ScriptedEngine):
+        def submit(self, job: Any) -> Any:
+            jobs.append(job)
+            return super().submit(job)
+
+    async with open_client(make(Noting(at_once), request_timeout=9)) as client:
+        ok(await client.post("/v1/completions", json=body))
+        ok(await client.post("/v1/completions", json={"prompt": "Hi", "seed": 1, "guidance": "entrgi"}))
+    explicit, implicit = jobs
+    assert (explicit.sampling, explicit.diffusion, explicit.guidance) == (
+        implicit.sampling,
+        implicit.diffusion,
+        implicit.guidance,
+    )
