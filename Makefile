@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench bench-kernels gpu-check conformance faults lock clean
+.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ format: $(DEV) ## Format the code and fix what ruff can fix
 
 bench: $(DEV) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
 	$(PY) -m server.bench.offline $(ARGS)
+
+bench-online: $(DEV) ## Measure a server over HTTP: throughput, latencies by arrival rate, and what HTTP adds to a step
+	$(PY) -m clients.online $(ARGS)
+	$(PY) -m server.bench.plots build/bench/online.json
 
 bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)
 	$(PY) -m kernels.bench $(ARGS)

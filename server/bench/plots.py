@@ -34,6 +34,8 @@ STYLE: Any = {
     "figure.dpi": 110,
     "svg.hashsalt": "bench",  # the same data give the same file
 }
+METHOD_COLOURS = {"entrgi": BLUE, "none": ORANGE}
+QUANTILES = {"p50": "o-", "p95": "s--"}
 SWEEP_TITLES = {
     "T": "steps T",
     "M": "gradient steps M",
@@ -48,14 +50,14 @@ def concurrency(rows: Rows) -> Figure:
     """Tokens/s against requests at once, guided and not; dashed, the plain loop."""
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for method, colour in (("entrgi", BLUE), ("none", ORANGE)):
-        mine = [row for row in rows if row.get("method") == method]
+    for name, colour in METHOD_COLOURS.items():
+        mine = [row for row in rows if row["method"] == name]
         at_once = [row["at_once"] for row in mine]
-        axes.plot(at_once, [row["tokens_per_s"] for row in mine], "o-", color=colour, label=f"engine, {method}")
-        axes.axhline(mine[0]["plain_tokens_per_s"], color=colour, ls="--", lw=1, label=f"plain loop, {method}")
+        axes.plot(at_once, [row["tokens_per_s"] for row in mine], "o-", color=colour, label=f"engine, {name}")
+        axes.axhline(mine[0]["plain_tokens_per_s"], color=colour, ls="--", lw=1, label=f"plain loop, {name}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks([row["at_once"] for row in rows if row.get("method") == "none"])
+    axes.set_xticks(sorted({row["at_once"] for row in rows}))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(FuncFormatter(_some))
@@ -170,6 +172,45 @@ def method(rows: Rows) -> Figure:
     return figure
 
 
+def closed(rows: Rows) -> Figure:
+    """Over HTTP: tokens/s, and the time of a whole answer, against requests in flight."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, colour in METHOD_COLOURS.items():
+        mine = [row for row in rows if row["method"] == name]
+        in_flight = [row["in_flight"] for row in mine]
+        left.plot(in_flight, [row["tokens_per_s"] for row in mine], "o-", color=colour, label=name)
+        for quantile, style in QUANTILES.items():
+            label = f"{name}, {quantile}"
+            right.plot(in_flight, [row[f"latency_{quantile}"] for row in mine], style, color=colour, label=label)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row["in_flight"] for row in rows}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set(xlabel="requests in flight", ylim=(0, None))
+        axes.legend()
+    left.set(ylabel="tokens/s", title="Throughput over HTTP")
+    right.set(ylabel="seconds", title="Time of an answer")
+    return figure
+
+
+def opened(rows: Rows) -> Figure:
+    """Over HTTP: percentiles against the rate of arrivals."""
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (key, title) in zip(
+        panels, {"first_text": "Time to the first text", "latency": "Time of an answer"}.items(), strict=True
+    ):
+        for name, colour in METHOD_COLOURS.items():
+            mine = [row for row in rows if row["method"] == name and f"{key}_p50" in row]
+            for quantile, style in QUANTILES.items():
+                seconds = [row[f"{key}_{quantile}"] for row in mine]
+                axes.plot([row["rate"] for row in mine], seconds, style, color=colour, label=f"{name}, {quantile}")
+        axes.set(xlabel="arrivals per second", ylabel="seconds", title=title, ylim=(0, None), xlim=(0, None))
+    panels[1].legend()
+    return figure
+
+
 PLOTS: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "headline": {"phases": phases},
     "unguided": {"unguided-phases": phases},
@@ -177,6 +218,8 @@ PLOTS: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "linear": {"linear": linear},
     "ablation": {"ablation": ablation},
     "method": {"method": method, "method-phases": phases},
+    "closed": {"online-closed": closed},
+    "open": {"online-open": opened},
 }
 """Case -> the names of its plots and how they are drawn."""
 
