@@ -1,0 +1,255 @@
+"""Parts of a step: the same tokens in any number of them, and what happens when memory runs out in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.messages import Failed, Finished
+from server.engine.microbatch import RECOVERY_PARTS, Limits
+from server.engine.runner import Runner
+from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.reward_model import RewardModel, load_reward_model
+from server.types import (
+    Budget,
+    DiffusionParams,
+    GuidanceParams,
+    Job,
+    Message,
+    SamplingParams,
+    WeightedReward,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedDiffusionModel:
+    return load_diffusion_model(str(GOLDEN / "dlm"), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def rewards(loaded: LoadedDiffusionModel) -> dict[str, RewardModel]:
+    model = load_reward_model(
+        "rm",
+        str(GOLDEN / "rm"),
+        diffusion_tokenizer=loaded.tokenizer,
+        diffusion_vocab_size=loaded.model.vocab_size,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+    )
+    return {"rm": model}
+
+
+def jobs(loaded: LoadedDiffusionModel) -> list[Job]:
+    """Guided, unguided, of different M, with classifier-free guidance, with shared and different prompts."""
+    guided = GuidanceParams("entrgi", (WeightedReward("rm"),), gradient_steps=2)
+    kinds = [
+        (GuidanceParams(), {"best_of": 2, "n": 2}, {}),
+        (guided, {"best_of": 3}, {}),
+        (replace(guided, method="aps", gradient_steps=3), {"best_of": 2}, {"algorithm": "maskgit_plus"}),
+        (guided, {}, {"cfg_scale": 0.7}),
+        (replace(guided, confidence="guided"), {"temperature": 0.0}, {"block_length": 4}),
+        (GuidanceParams(), {}, {"cfg_scale": 1.5, "algorithm": "topk_margin"}),
+    ]
+    made = []
+    for index, (guidance, sampling, diffusion) in enumerate(kinds):
+        conversation = (Message("user", "Hi" if index % 2 else "Tell me more"),)
+        made.append(
+            Job(
+                id=f"job-{index}",
+                prompt_ids=tuple(loaded.tokenizer.render_chat(conversation)),
+                sampling=SamplingParams(max_tokens=8, seed=index, **sampling),  # type: ignore[arg-type]
+                diffusion=DiffusionParams(steps=8, **diffusion),  # type: ignore[arg-type]
+                guidance=guidance,
+                conversation=conversation,
+            )
+        )
+    return made
+
+
+def answers(runner: Runner, jobs: Iterable[Job]) -> tuple[dict[str, Any], dict[str, Failed]]:
+    """What became of each job: token ids of its trajectories, or its failure."""
+    for job in jobs:
+        runner.add(job, now=0.0)
+    finished: dict[str, Any] = {}
+    failed: dict[str, Failed] = {}
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Finished):
+                finished[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
+            elif isinstance(event, Failed):
+                failed[event.job_id] = event
+    assert runner.scheduler.running_trajectories == runner.scheduler.waiting_trajectories == 0
+    return finished, failed
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]) -> dict[str, Any]:
+    finished, failed = answers(Runner(loaded, rewards), jobs(loaded))
+    assert not failed
+    return finished
+
+
+class Watched:
+    """A diffusion model that notes how many tokens and rows it is given, and runs out of memory when told to: by an
+    allocation that no machine can make."""
+
+    def __init__(self, model: Any, fails: Callable[[str, int], bool] = lambda what, size: False) -> None:
+        self.model, self.fails = model, fails
+        self.sizes: dict[str, list[int]] = {"forward": [], "head": []}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def _note(self, what: str, size: int) -> None:
+        self.sizes[what].append(size)
+        if self.fails(what, size):
+            torch.empty(2**60, dtype=torch.uint8)
+
+    def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        self._note("forward", len(tokens))
+        return self.model.masked_hidden(tokens, *arguments)  # type: ignore[no-any-return]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._note("head", len(hidden))
+        return self.model.head(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(guided_rows=16, logit_rows=16),
+        Budget(guided_rows=24, logit_rows=8),
+        Budget(reward_tokens=60),
+        Budget(tokens=100, guided_rows=32),
+        Budget(trajectories=1),
+    ],
+    ids=str,
+)
+def test_any_budget_gives_the_same_tokens_and_holds(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any], budget: Budget
+) -> None:
+    model = Watched(loaded.model)
+    runner = Runner(replace(loaded, model=model), rewards, budget=budget, largest=Budget())
+    assert answers(runner, jobs(loaded)) == (expected, {})
+    assert max(model.sizes["head"]) <= max(budget.guided_rows, budget.logit_rows, 16)
+    assert max(model.sizes["forward"]) <= max(budget.tokens, 0)
+    assert runner.stats.out_of_memory == 0
+
+
+def test_memory_that_runs_out_once_costs_a_second_try_and_no_token(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
+) -> None:
+    for what in ("forward", "head"):
+        failures = iter([False, False, True])
+        model = Watched(loaded.model, lambda seen, _, what=what, left=failures: seen == what and next(left, False))  # type: ignore[misc]
+        runner = Runner(replace(loaded, model=model), rewards)
+        assert answers(runner, jobs(loaded)) == (expected, {}), what
+        assert runner.stats.out_of_memory == 1
+
+
+def test_parts_shrink_until_they_fit_and_stay_small(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
+) -> None:
+    model = Watched(loaded.model, lambda what, size: what == "head" and size > 24)
+    runner = Runner(replace(loaded, model=model), rewards)
+    finished, failed = answers(runner, jobs(loaded))
+    # The first step may give up what did not fit in halves either; from then on everything fits.
+    assert finished == {name: tokens for name, tokens in expected.items() if name not in failed}
+    assert all(event.kind == "out_of_memory" for event in failed.values())
+    assert runner.stats.out_of_memory <= 6
+    assert runner.denoiser.guided.now[0] <= 24
+    again, failed = answers(runner, jobs(loaded))
+    assert (again, failed) == (expected, {})
+
+
+def test_only_the_jobs_that_memory_cannot_hold_fail(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
+) -> None:
+    """A lone trajectory too large for memory is tried twice; its neighbours do not notice."""
+    big = replace(jobs(loaded)[1], id="big", sampling=SamplingParams(max_tokens=40, seed=9))
+    model = Watched(loaded.model, lambda what, size: what == "head" and size >= 30)
+    runner = Runner(
+        replace(loaded, model=model), rewards, budget=Budget(guided_rows=24, logit_rows=24), largest=Budget()
+    )
+    finished, failed = answers(runner, [*jobs(loaded), big])
+    assert finished == expected
+    assert {name: (event.kind, event.message) for name, event in failed.items()} == {
+        "big": ("out_of_memory", "the device ran out of memory")
+    }
+    assert runner.stats.out_of_memory == 2
+
+
+def test_an_error_that_is_not_about_memory_passes(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]
+) -> None:
+    class Broken(Watched):
+        def _note(self, what: str, size: int) -> None:
+            raise RuntimeError("something else")
+
+    runner = Runner(replace(loaded, model=Broken(loaded.model)), rewards)
+    runner.add(jobs(loaded)[0], now=0.0)
+    with pytest.raises(RuntimeError, match="something else"):
+        runner.step()
+    assert runner.stats.out_of_memory == 0
+
+
+# -- the parts by themselves -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=30),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.integers(1, 60),
+)
+def test_parts_keep_the_order_and_the_limits_whatever_memory_there_is(
+    sizes: list[tuple[int, int]], most: tuple[int, int], memory: int
+) -> None:
+    limits = Limits("parts", most)
+    tries: list[list[int]] = []
+
+    def work(part: Sequence[int]) -> list[int]:
+        tries.append(list(part))
+        total = [sum(column) for column in zip(*(sizes[item] for item in part), strict=True)]
+        assert len(part) == 1 or all(a <= b for a, b in zip(total, most, strict=True))
+        if sum(total) > memory:
+            raise MemoryError
+        return list(part)
+
+    done, lost = limits.run(range(len(sizes)), sizes, work)
+    kept = [item for part in done for item in part]
+    assert sorted(kept + lost) == list(range(len(sizes)))
+    assert kept == sorted(kept)
+    assert all(limit >= 1 for limit in limits.now)
+    for item in lost:
+        assert sum(item in part for part in tries) == 2
+    if all(sum(size) <= memory for size in sizes) and sum(most) <= memory:
+        assert len(tries) == len(done)  # nothing was tried twice
+
+
+def test_shrunken_limits_recover_slowly() -> None:
+    limits = Limits("parts", (64,))
+    memory = 40
+
+    def work(part: Sequence[int]) -> int:
+        if len(part) > memory:
+            raise MemoryError
+        return len(part)
+
+    assert limits.run(range(64), [(1,)] * 64, work) == ([32, 32], [])
+    for _ in range(RECOVERY_PARTS - 3):
+        limits.run([0], [(1,)], work)
+    assert limits.now == (32,)
+    limits.run([0], [(1,)], work)
+    assert limits.now == (64,)
+    memory = 64
+    assert limits.run(range(64), [(1,)] * 64, work) == ([64], [])
