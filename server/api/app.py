@@ -149,6 +149,7 @@ def worker_snapshot(engine: Engine) -> WorkerSnapshot:
             "denoising_steps": runner.denoising_steps,
             "committed_tokens": runner.committed_tokens,
             "worker_restarts": stats.worker_restarts,
+            "out_of_memory_batches": runner.out_of_memory,
         },
         histograms={
             name: getattr(runner, name)
