@@ -61,6 +61,7 @@ HELP = {
     "denoising_steps": "Denoising steps done, one for each trajectory in a step",
     "committed_tokens": "Canvas tokens revealed",
     "worker_restarts": "Worker processes started after the first",
+    "out_of_memory_batches": "Denoising steps that ran out of memory and were done again in halves",
     "model_forward_seconds": "Diffusion model forward of one denoising step",
     "guidance_seconds": "Reward guidance of one denoising step",
     "reward_forward_seconds": "Reward model forward passes of one denoising step",
