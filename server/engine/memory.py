@@ -1,6 +1,6 @@
 """How much memory a denoising step takes, and the budgets that follow from what is free.
 
-The model, upper bounds in bytes; e is the size of a weight, c that of a number in arithmetic (8 for float64, else 4):
+The model, upper bounds in bytes; e is the size of an activation, c that of a number in arithmetic (8 for float64, else 4):
 
 * A canvas token in the forward of the diffusion model (no gradients, one block alive at a time) takes
   e (6 d + 6 H s + 3 Hkv s + 3 m) + c (2 d + 2 H s) with width d, H heads and Hkv key heads of s channels, MLP width m.
@@ -62,9 +62,9 @@ class Footprint:
     def of(cls, model: DiffusionModel, rewards: Iterable[RewardModel]) -> Footprint:
         """Of a diffusion model and reward models, of which each figure is the largest one's."""
         rewards = list(rewards)
-        e, c = _sizes(model.dtype)
+        e, c = _sizes(model.activation_dtype)
         vocabulary = model.vocab_size
-        backend = choose(model.device, model.dtype)
+        backend = choose(model.device, model.activation_dtype)
         widest = max((reward.shape.hidden for reward in rewards), default=0)
         return cls(
             token=_forward_token(model.shape, e, c),

@@ -36,6 +36,11 @@ class DiffusionModel(Protocol):
         """The weights' dtype."""
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """What hidden states and logits are in: the weights' dtype, or float32 where the device has no instructions
+        for a narrower one."""
+
+    @property
     def shape(self) -> DecoderShape:
         """Sizes of the blocks."""
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from kernels.linear import linear
 from server.models.base import source_rows
 from server.models.config import ConfigReader
-from server.models.layers import RMSNorm, RotaryTable, initialise, rotate, swiglu
+from server.models.layers import Embedding, Linear, RMSNorm, RotaryTable, initialise, rotate, swiglu
 from server.models.packing import PackedLayout, attend
 from server.types import DecoderShape
 
@@ -83,10 +83,10 @@ class DreamAttention(nn.Module):
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width)
-        self.k_proj = nn.Linear(config.hidden_size, key_width)
-        self.v_proj = nn.Linear(config.hidden_size, key_width)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width)
+        self.k_proj = Linear(config.hidden_size, key_width)
+        self.v_proj = Linear(config.hidden_size, key_width)
+        self.o_proj = Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
         """(S, d) -> (S, H * head_dim): every head's output, before `o_proj`."""
@@ -101,9 +101,9 @@ class DreamMLP(nn.Module):
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, d) -> (N, d)."""
@@ -136,7 +136,7 @@ class DreamBackbone(nn.Module):
 
     def __init__(self, config: DreamConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DreamBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
@@ -169,7 +169,7 @@ class DreamModel(nn.Module):
         self.ignored_weights = ("lm_head.weight",) if config.tie_word_embeddings else ()
         self.model = DreamBackbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -180,6 +180,12 @@ class DreamModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.model.embed_tokens.weight.dtype
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What hidden states and logits are in: the weights' dtype, or float32 where the device has no instructions
+        for a narrower one."""
+        return self.model.embed_tokens.activation_dtype
 
     @property
     def shape(self) -> DecoderShape:
@@ -202,7 +208,7 @@ class DreamModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """(N, d) -> logits (N, V), unshifted."""
         tied = self.config.tie_word_embeddings
-        return functional.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """`masked_logits` before the head, (N, d); the shift is done here."""

@@ -1,4 +1,4 @@
-"""What both families share below the block: the norm, the rotary embedding and SwiGLU.
+"""What both families share below the block: projections, the norm, the rotary embedding and SwiGLU.
 
 Inference in float32 on a CPU takes the fused passes of `kernels.blocks`; everything else, training included, the
 plain expressions.
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import blocks
+from kernels.linear import activation_dtype, linear
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,13 +20,34 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether the fused passes take x: nothing here keeps what a gradient would need."""
-    return not torch.is_grad_enabled() and blocks.runs(x)
+    """Whether the fused passes take x. Nothing here keeps what a gradient would need; a compiler fuses by itself."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and blocks.runs(x)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, (N, m) each; may write into `gate`."""
     return blocks.swiglu_apart(gate, up) if fused(gate) else functional.silu(gate) * up
+
+
+class Linear(nn.Linear):
+    """A projection that takes activations wider than its weight (see `kernels.linear`)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch gives it)
+        """(N, in) -> (N, out) in the input's dtype."""
+        return linear(input, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """Token embeddings, in the dtype that the network computes in."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch gives it)
+        """(S,) int64 -> (S, d)."""
+        return super().forward(input).to(self.activation_dtype)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The weight's dtype, or float32 where this device has no instructions for it."""
+        return activation_dtype(self.weight.dtype, self.weight.device)
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +61,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         if fused(x):
-            return blocks.rms_norm(x, self.weight, self.eps)
+            return blocks.rms_norm(x, self.weight.to(x.dtype), self.eps)
         exact = x.to(compute_dtype(x.dtype))
         return functional.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from kernels.linear import linear
 from server.models.base import source_rows
 from server.models.config import ConfigReader
-from server.models.layers import RMSNorm, RotaryTable, initialise, rotate, swiglu
+from server.models.layers import Embedding, Linear, RMSNorm, RotaryTable, initialise, rotate, swiglu
 from server.models.packing import PackedLayout, attend
 from server.types import DecoderShape
 
@@ -96,13 +96,13 @@ class LLaDABlock(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width, key_width = config.d_model, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, key_width, bias=False)
-        self.v_proj = nn.Linear(width, key_width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
-        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
-        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, key_width, bias=False)
+        self.v_proj = Linear(width, key_width, bias=False)
+        self.attn_out = Linear(width, width, bias=False)
+        self.ff_proj = Linear(width, config.mlp_hidden_size, bias=False)
+        self.up_proj = Linear(width, config.mlp_hidden_size, bias=False)
+        self.ff_out = Linear(config.mlp_hidden_size, width, bias=False)
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
 
@@ -126,11 +126,11 @@ class LLaDATransformer(nn.Module):
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wte = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:
-            self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.ff_out = Linear(config.d_model, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
 
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
@@ -180,6 +180,12 @@ class LLaDAModel(nn.Module):
         return self.model.transformer.wte.weight.dtype
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """What hidden states and logits are in: the weights' dtype, or float32 where the device has no instructions
+        for a narrower one."""
+        return self.model.transformer.wte.activation_dtype
+
+    @property
     def shape(self) -> DecoderShape:
         """Sizes of the blocks."""
         config = self.config
@@ -200,7 +206,7 @@ class LLaDAModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """(N, d) -> logits (N, V)."""
         head = self.model.transformer.wte if self.config.weight_tying else self.model.transformer.ff_out
-        return functional.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
     def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """`masked_logits` before the head, (N, d)."""
