@@ -13,6 +13,7 @@ took for as many requests to leave as were in flight, that is, for every place t
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import statistics
@@ -28,11 +29,11 @@ from dataclasses import dataclass, field
 import httpx
 from tqdm import tqdm
 
+from tests.faults import hostile
 from tests.faults.harness import (
     Server,
     Verdict,
     chat,
-    client,
     is_envelope,
     parser,
     percentile,
@@ -51,46 +52,51 @@ WORST_HEALTH_SECONDS = 1.0  # on a machine that is busy with the load itself
 class Traffic:
     """What happened to requests; times in seconds of `time.perf_counter`."""
 
+    server: Server
     statuses: Counter[int] = field(default_factory=Counter)
-    latencies: list[float] = field(default_factory=list)  # of accepted ones, from their scheduled departure
+    latencies: list[float] = field(default_factory=list)  # of accepted ones, from their departure
+    lateness: list[float] = field(default_factory=list)  # of departures: the load generator's own delay
     completions: list[float] = field(default_factory=list)
     refusals: list[tuple[float, float]] = field(default_factory=list)  # when, and the seconds of Retry-After
     malformed: list[str] = field(default_factory=list)
 
-    async def send(self, http: httpx.AsyncClient, seed: int, due: float) -> float | None:
-        """One request; returns the seconds of Retry-After when refused."""
+    async def send(self, seed: int, due: float | None = None) -> float | None:
+        """One request, on a connection of its own; returns the seconds of Retry-After when refused."""
+        departed = time.perf_counter()
+        self.lateness.append(departed - due if due is not None else 0.0)
+        request = hostile.post(json.dumps(chat(seed)).encode(), "Connection: close", path=CHAT)
         try:
-            response = await http.post(CHAT, json=chat(seed))
-        except httpx.HTTPError as error:
+            reply = await hostile.exchange(self.server.host, self.server.port, request, seconds=300)
+        except (OSError, TimeoutError) as error:
             self.statuses[0] += 1
             self.malformed.append(repr(error))
             return None
         now = time.perf_counter()
-        self.statuses[response.status_code] += 1
-        if response.status_code == 200:
-            self.latencies.append(now - due)
+        self.statuses[reply.status] += 1
+        if reply.status == 200:
+            self.latencies.append(now - departed)
             self.completions.append(now)
             return None
-        if response.status_code == 429 and is_envelope(response.text) and response.headers["retry-after"].isdigit():
-            self.refusals.append((now, float(response.headers["retry-after"])))
+        wait = reply.headers.get("retry-after", "")
+        if reply.status == 429 and wait.isdigit() and is_envelope(reply.body.decode()):
+            self.refusals.append((now, float(wait)))
             return self.refusals[-1][1]
-        self.malformed.append(f"{response.status_code} {response.text[:200]}")
+        self.malformed.append(f"{reply.status} {reply.body[:200]!r}")
         return None
 
 
 async def closed_loop(server: Server, concurrency: int, seconds: float) -> float:
     """Answers a second with this many requests always in flight."""
-    traffic = Traffic()
+    traffic = Traffic(server)
     started = time.perf_counter()
-    async with client(server) as http:
 
-        async def user(number: int) -> None:
-            seed = number
-            while time.perf_counter() - started < seconds:
-                await traffic.send(http, seed, time.perf_counter())
-                seed += concurrency
+    async def user(number: int) -> None:
+        seed = number
+        while time.perf_counter() - started < seconds:
+            await traffic.send(seed)
+            seed += concurrency
 
-        await asyncio.gather(*map(user, range(concurrency)))
+    await asyncio.gather(*map(user, range(concurrency)))
     # Without the ends, where the batch is filling or emptying.
     inner = [t for t in traffic.completions if started + 0.2 * seconds <= t <= started + seconds]
     return len(inner) / (0.8 * seconds)
@@ -99,38 +105,36 @@ async def closed_loop(server: Server, concurrency: int, seconds: float) -> float
 async def open_loop(server: Server, rate: float, seconds: float, seed: int) -> Traffic:
     """Poisson arrivals at `rate` a second, none of which wait for others."""
     generator = random.Random(seed)
-    traffic = Traffic()
+    traffic = Traffic(server)
     sent: set[asyncio.Task[float | None]] = set()
     due = started = time.perf_counter()
-    async with client(server) as http:
-        with tqdm(total=round(seconds), unit="s", desc="overload", mininterval=2) as bar:
-            while due - started < seconds:
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                task = asyncio.create_task(traffic.send(http, len(traffic.latencies) % 1000, due))
-                sent.add(task)
-                task.add_done_callback(sent.discard)
-                due += generator.expovariate(rate)
-                bar.update(min(round(due - started), bar.total) - bar.n)
-        await asyncio.gather(*sent)
+    with tqdm(total=round(seconds), unit="s", desc="overload", mininterval=2) as bar:
+        while due - started < seconds:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            task = asyncio.create_task(traffic.send(generator.randrange(1000), due))
+            sent.add(task)
+            task.add_done_callback(sent.discard)
+            due += generator.expovariate(rate)
+            bar.update(min(round(due - started), bar.total) - bar.n)
+    await asyncio.gather(*sent)
     return traffic
 
 
 async def crowd(server: Server, size: int, seed: int) -> tuple[float, list[int]]:
     """That many clients at once, each of which comes back when told; the seconds until the last has its answer, and how
     often each had to ask."""
-    traffic = Traffic()
+    traffic = Traffic(server)
     generator = random.Random(seed)
     started = time.perf_counter()
-    async with client(server) as http:
 
-        async def one(number: int) -> int:
-            attempts = 1
-            while (wait := await traffic.send(http, number, started)) is not None:
-                await asyncio.sleep(wait * generator.uniform(1.0, 1.1))  # as clients do, so as not to come in step
-                attempts += 1
-            return attempts
+    async def one(number: int) -> int:
+        attempts = 1
+        while (wait := await traffic.send(number)) is not None:
+            await asyncio.sleep(wait * generator.uniform(1.0, 1.1))  # as clients do, so as not to come in step
+            attempts += 1
+        return attempts
 
-        attempts = await asyncio.gather(*map(one, range(size)))
+    attempts = await asyncio.gather(*map(one, range(size)))
     if traffic.malformed:
         raise RuntimeError(traffic.malformed[0])
     return time.perf_counter() - started, attempts
@@ -184,7 +188,8 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
     with watching_health(server) as health:
         traffic = await open_loop(server, TIMES_TOO_MUCH * rate, 60 * minutes, seed)
     idle = await seconds_until_idle(server)
-    served_rate = traffic.statuses[200] / (60 * minutes)
+    began = traffic.completions[0]
+    served_rate = len(traffic.completions) / (traffic.completions[-1] - began)
     crowd_seconds, attempts = await crowd(server, 3 * queue, seed)
     crowd_rate = len(attempts) / crowd_seconds
     idle_again = await seconds_until_idle(server)
@@ -203,6 +208,7 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
         "statuses": {str(status): count for status, count in sorted(traffic.statuses.items())},
         "accepted_latency_seconds": {f"p{q}": round(percentile(traffic.latencies, q), 2) for q in (50, 90, 99, 100)},
         "latency_bound_seconds": round(bound, 2),
+        "generator_late_seconds": {f"p{q}": round(percentile(traffic.lateness, q), 3) for q in (50, 99)},
         "retry_after_seconds": {
             f"p{q}": percentile([wait for _, wait in traffic.refusals], q) for q in (0, 50, 99, 100)
         },
@@ -223,6 +229,8 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
         "errors_logged": len(server.errors_logged()),
     }
     statuses = set(traffic.statuses)
+    late = percentile(traffic.lateness, 99)
+    verdict.promise("the load generator kept its times (p99)", late <= 1.0, f"{late:.2f} s late")
     verdict.promise("nothing but 200 and 429", statuses <= {200, 429}, dict(traffic.statuses))
     verdict.promise("every refusal is the error object with Retry-After", not traffic.malformed, traffic.malformed[:2])
     verdict.promise("refused at all", traffic.statuses[429] > 0, traffic.statuses[429])
