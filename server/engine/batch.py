@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from server.diffusion.schedule import Step, adapted, plan
+from server.guidance.prefixes import RewardContext
 from server.models.packing import PackedLayout
 from server.types import Job, StepTrace
 
@@ -38,6 +39,7 @@ class Trajectory:
     reward_calls: int = 0
     last_reward: float | None = None
     trace: list[StepTrace] = field(default_factory=list)
+    reward_contexts: dict[str, RewardContext] = field(default_factory=dict)  # by reward model, as far as it is settled
 
     @classmethod
     def start(cls, job: Job, index: int, mask_token_id: int) -> Trajectory:

@@ -24,7 +24,8 @@ from server.engine.microbatch import Limits
 from server.engine.reveal import Choice, base_confidence, choose, confidence, walk, walks
 from server.engine.savings import Savings
 from server.engine.stats import RunnerStats
-from server.guidance.steer import Objective, RewardContext, Steered, Timings, steer
+from server.guidance.prefixes import RewardContext, grow
+from server.guidance.steer import Objective, Steered, Timings, steer
 from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Budget, ModelInfo, StepTrace
@@ -236,7 +237,7 @@ class Denoiser:
             objectives.append(
                 Objective(
                     reward_models[name],
-                    tuple(contexts[member.trajectory.job.id][name] for member in group.members),
+                    self._contexts(name, group, contexts, reward_models[name], seconds),
                     torch.tensor(weights, dtype=torch.float64).to(self.device),
                 )
             )
@@ -253,6 +254,24 @@ class Denoiser:
             finish=finish,
             read_after=any(member.trajectory.job.trace for member in group.members),
         )
+
+    def _contexts(
+        self, name: str, group: Group, contexts: Contexts, model: RewardModel, seconds: _Seconds
+    ) -> tuple[RewardContext, ...]:
+        """Each member's context, grown by what has been settled since. Keeping it is no harm if the step fails."""
+        trajectories = [member.trajectory for member in group.members]
+        known = [t.reward_contexts.get(name) or contexts[t.job.id][name] for t in trajectories]
+        if not (self.savings.reward_prefix_cache and self.savings.grow_reward_prefix):
+            return tuple(known)
+        started = time.perf_counter()
+        settled = [int(t.masked.argmax()) for t in trajectories]  # something is masked in every step's canvas
+        grown = grow(
+            model, known, [t.tokens for t in trajectories], settled, self.info.eos_token_id, self.info.pad_token_id
+        )
+        for trajectory, context in zip(trajectories, grown, strict=True):
+            trajectory.reward_contexts[name] = context
+        seconds.reward.reward_forward_seconds += time.perf_counter() - started
+        return tuple(grown)
 
     def _commit(self, outcome: _Outcome) -> list[Revealed]:
         """Write the chosen tokens into the canvases."""

@@ -23,7 +23,7 @@ from server.engine.scheduler import Budget, Cost, Scheduler, Ticket
 from server.engine.stats import RunnerStats
 from server.errors import InvalidRequest
 from server.guidance.best_of import choose
-from server.guidance.steer import RewardContext
+from server.guidance.prefixes import RewardContext
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.text.response import FinishedText, finish_text
@@ -316,9 +316,9 @@ class Runner:
             model = self.reward_models[weighted.model]
             before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
             if self.savings.reward_prefix_cache:
-                contexts[weighted.model] = RewardContext(model.prefill(before), tuple(after))
+                contexts[weighted.model] = RewardContext.of(model.prefill(before), after)
             else:
-                contexts[weighted.model] = RewardContext(model.prefill(()), tuple(after), tuple(before))
+                contexts[weighted.model] = RewardContext.of(model.prefill(()), after, before)
         return contexts
 
     def _next_step(self, trajectory: Trajectory) -> Step | None:

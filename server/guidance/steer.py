@@ -17,17 +17,8 @@ from torch import Tensor
 
 import kernels
 from server.guidance.methods import WEIGHTS, draws_hard_tokens
-from server.rewards.reward_model import Prefix, RewardModel, RewardRows
-
-
-@dataclass(frozen=True, slots=True)
-class RewardContext:
-    """What one reward model reads around the response of one job: the cached prefix, ids after it that are not cached
-    (none, unless the cache is turned off), and the template's closing ids."""
-
-    prefix: Prefix
-    suffix_ids: tuple[int, ...]
-    lead_ids: tuple[int, ...] = ()
+from server.guidance.prefixes import RewardContext
+from server.rewards.reward_model import RewardModel, RewardRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +66,8 @@ class Steered:
 class Assembly:
     """Where every packed reward-model token of one objective comes from; fixed for a denoising step.
 
-    The packed order is: for each trajectory what leads, its L response positions, then its suffix.
+    The packed order is: for each trajectory what leads, its response from the first place that is not settled on, then
+    its suffix.
     """
 
     def __init__(self, objective: Objective, responses: Responses) -> None:
@@ -86,15 +78,19 @@ class Assembly:
         start = 0
         for index, (length, context) in enumerate(zip(responses.lengths, objective.contexts, strict=True)):
             lead, tail = len(context.lead_ids), len(context.suffix_ids)
-            response += [torch.full((lead,), -1), torch.arange(start, start + length), torch.full((tail,), -1)]
+            own = slice(start + context.settled, start + length)
             nowhere = torch.full((lead + tail,), -1, device=device)
-            row += [nowhere[:lead], responses.row[start : start + length], nowhere[lead:]]
-            first = context.prefix.length
-            position.append(torch.arange(first, first + lead + length + tail))
-            owner.append(torch.full((lead + length + tail,), index))
+            row += [nowhere[:lead], responses.row[own], nowhere[lead:]]
+            response += [torch.full((lead,), -1), torch.arange(own.start, own.stop), torch.full((tail,), -1)]
+            first = context.start
+            position += [
+                torch.arange(first - lead, first),
+                torch.arange(first + context.settled, first + length + tail),
+            ]
+            owner.append(torch.full((lead + length - context.settled + tail,), index))
             if lead:
                 pieces.append(_own_embeddings(objective.model, context.lead_ids))
-            pieces.append(table[responses.committed[start : start + length]])
+            pieces.append(table[responses.committed[own]])
             pieces.append(_own_embeddings(objective.model, context.suffix_ids))
             start += length
         self.response = torch.cat(response).to(device)

@@ -34,11 +34,22 @@ ATTENTION_NAME = "entrgi_packed_causal"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """Cached keys and values of `length` tokens, a pair (Hkv, length, d) a layer; the keys carry their positions."""
+    """Cached keys and values of `length` tokens, a pair (Hkv, own, d) a layer; the keys carry their positions.
+
+    With a `parent`, its tokens come first and are not held again: K answers to one conversation share the parent.
+    """
 
     length: int
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
+    parent: Prefix | None = None
+
+    def whole(self, layer: int, *, values: bool) -> Tensor:
+        """Keys or values (Hkv, length, d) of one layer, the parent's included."""
+        own = (self.values if values else self.keys)[layer]
+        if self.parent is None:
+            return own
+        return torch.cat([self.parent.whole(layer, values=values), own], dim=1)
 
 
 EMPTY_PREFIX = Prefix(0)
@@ -49,9 +60,9 @@ class _Group:
     """Rows with prefixes of like length, on a rectangle of `rows` n and `places` m.
 
     `prefixes` are the different ones among them, padded on the left to `prefix_places` p; `which` (n,) names each row's
-    (None when there is one). `mask` (m, p + m), or (n, 1, m, p + m) where lengths differ, is True where a query sees a
-    key; None for a group without a prefix, which is plainly causal. `last_mask` (n, 1, 1, p + m) is that of each row's
-    last token, None where it sees all.
+    (None when there is one, or one a row). `mask` (m, p + m), or (n, 1, m, p + m) where lengths differ, is True where a
+    query sees a key; None for a group without a prefix, which is plainly causal. `last_mask` (n, 1, 1, p + m) is that
+    of each row's last token, None where it sees all.
     """
 
     prefixes: tuple[Prefix, ...]
@@ -66,7 +77,7 @@ class _Group:
         """Keys or values (n, Hkv, p, d) of one layer in front of every row."""
         stacked = torch.stack(
             [
-                functional.pad((x.values if values else x.keys)[layer], (0, 0, self.prefix_places - x.length, 0))
+                functional.pad(x.whole(layer, values=values), (0, 0, self.prefix_places - x.length, 0))
                 for x in self.prefixes
             ]
         )
@@ -152,7 +163,8 @@ class Packing:
             raise ValueError("this packing does not capture")
         here = slice(self.starts[row], self.starts[row] + length)
         pieces = [(key[:, here], value[:, here]) for key, value in self.capture]
-        if prefix.length:
+        parent = prefix if prefix.length and prefix.parent is None else prefix.parent
+        if prefix.parent is not None:
             pieces = [
                 (torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1))
                 for old_key, old_value, (key, value) in zip(prefix.keys, prefix.values, pieces, strict=True)
@@ -162,6 +174,7 @@ class Packing:
             prefix.length + length,
             tuple(key.contiguous() for key, _ in pieces),
             tuple(value.contiguous() for _, value in pieces),
+            parent,
         )
 
 
@@ -185,7 +198,7 @@ def _group(prefixes: Sequence[Prefix], sizes: IntArray, device: torch.device) ->
     longest, places = max(prefix.length for prefix in different), int(sizes.max())
     padding = np.array([longest - prefix.length for prefix in prefixes])
     which = mask = last_mask = None
-    if len(different) > 1:
+    if 1 < len(different) < len(prefixes):
         number = {id(prefix): index for index, prefix in enumerate(different)}
         which = torch.tensor([number[id(prefix)] for prefix in prefixes], device=device)
     key = np.arange(longest + places)

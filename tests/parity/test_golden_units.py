@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import kernels
-from server.guidance.steer import Objective, Responses, RewardContext, Timings, steer
+from server.guidance.prefixes import RewardContext
+from server.guidance.steer import Objective, Responses, Timings, steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import Message
@@ -63,7 +64,7 @@ def setup(pair: Any, family: str, number: int) -> dict[str, Any]:
         "params": params,
         "responses": Responses((len(response),), response, row, torch.zeros(count, dtype=torch.long)),
         "objective": Objective(
-            reward, (RewardContext(reward.prefill(before), tuple(after)),), torch.ones(1, dtype=torch.float64)
+            reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
         ),
     }
 

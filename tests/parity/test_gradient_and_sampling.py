@@ -18,7 +18,8 @@ from server.engine.messages import Finished
 from server.engine.runner import Runner
 from server.guidance.methods import WEIGHTS
 from server.guidance.plain import entropy, filtered_distribution
-from server.guidance.steer import Objective, Responses, RewardContext, Timings, steer
+from server.guidance.prefixes import RewardContext
+from server.guidance.steer import Objective, Responses, Timings, steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
@@ -60,7 +61,7 @@ class Problem:
         self.responses = Responses((length,), self.response, row, torch.zeros(len(self.rows), dtype=torch.long))
         self.before, self.after = before, after
         self.objective = Objective(
-            reward, (RewardContext(reward.prefill(before), tuple(after)),), torch.ones(1, dtype=torch.float64)
+            reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
         )
 
     def closed_form_gradient(self) -> Tensor:
