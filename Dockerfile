@@ -3,27 +3,27 @@
 #   docker build -t entrgi-server .                                            CUDA (the driver comes from the host)
 #   docker build -t entrgi-server:cpu --build-arg VARIANT=cpu --build-arg TORCH_INDEX=URL .
 #
-# Everything is installed from wheels, at the versions of requirements.lock. torch's wheel on the default index is the
-# CUDA build and brings the CUDA libraries; TORCH_INDEX names an index that has torch's CPU wheels. VARIANT=cpu without
-# it works too, with CUDA libraries that nobody uses.
+# Everything is installed from wheels, at the versions of requirements-otel.lock: those of requirements.lock, and what
+# traces need. torch's wheel on the default index is the CUDA build and brings the CUDA libraries; TORCH_INDEX names an
+# index that has torch's CPU wheels. VARIANT=cpu without it works too, with CUDA libraries that nobody uses.
 ARG PYTHON_VERSION=3.12
 ARG VARIANT=cuda
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS venv-cuda
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all:
-COPY requirements.lock /build/
+COPY requirements-otel.lock /build/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
-    && /opt/venv/bin/pip install -r /build/requirements.lock \
+    && /opt/venv/bin/pip install -r /build/requirements-otel.lock \
     && /opt/venv/bin/pip check
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS venv-cpu
 ARG TORCH_INDEX=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all:
-COPY requirements.lock /build/
+COPY requirements-otel.lock /build/
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/venv \
-    && /opt/venv/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r /build/requirements.lock \
+    && /opt/venv/bin/pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r /build/requirements-otel.lock \
     && /opt/venv/bin/pip check
 
 # hadolint ignore=DL3006

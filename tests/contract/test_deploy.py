@@ -141,7 +141,7 @@ def test_image_takes_both_variants_and_only_wheels_of_the_lock() -> None:
     installs = [rest for word, rest in found if word == "RUN" and "pip install" in rest]
     assert len(installs) == 2
     for install in installs:
-        assert "-r /build/requirements.lock" in install
+        assert "-r /build/requirements-otel.lock" in install
         assert "pip check" in install
     assert sum("PIP_ONLY_BINARY=:all:" in rest for word, rest in found if word == "ENV") == 2
     assert ("ARG", 'TORCH_INDEX=""') in found
