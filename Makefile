@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults lock clean
+.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults soak lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -54,12 +54,15 @@ conformance: $(RUNTIME) ## Real clients against a real server, and the published
 	$(PY) -m tests.conformance $(ARGS)
 
 # Each is a program with options of its own: make faults FAULTS=kill_worker ARGS="--kills 5"
-FAULTS ?= kill_worker kill_server kill_faults
+FAULTS ?= overload disconnects slow fuzz kill_worker kill_server kill_faults
 
-faults: $(DEV) ## Kill, stop and break the server and its workers under load (FAULTS=... chooses, ARGS=... are its options)
+faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FAULTS=... chooses, ARGS=... are its options)
 	@failed=0; for program in $(FAULTS); do \
 	  echo "== $$program"; $(PY) -m tests.faults.$$program $(ARGS) || failed=1; \
 	done; exit $$failed
+
+soak: $(DEV) ## Half an hour of everything at once: no leak, no answer lost (ARGS="--minutes 5": shorter)
+	$(PY) -m tests.faults.soak --samples build/soak.csv $(ARGS)
 
 lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)
