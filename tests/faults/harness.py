@@ -35,7 +35,7 @@ GAUGES = ("num_requests_running", "num_requests_waiting")
 MEGABYTE = 2**20
 
 # One step's batch never holds all of them, so that some wait.
-SMALL = ("--threads", "1", "--batch-trajectories", "16")
+SMALL = ("--threads", "1", "--batch-trajectories", "16", "--no-spare-worker")
 
 
 @dataclass(frozen=True)

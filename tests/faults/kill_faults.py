@@ -126,7 +126,7 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     verdict = Verdict("kill_faults")
-    flags = ("--dtype", "float64", "--device", "cpu", "--watchdog-seconds", str(given.watchdog))
+    flags = ("--dtype", "float64", "--device", "cpu", "--spare-worker", "--watchdog-seconds", str(given.watchdog))
     with served(*flags, module="tests.faults.faulty_server") as server:
         asyncio.run(run(server, verdict, given.clients, given.watchdog, given.seed))
     return verdict.close()
