@@ -64,6 +64,9 @@ faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FA
 soak: $(DEV) ## Half an hour of everything at once: no leak, no answer lost (ARGS="--minutes 5": shorter)
 	$(PY) -m tests.faults.soak --samples build/soak.csv $(ARGS)
 
+dashboards: $(RUNTIME) ## Ask a real Prometheus, under load, every expression of the dashboard and the alerts
+	$(PY) -m tests.conformance.dashboard $(ARGS)
+
 lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
