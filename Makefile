@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults soak lock clean
+.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
