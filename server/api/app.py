@@ -13,10 +13,11 @@ from opentelemetry.trace import TracerProvider
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
-from server.api import errors, openapi, ops, rewards, routes, telemetry
+from server.api import errors, openapi, openapi_served, ops, rewards, routes, telemetry
+from server.api.chunks import ChatCompletionChunk, CompletionChunk
 from server.api.convert import Limits
 from server.api.frontend import Frontend, StreamTimes
-from server.api.middleware import Guard, LimitBody, Observe
+from server.api.middleware import ALWAYS_OPEN, Guard, LimitBody, Observe
 from server.api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -26,18 +27,21 @@ from server.api.schemas import (
     TokenizeRequest,
 )
 from server.engine.engine import Engine
+from server.errors import NotReady
 from server.metrics import Metrics, WorkerSnapshot
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-BODIES = (
+DESCRIBED = (
     CompletionRequest,
     ChatCompletionRequest,
     ScoreRequest,
     RerankRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    CompletionChunk,
+    ChatCompletionChunk,
 )
 DESCRIPTION = "Reward-guided diffusion language models behind OpenAI's API, with `guidance` and `diffusion` objects."
 
@@ -106,18 +110,26 @@ def create_app(
         app.include_router(each.router)
     errors.install(app)
     keys = [key.get_secret_value() for key in settings.api_key]
-    openapi.install(app, BODIES, keyed=bool(keys))
+    open_paths = frozenset(
+        path for path, is_open in (("/metrics", settings.public_metrics), ("/", settings.public_playground)) if is_open
+    )
+
+    def narrow(document: openapi.Document) -> bool:
+        try:
+            info = frontend.info
+        except NotReady:
+            return False
+        openapi_served.narrow(document, info, frontend.limits)
+        return True
+
+    openapi.install(app, DESCRIBED, keyed=bool(keys), open_paths=ALWAYS_OPEN | open_paths, narrow=narrow)
 
     # Added last is outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.receive_seconds)
     app.add_middleware(
         Guard,
         api_keys=keys,
-        open_paths=frozenset(
-            path
-            for path, is_open in (("/metrics", settings.public_metrics), ("/", settings.public_playground))
-            if is_open
-        ),
+        open_paths=open_paths,
         max_header_bytes=settings.max_header_bytes,
     )
     if settings.cors_origins:

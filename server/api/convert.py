@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from server.api.fields import ChatMessage, Prompt
 from server.api.guidance import diffusion_params, guidance_params
-from server.api.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.schemas import LEAST_TEMPERATURE, ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.errors import InvalidRequest, UnknownModel, quote
 from server.text.tokenizer import Tokenizer
 from server.types import (
@@ -27,7 +27,6 @@ from server.types import (
 DEFAULT_TEMPERATURE = 0.7
 DEFAULT_TOP_P = 0.95
 DEFAULT_BEST_OF = 4
-LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave float32's range
 SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
 
 

@@ -73,10 +73,15 @@ def _prompts(value: object) -> list[Prompt]:
 
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
-Prompts: TypeAlias = Annotated[
-    list[Prompt],
-    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
-]
+_PromptText: TypeAlias = Annotated[str, Field(min_length=1)]
+_PromptTokens: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+_PromptForms: TypeAlias = (
+    _PromptText
+    | Annotated[list[_PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | _PromptTokens
+    | Annotated[list[_PromptTokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptForms)]
 
 
 def _stops(value: object) -> object:
@@ -112,9 +117,20 @@ def _content(value: object) -> object:
     return "\n".join(texts)
 
 
-Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
+_Parts: TypeAlias = Annotated[list[TextPart], Field(min_length=1)]
+Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | _Parts)]
+
+
+def _boolean(value: object) -> object:
+    """`Literal` compares, and 0 equals False."""
+    if type(value) is not bool:
+        raise invalid("must be a boolean")
+    return value
+
 
 # Values that ask for nothing.
+No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
 ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from server.api.schemas import Diffusion, Guidance
+from server.api.rules import GRADIENT_FIELDS
+from server.api.schemas import LEAST_TEMPERATURE, Diffusion, Guidance
 from server.errors import InvalidRequest, quote
 from server.types import ADAPTIVE_ALGORITHMS, DiffusionParams, EngineInfo, GuidanceParams, WeightedReward
 
 Value = TypeVar("Value")
 
-GRADIENT_FIELDS = ("gradient_steps", "eta", "confidence", "start", "stop", "every")
 OWN_FIELD = {"entropy_bound": "entropy_bound", "threshold": "confidence_threshold"}
-LEAST_ALGORITHM_TEMPERATURE = 1e-6
 
 
 def guidance_params(guidance: Guidance | None, info: EngineInfo) -> GuidanceParams:
@@ -109,9 +108,9 @@ def diffusion_params(
             f"`diffusion.block_length` is {sent.block_length}, more than the {max_tokens} tokens to fill",
             "diffusion.block_length",
         )
-    if sent.algorithm_temperature and sent.algorithm_temperature < LEAST_ALGORITHM_TEMPERATURE:
+    if sent.algorithm_temperature and sent.algorithm_temperature < LEAST_TEMPERATURE:
         raise InvalidRequest(
-            f"`diffusion.algorithm_temperature` must be 0 or at least {LEAST_ALGORITHM_TEMPERATURE:g}",
+            f"`diffusion.algorithm_temperature` must be 0 or at least {LEAST_TEMPERATURE:g}",
             "diffusion.algorithm_temperature",
         )
     defaults = DiffusionParams(max_tokens)

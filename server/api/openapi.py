@@ -1,8 +1,9 @@
-"""The OpenAPI document, made to be true: bodies that routes read by themselves, and every status they answer."""
+"""The OpenAPI document, made to be true: bodies that routes read by themselves, every status they answer, streams,
+headers, who needs a key, and, once the models are loaded, what they can take (`openapi_served`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.api.chunks import event_schema
 from server.api.errors import ErrorEnvelope
 
 STATUSES = {
@@ -24,7 +26,28 @@ STATUSES = {
     500: "The server's own fault",
     503: "Not ready or shutting down; see Retry-After",
 }
+Document = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
+_REQUEST_ID = {
+    "description": "The request's id: the client's own, if it may stand in a log, else a new one",
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+}
+_RETRY_AFTER = {"description": "Seconds to wait", "schema": {"type": "integer", "minimum": 1}}
+_HEADERS: dict[str, Document] = {
+    "401": {
+        "WWW-Authenticate": {"description": "The scheme to use", "required": True, "schema": {"type": "string"}},
+    },
+    "408": {
+        "x-should-retry": {
+            "description": "Tells clients that retry a 408 by habit not to",
+            "required": True,
+            "schema": {"const": "false"},
+        },
+    },
+    "429": {"Retry-After": {**_RETRY_AFTER, "required": True}},
+    "503": {"Retry-After": _RETRY_AFTER},
+}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -36,9 +59,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def success(model: type[BaseModel], description: str, media: Sequence[str] = ()) -> dict[int | str, dict[str, Any]]:
-    """The documented 200: JSON, and other content types as strings."""
-    content = {name: {"schema": {"type": "string"}} for name in media}
+def success(
+    model: type[BaseModel], description: str, chunk: type[BaseModel] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """The documented 200: JSON, and for a route that streams, events that hold a `chunk` each."""
+    content = {"text/event-stream": {"schema": event_schema(chunk, ErrorEnvelope, _REFERENCE)}} if chunk else {}
     return {200: {"model": model, "description": description, **({"content": content} if content else {})}}
 
 
@@ -48,18 +73,29 @@ def body(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def install(app: FastAPI, schemas: Sequence[type[BaseModel]], *, keyed: bool) -> None:
-    """Make `app.openapi` give the complete document. `keyed`: API keys are in force."""
+def install(
+    app: FastAPI,
+    schemas: Sequence[type[BaseModel]],
+    *,
+    keyed: bool,
+    open_paths: Collection[str] = (),
+    narrow: Callable[[Document], bool] = lambda _: True,
+) -> None:
+    """Make `app.openapi` give the complete document. `keyed`: API keys are in force, except on `open_paths`. `narrow`
+    adds what the models can take and says whether it could; until then the document is made anew each time."""
 
-    def document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = _build(app, schemas, keyed)
-        return app.openapi_schema
+    def document() -> Document:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        made = _build(app, schemas, keyed, open_paths)
+        if narrow(made):
+            app.openapi_schema = made
+        return made
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _build(app: FastAPI, schemas: Sequence[type[BaseModel]], keyed: bool) -> dict[str, Any]:
+def _build(app: FastAPI, schemas: Sequence[type[BaseModel]], keyed: bool, open_paths: Collection[str]) -> Document:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, servers=app.servers
     )
@@ -67,12 +103,19 @@ def _build(app: FastAPI, schemas: Sequence[type[BaseModel]], keyed: bool) -> dic
     _, definitions = models_json_schema([(each, "validation") for each in described], ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
     if keyed:
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"apiKey": []}]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            responses = operation["responses"]
+            responses.pop("422", None)
+            if not keyed or path in open_paths:
+                responses.pop("401", None)
+            if keyed and path in open_paths:
+                operation["security"] = []
+            for status, response in responses.items():
+                response["headers"] = {"X-Request-Id": _REQUEST_ID, **_HEADERS.get(status, {})}
     return document

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import body
 from server.api.answers import ChatCompletionResponse, CompletionResponse, response
+from server.api.chunks import ChatCompletionChunk, CompletionChunk
 from server.api.convert import Limits, Plan, chat_plan, completion_plan
 from server.api.disconnect import unless_disconnected
 from server.api.frontend import Frontend
@@ -26,13 +27,13 @@ from server.types import EngineInfo
 router = APIRouter()
 Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest)
 MakePlan = Callable[[Asked, EngineInfo, Tokenizer, Limits, str], Plan]
-STREAM = ("text/event-stream",)
+ANSWERS = "The answers, or a stream of events"
 STATUSES = (400, 404, 408, 413, 415, 429, 503)
 
 
 @router.post(
     "/v1/completions",
-    responses=success(CompletionResponse, "The answers, or a stream of events", STREAM) | errors(*STATUSES),
+    responses=success(CompletionResponse, ANSWERS, CompletionChunk) | errors(*STATUSES),
     openapi_extra=documented_body(CompletionRequest),
 )
 async def completions(request: Request) -> Response:
@@ -44,7 +45,7 @@ async def completions(request: Request) -> Response:
 
 @router.post(
     "/v1/chat/completions",
-    responses=success(ChatCompletionResponse, "The answers, or a stream of events", STREAM) | errors(*STATUSES),
+    responses=success(ChatCompletionResponse, ANSWERS, ChatCompletionChunk) | errors(*STATUSES),
     openapi_extra=documented_body(ChatCompletionRequest),
 )
 async def chat_completions(request: Request) -> Response:

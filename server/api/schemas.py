@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from server.api.fields import (
     INT64,
     MAX_COUNT,
     ChatMessage,
     Content,
+    No,
     NoDict,
     NoList,
     One,
@@ -19,13 +20,20 @@ from server.api.fields import (
     Strict,
     Text,
     TokenId,
+    Yes,
     Zero,
     ZeroInt,
 )
+from server.api.rules import DIFFUSION, GUIDANCE, PROMPT_OR_MESSAGES, STREAM, zero_or_more_than
 from server.types import Algorithm, Confidence, Method, Schedule
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Name = Annotated[str, Field(min_length=1, max_length=500)]
+LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave float32's range
+Temperature = Annotated[float, Field(ge=0, le=2), WithJsonSchema(zero_or_more_than(LEAST_TEMPERATURE, 2))]
+AlgorithmTemperature = Annotated[
+    float, Field(ge=0, le=1000), WithJsonSchema(zero_or_more_than(LEAST_TEMPERATURE, 1000))
+]
 
 
 class RewardTerm(Strict):
@@ -36,7 +44,9 @@ class RewardTerm(Strict):
 
 
 class Guidance(Strict):
-    """How the logits are steered by a reward model."""
+    """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
+
+    model_config = ConfigDict(json_schema_extra=GUIDANCE)
 
     method: Method | None = None
     reward_model: Name | None = None
@@ -55,11 +65,13 @@ def _guidance(value: object) -> object:
 
 
 class Diffusion(Strict):
-    """How the canvas is filled."""
+    """How the canvas is filled. `block_length` is at most `max_tokens`."""
+
+    model_config = ConfigDict(json_schema_extra=DIFFUSION)
 
     steps: Count | None = None
     algorithm: Algorithm | None = None
-    algorithm_temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
+    algorithm_temperature: AlgorithmTemperature | None = None
     entropy_bound: Annotated[float, Field(ge=0, le=1000)] | None = None
     confidence_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     deprioritize_eos: bool | None = None
@@ -73,20 +85,25 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class GenerationRequest(Strict):
     """What completions and chat completions share."""
 
+    model_config = ConfigDict(json_schema_extra=STREAM)
+
     model: Name | None = None
-    max_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: Count | None = Field(None, description="With the prompt and the suffix within the model's context")
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(None, description="0, -1 or null: keep all")
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="At least `n`, and equal to it with method `none`; with all prompts within the server's limit",
+    )
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -109,7 +126,7 @@ class GenerationRequest(Strict):
     min_p: Zero | None = None
     min_tokens: ZeroInt | None = None
     repetition_penalty: One | None = None
-    skip_special_tokens: Literal[True] | None = None
+    skip_special_tokens: Yes | None = None
     prompt_logprobs: None = None
 
 
@@ -119,7 +136,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     suffix: Text | None = None
     chat_template: bool | None = None
-    echo: Literal[False] | None = None
+    echo: No | None = None
     logprobs: None = None
 
 
@@ -133,8 +150,8 @@ class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Count | None = None
-    logprobs: Literal[False] | None = None
+    max_completion_tokens: Count | None = Field(None, description="The newer name of `max_tokens`; both must agree")
+    logprobs: No | None = None
     top_logprobs: ZeroInt | None = None
     tools: NoList | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -176,9 +193,10 @@ def _documents(value: object) -> object:
 
 
 MAX_PAIRS = 65_536
+QueryList = Annotated[list[str | Conversation], Field(min_length=1, max_length=MAX_PAIRS)]
 Queries = Annotated[
     list[Conversation],
-    BeforeValidator(_queries, json_schema_input_type=str | Conversation | list[str | Conversation]),
+    BeforeValidator(_queries, json_schema_input_type=str | Conversation | QueryList),
     Field(min_length=1, max_length=MAX_PAIRS),
 ]
 DocumentList = Annotated[list[Content], Field(min_length=1, max_length=MAX_PAIRS)]
@@ -212,11 +230,13 @@ class RerankRequest(Strict):
 class TokenizeRequest(Strict):
     """`POST /tokenize`: either a raw prompt or messages in the chat template."""
 
+    model_config = ConfigDict(json_schema_extra=PROMPT_OR_MESSAGES)
+
     model: Name | None = None
     prompt: Text | None = None
     messages: Conversation | None = None
     add_generation_prompt: bool | None = None
-    add_special_tokens: Literal[False] | None = None
+    add_special_tokens: No | None = None
     return_token_strs: bool | None = None
 
 

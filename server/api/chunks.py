@@ -1,0 +1,90 @@
+"""The chunks of a stream as the OpenAPI document shows them; `stream` writes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from server.api.answers import Answer, GuidanceReport, StepReport, Usage
+from server.types import FinishReason
+
+
+class ChunkChoice(Answer):
+    """A piece of one answer; the last has its `finish_reason` and what the whole answer would have beside the text."""
+
+    index: int
+    finish_reason: FinishReason | None
+    logprobs: None
+    stop_reason: str | None = None
+    reward: float | None = None
+    rewards: dict[str, float] = Field(default={})
+    token_ids: list[int] = Field(default=[])
+
+
+class CompletionChunkChoice(ChunkChoice):
+    """Text to append."""
+
+    text: str
+
+
+class Delta(Answer):
+    """What to append to a turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(ChunkChoice):
+    """Part of a turn."""
+
+    delta: Delta
+
+
+class CanvasReport(Answer):
+    """One trajectory after a denoising step: token texts (null where masked) and entropies in nats."""
+
+    prompt: int
+    trajectory: int
+    step: int
+    tokens: list[str | None]
+    entropy: list[float | None] | None
+    reward: float | None
+
+
+class Chunk(Answer):
+    """What both kinds of chunk share."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    usage: Usage | None = None
+    guidance: GuidanceReport | None = None
+    canvas: CanvasReport | None = None
+    trace: list[list[list[StepReport]]] = Field(default=[])
+
+
+class CompletionChunk(Chunk):
+    """A chunk of `POST /v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+
+
+class ChatCompletionChunk(Chunk):
+    """A chunk of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+def event_schema(chunk: type[BaseModel], error: type[BaseModel], reference: str) -> dict[str, Any]:
+    """Schema of one server-sent event whose data is a chunk, an error, or the last word. `reference` is a template."""
+    contents = [{"$ref": reference.format(model=model.__name__)} for model in (chunk, error)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
