@@ -124,6 +124,7 @@ def main() -> int:
     arguments.add_argument("--kills", type=int, default=20)
     arguments.add_argument("--clients", type=int, default=12)
     arguments.add_argument("--cases", type=int, default=60, help="different requests; default: %(default)s")
+    arguments.add_argument("--longest", type=int, default=32, help="most tokens of a request; default: %(default)s")
     arguments.add_argument("--gap", type=float, default=20.0, help="most seconds between ready and the next kill")
     arguments.add_argument("--data-parallel", type=int, default=1)
     arguments.add_argument("--no-spare", action="store_true", help="without a spare worker")
@@ -134,7 +135,7 @@ def main() -> int:
     flags += ["--no-spare-worker" if given.no_spare else "--spare-worker"]
     verdict = Verdict("kill_worker")
     with served(*flags) as server:
-        load = Load(server, catalogue(given.cases, given.seed), given.clients, given.seed)
+        load = Load(server, catalogue(given.cases, given.seed, given.longest), given.clients, given.seed)
 
         async def run() -> tuple[list[Kill], float]:
             await load.learn()
