@@ -6,13 +6,34 @@ on the rows that are asked for. Logits are always *for* a position: Dream's shif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.models.packing import PackedLayout
+from server.models.layers import RotaryTable
+from server.models.packing import Attention, PackedLayout
 from server.types import DecoderShape
+
+Trunk = Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
+"""tokens (S,) int64, their layout, rows (N,) int64 or None -> final-norm states (N, d), or (S, d) without rows."""
+
+
+class Backbone(Protocol):
+    """A model without its head: its `forward` is a `Trunk`, made of what depends on the layout and of `states`.
+
+    attention_backend: as `kernels.varlen.choose` gave it.
+    """
+
+    rotary: RotaryTable
+    attention_backend: str
+
+    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+        """A `Trunk`."""
+
+    def states(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """The same from rotations (S, 1, head_dim / 2) and attention: a function of tensors alone."""
 
 
 class DiffusionModel(Protocol):
@@ -26,6 +47,11 @@ class DiffusionModel(Protocol):
     shifts: bool
     vocab_size: int
     mask_token_id: int
+    trunk: Trunk
+
+    @property
+    def backbone(self) -> Backbone:
+        """Embeddings, blocks and final norm."""
 
     @property
     def device(self) -> torch.device:

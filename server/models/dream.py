@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
-from server.models.base import source_rows
+from server.models.base import Backbone, Trunk, source_rows
 from server.models.config import ConfigReader
 from server.models.layers import Embedding, Linear, RMSNorm, RotaryTable, initialise, rotate, swiglu
-from server.models.packing import PackedLayout, attend
+from server.models.packing import Attention, PackedLayout, attend
 from server.types import DecoderShape
 
 
@@ -88,12 +89,12 @@ class DreamAttention(nn.Module):
         self.v_proj = Linear(config.hidden_size, key_width)
         self.o_proj = Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         """(S, d) -> (S, H * head_dim): every head's output, before `o_proj`."""
         heads = (-1, self.head_dim)
         q = rotate(self.q_proj(x).unflatten(-1, heads), cos, sin)
         k = rotate(self.k_proj(x).unflatten(-1, heads), cos, sin)
-        return attend(q, k, self.v_proj(x).unflatten(-1, heads), layout).flatten(1)
+        return attention(q, k, self.v_proj(x).unflatten(-1, heads)).flatten(1)
 
 
 class DreamMLP(nn.Module):
@@ -121,9 +122,9 @@ class DreamBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         """(S, d) -> (S, d), or (N, d) where only `rows` (N,) are read afterwards."""
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attention)
         if rows is not None:
             x, mixed = x[rows], mixed[rows]
         x = x + self.self_attn.o_proj(mixed)
@@ -140,15 +141,20 @@ class DreamBackbone(nn.Module):
         self.layers = nn.ModuleList(DreamBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.attention_backend = "sdpa"
 
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """tokens (S,) -> final-norm states (S, d) or, at `rows`, (N, d)."""
+        cos, sin = self.rotary.rows(layout.positions, layout.max_length, self.embed_tokens.activation_dtype)
+        return self.states(tokens, cos, sin, partial(attend, layout=layout, backend=self.attention_backend), rows)
+
+    def states(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """The same from rotations (S, 1, head_dim / 2) and attention: a function of tensors alone."""
         x: Tensor = self.embed_tokens(tokens)
-        cos, sin = self.rotary.rows(layout.positions, layout.max_length, x.dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             # Behind the last attention nothing mixes positions: the rest is computed only where it is read.
-            x = layer(x, cos, sin, layout, rows if index == last else None)
+            x = layer(x, cos, sin, attention, rows if index == last else None)
         out: Tensor = self.norm(x)
         return out
 
@@ -168,8 +174,15 @@ class DreamModel(nn.Module):
         # Some checkpoints with tied embeddings store them twice.
         self.ignored_weights = ("lm_head.weight",) if config.tie_word_embeddings else ()
         self.model = DreamBackbone(config)
+        self.trunk: Trunk = self.model.forward
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def backbone(self) -> Backbone:
+        """Embeddings, blocks and final norm, for `models.acceleration`, which may put something faster in the place of
+        its `forward`, `trunk`."""
+        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -202,8 +215,7 @@ class DreamModel(nn.Module):
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
-        out: Tensor = self.model(tokens, layout, rows)
-        return out
+        return self.trunk(tokens, layout, rows)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(N, d) -> logits (N, V), unshifted."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
-from server.models.base import source_rows
+from server.models.base import Backbone, Trunk, source_rows
 from server.models.config import ConfigReader
 from server.models.layers import Embedding, Linear, RMSNorm, RotaryTable, initialise, rotate, swiglu
-from server.models.packing import PackedLayout, attend
+from server.models.packing import Attention, PackedLayout, attend
 from server.types import DecoderShape
 
 
@@ -106,13 +107,13 @@ class LLaDABlock(nn.Module):
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         """(S, d) -> (S, d), or (N, d) where only `rows` (N,) are read afterwards."""
         heads = (-1, self.head_dim)
         normed = self.attn_norm(x)
         q = rotate(self.q_proj(normed).unflatten(-1, heads), cos, sin)
         k = rotate(self.k_proj(normed).unflatten(-1, heads), cos, sin)
-        mixed = attend(q, k, self.v_proj(normed).unflatten(-1, heads), layout).flatten(1)
+        mixed = attention(q, k, self.v_proj(normed).unflatten(-1, heads)).flatten(1)
         if rows is not None:
             x, mixed = x[rows], mixed[rows]
         x = x + self.attn_out(mixed)
@@ -132,15 +133,20 @@ class LLaDATransformer(nn.Module):
         if not config.weight_tying:
             self.ff_out = Linear(config.d_model, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.attention_backend = "sdpa"
 
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """tokens (S,) -> final-norm states (S, d) or, at `rows`, (N, d)."""
+        cos, sin = self.rotary.rows(layout.positions, layout.max_length, self.wte.activation_dtype)
+        return self.states(tokens, cos, sin, partial(attend, layout=layout, backend=self.attention_backend), rows)
+
+    def states(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """The same from rotations (S, 1, head_dim / 2) and attention: a function of tensors alone."""
         x: Tensor = self.wte(tokens)
-        cos, sin = self.rotary.rows(layout.positions, layout.max_length, x.dtype)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             # Behind the last attention nothing mixes positions: the rest is computed only where it is read.
-            x = block(x, cos, sin, layout, rows if index == last else None)
+            x = block(x, cos, sin, attention, rows if index == last else None)
         out: Tensor = self.ln_f(x)
         return out
 
@@ -168,6 +174,13 @@ class LLaDAModel(nn.Module):
         # Some checkpoints with tied embeddings store them twice.
         self.ignored_weights = ("model.transformer.ff_out.weight",) if config.weight_tying else ()
         self.model = LLaDABackbone(config)
+        self.trunk: Trunk = self.model.transformer.forward
+
+    @property
+    def backbone(self) -> Backbone:
+        """Embeddings, blocks and final norm, for `models.acceleration`, which may put something faster in the place of
+        its `forward`, `trunk`."""
+        return self.model.transformer
 
     @property
     def device(self) -> torch.device:
@@ -200,8 +213,7 @@ class LLaDAModel(nn.Module):
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
-        out: Tensor = self.model.transformer(tokens, layout, rows)
-        return out
+        return self.trunk(tokens, layout, rows)
 
     def head(self, hidden: Tensor) -> Tensor:
         """(N, d) -> logits (N, V)."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
+from kernels import varlen
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one packing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class PackedLayout:
 
     positions: (S,) int64, 0.. in each sequence. starts: (B,) int64, packed index of each first token.
     cu_seqlens: (B + 1,) int32, the cumulative lengths from 0 to S. runs: neighbours of equal length, in order.
+    max_length: the longest sequence's length.
     """
 
     lengths: tuple[int, ...]
@@ -46,6 +48,7 @@ class PackedLayout:
     starts: Tensor
     cu_seqlens: Tensor
     runs: tuple[Run, ...]
+    max_length: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
@@ -61,18 +64,14 @@ class PackedLayout:
         positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(sizes)
         cu_seqlens = torch.cat((starts, ends[-1:])).to(torch.int32)
         return cls(
-            tuple(lengths), positions.to(device), starts.to(device), cu_seqlens.to(device), _runs(tuple(lengths))
-        )
+            tuple(lengths), positions.to(device), starts.to(device), cu_seqlens.to(device), _runs(tuple(lengths)),
+            max(lengths),
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
         """S."""
         return self.runs[-1].stop
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence's length."""
-        return max(self.lengths)
 
 
 def _runs(lengths: tuple[int, ...]) -> tuple[Run, ...]:
@@ -87,19 +86,17 @@ def _runs(lengths: tuple[int, ...]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "sdpa") -> Tensor:
     """Bidirectional attention within each sequence, scaled by 1/sqrt(d), differentiable.
 
     q (S, H, d); k and v (S, Hkv, d) with Hkv a divisor of H (grouped-query attention: query head h reads key head
-    h // (H / Hkv)). Returns (S, H, d).
-
-    On CUDA in half precision it is one variable-length kernel. Elsewhere it is one scaled_dot_product_attention for
-    each run of equal lengths, on views of the packed tensors: nothing is gathered or padded.
+    h // (H / Hkv)). Returns (S, H, d). `backend` is what `kernels.varlen.choose` gave: one variable-length kernel, or
+    "sdpa": one scaled_dot_product_attention for each run of equal lengths, on views of the packed tensors, so that
+    nothing is gathered or padded.
     """
-    if q.device.type == "cuda" and q.dtype in _HALF_DTYPES:
-        varlen = _varlen_attention(q.device)
-        if varlen is not None:
-            return _attend_varlen(varlen, q, k, v, layout)
+    if backend != "sdpa":
+        cu, longest = layout.cu_seqlens, layout.max_length
+        return varlen.attend(backend, q, k, v, varlen.Spans(cu, cu, longest, longest))
     outputs = [_attend_run(q, k, v, run) for run in layout.runs]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -116,19 +113,3 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     mixed = functional.scaled_dot_product_attention(queries, keys, values)
     mixed = mixed.view(run.count, key_heads, heads // key_heads, run.length, channels)
     return mixed.permute(0, 3, 1, 2, 4).reshape(run.count * run.length, heads, channels)
-
-
-@lru_cache(maxsize=8)
-def _varlen_attention(device: torch.device) -> Callable[..., Any] | None:
-    """torch's variable-length attention, or None where the build or the GPU (before Ampere) has no flash attention."""
-    if not torch.backends.cuda.is_flash_attention_available() or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
-
-
-def _attend_varlen(varlen: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-    cu, longest, grouped = layout.cu_seqlens, layout.max_length, q.shape[1] != k.shape[1]
-    mixed: Tensor = varlen(q, k, v, cu, cu, longest, longest, enable_gqa=grouped)
-    return mixed

@@ -1,0 +1,173 @@
+"""Attention over packed sequences of different lengths in one kernel: torch's own, or flash-attn where installed.
+
+Sequence i has the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. With `causal` its last query sees all
+of its keys, the one before all but the last, and so on (aligned at the bottom right), which is what rows that continue
+a prefix need. Both kernels want CUDA, 16 bits and heads of a multiple of 8 channels, 256 at most.
+
+`choose` names what a device, dtype and head size can run. It believes no version number: a backend is taken only after
+a small case, forward and backward, has agreed with `reference` on the very device. "sdpa" stands for doing without:
+callers then run scaled_dot_product_attention on groups of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("varlen", "flash", "sdpa")
+CHOICES = ("auto", *BACKENDS)
+MAX_HEAD_SIZE = 256
+TOLERANCE = 0.03  # of the probe's 16-bit results, whose values are about 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """B sequences among packed queries and keys. cu_q and cu_k: (B + 1,) int32 on the tensors' device, from 0 on;
+    max_q and max_k: bounds on the lengths, on the host. A sequence without queries costs nothing."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device | str = "cpu") -> Spans:
+        """Of sequences of these lengths; ValueError where a sequence has fewer keys than queries, or none."""
+        if len(queries) != len(keys) or not queries or any(k < max(q, 1) for q, k in zip(queries, keys, strict=True)):
+            raise ValueError(f"queries {list(queries)} for keys {list(keys)}")
+        cu_q, cu_k = (
+            torch.cat((torch.zeros(1, dtype=torch.int32), torch.tensor(x).cumsum(0).int())).to(device)
+            for x in (queries, keys)
+        )
+        return cls(cu_q, cu_k, max(queries), max(keys))
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Spans, bool, float | None], Tensor]
+
+
+def attend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, spans: Spans, *, causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Attention within each sequence, differentiable: q (Tq, H, d), k and v (Tk, Hkv, d) with Hkv a divisor of H ->
+    (Tq, H, d). `scale` None is 1 / sqrt(d). ValueError for a backend that is no kernel."""
+    implementation = _IMPLEMENTATIONS.get(backend)
+    if implementation is None:
+        raise ValueError(f"{backend!r} is no variable-length attention; known: {', '.join(_IMPLEMENTATIONS)}")
+    return implementation(q, k, v, spans, causal, scale)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
+    """The specification, one sequence at a time from the same metadata, on any device and dtype."""
+    outputs = []
+    groups = q.shape[1] // k.shape[1]
+    q_edges, k_edges = spans.cu_q.tolist(), spans.cu_k.tolist()
+    for index in range(len(q_edges) - 1):
+        here, there = (slice(edges[index], edges[index + 1]) for edges in (q_edges, k_edges))
+        queries, keys, values = (x.transpose(0, 1) for x in (q[here], k[there], v[there]))
+        keys, values = (x.repeat_interleave(groups, dim=0) for x in (keys, values))
+        length, seen = queries.shape[1], keys.shape[1]
+        mask = None
+        if causal:
+            mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        outputs.append(mixed.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k,
+        scale=scale, window_size=(-1, 0) if causal else (-1, -1), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+
+    out: Tensor = flash_attn_varlen_func(
+        q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, softmax_scale=scale, causal=causal
+    )
+    return out
+
+
+_IMPLEMENTATIONS: dict[str, Attention] = {"varlen": _torch_varlen, "flash": _flash, "reference": reference}
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """The backend that runs: the one named, or with "auto" the first of `BACKENDS` that can.
+
+    ValueError for an unknown name, and for a named backend that cannot run, with the reason.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"{name!r} is not one of {', '.join(CHOICES)}")
+    if name == "auto":
+        found = next((each for each in BACKENDS if unavailable(each, device, dtype, head_size) is None), "sdpa")
+        if device.type == "cuda":
+            log.info("attention of %d channels in %s: %s", head_size, dtype, found)
+        return found
+    reason = unavailable(name, device, dtype, head_size)
+    if reason is not None:
+        raise ValueError(f"{name} cannot run here: {reason}")
+    return name
+
+
+def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why a backend cannot run, or None where it can."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, not {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if head_size % 8 or head_size > MAX_HEAD_SIZE:
+        return f"it needs heads of a multiple of 8 channels, at most {MAX_HEAD_SIZE}, not {head_size}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    if name == "varlen" and not torch.backends.cuda.is_flash_attention_available():
+        return "this build of torch has no flash attention"
+    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    return _probe(name, device, dtype, head_size)
+
+
+@functools.cache
+def _probe(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """Run a ragged case with prefixes and grouped heads, both ways; why it is not to be trusted, or None."""
+    spans = Spans.of([3, 1, 5], [3, 8, 6], device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((9, 4, head_size), (17, 2, head_size), (17, 2, head_size), (9, 4, head_size))
+    q, k, v, g = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    for causal in (False, True):
+        try:
+            got, expected = (
+                _run_both_ways(_IMPLEMENTATIONS[each], [x.to(kind) for x in (q, k, v)], g.to(kind), spans, causal)
+                for each, kind in ((name, dtype), ("reference", torch.float32))
+            )
+        except (RuntimeError, ImportError, TypeError, ValueError) as error:
+            return f"a trial run failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        worst = max(float((a.float() - b).abs().max()) for a, b in zip(got, expected, strict=True))
+        if not worst <= TOLERANCE:
+            return f"a trial run was off by {worst:.3g}"
+    return None
+
+
+def _run_both_ways(
+    implementation: Attention, inputs: list[Tensor], g: Tensor, spans: Spans, causal: bool
+) -> list[Tensor]:
+    """The output and the gradients of q, k and v."""
+    with torch.enable_grad():
+        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+        out = implementation(q, k, v, spans, causal, None)
+        return [out.detach(), *torch.autograd.grad(out, leaves, g)]

@@ -1,0 +1,144 @@
+"""Variable-length attention: the metadata and the specification against a softmax written out in float64, and every
+kernel that this machine has against the specification."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels import varlen
+from kernels.varlen import Spans, choose, unavailable
+
+CASES = (
+    ([3], [3]),
+    ([3, 2, 2, 1], [3, 2, 2, 1]),  # whole sequences
+    ([1, 4, 2], [6, 4, 9]),  # rows behind prefixes
+    ([1, 1, 1], [5, 1, 130]),  # one query a row
+    ([70, 129, 33], [200, 129, 97]),
+)
+NEEDS_GPU = "a variable-length attention kernel needs a CUDA device"
+
+
+def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: int, causal: bool) -> torch.Tensor:
+    """Softmax over what each query sees, one query and head at a time."""
+    queries, keys = CASES[case]
+    out = torch.empty_like(q)
+    groups = q.shape[1] // k.shape[1]
+    first_q = first_k = 0
+    for n, m in zip(queries, keys, strict=True):
+        for i in range(n):
+            seen = slice(first_k, first_k + (m - n + i + 1 if causal else m))
+            for head in range(q.shape[1]):
+                scores = k[seen, head // groups] @ q[first_q + i, head] / math.sqrt(q.shape[-1])
+                out[first_q + i, head] = scores.softmax(0) @ v[seen, head // groups]
+        first_q, first_k = first_q + n, first_k + m
+    return out
+
+
+def _tensors(case: int, channels: int, seed: int = 0) -> tuple[list[torch.Tensor], torch.Tensor]:
+    queries, keys = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((sum(queries), 4), (sum(keys), 2), (sum(keys), 2), (sum(queries), 4))
+    *inputs, g = (torch.randn(*shape, channels, dtype=torch.float64, generator=generator) for shape in shapes)
+    return inputs, g
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_specification_is_the_written_out_softmax(case: int, causal: bool) -> None:
+    inputs, _ = _tensors(case, 8)
+    got = varlen.attend("reference", *inputs, Spans.of(*CASES[case]), causal=causal)
+    torch.testing.assert_close(got, _written_out(*inputs, case, causal), rtol=0, atol=1e-12)
+
+
+def test_the_metadata() -> None:
+    spans = Spans.of([1, 4, 2], [6, 4, 9])
+    assert spans.cu_q.tolist() == [0, 1, 5, 7]
+    assert spans.cu_k.tolist() == [0, 6, 10, 19]
+    assert spans.cu_q.dtype == spans.cu_k.dtype == torch.int32
+    assert (spans.max_q, spans.max_k) == (4, 9)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [([], []), ([2], [1]), ([0], [0]), ([1], [1, 1])])
+def test_impossible_metadata_is_refused(queries: list[int], keys: list[int]) -> None:
+    with pytest.raises(ValueError, match="queries"):
+        Spans.of(queries, keys)
+
+
+def test_an_empty_sequence_changes_nothing() -> None:
+    """Padding to a fixed number of sequences adds ones without queries (and without keys) at the end."""
+    inputs, _ = _tensors(1, 8)
+    spans = Spans.of(*CASES[1])
+    longer = torch.cat((spans.cu_q, spans.cu_q[-1:], spans.cu_q[-1:]))
+    padded = Spans(longer, longer, spans.max_q, spans.max_k)
+    assert torch.equal(varlen.attend("reference", *inputs, spans), varlen.attend("reference", *inputs, padded))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "channels", "reason"),
+    [
+        ("cpu", torch.bfloat16, 64, "needs a CUDA device"),
+        ("cuda", torch.float32, 64, "needs float16 or bfloat16, not float32"),
+        ("cuda", torch.bfloat16, 20, "multiple of 8 channels"),
+        ("cuda", torch.bfloat16, 264, "at most 256"),
+    ],
+)
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_what_cannot_run_says_why(name: str, device: str, dtype: torch.dtype, channels: int, reason: str) -> None:
+    assert reason in str(unavailable(name, torch.device(device), dtype, channels))
+    with pytest.raises(ValueError, match=f"{name} cannot run here: .*{reason}"):
+        choose(name, torch.device(device), dtype, channels)
+    assert choose("auto", torch.device(device), dtype, channels) == "sdpa"
+
+
+def test_sdpa_always_runs_and_unknown_names_are_refused() -> None:
+    assert choose("sdpa", torch.device("cpu"), torch.float64, 7) == "sdpa"
+    with pytest.raises(ValueError, match="auto, varlen, flash, sdpa"):
+        choose("xformers", torch.device("cpu"), torch.float32, 64)
+    with pytest.raises(ValueError, match="no variable-length attention"):
+        varlen.attend("sdpa", *_tensors(0, 8)[0], Spans.of(*CASES[0]))
+
+
+def test_a_kernel_that_gives_wrong_numbers_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causality aligned at the top left, as other attention kernels have it, is noticed by the trial run."""
+
+    def top_left(q, k, v, spans, causal, scale):  # type: ignore[no-untyped-def]
+        lengths = spans.cu_q.diff().tolist()
+        keys = torch.cat([start + torch.arange(n) for start, n in zip(spans.cu_k.tolist(), lengths, strict=False)])
+        if not causal:
+            return varlen.reference(q, k, v, spans, causal, scale)
+        return varlen.reference(q, k[keys], v[keys], Spans.of(lengths, lengths), causal, scale)
+
+    varlen._probe.cache_clear()
+    monkeypatch.setitem(varlen._IMPLEMENTATIONS, "flash", top_left)
+    assert "off by" in str(varlen._probe("flash", torch.device("cpu"), torch.bfloat16, 16))
+    varlen._probe.cache_clear()
+    monkeypatch.setitem(varlen._IMPLEMENTATIONS, "flash", varlen.reference)
+    assert varlen._probe("flash", torch.device("cpu"), torch.bfloat16, 16) is None
+    varlen._probe.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NEEDS_GPU)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("channels", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_kernels_agree_with_the_specification(
+    name: str, dtype: torch.dtype, channels: int, case: int, causal: bool
+) -> None:
+    device = torch.device("cuda")
+    reason = unavailable(name, device, dtype, channels)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    inputs, g = _tensors(case, channels)
+    results = []
+    for each, kind, where in ((name, dtype, device), ("reference", torch.float64, torch.device("cpu"))):
+        leaves = [x.to(dtype).to(where, kind).requires_grad_() for x in inputs]
+        out = varlen.attend(each, *leaves, Spans.of(*CASES[case], where), causal=causal)
+        results.append([out, *torch.autograd.grad(out, leaves, g.to(dtype).to(where, kind))])
+    for got, exact in zip(*results, strict=True):
+        assert (got.double().cpu() - exact).norm() <= 0.01 * exact.norm()
