@@ -60,7 +60,7 @@ def product_rate(product: Product, dtype: torch.dtype, device: torch.device, sec
     a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
     flops = 2 * m * k * n
     # The CPU clock is coarse; several products are timed together.
-    repeat = max(1, int(2e9 // flops))
+    repeat = min(100, max(1, int(2e9 // flops)))
     best = Rate(0.0, 0.0)
     until = time.perf_counter() + seconds
     done = 0

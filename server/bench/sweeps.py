@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from server.bench.cases import HEADLINE, SMALL
-from server.bench.harness import Bench, CaseResult, Figure, Row, cpu_ratio, ratio, row, warm_up
+from server.bench.harness import Bench, CaseResult, Figure, Row, both_clocks, cpu_ratio, ratio, row, warm_up
 from server.bench.machine import Rate
 from server.bench.variants import engine, first_trajectory, plain
 from server.bench.workload import Pair, Run, Workload, same_tokens
@@ -53,7 +53,8 @@ def concurrency(bench: Bench) -> CaseResult:
     )
     loops = {method: [plain(pair, works[method, 1], first_trajectory)(bench.first_set)] for method in methods}
     rate = before.max(bench.rate(pair.dtype))
-    rows, figures = [], []
+    rows: list[Row] = []
+    figures: list[Figure] = []
     for method, count in works:
         each = runs[f"{method}, {count}"]
         rows.append(
@@ -61,7 +62,7 @@ def concurrency(bench: Bench) -> CaseResult:
         )
     for method in methods:
         alone, most = runs[f"{method}, 1"], runs[f"{method}, {counts[-1]}"]
-        figures.append(Figure(f"concurrency: {method}, {counts[-1]} at once over 1", ratio(alone, most)))
+        figures += both_clocks(f"concurrency: {method}, {counts[-1]} at once over 1", alone, most)
     return CaseResult("concurrency", rows, figures, rate.wall / 1e9)
 
 
@@ -87,7 +88,7 @@ def linear(bench: Bench) -> CaseResult:
         "M": {m: replace(base, gradient_steps=m) for m in ((1, 2, 4) if few else (1, 2, 3, 4, 6))},
         "K": {k: replace(base, best_of=k) for k in ((1, 2, 4) if few else (1, 2, 4, 8))},
         "prompts": {n: replace(base, prompts=n) for n in ((1, 2, 4) if few else (1, 2, 4, 8))},
-        "L": {n: replace(base, max_tokens=n, steps=n // 2) for n in ((16, 32, 64) if few else (16, 32, 64, 128))},
+        "L": {length * n // 4: replace(base, max_tokens=length * n // 4, steps=length * n // 8) for n in (1, 2, 4, 8)},
         "prompt words": {n: replace(base, prompt_words=n) for n in ((12, 50, 100) if few else (12, 50, 100, 200))},
     }
     points = {f"{name} = {x}": (x, work) for name, works in sweeps.items() for x, work in works.items()}
@@ -144,7 +145,8 @@ def prefix_share(bench: Bench) -> CaseResult:
         variants[f"{n} words, K = {k}, not"] = engine(pair, work, Savings.without(["reward_prefix_cache"]))
     runs = bench.in_turn(variants, title="prefix share")
     rate = before.max(bench.rate(pair.dtype))
-    rows, figures = [], []
+    rows: list[Row] = []
+    figures: list[Figure] = []
     for n, k in works:
         cached, apart = (runs[f"{n} words, K = {k}, {which}"] for which in ("cached", "not"))
         for which, each in (("cached", cached), ("not cached", apart)):
@@ -155,7 +157,7 @@ def prefix_share(bench: Bench) -> CaseResult:
             rows.append(found)
         reward = median(a.reward_seconds / b.reward_seconds for a, b in zip(apart, cached, strict=True))
         figures.append(Figure(f"prefix: {n} words, K = {k}, reward part, times slower without", reward))
-        figures.append(Figure(f"prefix: {n} words, K = {k}, all, times slower without", ratio(apart, cached)))
+        figures += both_clocks(f"prefix: {n} words, K = {k}, all, times slower without", apart, cached)
     return CaseResult("prefix_share", rows, figures, rate.wall / 1e9)
 
 

@@ -1,0 +1,221 @@
+"""The offline benchmark: its workloads, its arithmetic, its report and plots, and every case from end to end, small."""
+
+from __future__ import annotations
+
+import io
+import json
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from server.bench import cases, llada_case, offline, plots, sweeps
+from server.bench.checkpoints import Shape, write_llada
+from server.bench.flops import Flops
+from server.bench.harness import Bench, CaseResult, Figure, cpu_ratio, ratio, row, utilisation
+from server.bench.machine import Rate, gemm_rate
+from server.bench.report import number, show, write
+from server.bench.sweeps import Fit
+from server.bench.workload import Pair, Run, Workload, load, only_first_trajectory, run_plain, same_tokens
+from server.engine.stats import RunnerStats
+
+DREAM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
+TINY = Workload(prompts=2, best_of=2, max_tokens=6, steps=3, gradient_steps=2, prompt_words=7)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """All cases on tiny models and workloads."""
+    for module, name in ((cases, "SMALL"), (sweeps, "SMALL"), (cases, "EXACT")):
+        monkeypatch.setattr(module, name, TINY)
+    monkeypatch.setattr(llada_case, "SMALL", Workload(
+        method="none", prompts=2, best_of=1, max_tokens=4, steps=2, temperature=0.0, prompt_tokens=5,
+        algorithm="maskgit_plus"))  # fmt: skip
+    monkeypatch.setattr(llada_case, "LLADA_126K", Shape(400, 16, 2, 2, 32))
+    monkeypatch.setattr("server.bench.harness.LLADA_126K", Shape(400, 16, 2, 2, 32))
+    monkeypatch.setattr(Bench, "rate", lambda self, dtype: Rate(1e9, 1e9))
+    return Bench(tmp_path, torch.device("cpu"), torch.float32, True, 1, 0, DREAM / "dlm", DREAM / "rm")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return load(DREAM / "dlm", DREAM / "rm", torch.float32, torch.device("cpu"))
+
+
+def run(seconds: float, tokens: int = 10, *, cpu: float = 1.0, flops: int = 0) -> Run:
+    stats = RunnerStats()
+    stats.model_forward_seconds.add(seconds / 2)
+    return Run(seconds, cpu, {"a": ((1,) * tokens,)}, stats, Flops(trunk=flops))
+
+
+# -- workloads -----------------------------------------------------------------------------------------------------
+
+
+def test_request_sets_differ_in_seeds_and_prompts_and_not_in_lengths(pair: Pair) -> None:
+    jobs = [job for number in range(3) for job in Workload(prompts=16).jobs(pair, number)]
+    assert len({job.sampling.seed for job in jobs}) == len({job.id for job in jobs}) == 48
+    assert len({job.prompt_ids for job in jobs}) == 48
+    by_index = [[len(job.conversation[0].content) for job in jobs[index::16]] for index in range(16)]
+    assert all(len(set(lengths)) == 1 for lengths in by_index)
+    assert Workload(prompts=2).jobs(pair, 1) == Workload(prompts=2).jobs(pair, 1)
+
+
+def test_prompts_have_the_length_that_was_asked_for(pair: Pair) -> None:
+    assert {len(job.prompt_ids) for job in Workload(prompt_tokens=20).jobs(pair)} == {20}
+    words = [len(job.conversation[0].content.split()) for job in Workload(prompt_words=30).jobs(pair)]
+    assert set(words) == {30}
+
+
+def test_the_first_trajectory_alone_is_that_of_the_whole_job(pair: Pair) -> None:
+    jobs = TINY.jobs(pair)
+    whole, alone = run_plain(pair, jobs), run_plain(pair, [only_first_trajectory(jobs[0])])
+    assert alone.token_ids[jobs[0].id] == whole.token_ids[jobs[0].id][:1]
+    assert same_tokens(alone, whole) == 1.0
+    assert alone.tokens == TINY.max_tokens
+    assert whole.tokens == TINY.tokens
+
+
+def test_same_tokens_is_a_share_of_trajectories() -> None:
+    one = Run(1.0, 1.0, {"a": ((1, 2), (3, 4)), "b": ((5,),)})
+    other = Run(1.0, 1.0, {"a": ((1, 2), (3, 5)), "c": ((5,),)})
+    assert same_tokens(one, other) == 0.5
+    with pytest.raises(ValueError, match="in common"):
+        same_tokens(one, Run(1.0, 1.0, {"z": ()}))
+
+
+# -- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    slower, faster = [run(8.0), run(80.0), run(6.0)], [run(2.0), run(20.0), run(1.0)]
+    assert ratio(slower, faster) == pytest.approx(4.0)
+    assert ratio([run(8.0, tokens=5)], faster) == pytest.approx(8.0)
+    assert cpu_ratio([run(1.0, cpu=3.0)], faster) == pytest.approx(3.0)
+
+
+def test_utilisation_and_the_row_of_a_variant() -> None:
+    runs = [run(2.0, flops=100, cpu=4.0), run(1.0, flops=100, cpu=2.0), run(4.0, flops=100, cpu=2.0)]
+    assert utilisation(runs, Rate(100.0, 50.0)) == 0.5
+    found = row(runs, Rate(100.0, 50.0), variant="x")
+    assert (found["variant"], found["seconds"], found["least_seconds"], found["cpu_seconds"]) == ("x", 2.0, 1.0, 2.0)
+    assert found["cpu_utilisation"] == 1.0
+    assert found["seconds_by_phase"]["diffusion"] == found["seconds_by_phase"]["rest"] == 1.0
+    assert found["utilisation_by_phase"]["diffusion"] == 1.0
+
+
+def test_runs_add_up() -> None:
+    total = run(2.0, flops=3).plus(run(4.0, flops=5))
+    assert (total.seconds, total.cpu_seconds) == (6.0, 2.0)
+    assert total.flops == Flops(trunk=8)
+    assert total.phases()["diffusion"] == 3.0
+
+
+def test_fits_of_lines_and_powers() -> None:
+    x = [1.0, 2.0, 4.0, 8.0]
+    assert Fit.of(x, [3 + 2 * v for v in x]).r_squared == pytest.approx(1.0)
+    assert Fit.of(x, [v**0.5 for v in x]).exponent == pytest.approx(0.5)
+    noise = np.random.default_rng(0).normal(size=4)
+    y = [10 + v + n for v, n in zip(x, noise, strict=True)]
+    assert Fit.of(x, y).r_squared == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    with pytest.raises(ValueError, match="three"):
+        Fit.of([1.0, 2.0], [1.0, 2.0])
+
+
+def test_figures_know_whether_their_bound_holds() -> None:
+    assert Figure("x", 2.0, at_least=2.0).met is True
+    assert Figure("x", 1.9, at_least=2.0).met is False
+    assert Figure("x", 2.1, at_most=2.0).met is False
+    assert Figure("x", 2.1).met is None
+
+
+def test_a_gemm_rate_is_a_rate() -> None:
+    rate = gemm_rate(torch.float32, torch.device("cpu"), products=[(64, 64, 64)], seconds=0.01)
+    assert 1e6 < rate.wall < 1e15
+    assert 1e6 < rate.cpu < 1e15
+
+
+def test_variants_alternate_and_share_request_sets(bench: Bench) -> None:
+    order: list[tuple[str, int]] = []
+
+    def variant(name: str) -> Any:
+        def measured(number: int) -> Run:
+            order.append((name, number))
+            return run(1.0)
+
+        return measured
+
+    bench.first_set = 5
+    runs = bench.in_turn({"a": variant("a"), "b": variant("b")}, title="t", repetitions=3)
+    assert order == [("a", 5), ("b", 5), ("b", 6), ("a", 6), ("a", 7), ("b", 7)]
+    assert {name: len(each) for name, each in runs.items()} == {"a": 3, "b": 3}
+
+
+# -- every case from end to end ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(offline.CASES))
+def test_a_case_measures_and_its_report_and_plots_can_be_made(name: str, bench: Bench, tmp_path: Path) -> None:
+    result = offline.CASES[name](bench)
+    assert result.case == name
+    assert result.rows
+    assert all(entry["seconds"] > 0 and entry["variant"] for entry in result.rows)
+    assert all(entry["same_tokens"] == 1.0 for entry in result.rows if "same_tokens" in entry)
+    document = {"bench": "offline", "cases": [json.loads(json.dumps(result.to_json()))]}
+    console = Console(file=io.StringIO(), width=250)
+    show(document, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(figure.name in shown for figure in result.figures)
+    drawn = plots.draw(document, tmp_path / "plots")
+    assert len(drawn) == 2 * len(plots.PLOTS.get(name, {}))
+    for path in drawn:
+        if path.suffix == ".svg":
+            assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ablation_covers_every_saving(bench: Bench) -> None:
+    from dataclasses import fields
+
+    from server.engine.savings import Savings
+
+    variants = " ".join(entry["variant"] for entry in cases.ablation(bench).rows)
+    assert all(f"no {saving.name}" in variants for saving in fields(Savings))
+
+
+# -- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_short() -> None:
+    assert [number(v) for v in (0.123456, 12.3456, 1234.56, 123456.7, 3, 12345, True, "x")] == [
+        "0.123", "12.3", "1235", "123,457", "3", "12,345", "True", "x"
+    ]  # fmt: skip
+
+
+def test_the_document_is_kept_and_drawn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    rows = [row([run(2.0)], Rate(1.0, 1.0), variant="one"), row([run(3.0)], Rate(1.0, 1.0), variant="two")]
+    result = CaseResult("headline", rows, [Figure("f", 1.0, at_least=2.0)], 1.0)
+    path = write({"bench": "offline", "cases": [result.to_json()]}, tmp_path)
+    assert json.loads(path.read_text())["cases"][0]["figures"][0]["met"] is False
+    monkeypatch.setattr("sys.argv", ["plots", str(path)])
+    plots.main()
+    assert capsys.readouterr().out.split() == [str(tmp_path / "phases.png"), str(tmp_path / "phases.svg")]
+
+
+def test_the_same_data_give_the_same_svg(tmp_path: Path) -> None:
+    rows = [row([run(2.0)], Rate(1.0, 1.0), variant="one")]
+    document = {"bench": "offline", "cases": [CaseResult("headline", rows).to_json()]}
+    first, second = (plots.draw(document, tmp_path / name)[1].read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_a_llada_checkpoint_of_any_size_can_be_written_and_run(tmp_path: Path) -> None:
+    pair = load(write_llada(tmp_path, Shape(400, 16, 2, 2, 32)), None, torch.float32, torch.device("cpu"))
+    work = Workload(method="none", prompts=1, best_of=1, max_tokens=4, steps=2, prompt_tokens=5)
+    assert run_plain(pair, work.jobs(pair)).tokens == 4
