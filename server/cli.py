@@ -29,6 +29,7 @@ from server.api.protocol import connection_class
 from server.api.telemetry import exporting_provider
 from server.engine.config import BudgetSettings, EngineConfig, WorkerConfig
 from server.engine.engine import Engine
+from server.engine.savings import Savings
 from server.errors import ConfigurationError
 from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config: Path | None = parsed.pop("config", None)
     try:
         settings = load(parsed, config)
+        Savings.without(settings.disable_savings)  # a misspelt name is found now, not when the models are loaded
         tracer_provider = exporting_provider(settings.otlp_endpoint)
     except (SettingsError, ConfigurationError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -126,16 +126,17 @@ def test_help_says_every_key_and_default() -> None:
             assert f"(default: {field.default})" in text
 
 
-def test_command_line_refuses_bad_settings() -> None:
+@pytest.mark.parametrize(("key", "value"), [("port", "http"), ("disable_savings", "skip_nothing")])
+def test_command_line_refuses_bad_settings(key: str, value: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "server", "serve", "--port", "http"],
+        [sys.executable, "-m", "server", "serve", "--" + key.replace("_", "-"), value],
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("error: port: ")
+    assert result.stderr.startswith(f"error: {key}: ")
 
 
 def test_engine_config_of_settings() -> None:
