@@ -106,8 +106,8 @@ class Row {
       const float z = (maximum - phi) * inverse_tau * BINS_PER_NEPER;
       return z < float(BINS - 1) ? std::max(int(z), 0) : BINS - 1;
     };
-    each_tile([&](const float* phi, const float* weights, int64_t, int64_t width) {
-      for (int64_t i = 0; i < width; ++i) {
+    each_kept([&](const float* phi, const float* weights, const int64_t*, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
         const int b = bin(phi[i]);
         mass[b] += weights[i];
         ++count[b];
@@ -125,9 +125,9 @@ class Row {
     }
     std::vector<std::pair<float, int64_t>> candidates;
     candidates.reserve(size_t(count[cut]));
-    each_tile([&](const float* phi, const float*, int64_t start, int64_t width) {
-      for (int64_t i = 0; i < width; ++i)
-        if (bin(phi[i]) == cut) candidates.emplace_back(phi[i] == phi[i] ? phi[i] : -INFINITE, start + i);
+    each_kept([&](const float* phi, const float*, const int64_t* ids, int64_t n) {
+      for (int64_t i = 0; i < n; ++i)
+        if (bin(phi[i]) == cut) candidates.emplace_back(phi[i] == phi[i] ? phi[i] : -INFINITE, ids[i]);
     });
     std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
       return a.first > b.first || (a.first == b.first && a.second < b.second);
@@ -145,17 +145,17 @@ class Row {
   // Inverse CDF over the kept ids in ascending order.
   int64_t invert_kept(const Cut& cut, double u) {
     double kept = 0;
-    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
-      for (int64_t i = 0; i < width; ++i) kept += cut.keeps(phi[i], start + i) ? weights[i] : 0.0f;
+    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) kept += cut.keeps(phi[i], ids[i]) ? weights[i] : 0.0f;
     });
     const double target = u * kept;
     double before = 0;
     int64_t chosen = -1, last = s.argmax[row];
-    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
-      for (int64_t i = 0; i < width && chosen < 0; ++i) {
-        if (!cut.keeps(phi[i], start + i) || weights[i] == 0.0f) continue;
+    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
+      for (int64_t i = 0; i < n && chosen < 0; ++i) {
+        if (!cut.keeps(phi[i], ids[i]) || weights[i] == 0.0f) continue;
         before += weights[i];
-        last = start + i;
+        last = ids[i];
         if (before > target) chosen = last;
       }
     });
@@ -176,17 +176,18 @@ class Row {
 
   // Minus the entropy, the token's probability, and the top-two margin of the filtered distribution.
   void filtered_stats(int64_t token, float* neg_entropy, float* probability, float* margin) {
+    if (std::isinf(limit) && top_k >= s.vocab) return unfiltered_stats(token, neg_entropy, probability, margin);
     const Cut cut = last_kept();
     double kept = 0, weighted = 0;
     float second = -INFINITE;
     int64_t count = 0;
     const int64_t top = s.argmax[row];
-    each_tile([&](const float* phi, const float* weights, int64_t start, int64_t width) {
-      for (int64_t i = 0; i < width; ++i) {
-        if (!cut.keeps(phi[i], start + i)) continue;
+    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
+        if (!cut.keeps(phi[i], ids[i])) continue;
         kept += weights[i];
         if (weights[i] > 0) weighted += weights[i] * ((phi[i] - maximum) * inverse_tau);
-        if (start + i != top) second = std::max(second, phi[i]);
+        if (ids[i] != top) second = std::max(second, phi[i]);
         ++count;
       }
     });
@@ -198,14 +199,55 @@ class Row {
   }
 
  private:
-  // Calls f(phi, weights, first column, width) for every tile, in order.
-  template <class F>
-  void each_tile(F f) {
+  // The same where nothing is filtered: the tiles know it all, without another pass over phi.
+  void unfiltered_stats(int64_t token, float* neg_entropy, float* probability, float* margin) {
+    const int64_t top = s.argmax[row];
+    double weighted = 0;
+    float second = -INFINITE;
     for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      const int64_t at = row * s.tiles + tile;
+      const double delta = s.maximum[at] - maximum;
+      if (delta == -std::numeric_limits<double>::infinity()) continue;
+      const double z = delta * inverse_tau;
+      weighted += std::exp(z) * (s.t_tau[at] + z * s.s_tau[at]);
+      if (tile != top / TILE) second = std::max(second, float(s.maximum[at]));
+    }
+    const int64_t start = top / TILE * TILE;
+    const float* phi = load(s, row, start, tile_width(s, top / TILE), phi_);
+    for (int64_t i = 0; i < tile_width(s, top / TILE); ++i)
+      if (start + i != top) second = std::max(second, phi[i]);
+    auto share = [&](float phi) { return exponential((phi - maximum) * inverse_tau) / total; };
+    *neg_entropy = float(weighted / total - std::log(total));
+    *probability = float(share(value_at(s, row, token)));
+    *margin = float(1.0 / total - (s.vocab > 1 ? share(second) : 0.0));
+  }
+
+  // A logit below which no id is kept: V ids down there weigh less together than what top_p cuts off. -inf where top_p
+  // cuts off nothing, or so little that rounding could matter.
+  float floor() const {
+    const double cut_off = total - limit;
+    if (!(cut_off > 1e-5 * total)) return -INFINITE;
+    const float value = float(maximum - (std::log(double(s.vocab) / cut_off) + 0.1) / inverse_tau);
+    return value - std::fabs(value) * 1e-6f;
+  }
+
+  // Calls f(phi, weights, ids, n) tile by tile, in order, with all ids that may be kept.
+  template <class F>
+  void each_kept(F f) {
+    const float lowest = floor();
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      if (s.maximum[row * s.tiles + tile] < lowest) continue;
       const int64_t start = tile * TILE, width = tile_width(s, tile);
       const float* phi = load(s, row, start, width, phi_);
-      tile_weights(phi, width, maximum, inverse_tau, weights_);
-      f(phi, weights_, start, width);
+      int64_t n = 0;
+      for (int64_t i = 0; i < width; ++i) {  // no branch: what is not taken is overwritten
+        const float value = phi[i];
+        phi_[n] = value;  // n <= i, so nothing is overwritten before it is read
+        ids_[n] = start + i;
+        n += !(value < lowest);
+      }
+      tile_weights(phi_, n, maximum, inverse_tau, weights_);
+      f(phi_, weights_, ids_, n);
     }
   }
 
@@ -217,6 +259,7 @@ class Row {
   const double limit;
   alignas(64) float phi_[TILE];
   alignas(64) float weights_[TILE];
+  int64_t ids_[TILE];
 };
 
 }  // namespace
