@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import struct
 import sys
 import uuid
 from typing import Any
@@ -119,6 +121,9 @@ class Connection(H11Protocol):
         unread = self.transport.get_write_buffer_size()
         written = self.transport.is_closing() or self.cycle is None or self.cycle.response_complete
         if written and unread and unread == self._unread_bytes:
+            # Not even the kernel shall keep what it has taken of the answer.
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
         self._unread_bytes = unread

@@ -5,9 +5,9 @@ arrive at four times that rate, whether or not earlier ones have been answered. 
 be answered within the time that a full queue implies; who is refused must be told a sensible time. Last, a crowd of
 three times the queue comes at once and does as told: it must be served at about the full rate and in few attempts.
 
-When `Retry-After` is right: it names the time of the next place that nobody was promised. Two things are checked of it
-against the completions that were seen. A place did come free before that time; and the time is not longer than it
-took for as many requests to leave as were in flight, that is, for every place to be given anew.
+When `Retry-After` is roughly right: it names the time of the next place that nobody was promised. Two things are
+checked of it against the completions that were seen. A place did come free before that time; and the time is at most
+twice that in which as many requests left as were in flight, that is, in which every place was given anew.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,10 +162,20 @@ def watching_health(server: Server) -> Iterator[list[float]]:
         thread.join()
 
 
+def answered_meanwhile(traffic: Traffic) -> list[int]:
+    """For each accepted request, how many were answered between its departure and its answer. Unlike seconds, this does
+    not depend on how fast the machine happens to be at the moment: a queue of N places lets about N go before."""
+    completions = sorted(traffic.completions)
+    return [
+        bisect_left(completions, done) - bisect_right(completions, done - latency)
+        for done, latency in zip(traffic.completions, traffic.latencies, strict=True)
+    ]
+
+
 def judge_retry_after(traffic: Traffic, in_flight: int) -> tuple[float, float, float]:
     """Over the refusals whose future was seen: the share before whose time a place came free; the share that was not
-    longer than 1.5 times (and a second more than) the time for all places to be given anew; the median of the ratio of
-    the two times."""
+    longer than twice (and a second more than) the time for all places to be given anew; the median of the ratio of the
+    two times."""
     free_before, not_too_long, ratios = 0, 0, []
     completions = sorted(traffic.completions)
     for when, wait in traffic.refusals:
@@ -174,7 +184,7 @@ def judge_retry_after(traffic: Traffic, in_flight: int) -> tuple[float, float, f
             continue  # all places were not given anew any more
         free_before += completions[index] - when <= wait
         turnover = completions[index + in_flight - 1] - when
-        not_too_long += wait <= 1.5 * turnover + 1.0
+        not_too_long += wait <= 2.0 * turnover + 1.0
         ratios.append(wait / turnover)
     judged = max(len(ratios), 1)
     return free_before / judged, not_too_long / judged, statistics.median(ratios) if ratios else math.nan
@@ -183,7 +193,6 @@ def judge_retry_after(traffic: Traffic, in_flight: int) -> tuple[float, float, f
 async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
     """The three parts and the verdict."""
     await closed_loop(server, 4, 3.0)  # warm
-    alone = await closed_loop(server, 1, 5.0)
     rate = await closed_loop(server, queue, MEASURE_SECONDS)
     with watching_health(server) as health:
         traffic = await open_loop(server, TIMES_TOO_MUCH * rate, 60 * minutes, seed)
@@ -194,9 +203,7 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
     crowd_rate = len(attempts) / crowd_seconds
     idle_again = await seconds_until_idle(server)
 
-    # A full queue leaves at the rate at which requests are answered; half as much again for unevenness.
-    bound = 1.5 * queue / served_rate + 2 / alone
-    p99 = percentile(traffic.latencies, 99)
+    before = percentile([float(count) for count in answered_meanwhile(traffic)], 99)
     free_before, not_too_long, ratio = judge_retry_after(traffic, queue)
     verdict = Verdict("overload")
     verdict.figures = {
@@ -207,14 +214,15 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
         "answered_per_second": round(served_rate, 2),
         "statuses": {str(status): count for status, count in sorted(traffic.statuses.items())},
         "accepted_latency_seconds": {f"p{q}": round(percentile(traffic.latencies, q), 2) for q in (50, 90, 99, 100)},
-        "latency_bound_seconds": round(bound, 2),
+        "full_queue_seconds": round(queue / served_rate, 2),
+        "answered_before_the_accepted_p99": before,
         "generator_late_seconds": {f"p{q}": round(percentile(traffic.lateness, q), 3) for q in (50, 99)},
         "retry_after_seconds": {
             f"p{q}": percentile([wait for _, wait in traffic.refusals], q) for q in (0, 50, 99, 100)
         },
         "retry_after": {
             "a_place_came_free_before": round(free_before, 3),
-            "not_longer_than_turnover": round(not_too_long, 3),
+            "at_most_twice_the_turnover": round(not_too_long, 3),
             "median_ratio_to_turnover": round(ratio, 2),
         },
         "health_seconds": {f"p{q}": round(percentile(health, q), 4) for q in (50, 99, 100)},
@@ -234,11 +242,12 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
     verdict.promise("nothing but 200 and 429", statuses <= {200, 429}, dict(traffic.statuses))
     verdict.promise("every refusal is the error object with Retry-After", not traffic.malformed, traffic.malformed[:2])
     verdict.promise("refused at all", traffic.statuses[429] > 0, traffic.statuses[429])
-    verdict.promise("p99 of the accepted within a full queue's time", p99 <= bound, f"{p99:.2f} <= {bound:.2f} s")
+    verdict.promise("p99 of the accepted: no more than 1.25 queues were answered before it", before <= 1.25 * queue,
+                    f"{before:.0f} of {queue}; {percentile(traffic.latencies, 99):.1f} s")  # fmt: skip
     verdict.promise("overload does not lower the rate by half", served_rate >= 0.5 * rate,
                     f"{served_rate:.1f} of {rate:.1f}/s")  # fmt: skip
     verdict.promise("a place came free before Retry-After (95%)", free_before >= 0.95, f"{free_before:.1%}")
-    verdict.promise("Retry-After not longer than all places' turnover (95%)", not_too_long >= 0.95,
+    verdict.promise("Retry-After at most twice all places' turnover (90%)", not_too_long >= 0.9,
                     f"{not_too_long:.1%}, median ratio {ratio:.2f}")  # fmt: skip
     slowest = percentile(health, 99)
     verdict.promise("/health p99 during the overload", slowest <= WORST_HEALTH_SECONDS, f"{slowest * 1000:.0f} ms")
