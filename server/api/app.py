@@ -43,7 +43,10 @@ DESCRIBED = (
     CompletionChunk,
     ChatCompletionChunk,
 )
-DESCRIPTION = "Reward-guided diffusion language models behind OpenAI's API, with `guidance` and `diffusion` objects."
+DESCRIPTION = (
+    "Reward-guided diffusion language models behind OpenAI's API, with `guidance` and `diffusion` objects. "
+    "Integers are written without a fraction (2, not 2.0), and no key occurs twice in an object."
+)
 
 
 def create_app(
@@ -66,7 +69,8 @@ def create_app(
             request_timeout=settings.request_timeout,
             aliases=tuple(settings.served_model_name[1:]),
         ),
-        times=StreamTimes(settings.keep_alive_seconds, settings.stalled_client_seconds),
+        # Our own connections give up first (`api/protocol`); other servers may have no such limit.
+        times=StreamTimes(settings.keep_alive_seconds, 1.5 * settings.stalled_client_seconds),
         metrics=metrics,
         tracer=telemetry.tracer_of(tracer_provider),
     )

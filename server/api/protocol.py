@@ -26,12 +26,13 @@ from server.errors import HeadersTooLarge, InvalidRequest, RequestError, Request
 
 MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
 MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
+LOOKS = 4  # at a peer that reads nothing, before it is given up
 GRACE_SECONDS = 2.0  # in which the application may answer by itself a body that does not arrive
 
 
 class Connection(H11Protocol):
     """`receive_seconds` bounds the arrival of a request's header, and again that of its body; `stalled_seconds` how
-    long a peer may read nothing of an answer that has been written."""
+    long a peer may read nothing of what has been written for it."""
 
     receive_seconds = 30.0
     stalled_seconds = 60.0
@@ -48,7 +49,9 @@ class Connection(H11Protocol):
         self._awaited: object = None  # the peer's state in which something must arrive, and
         self._arrival: asyncio.TimerHandle | None = None  # until when
         self._stall: asyncio.TimerHandle | None = None
-        self._unread_bytes = 0
+        self._unread_bytes = 0  # at the last look
+        self._stuck_looks = 0
+        self._resumed = False  # writing, since the last look
 
     # -- uvicorn's hooks -----------------------------------------------------------------------------------------
 
@@ -56,7 +59,7 @@ class Connection(H11Protocol):
         """Start both clocks."""
         super().connection_made(transport)
         self._watch_arrival()
-        self._stall = self.loop.call_later(self.stalled_seconds, self._check_stall)
+        self._stall = self.loop.call_later(self.stalled_seconds / LOOKS, self._check_stall)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop them."""
@@ -76,6 +79,11 @@ class Connection(H11Protocol):
             self.flow.resume_reading()
             if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
                 self.transport.abort()
+
+    def resume_writing(self) -> None:
+        """The peer reads."""
+        super().resume_writing()
+        self._resumed = True
 
     def on_response_complete(self) -> None:
         """The next request may have arrived already, or begun."""
@@ -117,17 +125,21 @@ class Connection(H11Protocol):
             self._refuse(RequestTimeout(f"the request did not arrive within {self.receive_seconds:g} seconds"))
 
     def _check_stall(self) -> None:
-        """Give up a peer that has read nothing between two looks, once there is nothing more to write to it."""
+        """Give up a peer that has read nothing of what waits for it, look after look."""
         unread = self.transport.get_write_buffer_size()
+        # Only while nothing is written does the same number of bytes mean that nothing was read.
         written = self.transport.is_closing() or self.cycle is None or self.cycle.response_complete
-        if written and unread and unread == self._unread_bytes:
+        held_up = self.flow.write_paused and not self._resumed
+        stuck = unread > 0 and unread == self._unread_bytes and (written or held_up)
+        self._stuck_looks = self._stuck_looks + 1 if stuck else 0
+        if self._stuck_looks == LOOKS:
             # Not even the kernel shall keep what it has taken of the answer.
             sock = self.transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
             return
-        self._unread_bytes = unread
-        self._stall = self.loop.call_later(self.stalled_seconds, self._check_stall)
+        self._unread_bytes, self._resumed = unread, False
+        self._stall = self.loop.call_later(self.stalled_seconds / LOOKS, self._check_stall)
 
     # -- answers that no application gives -----------------------------------------------------------------------
 
