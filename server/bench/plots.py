@@ -48,7 +48,7 @@ SWEEP_TITLES = {
 
 def concurrency(rows: Rows) -> Figure:
     """Tokens/s against requests at once, guided and not; dashed, the plain loop."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, colour in METHOD_COLOURS.items():
         mine = [row for row in rows if row["method"] == name]
@@ -62,7 +62,7 @@ def concurrency(rows: Rows) -> Figure:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(FuncFormatter(_some))
     axes.set(xlabel="requests at once (K = 1)", ylabel="tokens/s", title="Throughput against concurrency")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
