@@ -179,7 +179,8 @@ def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionMo
                 f"max_model_len: {config.max_model_len} is not between 1 and the model's context length, "
                 f"{info.context_length}"
             )
-        info = replace(info, context_length=config.max_model_len)
+        canvas = min(info.default_max_tokens, max(1, config.max_model_len // 2))  # so that a prompt fits too
+        info = replace(info, context_length=config.max_model_len, default_max_tokens=canvas)
     if config.served_model_name is not None:
         info = replace(info, id=config.served_model_name)
     return replace(model, info=info)
