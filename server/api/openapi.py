@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from server.api.chunks import event_schema
 from server.api.errors import ErrorEnvelope
+from server.api.examples import EXAMPLES
 
 STATUSES = {
     400: "A field is wrong; `param` is its path",
@@ -68,9 +69,11 @@ def success(
 
 
 def body(schema: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads `schema` from its body."""
+    """`openapi_extra` of a route that reads `schema` from its body, with examples."""
     reference = {"$ref": _REFERENCE.format(model=schema.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+    examples = {title: {"value": value} for title, value in EXAMPLES[schema.__name__].items()}
+    content = {"application/json": {"schema": reference, "examples": examples}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def install(

@@ -23,12 +23,23 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     """Make a valid body keep the rules."""
     if case.meta is None or case.meta.generation.mode != GenerationMode.POSITIVE or not isinstance(case.body, dict):
         return
-    body = case.body
+    body = case.body = whole(case.body)
     shorten(body)
     if case.path.endswith("completions"):
         generation(body)
     elif case.path == "/v1/score":
         pairs(body)
+
+
+def whole(value: Any) -> Any:
+    """Numbers like 2.0 as 2: both are integers to JSON Schema, and the server wants them without a fraction."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [whole(each) for each in value]
+    if isinstance(value, dict):
+        return {name: whole(each) for name, each in value.items()}
+    return value
 
 
 def shorten(body: dict[str, Any]) -> None:

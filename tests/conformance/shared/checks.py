@@ -1,7 +1,8 @@
 """What the checks of all clients share. Runs in each client's own environment, so it needs the standard library only.
 
-A check is a function; its docstring's first line is what the matrix calls it. Every check runs, whatever the others
-did, and is told as one JSON line: `{"check": str, "passed": bool, "seconds": float, "error": str | null}`.
+A check is a function; its docstring's first line is what the matrix calls it, with what it returns, if anything, in
+brackets. Every check runs, whatever the others did, and is told as one JSON line:
+`{"check": str, "passed": bool, "seconds": float, "error": str | null}`.
 """
 
 from __future__ import annotations
@@ -48,17 +49,18 @@ def main(distribution: str | None = None) -> None:
     say({"checks": len(_CHECKS)})
     failed = False
     for function in _CHECKS:
-        started, error = time.monotonic(), None
+        started, error, detail = time.monotonic(), None, None
         try:
             if inspect.iscoroutinefunction(function):
-                asyncio.run(function())
+                detail = asyncio.run(function())
             else:
-                function()
+                detail = function()
         except Exception as raised:
             traceback.print_exc()
             error = f"{type(raised).__name__}: {raised}"[:500]
         failed |= error is not None
         name = (inspect.getdoc(function) or function.__name__).partition("\n")[0].rstrip(".")
+        name += f" ({detail})" if detail else ""
         say({"check": name, "passed": error is None, "seconds": time.monotonic() - started, "error": error})
     raise SystemExit(int(failed))
 
