@@ -78,8 +78,9 @@ class Sent:
 
 @dataclass
 class Load:
-    """Clients that send the catalogue again and again, and compare. An outcome is `right`, `wrong`, an error's code, or
-    the name of a broken connection's exception. `sent` counts the requests; `requests` are those that came back."""
+    """Clients that send the catalogue again and again, and compare. An outcome is `right`, `wrong`, an error's status
+    and code (`stream` and code, when the answer had begun), or the name of a broken connection's exception. `sent`
+    counts the requests; `requests` are those that came back."""
 
     server: Server
     cases: Sequence[Case]
@@ -163,5 +164,14 @@ async def ask(http: httpx.AsyncClient, case: Case) -> tuple[str, Any]:
         return "answer", answer_of(response.json())
     try:
         return "answer", joined(response.text)
-    except (ValueError, json.JSONDecodeError) as error:
-        return "error in stream", str(error)
+    except ValueError as error:
+        return f"stream {_code_of(response.text)}", str(error)
+
+
+def _code_of(chunks: str) -> str:
+    """The code of the error that a stream ends with, or `broken`."""
+    for event in chunks.split("\n\n"):
+        data = event.removeprefix("data: ")
+        if data.startswith('{"error"'):
+            return str(json.loads(data)["error"]["code"])
+    return "broken"

@@ -129,7 +129,7 @@ async def too_little_time(server: Server, verdict: Verdict, clients: int, grace:
         answers = await asyncio.gather(*unfinished)
     outcomes = Counter(outcome for outcome, _ in answers)
     limit = grace + LAST_SECONDS
-    told = {"503 draining", "error in stream", "answer"}
+    told = {"503 draining", "stream draining", "answer"}
     status = server.process.returncode
     verdict.promise("what is left ends with an error", len(unfinished) > 0 and set(outcomes) <= told, outcomes)
     verdict.promise(
