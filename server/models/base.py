@@ -29,6 +29,10 @@ class Backbone(Protocol):
     rotary: RotaryTable
     attention_backend: str
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What states are in."""
+
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """A `Trunk`."""
 

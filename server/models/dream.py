@@ -143,9 +143,14 @@ class DreamBackbone(nn.Module):
         self.rotary = RotaryTable(config.head_dim, config.rope_theta)
         self.attention_backend = "sdpa"
 
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What states are in."""
+        return self.embed_tokens.activation_dtype
+
     def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """tokens (S,) -> final-norm states (S, d) or, at `rows`, (N, d)."""
-        cos, sin = self.rotary.rows(layout.positions, layout.max_length, self.embed_tokens.activation_dtype)
+        cos, sin = self.rotary.rows(layout.positions, layout.max_length, self.activation_dtype)
         return self.states(tokens, cos, sin, partial(attend, layout=layout, backend=self.attention_backend), rows)
 
     def states(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
@@ -198,7 +203,7 @@ class DreamModel(nn.Module):
     def activation_dtype(self) -> torch.dtype:
         """What hidden states and logits are in: the weights' dtype, or float32 where the device has no instructions
         for a narrower one."""
-        return self.model.embed_tokens.activation_dtype
+        return self.model.activation_dtype
 
     @property
     def shape(self) -> DecoderShape:

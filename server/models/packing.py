@@ -63,10 +63,9 @@ class PackedLayout:
         starts = ends - sizes
         positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(sizes)
         cu_seqlens = torch.cat((starts, ends[-1:])).to(torch.int32)
-        return cls(
-            tuple(lengths), positions.to(device), starts.to(device), cu_seqlens.to(device), _runs(tuple(lengths)),
-            max(lengths),
-        )  # fmt: skip
+        # From ordinary memory a copy to the device may return early: CUDA has taken the data by then.
+        positions, starts, cu_seqlens = (x.to(device, non_blocking=True) for x in (positions, starts, cu_seqlens))
+        return cls(tuple(lengths), positions, starts, cu_seqlens, runs_of(lengths), max(lengths))
 
     @property
     def tokens(self) -> int:
@@ -74,10 +73,13 @@ class PackedLayout:
         return self.runs[-1].stop
 
 
-def _runs(lengths: tuple[int, ...]) -> tuple[Run, ...]:
+def runs_of(lengths: Sequence[int]) -> tuple[Run, ...]:
+    """Sequences of these lengths as runs; empty ones belong to none."""
     runs: list[Run] = []
     start = 0
     for length in lengths:
+        if not length:
+            continue
         if runs and runs[-1].length == length:
             runs[-1] = Run(runs[-1].start, runs[-1].count + 1, length)
         else:
@@ -97,7 +99,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str =
     if backend != "sdpa":
         cu, longest = layout.cu_seqlens, layout.max_length
         return varlen.attend(backend, q, k, v, varlen.Spans(cu, cu, longest, longest))
-    outputs = [_attend_run(q, k, v, run) for run in layout.runs]
+    return attend_runs(q, k, v, layout.runs)
+
+
+def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The same, one scaled_dot_product_attention a run."""
+    outputs = [_attend_run(q, k, v, run) for run in runs]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -1,0 +1,78 @@
+"""How a loaded model's trunk is run: which attention, compiled or not, in CUDA graphs or not.
+
+All of it is chosen by name and checked when the model is loaded: what cannot work here is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import varlen
+from server.errors import ConfigurationError
+from server.models.base import DiffusionModel
+from server.models.packing import PackedLayout
+
+# Of a first forward, differing from each other: torch.compile takes equal ones for the same symbol.
+FIRST_LENGTHS, FIRST_ROWS = (11, 6, 6), 5
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """The settings of the same names. attention_backend: one of `kernels.varlen.CHOICES`."""
+
+    attention_backend: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """`kernels.varlen.choose`, whose ValueError becomes a ConfigurationError."""
+    try:
+        return varlen.choose(name, device, dtype, head_size)
+    except ValueError as error:
+        raise ConfigurationError(f"attention_backend: {error}") from error
+
+
+def accelerate(model: DiffusionModel, options: Acceleration, context_length: int) -> None:
+    """Change how the model's trunk runs, and run it once. Raises ConfigurationError.
+
+    `context_length` bounds the sequences that will come.
+    """
+    device, backbone = model.device, model.backbone
+    backend = choose_attention(options.attention_backend, device, model.activation_dtype, model.shape.head_size)
+    backbone.attention_backend = backend
+    if options.cuda_graphs and device.type != "cuda":
+        raise ConfigurationError(f"cuda_graphs: there are none on {device}")
+    if device.type == "cuda" and backend == "sdpa" and (options.compile or options.cuda_graphs):
+        raise ConfigurationError(
+            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen or flash, "
+            "which sdpa's groups of equal lengths cannot replace"
+        )
+    # A table that grew later would leave recorded graphs with the memory of the old one.
+    nowhere = torch.empty(0, dtype=torch.int64, device=device)
+    backbone.rotary.rows(nowhere, context_length, model.activation_dtype)
+    if options.compile:
+        from server.models.compiled import CompiledTrunk
+
+        model.trunk = CompiledTrunk(backbone)
+        _try(model, "compile")  # compiles
+    if options.cuda_graphs:
+        from server.models.graphs import GraphedTrunk
+
+        model.trunk = GraphedTrunk(model.trunk)
+        _try(model, "cuda_graphs")
+
+
+def _try(model: DiffusionModel, setting: str) -> None:
+    """One small forward, in which compilers and recorders say what they lack."""
+    layout = PackedLayout.of(FIRST_LENGTHS, model.device)
+    tokens: Tensor = torch.zeros(layout.tokens, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model.trunk(tokens, layout, torch.arange(FIRST_ROWS, device=model.device))
+    except Exception as error:
+        reason = "; ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        raise ConfigurationError(f"{setting}: the model cannot be run so here: {reason}") from error

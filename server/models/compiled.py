@@ -1,0 +1,57 @@
+"""`torch.compile` of a model's trunk: the passes between its products become few, without a graph for every batch.
+
+What depends on a batch's lengths is kept out of the compiled graph: rotations are its inputs, and attention is one
+operator that it does not look into. What is left depends on nothing but the numbers of tokens, rows and sequences,
+which are symbols, so one graph serves all batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.varlen import Spans
+from kernels.varlen import attend as attend_spans
+from server.models.base import Backbone
+from server.models.packing import PackedLayout, attend_runs, runs_of
+
+
+@torch.library.custom_op("entrgi::packed_attention", mutates_args=())
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str) -> Tensor:
+    """`packing.attend` from tensors alone. With "sdpa" the lengths are read from `cu_seqlens`: free on a CPU."""
+    if backend != "sdpa":
+        return attend_spans(backend, q, k, v, Spans(cu_seqlens, cu_seqlens, longest, longest)).contiguous()
+    return attend_runs(q, k, v, runs_of(cu_seqlens.diff().tolist())).contiguous()
+
+
+@packed_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+class CompiledTrunk:
+    """A `Trunk` for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute."""
+
+    def __init__(self, backbone: Backbone, backend: str | Callable[..., Any] = "inductor") -> None:
+        self._backbone = backbone
+
+        def states(tokens: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor) -> Tensor:
+            def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                mixed: Tensor = packed_attention(q, k, v, cu_seqlens, longest, backbone.attention_backend)
+                return mixed
+
+            return backbone.states(tokens, cos, sin, attention, rows)
+
+        self._states = torch.compile(states, dynamic=True, fullgraph=True, backend=backend)
+
+    def __call__(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+        """See `base.Trunk`. One token, one row or none have graphs of their own, and training needs gradients: these
+        run as they are."""
+        if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled():
+            return self._backbone.forward(tokens, layout, rows)
+        cos, sin = self._backbone.rotary.rows(layout.positions, layout.max_length, self._backbone.activation_dtype)
+        out: Tensor = self._states(tokens, cos, sin, layout.cu_seqlens, layout.max_length, rows)
+        return out
