@@ -85,11 +85,13 @@ Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schem
 
 
 def _stops(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
 Text: TypeAlias = Annotated[str, AfterValidator(_check_text)]
-StopString: TypeAlias = Annotated[Text, Field(min_length=1, max_length=STOP_CHARACTERS)]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS), AfterValidator(_check_text)]
 StopList: TypeAlias = Annotated[list[StopString], Field(max_length=4)]
 Stops: TypeAlias = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=StopString | StopList)]
 
@@ -103,8 +105,10 @@ class TextPart(Strict):
 
 def _content(value: object) -> object:
     """Text parts joined by line breaks, as vLLM joins them; anything but text is refused."""
-    if not isinstance(value, list):
+    if isinstance(value, str):
         return value
+    if not isinstance(value, list):
+        raise invalid("must be a string or a list of text parts")
     texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -152,7 +156,7 @@ class ChatMessage(Strict):
 
 
 _NO_LIKELIHOOD = "a masked diffusion model has no left-to-right token probabilities"
-_NO_TOOLS = "tools are not supported"
+_NO_TOOLS = "the model calls nothing, it only writes text"
 _SAMPLER = "the sampler has no such filter"
 UNSUPPORTED = {
     "echo": f"{_NO_LIKELIHOOD} to give with the prompt",
@@ -165,6 +169,7 @@ UNSUPPORTED = {
     "logit_bias": _SAMPLER,
     "min_p": _SAMPLER,
     "min_tokens": "the canvas has max_tokens positions; use ignore_eos to have them all",
+    "add_special_tokens": "a prompt is tokenised as it stands, and a conversation by its chat template",
     "skip_special_tokens": "texts never hold special tokens; use return_token_ids to see them",
     "tools": _NO_TOOLS,
     "tool_choice": _NO_TOOLS,

@@ -23,6 +23,7 @@ from server.api.fields import (
     Yes,
     Zero,
     ZeroInt,
+    invalid,
 )
 from server.api.rules import DIFFUSION, GUIDANCE, PROMPT_OR_MESSAGES, STREAM, zero_or_more_than
 from server.types import Algorithm, Confidence, Method, Schedule
@@ -61,6 +62,8 @@ class Guidance(Strict):
 
 def _guidance(value: object) -> object:
     """`"entrgi"` is short for `{"method": "entrgi"}`."""
+    if not isinstance(value, str | dict):
+        raise invalid("must be a method's name or an object")
     return {"method": value} if isinstance(value, str) else value
 
 
@@ -181,7 +184,7 @@ def _queries(value: object) -> object:
         return [value]
     if isinstance(value, list):
         return [_turn(item) if isinstance(item, str) else item for item in value]
-    return value
+    raise invalid("must be a prompt, a list of messages, or a list of those")
 
 
 def _turn(text: str) -> list[dict[str, str]]:
@@ -189,6 +192,8 @@ def _turn(text: str) -> list[dict[str, str]]:
 
 
 def _documents(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
 
 
@@ -214,6 +219,8 @@ class ScoreRequest(Strict):
 
 
 def _query(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a prompt or a list of messages")
     return _turn(value) if isinstance(value, str) else value
 
 

@@ -1,0 +1,87 @@
+"""What errors say: the field, what would be right, what was sent; in JSON's words, not in Python's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.api.scripted_engine import check_envelope, make, open_client
+
+COMPLETIONS, CHAT, SCORE, RERANK = "/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/rerank"
+
+CASES: list[tuple[str, dict[str, Any], str, str]] = [
+    (COMPLETIONS, {"temperature": 3}, "temperature", "`temperature` must be less than or equal to 2 (got 3)"),
+    (COMPLETIONS, {"temperature": "hot"}, "temperature", "`temperature` must be a number (got 'hot')"),
+    (COMPLETIONS, {"n": True}, "n", "`n` must be an integer (got true)"),
+    (COMPLETIONS, {"stream": 1}, "stream", "`stream` must be true or false (got 1)"),
+    (COMPLETIONS, {"stop": 5}, "stop", "`stop` must be a string or a list of strings"),
+    (COMPLETIONS, {"stop": [""]}, "stop.0", "`stop.0` must have at least 1 character (got '')"),
+    (COMPLETIONS, {"stop": ["a"] * 5}, "stop", "`stop` must have at most 4 items, not 5"),
+    (COMPLETIONS, {"guidance": 5}, "guidance", "`guidance` must be a method's name or an object"),
+    (
+        COMPLETIONS,
+        {"guidance": "best"},
+        "guidance.method",
+        "`guidance.method` must be 'none', 'bon', 'expectation', 'aps' or 'entrgi' (got 'best')",
+    ),
+    (
+        COMPLETIONS,
+        {"guidance": {"method": "bon", "reward_model": "zz"}},
+        "guidance.reward_model",
+        "`guidance.reward_model`: 'zz' is not loaded; loaded: rm",
+    ),
+    (COMPLETIONS, {"diffusion": []}, "diffusion", "`diffusion` must be an object"),
+    (COMPLETIONS, {"frobnicate": 1}, "frobnicate", "`frobnicate` is not a field of this request"),
+    (CHAT, {"messages": []}, "messages", "`messages` must have at least 1 item, not 0"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": None}]},
+        "messages.0.content",
+        "`messages.0.content` must be a string or a list of text parts",
+    ),
+    (SCORE, {"queries": 5}, "queries", "`queries` must be a prompt, a list of messages, or a list of those"),
+    (SCORE, {"documents": 5}, "documents", "`documents` must be a string or a list of strings"),
+    (RERANK, {"query": 5}, "query", "`query` must be a prompt or a list of messages"),
+]
+GOOD: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi"},
+    CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+    SCORE: {"queries": "a", "documents": "b"},
+    RERANK: {"query": "a", "documents": ["b"]},
+}
+
+
+@pytest.mark.parametrize(("path", "change", "param", "message"), CASES)
+async def test_messages(path: str, change: dict[str, Any], param: str, message: str) -> None:
+    async with open_client(make()) as client:
+        error = check_envelope(await client.post(path, json={**GOOD[path], **change}), 400)
+    assert error == {"message": message, "type": "invalid_request_error", "param": param, "code": "invalid_value"}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "reason"),
+    [
+        (COMPLETIONS, "logprobs", 0, "left-to-right"),
+        (COMPLETIONS, "logprobs", 5, "left-to-right"),
+        (COMPLETIONS, "echo", True, "left-to-right"),
+        (CHAT, "logprobs", True, "left-to-right"),
+        (CHAT, "top_logprobs", 2, "left-to-right"),
+        (CHAT, "frequency_penalty", 0.5, "left to right"),
+        (CHAT, "logit_bias", {"5": 1}, "sampler"),
+        (CHAT, "tools", [{"type": "function"}], "only writes text"),
+        (CHAT, "min_tokens", 3, "ignore_eos"),
+        ("/tokenize", "add_special_tokens", True, "as it stands"),
+    ],
+)
+async def test_a_refused_field_says_why(path: str, field: str, value: object, reason: str) -> None:
+    body = GOOD.get(path, {"prompt": "Hi"})
+    async with open_client(make()) as client:
+        error = check_envelope(await client.post(path, json={**body, field: value}), 400)
+        assert error["param"] == field
+        assert error["message"].startswith(f"`{field}` is not supported: ")
+        assert reason in error["message"]
+        nothing = {"echo": False, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "add_special_tokens": False}
+        for same in (None, nothing.get(field)):
+            response = await client.post(path, json={**body, field: same})
+            assert response.status_code == 200, response.text
