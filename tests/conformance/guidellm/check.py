@@ -38,22 +38,20 @@ def load(route: str, profile: str, extra: str = "") -> list[dict[str, Any]]:
 @check
 def chat() -> None:
     """chat: streams at concurrency 2, usage in every chunk, ignore_eos"""
-    true(all(each["info"]["timings"]["token_iterations"] for each in load("/v1/chat/completions", PAIR)))
+    requests = load("/v1/chat/completions", "kind=concurrent,streams=2")
+    true(all(each["info"]["timings"]["token_iterations"] for each in requests))
 
 
 @check
 def completions() -> None:
-    """completions: streams at concurrency 2, then one after another"""
-    load("/v1/completions", PAIR)
+    """completions: streams one after another"""
     load("/v1/completions", "kind=synchronous")
 
 
 @check
 def whole() -> None:
     """chat: answers that are not streamed, all at once"""
-    load("/v1/chat/completions", "kind=throughput", ",stream=false")
+    load("/v1/chat/completions", f"kind=throughput,max_concurrency={REQUESTS}", ",stream=false")
 
-
-PAIR = "kind=concurrent,streams=2"
 
 main("guidellm")
