@@ -26,7 +26,7 @@ from pydantic_core import PydanticUndefined
 from server import __version__, log
 from server.api.app import create_app
 from server.api.protocol import connection_class
-from server.api.telemetry import exporting_provider
+from server.api.telemetry import exporting_provider, send_last_spans
 from server.engine.config import BudgetSettings, EngineConfig, WorkerConfig
 from server.engine.engine import Engine
 from server.engine.savings import Savings
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
         status = runner.run(serve(settings, tracer_provider))
     if tracer_provider is not None:
-        tracer_provider.shutdown()  # sends what is left
+        send_last_spans(tracer_provider)
     return status
 
 
@@ -152,6 +152,10 @@ def engine_config(settings: Settings) -> EngineConfig:
             revision=settings.revision,
             dtype=settings.dtype,
             device=settings.device,
+            reward_device=settings.reward_device,
+            attention_backend=settings.attention_backend,
+            compile=settings.compile,
+            cuda_graphs=settings.cuda_graphs,
             reward_models=rewards,
             vocab_fallback=settings.vocab_fallback,
             max_model_len=settings.max_model_len,

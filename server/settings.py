@@ -59,6 +59,14 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = Field(
         "auto", description="weights' type; auto: bfloat16 on a GPU, float32 on a CPU"
     )
+    reward_device: str | None = Field(
+        None, description="device of the reward models, as cuda:1 or cpu; none: that of the diffusion model"
+    )
+    attention_backend: Literal["auto", "varlen", "flash", "sdpa"] = Field(
+        "auto", description="attention over packed sequences: torch's varlen kernel, flash-attn's, or one a length"
+    )
+    compile: bool = Field(False, description="torch.compile of the diffusion model's blocks, half a minute at start")
+    cuda_graphs: bool = Field(False, description="CUDA graphs of the diffusion model's blocks, for small batches")
     max_model_len: int | None = Field(None, ge=1, description="lower the context length to this many tokens")
     vocab_fallback: Literal["unk", "zero"] = Field(
         "unk", description="reward embedding of a token that the reward vocabulary lacks"
@@ -170,10 +178,10 @@ class Settings(BaseSettings):
             raise ValueError("must consist of letters, digits and . _ / -")
         return list(dict.fromkeys(value))
 
-    @field_validator("device", mode="after")
+    @field_validator("device", "reward_device", mode="after")
     @classmethod
-    def _known_device(cls, value: str) -> str:
-        if not _DEVICE.fullmatch(value):
+    def _known_device(cls, value: str | None) -> str | None:
+        if value is not None and not _DEVICE.fullmatch(value):
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 

@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import kernels
+from kernels.linear import activation_dtype
 from server.engine import memory
 from server.engine.config import WorkerConfig
 from server.engine.messages import Failed, Finished
@@ -22,6 +23,7 @@ from server.engine.runner import Runner
 from server.engine.savings import Savings
 from server.engine.scoring import Scorer
 from server.errors import ConfigurationError, quote
+from server.models.acceleration import Acceleration, accelerate
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
@@ -79,6 +81,20 @@ def resolve_device(name: str, rank: int = 0) -> torch.device:
     return device
 
 
+def resolve_reward_device(name: str | None, device: torch.device, rank: int = 0) -> torch.device:
+    """The reward models' device of a setting, for worker number `rank`: the diffusion model's where none is named.
+    Leaves that one the current device. Raises ConfigurationError."""
+    if name is None:
+        return device
+    try:
+        return resolve_device(name, rank)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"reward_{error}") from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a setting. Raises ConfigurationError for an unknown one."""
     if name == "auto":
@@ -109,9 +125,13 @@ def load(config: WorkerConfig) -> LoadedService:
     device = resolve_device(config.device, config.rank)
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
+    reward_device = resolve_reward_device(config.reward_device, device, config.rank)
     dtype = resolve_dtype(config.dtype, device)
+    _note_slow_products(dtype, device)
     savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
+    acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
+    accelerate(model.model, acceleration, model.info.context_length)
     reward_models = {
         name: load_reward_model(
             name,
@@ -119,8 +139,9 @@ def load(config: WorkerConfig) -> LoadedService:
             diffusion_tokenizer=model.tokenizer,
             diffusion_vocab_size=model.model.vocab_size,
             dtype=dtype,
-            device=device,
+            device=reward_device,
             vocab_fallback=config.vocab_fallback,
+            table_device=device,
         )
         for name, path in config.reward_models.items()
     }
@@ -190,7 +211,8 @@ def _budgets(
     config: WorkerConfig, model: LoadedDiffusionModel, reward_models: Collection[RewardModel], device: torch.device
 ) -> tuple[Budget, Budget]:
     """What may share a denoising step, and what one trajectory may take: computed, where the settings do not say."""
-    free = memory.free_bytes(device)
+    # With reward models on another device both parts of the work must find their memory, each on its own.
+    free = min(memory.free_bytes(each) for each in {device, *(reward.device for reward in reward_models)})
     if device.type != "cuda":
         free //= config.data_parallel
     shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
@@ -206,6 +228,12 @@ def _budgets(
     largest = replace(largest, **fixed)
     logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
     return shared, largest
+
+
+def _note_slow_products(dtype: torch.dtype, device: torch.device) -> None:
+    if activation_dtype(dtype, device) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        logger.info("dtype %s: this processor has no instructions for it; weights keep it, arithmetic is float32", name)
 
 
 def _device_name(device: torch.device) -> str:

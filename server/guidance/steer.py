@@ -133,7 +133,8 @@ class Assembly:
 
 
 def _own_embeddings(model: RewardModel, ids: Sequence[int]) -> Tensor:
-    return model.own_embeddings(torch.tensor(ids, dtype=torch.long, device=model.table.device))
+    """Of reward-vocabulary ids, beside the table."""
+    return model.own_embeddings(torch.tensor(ids, dtype=torch.long)).to(model.table.device)
 
 
 def visible_positions(tokens: Tensor, lengths: Sequence[int], eos_token_id: int, pad_token_id: int) -> Tensor:

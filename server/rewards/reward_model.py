@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.linear import activation_dtype
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
 from server.rewards.attention import EMPTY_PREFIX, Packing, Prefix
@@ -49,10 +50,20 @@ class RewardRows:
 
 
 class RewardModel:
-    """A loaded reward model. `table` (V, D) holds its embeddings by diffusion-model id."""
+    """A loaded reward model. `table` (V, D) holds its embeddings by diffusion-model id.
+
+    The table may be on another device than the model, `table_device`: that of the diffusion model's logits. Embeddings
+    are then mixed there, and they, the rewards and the gradient cross between the devices in `forward`.
+    """
 
     def __init__(
-        self, name: str, network: Any, tokenizer: Tokenizer, vocab_map: VocabMap, info: RewardModelInfo
+        self,
+        name: str,
+        network: Any,
+        tokenizer: Tokenizer,
+        vocab_map: VocabMap,
+        info: RewardModelInfo,
+        table_device: torch.device | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -65,7 +76,8 @@ class RewardModel:
         self.dtype: torch.dtype = self._embed.weight.dtype
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
-        self.table = self._table(vocab_map)
+        self.activation_dtype = self.dtype if self._trunk is None else activation_dtype(self.dtype, self.device)
+        self.table = self._table(vocab_map).to(table_device or self.device)
 
     @property
     def written_out(self) -> bool:
@@ -110,10 +122,11 @@ class RewardModel:
         packing = Packing.of(rows.prefixes, rows.lengths, self.device, capture=True)
         self._check(rows.positions, embeds)
         with torch.no_grad():
+            positions, embeds = self._here(rows.positions, embeds)
             if self._trunk is None:
-                self._hidden(packing, rows.positions, embeds)
+                self._hidden(packing, positions, embeds)
             else:
-                pairs = self._trunk.keys_and_values(packing, rows.positions, embeds)
+                pairs = self._trunk.keys_and_values(packing, positions, embeds)
                 packing.keep((k.transpose(0, 1), v.transpose(0, 1)) for k, v in pairs)
         return tuple(
             packing.captured(row, length, prefix)
@@ -123,18 +136,19 @@ class RewardModel:
     def forward(self, rows: RewardRows, embeds: Tensor) -> Tensor:
         """Rewards (B,) of packed rows, embeds (S, D) in the model's dtype, each read at its row's last token.
 
-        The rewards are in float32, or float64 for a float64 model.
+        The rewards are in float32, or float64 for a float64 model, on the device of `embeds`.
 
         Differentiable with respect to `embeds` alone. ValueError when the shapes do not fit or a row is empty.
         """
         packing = Packing.of(rows.prefixes, rows.lengths, self.device)
         self._check(rows.positions, embeds)
+        positions, x = self._here(rows.positions, embeds)
         if self._trunk is None:
-            last_hidden = self._hidden(packing, rows.positions, embeds).index_select(0, packing.lasts)
+            last_hidden = self._hidden(packing, positions, x).index_select(0, packing.lasts)
         else:
-            last_hidden = self._trunk.last_hidden(packing, rows.positions, embeds)
+            last_hidden = self._trunk.last_hidden(packing, positions, x)
         rewards: Tensor = self._network.score(last_hidden.to(self._reward_dtype))
-        return rewards[:, 0]
+        return rewards[:, 0].to(embeds.device)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) of whole token sequences, each of one token at least; no gradient, order kept.
@@ -168,6 +182,10 @@ class RewardModel:
         rows = RewardRows((prefix,) * len(sequences), lengths, positions.to(self.device))
         return self.forward(rows, self.own_embeddings(ids))
 
+    def _here(self, positions: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Both on the model's device, the embeddings in the dtype that it computes in."""
+        return positions.to(self.device), embeds.to(self.device, self.activation_dtype)
+
     def _check(self, positions: Tensor, embeds: Tensor) -> None:
         if embeds.shape != (len(positions), self.hidden_size):
             raise ValueError(f"embeds {tuple(embeds.shape)} for {len(positions)} positions of {self.hidden_size}")
@@ -177,7 +195,7 @@ class RewardModel:
         output = self._base(
             inputs_embeds=embeds[None],
             attention_mask=None,
-            position_ids=positions[None].to(self.device),
+            position_ids=positions[None],
             use_cache=False,
             packing=packing,
         )
@@ -209,10 +227,12 @@ def load_reward_model(
     dtype: torch.dtype,
     device: torch.device,
     vocab_fallback: VocabFallback = "unk",
+    table_device: torch.device | None = None,
 ) -> RewardModel:
     """Load a reward model (a folder, `owner/name` or `owner/name@revision`) and map its vocabulary.
 
-    `diffusion_vocab_size` is V, the width of the diffusion model's logits. Raises ConfigurationError, whose message
+    `diffusion_vocab_size` is V, the width of the diffusion model's logits; `table_device` is where those are, when not
+    on `device`. Raises ConfigurationError, whose message
     names the reward model and the key, file or setting that is wrong.
     """
     try:
@@ -239,4 +259,4 @@ def load_reward_model(
         vocab_fallback=vocab_fallback,
         dtype=str(dtype).removeprefix("torch."),
     )
-    return RewardModel(name, network, tokenizer, vocab_map, info)
+    return RewardModel(name, network, tokenizer, vocab_map, info, table_device)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import blocks
+from kernels.linear import linear
 from server.rewards.attention import Packing, attend, attend_last
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -102,7 +103,7 @@ class Trunk:
 
     def _normalise(self, norm: Any, x: Tensor) -> Tensor:
         if blocks.runs(x):
-            return blocks.rms_norm(x, norm.weight, self.epsilon)
+            return blocks.rms_norm(x, norm.weight.to(x.dtype), self.epsilon)
         out: Tensor = norm(x)
         return out
 
@@ -117,10 +118,10 @@ class Trunk:
         bias = None if layer.qkv_bias is None else layer.qkv_bias[part]
         heads = 0 if part.start else self.heads
         key_heads = 0 if part.stop else self.key_heads
-        projected = functional.linear(x, layer.qkv[part], bias)
+        projected = linear(x, layer.qkv[part], bias)
         norms = layer.query_norm, layer.key_norm
         if blocks.runs(projected) and self.size <= blocks.MAX_HEAD_SIZE:
-            of_q, of_k = (None if norm is None else norm.weight for norm in norms)
+            of_q, of_k = (None if norm is None else norm.weight.to(x.dtype) for norm in norms)
             return blocks.split_heads(projected, heads, key_heads, of_q, of_k, self.epsilon, *rotation)
         sizes = [count * self.size for count in (heads, key_heads, key_heads)]
         q, k, v = (piece.view(len(x), -1, self.size) for piece in torch.split(projected, sizes, dim=1))
@@ -129,14 +130,14 @@ class Trunk:
 
     def _close(self, layer: _Layer, x: Tensor, mixed: Tensor) -> Tensor:
         """The block behind its attention: output projection, then the MLP, each added to the stream."""
-        x = x + functional.linear(mixed.flatten(1), layer.out, layer.out_bias)
-        wide = functional.linear(self._normalise(layer.mlp_norm, x), layer.gate_up)
+        x = x + linear(mixed.flatten(1), layer.out, layer.out_bias)
+        wide = linear(self._normalise(layer.mlp_norm, x), layer.gate_up)
         if blocks.runs(wide):
             inner = blocks.swiglu(wide)
         else:
             gate, up = wide.chunk(2, dim=-1)
             inner = functional.silu(gate) * up
-        return x + functional.linear(inner, layer.down)
+        return x + linear(inner, layer.down)
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
