@@ -8,6 +8,7 @@ generative AI and ours under `entrgi.`. No span holds text of a prompt, of an an
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SERVICE = "entrgi-server"
+LAST_SPANS_SECONDS = 3.0
 PROBES = ("/health", "/ready", "/ping", "/metrics")
 Attributes = dict[str, str | bool | int | float | list[str]]
 
@@ -54,6 +56,13 @@ def exporting_provider(endpoint: str | None, environment: Mapping[str, str] = os
     provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
+
+
+def send_last_spans(provider: SdkTracerProvider) -> None:
+    """Send what is left and shut the provider down; a collector that does not answer is not waited for."""
+    sending = threading.Thread(target=provider.shutdown, name="last-spans", daemon=True)
+    sending.start()
+    sending.join(LAST_SPANS_SECONDS)
 
 
 def fastapi_config(provider: TracerProvider | None, root_path: str) -> TelemetryConfig:
