@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from server.api.fields import ChatMessage, Prompt
 from server.api.guidance import diffusion_params, guidance_params
 from server.api.schemas import LEAST_TEMPERATURE, ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.engine.scheduler import Cost
 from server.errors import InvalidRequest, UnknownModel, quote
 from server.text.tokenizer import Tokenizer
 from server.types import (
@@ -201,6 +202,9 @@ def _plan(
         )
         for index, context in enumerate(contexts)
     )
+    for job in jobs:
+        # The worker, which knows the reward model's own count, checks again.
+        Cost.of(job, reward_tokens=canvas).check(info.largest)
     return Plan(
         id=identity,
         created=int(now),

@@ -194,6 +194,9 @@ def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat:
             "prompts": limits.max_prompts,
             "trajectories": limits.max_trajectories,
             "score_pairs": limits.max_score_pairs,
+            "canvas_tokens": engine.largest.tokens,
+            "guided_rows": engine.largest.guided_rows,
+            "reward_tokens": engine.largest.reward_tokens,
         },
         algorithms=list(get_args(Algorithm)),
         defaults={

@@ -1,14 +1,15 @@
 """How much memory a denoising step takes, and the budgets that follow from what is free.
 
-The model, upper bounds in bytes; e is the size of an activation, c that of a number in arithmetic (8 for float64, else 4):
+The model, upper bounds in bytes; e is the size of an activation, c of a number in arithmetic (8 for float64, else 4):
 
-* A canvas token in the forward of the diffusion model (no gradients, one block alive at a time) takes
-  e (6 d + 6 H s + 3 Hkv s + 3 m) + c (2 d + 2 H s) with width d, H heads and Hkv key heads of s channels, MLP width m.
+* A canvas token in the forward of the diffusion model (no gradients, so one block's tensors at a time) takes
+  max(e (3 m + 2 d + 2 H s + Hkv s), e (2 d + 5 H s + 3 Hkv s) + 2 c H s) + (e + c) d, the MLP's and the attention's
+  peak, with width d, H heads and Hkv key heads of s channels and MLP width m; and 2 e d until the step ends.
 * A row of logits without guidance takes V (e + c / 2): the logits, and what a draw or a confidence needs of the row.
 * A guided row takes V (e + c f) + 8 c D: the logits, Adam's state and work space, and embeddings of the reward model's
   width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3).
 * A token of its own in a guided pass of a reward model keeps the activations of every block until the backward pass:
-  layers e (5 d + 4 (H + 2 Hkv) s + 2 H s + 4 m) + 8 c d. Where the model does not run as `rewards.trunk` writes it out
+  layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run as `rewards.trunk` writes it out
   the modules keep about twice as much.
 * A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
   trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
@@ -160,18 +161,18 @@ def _sizes(dtype: torch.dtype) -> tuple[int, int]:
 
 def _forward_token(shape: DecoderShape, e: int, c: int) -> float:
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    return e * (6 * shape.hidden + 4 * queries + 3 * keys + 3 * shape.intermediate) + c * (
-        2 * shape.hidden + 2 * queries
-    )
+    mlp = e * (3 * shape.intermediate + 2 * shape.hidden + 2 * queries + keys)
+    attention = e * (2 * shape.hidden + 5 * queries + 3 * keys) + 2 * c * queries
+    return float(max(mlp, attention) + (e + c) * shape.hidden)
 
 
 def _own_token(reward: RewardModel) -> float:
-    shape, (e, c) = reward.shape, _sizes(reward.dtype)
+    shape, (e, c) = reward.shape, _sizes(reward.activation_dtype)
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    block = 5 * shape.hidden + 4 * (queries + 2 * keys) + 2 * queries + 4 * shape.intermediate
+    block = 3 * shape.hidden + 2 * (queries + 2 * keys) + 3 * queries + 2 * shape.intermediate
     return shape.layers * e * block * (1 if reward.written_out else 2) + 8.0 * c * shape.hidden
 
 
 def _cached_token(reward: RewardModel) -> float:
     shape = reward.shape
-    return 2.0 * shape.layers * shape.key_heads * shape.head_size * _sizes(reward.dtype)[0]
+    return 2.0 * shape.layers * shape.key_heads * shape.head_size * _sizes(reward.activation_dtype)[0]

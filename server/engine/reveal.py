@@ -28,6 +28,8 @@ from server.diffusion.sampler import (
 from server.engine.batch import Member
 from server.engine.group import FloatArray, Group, IntArray
 
+FINISH_ROWS = 64  # that are finished at once, whatever share of all rows they are
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -180,12 +182,17 @@ def walk(
 
 
 def _finish(group: Group, state: kernels.Guided, pending: Sequence[kernels.Term], rows: IntArray) -> IntArray:
-    """Make the last update for some rows and draw their tokens, (n,)."""
-    index = torch.from_numpy(rows).to(group.device)
-    finished = state.select(index)
-    kernels.update(finished, [kernels.Term(term.g[index], term.table, term.soft[index]) for term in pending])
-    drawn: IntArray = kernels.draw(finished, group.keys(INNER_FINAL, rows)).cpu().numpy()
-    return drawn
+    """Make the last update for some rows and draw their tokens, (n,). In blocks of at most a quarter of all rows: each
+    block is a copy of its rows' logits and gradients."""
+    block = max(FINISH_ROWS, state.rows // 4)
+    drawn: list[IntArray] = []
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        index = torch.from_numpy(part).to(group.device)
+        finished = state.select(index)
+        kernels.update(finished, [kernels.Term(term.g[index], term.table, term.soft[index]) for term in pending])
+        drawn.append(kernels.draw(finished, group.keys(INNER_FINAL, part)).cpu().numpy())
+    return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
 
 def _known(
