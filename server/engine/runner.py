@@ -194,6 +194,7 @@ class Runner:
         for index, trajectory in list(running.trajectories.items()):
             if running.stopped or self._next_step(trajectory) is None:
                 running.finished[index] = running.trajectories.pop(index)
+                trajectory.reward_contexts.clear()  # memory that the next one may need
                 ticket = self._tickets.pop((job.id, index))
                 self.scheduler.release(ticket)
         if len(running.finished) < job.sampling.best_of:
@@ -305,7 +306,9 @@ class Runner:
             own = lead + job.sampling.max_tokens + len(after)
             passed = max(passed, reward_tokens(model, own, len(before) - lead))
             cached += len(before) - lead
-        return Cost.of(job, reward_tokens=passed, cached_tokens=cached)
+        grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
+        grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
+        return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)
 
     def _contexts(self, job: Job) -> dict[str, RewardContext]:
         """Reward prefixes of a job, computed once for all its trajectories and steps. Only the gradient needs them."""

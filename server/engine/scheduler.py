@@ -24,23 +24,24 @@ __all__ = ["Budget", "Cost", "Scheduler", "Ticket"]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one trajectory of a job takes (see `Budget` for the units), and `cached_tokens`, which the job's
-    trajectories share for as long as it runs."""
+    """What one trajectory of a job takes (see `Budget` for the units). `cached_tokens` are the conversation's, which
+    the job's trajectories share for as long as it runs; `grown_tokens` those of its own answer, cached beside them."""
 
     tokens: int
     guided_rows: int = 0
     logit_rows: int = 0
     reward_tokens: int = 0
     cached_tokens: int = 0
+    grown_tokens: int = 0
 
     @classmethod
-    def of(cls, job: Job, *, reward_tokens: int = 0, cached_tokens: int = 0) -> Cost:
+    def of(cls, job: Job, *, reward_tokens: int = 0, cached_tokens: int = 0, grown_tokens: int = 0) -> Cost:
         """The cost of each trajectory of `job`; what its reward models take must be told."""
         canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         forwards = 2 if job.diffusion.cfg_scale else 1
         rows = job.sampling.max_tokens * forwards
         if job.guidance.uses_gradient:
-            return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens)
+            return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens, grown_tokens)
         return cls(canvas * forwards, 0, rows)
 
     def check(self, largest: Budget) -> None:
@@ -50,7 +51,7 @@ class Cost:
             (self.guided_rows, largest.guided_rows, "guided rows of logits", "max_tokens"),
             (self.logit_rows, largest.logit_rows, "rows of logits", "max_tokens"),
             (self.reward_tokens, largest.reward_tokens, "reward-model tokens", "max_tokens"),
-            (self.cached_tokens, largest.cached_tokens, "cached tokens of the conversation", "messages"),
+            (self.cached_tokens + self.grown_tokens, largest.cached_tokens, "cached reward-model tokens", "messages"),
         ):
             if taken > limit:
                 raise InvalidRequest(
@@ -90,6 +91,7 @@ class Scheduler:
         self._left: dict[str, int] = {}  # trajectories of those that have not left yet
         self._order = 0
         self._tokens = 0
+        self._grown = 0  # cached tokens of running trajectories' own
 
     @property
     def waiting_jobs(self) -> list[Job]:
@@ -116,7 +118,7 @@ class Scheduler:
     def admit(self) -> list[Ticket]:
         """Trajectories that start with the next step, in the order in which their jobs came."""
         tickets: list[Ticket] = []
-        while (entry := self._next()) is not None and self._fits(entry.cost):
+        while (entry := self._next()) is not None and self._fits(entry):
             self._take(entry)
             tickets.append(Ticket(entry.job, entry.next_index))
             entry.next_index += 1
@@ -155,19 +157,23 @@ class Scheduler:
         if not self._waiting:
             return None
         head = self._waiting[0]
-        if head.job.id in self._cached or self._cache_fits(head.cost):
+        if head.job.id in self._cached or not self._cached or self._cache_fits(head.cost, begun=False):
             return head
         return min((entry for entry in self._waiting if entry.job.id in self._cached), default=None)
 
-    def _cache_fits(self, cost: Cost) -> bool:
-        held = sum(self._cached.values())
-        return not cost.cached_tokens or not held or held + cost.cached_tokens <= self.budget.cached_tokens
+    def _cache_fits(self, cost: Cost, *, begun: bool) -> bool:
+        more = cost.grown_tokens + (0 if begun else cost.cached_tokens)
+        held = sum(self._cached.values()) + self._grown
+        return not more or held + more <= self.budget.cached_tokens
 
-    def _fits(self, cost: Cost) -> bool:
+    def _fits(self, entry: _Waiting) -> bool:
         if not self._running:
             return True
-        room = self.budget.tokens - self._tokens
-        return len(self._running) < self.budget.trajectories and cost.tokens <= room
+        return (
+            len(self._running) < self.budget.trajectories
+            and self._tokens + entry.cost.tokens <= self.budget.tokens
+            and self._cache_fits(entry.cost, begun=entry.job.id in self._cached)
+        )
 
     def _take(self, entry: _Waiting) -> None:
         if not entry.next_index:
@@ -175,9 +181,12 @@ class Scheduler:
             self._left[entry.job.id] = entry.job.sampling.best_of
         self._running[entry.job.id, entry.next_index] = entry.cost
         self._tokens += entry.cost.tokens
+        self._grown += entry.cost.grown_tokens
 
     def _give_back(self, job_id: str, index: int) -> None:
-        self._tokens -= self._running.pop((job_id, index)).tokens
+        cost = self._running.pop((job_id, index))
+        self._tokens -= cost.tokens
+        self._grown -= cost.grown_tokens
 
     def _forget(self, job_id: str) -> None:
         self._cached.pop(job_id, None)

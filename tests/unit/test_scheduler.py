@@ -85,6 +85,23 @@ def test_the_cached_conversation_is_paid_once_a_job_until_its_last_trajectory_le
     assert scheduler.drop("b") == 2
 
 
+def test_what_a_trajectory_caches_of_its_own_answer_is_given_back_with_it() -> None:
+    scheduler = Scheduler(Budget(cached_tokens=100))
+    for name in "ab":
+        guided = job(name, method="entrgi", best_of=3)
+        scheduler.add(guided, Cost.of(guided, cached_tokens=20, grown_tokens=30))
+    first, second = scheduler.admit()
+    assert names([first, second]) == ["a0", "a1"]
+    scheduler.release(first)
+    (third,) = scheduler.admit()
+    assert names([third]) == ["a2"]
+    scheduler.release(second)
+    scheduler.release(third)
+    assert names(scheduler.admit()) == ["b0", "b1"]
+    with pytest.raises(InvalidRequest, match="101 cached"):
+        scheduler.add(guided, Cost.of(guided, cached_tokens=70, grown_tokens=31))
+
+
 def test_a_job_that_waits_for_the_cache_lets_those_finish_that_hold_it() -> None:
     """Else both would wait for ever: the urgent job for the cache, its holder for its turn."""
     scheduler = Scheduler(Budget(trajectories=1, cached_tokens=100))
@@ -152,7 +169,8 @@ SPECS = st.lists(
         st.integers(1, 60),  # canvas
         st.integers(1, 5),  # best_of
         st.integers(-1, 1),  # priority
-        st.integers(0, 80),  # cached tokens
+        st.integers(0, 60),  # cached tokens of the conversation
+        st.integers(0, 20),  # and of each answer
         st.integers(1, 6),  # steps that each trajectory takes
     ),
     max_size=30,
@@ -162,7 +180,7 @@ SPECS = st.lists(
 @settings(deadline=None)
 @given(SPECS)
 def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_the_work_before_him(
-    specs: list[tuple[int, int, int, int, int, int]],
+    specs: list[tuple[int, ...]],
 ) -> None:
     budget, largest = Budget(tokens=50, trajectories=5, cached_tokens=50), Budget(tokens=62, cached_tokens=80)
     scheduler = Scheduler(budget, largest)
@@ -176,22 +194,22 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_t
     step = 0
     while running or scheduler.waiting_trajectories or any(at >= step for at in arrivals):
         for index in arrivals.pop(step, []):
-            _, tokens, best_of, priority, cached, _ = specs[index]
+            _, tokens, best_of, priority, cached, grown, _ = specs[index]
             guided = job(str(index), tokens, best_of, "entrgi", priority)
-            scheduler.add(guided, Cost.of(guided, cached_tokens=cached))
+            scheduler.add(guided, Cost.of(guided, cached_tokens=cached, grown_tokens=grown))
             arrived.append(index)
         for ticket in scheduler.admit():
             index = int(ticket.job.id)
             began.setdefault(index, step)
             assert (index, ticket.index) not in running
-            running[index, ticket.index] = (ticket, step + specs[index][5])
+            running[index, ticket.index] = (ticket, step + specs[index][6])
         assert running or not scheduler.waiting_trajectories  # there is always somebody to move on
         costs = [2 + specs[index][1] for index, _ in running]
         assert len(running) <= budget.trajectories
         assert sum(costs) <= budget.tokens or len(costs) == 1
         open_jobs = {i for i in began if sum((i, k) in ended for k in range(specs[i][2])) < specs[i][2]}
-        held = [specs[i][4] for i in open_jobs if specs[i][4]]
-        assert sum(held) <= budget.cached_tokens or len(held) == 1
+        held = sum(specs[i][4] for i in open_jobs) + sum(specs[i][5] for i, _ in running)
+        assert held <= budget.cached_tokens or len(running) <= 1
         step += 1
         for key, (_, end) in list(running.items()):
             if end <= step:
@@ -201,9 +219,9 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_t
     assert scheduler.waiting_trajectories == scheduler.running_trajectories == 0
     for index in arrived:
         # While it waits somebody runs, and only who has priority, came before, or had begun: at most all their steps.
-        at, _, _, priority, _, _ = specs[index]
+        at, _, _, priority, *_ = specs[index]
         ahead = [other for other in arrived if other != index and began[other] <= began[index]]
-        assert began[index] - at <= sum(specs[other][2] * specs[other][5] for other in ahead)
+        assert began[index] - at <= sum(specs[other][2] * specs[other][6] for other in ahead)
         for other in ahead:
             assert not (at <= began[other] < began[index] and specs[other][3] > priority)
         # Within a priority nobody begins before who came earlier.

@@ -1,0 +1,143 @@
+"""Budgets from free memory: what is read from the system, what follows from it, and that it is an upper bound."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.bench.checkpoints import Shape, write_dream, write_llada, write_reward
+from server.engine.config import BudgetSettings, WorkerConfig
+from server.engine.memory import CAPS, Footprint, free_bytes
+from server.engine.service import load
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
+CPU = torch.device("cpu")
+
+
+def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
+    """A file system with 8 GiB available and these control groups."""
+    texts = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n", "proc/self/cgroup": cgroup} | files
+    for name, text in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+STAT = "anon 1\ninactive_file 100\ntotal_inactive_file 200\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        ("0::/\n", {}, 8 << 30),  # no limit anywhere
+        (  # v2: the tightest of the groups above, without what page cache would give up
+            "0::/a/b\n",
+            {
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "500\n",
+                "sys/fs/cgroup/a/b/memory.stat": STAT,
+                "sys/fs/cgroup/a/memory.max": "4000\n",
+                "sys/fs/cgroup/a/memory.current": "1000\n",
+                "sys/fs/cgroup/a/memory.stat": STAT,
+            },
+            4000 - 1000 + 100,
+        ),
+        (  # v1, in a container: the path is the host's, the group's own files are at the mount
+            "5:cpu:/docker/x\n4:memory:/docker/x\n0::/docker/x\n",
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
+                "sys/fs/cgroup/memory/memory.stat": STAT,
+            },
+            3000 - 1000 + 200,
+        ),
+        (  # v1 without a limit
+            "4:memory:/\n",
+            {
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
+                "sys/fs/cgroup/memory/memory.stat": STAT,
+            },
+            8 << 30,
+        ),
+    ],
+)
+def test_free_memory_is_the_least_of_the_machines_and_its_groups(
+    tmp_path: Path, cgroup: str, files: dict[str, str], expected: int
+) -> None:
+    assert free_bytes(CPU, root=machine(tmp_path, cgroup, files)) == expected
+
+
+def test_free_memory_of_this_machine_can_be_had() -> None:
+    assert 0 < free_bytes(CPU) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
+    footprint = Footprint(
+        token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, reward_token=1.3e6, cached_token=1.1e5
+    )
+    before = None
+    for gigabytes in (0, 1, 4, 16, 60, 10_000):
+        shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", rewards=1, context_length=2048)
+        for field in fields(shared):
+            one, all_, cap = (getattr(b, field.name) for b in (shared, largest, CAPS["cuda"]))
+            assert 1 <= one <= min(all_, cap)
+            assert before is None or one >= getattr(before, field.name)
+        if gigabytes > 1:
+            taken = max(
+                shared.tokens * footprint.token,
+                shared.guided_rows * footprint.guided_row + shared.reward_tokens * footprint.reward_token,
+                shared.logit_rows * footprint.logit_row,
+            )
+            kept = shared.cached_tokens * footprint.cached_token + shared.tokens * footprint.hidden
+            assert taken + kept <= 0.8e9 * gigabytes
+        before = shared
+    assert before == CAPS["cuda"]
+
+
+def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_request_may_take() -> None:
+    config = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")})
+    computed = load(config)
+    assert computed.runner.scheduler.budget == CAPS["cpu"]  # so small a model fits in any memory
+    assert computed.info.largest.tokens > CAPS["cpu"].tokens
+    fixed = load(
+        WorkerConfig(
+            config.model,
+            device="cpu",
+            reward_models=config.reward_models,
+            budget=BudgetSettings(tokens=300, guided_rows=40, reward_tokens=90, trajectories=7),
+        )
+    )
+    for budget in (fixed.runner.scheduler.budget, fixed.info.largest):
+        assert (budget.tokens, budget.guided_rows, budget.reward_tokens) == (300, 40, 90)
+    assert fixed.runner.scheduler.budget.trajectories == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's count of resident memory")
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_the_prediction_is_an_upper_bound_of_what_steps_take_and_not_a_loose_one(tmp_path: Path, family: str) -> None:
+    shape = Shape(2048, 192, 3, 6, 576)
+    dlm = (write_dream if family == "dream" else write_llada)(tmp_path / "dlm", shape)
+    rm = write_reward(tmp_path / "rm", Shape(2048, 128, 3, 4, 384))
+    done = subprocess.run(
+        [sys.executable, "-m", "server.bench.memory", str(dlm), str(rm), "--large"],
+        cwd=ROOT,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert len(figures) == 4
+    for figure in figures:
+        assert figure["measured"] <= figure["predicted"], figure
+        assert figure["predicted"] <= 3 * figure["measured"] + figure["fixed"], figure
