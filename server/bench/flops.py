@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 import kernels
-from server.models.dream import DreamConfig
-from server.models.llada import LLaDAConfig
+from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
+from server.types import DecoderShape
 
 Note = Callable[..., Callable[["Flops"], None]]
 """The arguments of a watched call -> what adds its operations up later."""
@@ -41,38 +41,9 @@ class Decoder:
     intermediate: int
 
     @classmethod
-    def of_diffusion(cls, config: DreamConfig | LLaDAConfig) -> Decoder:
-        """Of a Dream or LLaDA network."""
-        if isinstance(config, DreamConfig):
-            return cls(
-                config.hidden_size,
-                config.num_hidden_layers,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                config.intermediate_size,
-            )
-        return cls(
-            config.d_model,
-            config.n_layers,
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-            config.mlp_hidden_size,
-        )
-
-    @classmethod
-    def of_reward(cls, config: Any) -> Decoder:
-        """Of a transformers configuration of Llama's family."""
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            size,
-            config.intermediate_size,
-        )
+    def of(cls, shape: DecoderShape) -> Decoder:
+        """From what a diffusion or reward model says of itself."""
+        return cls(shape.hidden, shape.layers, shape.heads, shape.key_heads, shape.head_size, shape.intermediate)
 
     def queries(self, tokens: int) -> int:
         """Query and output projections and the MLP of one layer: what only tokens that are read later need."""
@@ -185,7 +156,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: Any, reward: RewardModel | None) -> Iterator[Recorder]:
+def recording(model: DiffusionModel, reward: RewardModel | None) -> Iterator[Recorder]:
     """Watch a diffusion model, a reward model and the kernels while a run goes on; `count()` afterwards."""
     recorder = Recorder()
     with ExitStack() as stack:
@@ -194,7 +165,7 @@ def recording(model: Any, reward: RewardModel | None) -> Iterator[Recorder]:
         stack.enter_context(_watched(kernels, "mix", _mix, recorder))
         stack.enter_context(_watched(kernels, "update", _update, recorder))
         if reward is not None:
-            decoder = Decoder.of_reward(reward._network.config)
+            decoder = Decoder.of(reward.shape)
             stack.enter_context(_watched(reward, "forward", _reward_read(decoder), recorder))
             stack.enter_context(_watched(reward, "extend", _reward_extended(decoder), recorder))
         yield recorder
@@ -223,8 +194,8 @@ def _watched(owner: Any, name: str, note: Note, recorder: Recorder) -> Iterator[
             delattr(owner, name)
 
 
-def _diffusion_hidden(model: Any) -> Note:
-    decoder = Decoder.of_diffusion(model.config)
+def _diffusion_hidden(model: DiffusionModel) -> Note:
+    decoder = Decoder.of(model.shape)
 
     def note(tokens: torch.Tensor, layout: Any, rows: torch.Tensor | None = None) -> Callable[[Flops], None]:
         lengths = layout.lengths
@@ -244,7 +215,7 @@ def _diffusion_hidden(model: Any) -> Note:
     return note
 
 
-def _diffusion_head(model: Any) -> Note:
+def _diffusion_head(model: DiffusionModel) -> Note:
     def note(hidden: torch.Tensor) -> Callable[[Flops], None]:
         rows, width = hidden.shape
 

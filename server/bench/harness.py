@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from server.bench.checkpoints import LLADA_126K, write_llada, write_pair
+from server.bench.flops import Flops
 from server.bench.machine import Rate, gemm_rate
 from server.bench.workload import Pair, Run, Workload, load, run_engine
 
@@ -148,14 +149,21 @@ def row(runs: Sequence[Run], rate: Rate, **labels: Any) -> Row:
     return found
 
 
+def counted(run: Run) -> Flops:
+    """The operations of an engine run. ValueError for the plain loop's, which are not counted."""
+    if run.flops is None:
+        raise ValueError("operations are counted for the engine only")
+    return run.flops
+
+
 def utilisation(runs: Iterable[Run], rate: Rate) -> float:
     """Counted operations over what the measured rate would have done in the same wall time; the median."""
-    return median(run.flops.total / run.seconds for run in runs if run.flops is not None) / rate.wall
+    return median(counted(run).total / run.seconds for run in runs) / rate.wall
 
 
 def cpu_utilisation(runs: Iterable[Run], rate: Rate) -> float:
     """The same by CPU time: of the work and of the rate."""
-    return median(run.flops.total / run.cpu_seconds for run in runs if run.flops is not None) / rate.cpu
+    return median(counted(run).total / run.cpu_seconds for run in runs) / rate.cpu
 
 
 def ratio(slower: Sequence[Run], faster: Sequence[Run]) -> float:

@@ -76,7 +76,8 @@ def method(bench: Bench) -> CaseResult:
 
 
 def linear(bench: Bench) -> CaseResult:
-    """Cost by T, M, K, number of prompts, L and prompt length, each with all else fixed."""
+    """Cost by T, M, K, number of prompts, L and prompt length, each with all else fixed. Only the full form runs the
+    plain loop as well."""
     pair = bench.pair()
     base = replace(bench.choose(HEADLINE, SMALL), prompts=2)
     length = base.max_tokens
@@ -92,7 +93,7 @@ def linear(bench: Bench) -> CaseResult:
         "prompt words": {n: replace(base, prompt_words=n) for n in ((12, 50, 100) if few else (12, 50, 100, 200))},
     }
     points = {f"{name} = {x}": (x, work) for name, works in sweeps.items() for x, work in works.items()}
-    rows, rate, runs = swept(bench, pair, points, "linear")
+    rows, rate, runs = swept(bench, pair, points, "linear", with_plain=not bench.quick)
     figures = []
     for name, works in sweeps.items():
         seconds = [least(runs[f"{name} = {x}"]) for x in works]
@@ -162,9 +163,9 @@ def prefix_share(bench: Bench) -> CaseResult:
 
 
 def swept(
-    bench: Bench, pair: Pair, points: dict[str, tuple[Any, Workload]], title: str
+    bench: Bench, pair: Pair, points: dict[str, tuple[Any, Workload]], title: str, *, with_plain: bool = True
 ) -> tuple[list[Row], Rate, dict[str, list[Run]]]:
-    """Every point by the engine in turn, and once, for its first trajectory, by the plain loop."""
+    """Every point by the engine in turn, and once, for its first trajectory, by the plain loop (if wanted)."""
     warm_up(pair, next(iter(points.values()))[1])
     before = bench.rate(pair.dtype)
     repetitions = min(bench.repetitions, 2)
@@ -172,17 +173,19 @@ def swept(
         {name: engine(pair, work) for name, (_, work) in points.items()}, title=title, repetitions=repetitions
     )
     loops = bench.in_turn(
-        {name: plain(pair, work, first_trajectory) for name, (_, work) in points.items()},
+        {name: plain(pair, work, first_trajectory) for name, (_, work) in points.items() if with_plain},
         title=f"{title}: plain loop",
         repetitions=1,
     )
     rate = before.max(bench.rate(pair.dtype))
-    rows = [against_plain(runs[name], loops[name], rate, variant=name, x=x) for name, (x, _) in points.items()]
+    rows = [against_plain(runs[name], loops.get(name), rate, variant=name, x=x) for name, (x, _) in points.items()]
     return rows, rate, runs
 
 
-def against_plain(runs: Sequence[Run], loop: Sequence[Run], rate: Rate, **labels: Any) -> Row:
+def against_plain(runs: Sequence[Run], loop: Sequence[Run] | None, rate: Rate, **labels: Any) -> Row:
     """An engine row with the plain loop's rate, how many times it is, and the share of equal trajectories."""
+    if loop is None:
+        return row(runs, rate, **labels)
     return row(runs, rate, **labels) | {
         "plain_tokens_per_s": loop[0].tokens_per_s,
         "times_plain": ratio(loop, runs),
