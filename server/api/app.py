@@ -10,14 +10,13 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
-from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import errors, openapi, openapi_served, ops, rewards, routes, telemetry
 from server.api.chunks import ChatCompletionChunk, CompletionChunk
 from server.api.convert import Limits
 from server.api.frontend import Frontend, StreamTimes
-from server.api.middleware import ALWAYS_OPEN, Guard, LimitBody, Observe
+from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
 from server.api.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -138,11 +137,11 @@ def create_app(
     )
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id", "traceparent", "tracestate"],
+            expose_headers=["X-Request-Id", "Retry-After", "x-should-retry"],
         )
     app.add_middleware(Observe, root_path=settings.root_path)
     return app

@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, unexpected
@@ -150,6 +152,18 @@ def _kept(key: str) -> bytes:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refused preflights in the error envelope like everything else."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to an OPTIONS request of a browser."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return error_response(InvalidRequest(bytes(response.body).decode()), kept)
 
 
 class LimitBody:

@@ -108,14 +108,26 @@ async def test_prompts_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 async def test_cors() -> None:
     origin = {"Origin": "https://app.example"}
-    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = "authorization, content-type, traceparent, x-request-id"
+    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
     async with open_client(make(api_key=KEYS, cors_origins=["https://app.example"])) as client:
         response = await client.options("/v1/completions", headers=preflight)
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "https://app.example"
+        assert "authorization" in response.headers["access-control-allow-headers"].lower()
+        for wrong in ({"Access-Control-Request-Method": "DELETE"}, {"Access-Control-Request-Headers": "x-evil"}):
+            check_envelope(await client.options("/v1/completions", headers={**preflight, **wrong}), 400)
+        elsewhere = await client.options("/v1/completions", headers={**preflight, "Origin": "https://evil.example"})
+        assert elsewhere.status_code == 400
+        assert "access-control-allow-origin" not in elsewhere.headers
         refused = await client.get("/v1/models", headers=origin)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        assert "access-control-allow-credentials" not in refused.headers
+        key = {**origin, "Authorization": f"Bearer {KEYS[0]}"}
+        answer = await client.post("/v1/completions", json={"prompt": "Hi"}, headers=key)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        assert {"X-Request-Id", "Retry-After"} <= set(answer.headers["access-control-expose-headers"].split(", "))
         other = await client.get("/health", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
     async with open_client(make()) as client:
