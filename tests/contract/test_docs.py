@@ -44,6 +44,8 @@ def test_the_promised_targets_exist() -> None:
         "bench-kernels",
         "gpu-check",
         "conformance",
+        "faults",
+        "soak",
         "clean",
         "help",
     } <= TARGETS
