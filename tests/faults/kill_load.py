@@ -106,7 +106,7 @@ class Load:
     async def learn(self) -> None:
         """Get the right answers from an undisturbed server, as many at a time as there will be clients."""
         gate = asyncio.Semaphore(self.clients)
-        async with client(self.server, timeout=300) as http:
+        async with client(self.server, timeout=900) as http:
 
             async def one(case: Case) -> Any:
                 async with gate:
@@ -131,7 +131,7 @@ class Load:
 
     async def _client(self, number: int) -> None:
         generator = random.Random(f"{self.seed}/{number}")
-        async with client(self.server, timeout=300) as http:
+        async with client(self.server, timeout=900) as http:
             while not self._stopped:
                 index = generator.randrange(len(self.cases))
                 self.sent += 1
