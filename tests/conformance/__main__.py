@@ -8,6 +8,7 @@ status 0 when every client passed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from server.demo import bundled_model_path
 from tests.conformance.environments import BUILD, FOLDER, python_of
@@ -69,7 +70,7 @@ def main() -> int:
         for client in clients:
             task = progress.add_task(client.name, total=None)
 
-            def tell(row: Row, task=task) -> None:  # type: ignore[no-untyped-def]
+            def tell(row: Row, task: TaskID = task) -> None:
                 progress.update(task, total=row.expected or None, completed=len(row.checks))
 
             rows.append(outcome(client, tell))
@@ -148,15 +149,22 @@ def _run(
     ):
 
         def end() -> None:
-            late.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
-        timer = threading.Timer(client.seconds, end)
+        def too_late() -> None:
+            late.set()
+            end()
+
+        timer = threading.Timer(client.seconds, too_late)
         timer.start()
         try:
             for said in process.stdout or ():
                 _hear(said, row)
                 tell(row)
+        except BaseException:  # a keyboard interrupt does not reach the client's process group
+            end()
+            raise
         finally:
             timer.cancel()
     if late.is_set():
