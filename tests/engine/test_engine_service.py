@@ -10,6 +10,7 @@ import torch
 
 from server.engine.config import WorkerConfig
 from server.engine.out_of_memory import is_out_of_memory
+from server.engine.savings import Savings
 from server.engine.service import load, resolve_device, resolve_dtype
 from server.errors import ConfigurationError
 
@@ -35,6 +36,12 @@ def test_reward_models_keep_their_order_and_names() -> None:
     assert {info.vocab_fallback for info in service.info.reward_models} == {"zero"}
 
 
+def test_savings_are_turned_off_by_name() -> None:
+    assert load(CONFIG).runner.savings == Savings()
+    service = load(replace(CONFIG, disable_savings=("skip_empty_steps", "head_on_masked_rows")))
+    assert service.runner.savings == replace(Savings(), skip_empty_steps=False, head_on_masked_rows=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -47,6 +54,7 @@ def test_reward_models_keep_their_order_and_names() -> None:
         ({"device": "cuda:99"}, "device"),
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"max_model_len": 0}, "max_model_len"),
+        ({"disable_savings": ("skip_nothing",)}, "disable_savings"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, object], key: str) -> None:
