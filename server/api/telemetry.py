@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+PROTOCOL = "http/protobuf"
 SERVICE = "entrgi-server"
 LAST_SPANS_SECONDS = 3.0
 PROBES = ("/health", "/ready", "/ping", "/metrics")
@@ -36,11 +38,16 @@ Attributes = dict[str, str | bool | int | float | list[str]]
 def exporting_provider(endpoint: str | None, environment: Mapping[str, str] = os.environ) -> SdkTracerProvider | None:
     """Sends spans to `endpoint` (a collector's base URL, OTLP over HTTP), or to where OpenTelemetry's own variables
     say; None when neither names a collector. Nothing of the SDK is imported in that case. The caller shuts it down.
-    Raises ConfigurationError when the SDK is not installed."""
+    Raises ConfigurationError when the SDK is not installed or another protocol is asked for."""
     if endpoint is None and not any(environment.get(name) for name in ENDPOINT_VARIABLES):
         return None
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
         return None
+    for name in PROTOCOL_VARIABLES:
+        if environment.get(name, PROTOCOL) != PROTOCOL:
+            raise ConfigurationError(
+                f"{name}: traces are sent by {PROTOCOL}, usually to port 4318, and by nothing else"
+            )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource

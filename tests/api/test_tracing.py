@@ -144,6 +144,7 @@ async def test_nothing_is_traced_unless_configured() -> None:
     assert exporting_provider(None, {}) is None
     assert exporting_provider(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}) is None
     assert exporting_provider("http://127.0.0.1:1", {"OTEL_SDK_DISABLED": "true"}) is None
+    assert exporting_provider("http://127.0.0.1:1", {"OTEL_TRACES_EXPORTER": "none"}) is None
     async with open_client(make(ScriptedEngine(at_once))) as client:
         assert (await client.post("/v1/completions", json={"prompt": "Hi"}, headers=TRACEPARENT)).status_code == 200
 
@@ -161,6 +162,12 @@ def test_a_missing_sdk_is_refused_by_the_settings_name(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     with pytest.raises(ConfigurationError, match=r"^otlp_endpoint: .*requirements-otel\.lock"):
         exporting_provider("http://127.0.0.1:4318", {})
+
+
+def test_another_protocol_is_refused() -> None:
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        with pytest.raises(ConfigurationError, match=f"^{name}: "):
+            exporting_provider("http://127.0.0.1:4317", {name: "grpc"})
 
 
 # -- over the wire -----------------------------------------------------------------------------------------------
