@@ -23,7 +23,7 @@ from server.engine.runner import Runner
 from server.engine.savings import Savings
 from server.engine.scoring import Scorer
 from server.errors import ConfigurationError, quote
-from server.models.acceleration import Acceleration, accelerate
+from server.models.acceleration import Acceleration, accelerate, choose_attention
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
@@ -145,6 +145,9 @@ def load(config: WorkerConfig) -> LoadedService:
         )
         for name, path in config.reward_models.items()
     }
+    for reward in reward_models.values():
+        where = reward.device, reward.activation_dtype, reward.shape.head_size
+        reward.attention_backend = choose_attention(config.attention_backend, *where)
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)

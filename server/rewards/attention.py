@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from server.errors import ConfigurationError
+from server.rewards.varlen import VarlenRows
 
 IntArray = NDArray[np.int64]
 
@@ -91,7 +92,8 @@ class Packing:
     `gather` (P,) holds the packed index of every place, a row's last one repeated over the places past its end, and
     `order` (S,) the place of every packed token; both None when places and packed tokens are the same. `lasts` (B,) is
     the packed index of each row's last token, `by_group` (B,) the rows in the groups' order and `by_row` its inverse;
-    these two None when the orders are the same. With `capture`, each layer's own keys and values, (Hkv, S, d), are kept
+    these two None when the orders are the same. With `varlen` one kernel takes all rows and there are no groups. With
+    `capture`, each layer's own keys and values, (Hkv, S, d), are kept
     there.
     """
 
@@ -103,6 +105,7 @@ class Packing:
     by_row: Tensor | None
     capture: list[tuple[Tensor, Tensor]] | None = None
     starts: tuple[int, ...] = field(default=())
+    varlen: VarlenRows | None = None
 
     @classmethod
     def of(
@@ -112,13 +115,19 @@ class Packing:
         device: torch.device,
         *,
         capture: bool = False,
+        backend: str = "sdpa",
     ) -> Packing:
-        """Packing of B rows of `lengths` own tokens. ValueError for an empty row or none, or unequal numbers."""
+        """Packing of B rows of `lengths` own tokens, for a backend that `kernels.varlen.choose` gave. ValueError for
+        an empty row or none, or unequal numbers."""
         if len(prefixes) != len(lengths) or not lengths or min(lengths) < 1:
             raise ValueError(f"{len(prefixes)} prefixes for rows of {list(lengths)} tokens")
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
+        if backend != "sdpa":
+            lasts = (torch.tensor(starts[1:]) - 1).to(device, non_blocking=True)
+            together = VarlenRows.of(prefixes, lengths, device, backend)
+            return cls((), None, None, lasts, None, None, [] if capture else None, tuple(starts[:-1]), together)
         members: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):
             members.setdefault(id(prefix) if prefix.length else 0, []).append(row)
@@ -252,6 +261,8 @@ def attend(
     packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 ) -> Tensor:
     """Causal attention of packed rows behind their prefixes, (S, H, d): query (S, H, d), key and value (S, Hkv, d)."""
+    if packing.varlen is not None:
+        return packing.varlen.attend(layer, query, key, value, scale, last=False)
     q, k, v = query, key, value
     if packing.gather is not None:
         q, k, v = (x.index_select(0, packing.gather) for x in (q, k, v))
@@ -264,6 +275,8 @@ def attend_last(
     packing: Packing, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 ) -> Tensor:
     """The same for each row's last token alone: query (B, H, d), key and value (S, Hkv, d) -> (B, H, d)."""
+    if packing.varlen is not None:
+        return packing.varlen.attend(layer, query, key, value, scale, last=True)
     k, v = key, value
     if packing.gather is not None:
         k, v = (x.index_select(0, packing.gather) for x in (k, v))

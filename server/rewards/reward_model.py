@@ -77,6 +77,7 @@ class RewardModel:
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
         self.activation_dtype = self.dtype if self._trunk is None else activation_dtype(self.dtype, self.device)
+        self.attention_backend = "sdpa"  # as `kernels.varlen.choose` gives it
         self.table = self._table(vocab_map).to(table_device or self.device)
 
     @property
@@ -119,7 +120,7 @@ class RewardModel:
         Exact: a row over the longer prefix reads the same reward. It is for tokens that will not change any more.
         A prefix's `length` counts its tokens; with gaps in the positions the next one is the caller's to know.
         """
-        packing = Packing.of(rows.prefixes, rows.lengths, self.device, capture=True)
+        packing = Packing.of(rows.prefixes, rows.lengths, self.device, capture=True, backend=self.attention_backend)
         self._check(rows.positions, embeds)
         with torch.no_grad():
             positions, embeds = self._here(rows.positions, embeds)
@@ -140,7 +141,7 @@ class RewardModel:
 
         Differentiable with respect to `embeds` alone. ValueError when the shapes do not fit or a row is empty.
         """
-        packing = Packing.of(rows.prefixes, rows.lengths, self.device)
+        packing = Packing.of(rows.prefixes, rows.lengths, self.device, backend=self.attention_backend)
         self._check(rows.positions, embeds)
         positions, x = self._here(rows.positions, embeds)
         if self._trunk is None:

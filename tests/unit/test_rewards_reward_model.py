@@ -103,10 +103,12 @@ def exact_norms(network: Any) -> None:
             norm.forward = types.MethodType(forward, norm)
 
 
-@pytest.fixture(scope="session")
-def pair(checkpoint: Path) -> tuple[RewardModel, Any]:
-    """Ours and stock transformers' in float64, both with exact norms."""
+@pytest.fixture(scope="session", params=["sdpa", "reference"])
+def pair(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[RewardModel, Any]:
+    """Ours and stock transformers' in float64, both with exact norms; ours with rows in groups, and as one
+    variable-length attention by its specification."""
     ours, stock = load(checkpoint), load_stock(checkpoint)
+    ours.attention_backend = request.param
     exact_norms(ours._network)
     exact_norms(stock)
     return ours, stock

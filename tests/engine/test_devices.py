@@ -1,0 +1,211 @@
+"""Devices: which one the reward models are on, and, where there is a GPU, the same work on it in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.varlen import unavailable
+from server.demo import bundled_model_path, bundled_reward_models
+from server.engine.config import WorkerConfig
+from server.engine.messages import Finished
+from server.engine.service import load, resolve_reward_device
+from server.errors import ConfigurationError
+from server.models.acceleration import Acceleration, accelerate
+from server.models.dream import DreamConfig, DreamModel
+from server.models.graphs import GraphedTrunk
+from server.models.loading import load_diffusion_model
+from server.models.packing import PackedLayout
+from server.models.padding import shape_of
+from server.rewards.reward_model import RewardRows, load_reward_model
+from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
+CONFIG = WorkerConfig(
+    str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")}, vocab_fallback="zero"
+)
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def gpu(test: Any) -> Any:
+    for mark in on_gpu:
+        test = mark(test)
+    return test
+
+
+# -- on any machine ---------------------------------------------------------------------------------------------------
+
+
+def test_reward_models_are_where_the_diffusion_model_is_unless_named() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_reward_device(None, cpu) == cpu
+    assert resolve_reward_device("cpu", cpu) == cpu
+    with pytest.raises(ConfigurationError, match="reward_device: 'toaster' cannot be used"):
+        resolve_reward_device("toaster", cpu)
+    with pytest.raises(ConfigurationError, match="reward_device: 'cuda:99'"):
+        resolve_reward_device("cuda:99", cpu)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"reward_device": "cuda:99"}, "reward_device"),
+        ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here"),
+        ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
+    ],
+)
+def test_what_this_device_cannot_do_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigurationError, match=key):
+        load(replace(CONFIG, **changes))
+
+
+def test_the_table_is_with_the_logits_and_everything_else_with_the_model() -> None:
+    """`meta` stands for the other device: what is computed there has a shape and no values."""
+    diffusion = load_diffusion_model(GOLDEN / "dlm", dtype=torch.float64)
+    model = load_reward_model(
+        "rm", GOLDEN / "rm", diffusion_tokenizer=diffusion.tokenizer,
+        diffusion_vocab_size=diffusion.model.vocab_size, dtype=torch.float64, device=torch.device("cpu"),
+        vocab_fallback="zero", table_device=torch.device("meta"),
+    )  # fmt: skip
+    assert model.table.shape == (diffusion.model.vocab_size, model.hidden_size)
+    assert (model.table.device.type, model.device.type) == ("meta", "cpu")
+    prefix = model.prefill([5, 6, 7])
+    assert {key.device.type for key in prefix.keys} == {"cpu"}
+    # On the way out only: nothing that is on `meta` can come back.
+    rows = RewardRows((prefix,), (2,), torch.tensor([3, 4]))
+    assert model.forward(rows, model.own_embeddings(torch.tensor([8, 9]))).device.type == "cpu"
+
+
+def rewarded(config: WorkerConfig) -> JobResult:
+    """A guided job on a service of its own."""
+    service = load(config)
+    conversation = (Message("user", "Hello there"),)
+    job = Job(
+        id="one",
+        prompt_ids=tuple(service.runner.loaded.tokenizer.render_chat(conversation)),
+        sampling=SamplingParams(max_tokens=12, best_of=3, seed=5, temperature=0.7),
+        diffusion=DiffusionParams(steps=12),
+        guidance=GuidanceParams("entrgi", (WeightedReward("rm"),)),
+        conversation=conversation,
+    )
+    service.runner.add(job, 0.0)
+    while service.runner.has_work:
+        for event in service.runner.step():
+            if isinstance(event, Finished):
+                return event.result
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_weights_on_a_cpu_cost_no_accuracy(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The bundled weights are stored in bfloat16: kept so, with arithmetic in float32, they give what they give when
+    they are widened at loading."""
+    monkeypatch.setattr("kernels.linear.has_bfloat16_products", lambda: False)
+    rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
+    config = replace(CONFIG, model=str(bundled_model_path()), reward_models=rewards)
+    narrow, wide = (rewarded(replace(config, dtype=each)) for each in (dtype, "float32"))
+    for a, b in zip(narrow.trajectories, wide.trajectories, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.reward == pytest.approx(b.reward, abs=1e-4)
+
+
+# -- with a GPU -------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("rewards", ["cuda", "cpu"])
+def test_the_gpu_gives_the_tokens_of_the_cpu(rewards: str) -> None:
+    """In float64, with the reward models beside the diffusion model and on another device."""
+    expected = rewarded(CONFIG)
+    got = rewarded(replace(CONFIG, device="cuda", reward_device=rewards))
+    for a, b in zip(got.trajectories, expected.trajectories, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.reward == pytest.approx(b.reward, abs=1e-9)
+
+
+@pytest.fixture
+def dream() -> DreamModel:
+    """Random weights with heads of 64 channels, in bfloat16 on the GPU."""
+    config = DreamConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, mask_token_id=0,
+    )  # fmt: skip
+    model = DreamModel(config)
+    model.initialise(seed=1)
+    return model.requires_grad_(False).eval().to("cuda", torch.bfloat16)
+
+
+def batches(device: str) -> Iterator[tuple[torch.Tensor, PackedLayout, torch.Tensor]]:
+    """Ragged batches, some of them in one bucket."""
+    generator = torch.Generator().manual_seed(3)
+    for lengths in ([20], [21, 9], [22, 8], [20, 20, 20], [70, 3, 90, 11], [71, 2, 88, 12], [20]):
+        tokens = torch.randint(0, 1000, (sum(lengths),), generator=generator).to(device)
+        rows = torch.arange(0, sum(lengths), 2).to(device)
+        yield tokens, PackedLayout.of(lengths, device), rows
+
+
+def test_the_batches_below_fall_into_four_buckets() -> None:
+    assert len({shape_of(layout, len(rows)) for _, layout, rows in batches("cpu")}) == 4
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["auto", "varlen", "flash", "sdpa"])
+@pytest.mark.parametrize("way", ["plain", "compile", "cuda_graphs", "both"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_every_way_to_run_the_trunk_gives_the_same_states(dream: DreamModel, way: str, backend: str) -> None:
+    exact = DreamModel(dream.config)
+    exact.load_state_dict({name: weight.cpu() for name, weight in dream.state_dict().items()})
+    exact.double()
+    options = Acceleration(backend, compile=way in ("compile", "both"), cuda_graphs=way in ("cuda_graphs", "both"))
+    if backend == "flash" and (reason := unavailable("flash", dream.device, dream.dtype, 64)):
+        pytest.skip(reason)
+    if backend == "sdpa" and way != "plain":
+        with pytest.raises(ConfigurationError, match="needs the attention backend varlen or flash"):
+            accelerate(dream, options, 2048)
+        return
+    accelerate(dream, options, 2048)
+    for tokens, layout, rows in batches("cuda"):
+        got = dream.hidden(tokens, layout, rows).double().cpu()
+        expected = exact.hidden(tokens.cpu(), PackedLayout.of(layout.lengths), rows.cpu())
+        assert (got - expected).norm() <= 0.02 * expected.norm()
+    if options.cuda_graphs:
+        assert isinstance(dream.trunk, GraphedTrunk)
+        assert dream.trunk.graphs == 5  # the four buckets and that of the trial run
+
+
+@gpu
+@torch.no_grad()
+def test_graphs_are_bounded_and_what_they_return_stays(dream: DreamModel) -> None:
+    accelerate(dream, Acceleration(), 2048)
+    plain = [dream.hidden(*batch) for batch in batches("cuda")]
+    dream.trunk = graphed = GraphedTrunk(dream.backbone.forward, most_tokens=64, most_graphs=2)
+    kept = [dream.hidden(*batch) for batch in batches("cuda")]
+    assert graphed.graphs == 2
+    for got, expected in zip(kept, plain, strict=True):
+        assert (got.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
+
+
+@gpu
+@torch.no_grad()
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_forward_never_waits_for_the_device(dream: DreamModel, graphs: bool) -> None:
+    accelerate(dream, Acceleration("varlen", cuda_graphs=graphs), 2048)
+    prepared = list(batches("cuda"))
+    for batch in prepared:
+        dream.masked_logits(*batch)  # tables, workspaces, recordings
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for tokens, layout, rows in prepared:
+            dream.masked_logits(tokens, PackedLayout.of(layout.lengths, "cuda"), rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
