@@ -108,7 +108,7 @@ def linear(rows: Rows) -> Figure:
             flat = max(row["x"] for row in mine) / 4
             _line(axes, x[x <= flat], seconds[x <= flat])
             axes.axvline(flat, color=GREY, ls=":", lw=1)
-            axes.annotate("T = L", (flat, 0), xytext=(3, 6), textcoords="offset points", color="#666666")
+            axes.annotate("T = L", (flat, 0), xytext=(4, 40), textcoords="offset points", color="#666666")
         elif sweep not in ("L", "prompt words"):
             _line(axes, x, seconds)
         else:
@@ -165,8 +165,7 @@ def method(rows: Rows) -> Figure:
         axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
     axes.set_xticks(places, [row["variant"] for row in rows])
     axes.grid(axis="x", visible=False)
-    axes.set(ylabel="tokens/s", title="Throughput by method", yscale="log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set(ylabel="tokens/s", title="Throughput by method")
     axes.margins(y=0.12)
     axes.legend()
     return figure
