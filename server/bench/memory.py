@@ -50,10 +50,10 @@ CASES = (
 )
 
 LARGE_CASES = (
-    Case("forward", 64, 440, 1, 0),
-    Case("unguided rows", 256, 8, 64, 0),
-    Case("guided", 64, 40, 64, 3),
-    Case("guided, M = 5, long conversation", 16, 1200, 32, 5),
+    Case("forward", 32, 440, 1, 0),
+    Case("unguided rows", 128, 8, 64, 0),
+    Case("guided", 32, 40, 64, 3),
+    Case("guided, M = 4, long conversation", 8, 800, 16, 4),
 )
 """For small models: what they take must stand out from what a process takes anyway."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kernels
 from kernels.random import INNER_FINAL
+from kernels.transfer import upload
 from server.diffusion.schedule import Step
 from server.engine.batch import Batch, Member, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
@@ -23,6 +24,7 @@ from server.engine.memory import reward_tokens
 from server.engine.microbatch import Limits
 from server.engine.reveal import Choice, base_confidence, choose, confidence, walk, walks
 from server.engine.savings import Savings
+from server.engine.scheduler import Cost
 from server.engine.stats import RunnerStats
 from server.guidance.prefixes import RewardContext, grow
 from server.guidance.steer import Objective, Steered, Timings, steer
@@ -103,7 +105,7 @@ class Denoiser:
         seconds = _Seconds()
         parts, lost = self.forwards.run(
             trajectories,
-            [(len(t.job.prompt_ids) + len(t.tokens) + len(t.job.suffix_ids),) for t, _ in trajectories],
+            [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories],
             lambda part: self._decide(part, contexts, reward_models, seconds),
         )
         revealed: list[Revealed] = []
@@ -156,7 +158,7 @@ class Denoiser:
 
         def plain(rows: IntArray) -> Tensor:
             whole = len(rows) == len(kept) and bool((rows == np.arange(len(rows))).all())
-            return head(kept if whole else kept[torch.from_numpy(rows).to(self.device)])
+            return head(kept if whole else kept[upload(torch.from_numpy(rows), self.device)])
 
         def logits_of(rows: IntArray) -> Tensor:
             """With classifier-free guidance applied: b + (s + 1) (c - b), in place."""
@@ -165,8 +167,8 @@ class Denoiser:
                 return plain(rows)
             twins = np.flatnonzero(blind >= 0)
             logits = plain(np.concatenate([rows, blind[twins]]))
-            where = torch.from_numpy(twins).to(self.device)
-            scale = torch.from_numpy(batch.cfg_scale[rows[twins]]).to(self.device, logits.dtype)[:, None]
+            where = upload(torch.from_numpy(twins), self.device)
+            scale = upload(torch.from_numpy(batch.cfg_scale[rows[twins]]), self.device, logits.dtype)[:, None]
             without = logits[len(rows) :]
             return logits[: len(rows)].index_copy_(
                 0, where, logits[where].sub_(without).mul_(scale.add_(1.0)).add_(without)
@@ -187,7 +189,7 @@ class Denoiser:
         rows, places = np.unique(group.rows(), return_inverse=True)
         phi_0 = logits_of(rows)
         if len(rows) < len(places) or not (places == np.arange(len(places))).all():
-            phi_0 = phi_0[torch.from_numpy(places).to(self.device)]
+            phi_0 = phi_0[upload(torch.from_numpy(places), self.device)]
         seconds.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         base = state.stats  # of the unguided, unfiltered distribution
@@ -205,7 +207,7 @@ class Denoiser:
         if lazy:
             choices = walk(group, candidates, state, steered.pending, ranking.cpu().numpy(), eos)
         else:
-            subset = None if candidates is None else torch.from_numpy(candidates).to(self.device)
+            subset = None if candidates is None else upload(torch.from_numpy(candidates), self.device)
             tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
             ranked = confidence(group, state, ranking, tokens, subset)
             uniforms = group.ranking_uniforms(candidates)
@@ -238,7 +240,7 @@ class Denoiser:
                 Objective(
                     reward_models[name],
                     self._contexts(name, group, contexts, reward_models[name], seconds),
-                    torch.tensor(weights, dtype=torch.float64).to(self.device),
+                    upload(torch.tensor(weights, dtype=torch.float64), self.device),
                 )
             )
         return steer(

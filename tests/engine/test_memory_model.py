@@ -125,9 +125,9 @@ def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_requ
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's count of resident memory")
 @pytest.mark.parametrize("family", ["dream", "llada"])
 def test_the_prediction_is_an_upper_bound_of_what_steps_take_and_not_a_loose_one(tmp_path: Path, family: str) -> None:
-    shape = Shape(2048, 192, 3, 6, 576)
+    shape = Shape(2048, 192, 2, 6, 576)
     dlm = (write_dream if family == "dream" else write_llada)(tmp_path / "dlm", shape)
-    rm = write_reward(tmp_path / "rm", Shape(2048, 128, 3, 4, 384))
+    rm = write_reward(tmp_path / "rm", Shape(2048, 128, 2, 4, 384))
     done = subprocess.run(
         [sys.executable, "-m", "server.bench.memory", str(dlm), str(rm), "--large"],
         cwd=ROOT,
