@@ -9,7 +9,7 @@ from typing import Any
 
 from clients.quality.intervals import Interval
 from clients.quality.report import markdown_table, text_table
-from clients.quality.shortcuts import Row
+from clients.quality.shortcuts import EXACT, Row
 
 HEADER = (
     "option",
@@ -86,41 +86,37 @@ def write(folder: Path, reward_model: str, rows: Sequence[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"shortcuts-{reward_model}"
     table = markdown_table(HEADER, [cells(row) for row in rows])
-    (folder / f"{stem}.md").write_text(f"{table}\n\n![Reward against time]({stem}.svg)\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(f"{table}\n\n![Costs and gains by option]({stem}.svg)\n", encoding="utf-8")
     document = json.dumps(shortcuts_json(reward_model, rows))
     (folder / f"{stem}.json").write_text(document + "\n", encoding="utf-8")
     draw(reward_model, rows, folder / f"{stem}.svg")
 
 
 def draw(reward_model: str, rows: Sequence[Row], file: Path) -> None:
-    """Changes of Top@1 and of the judge's nats a token, against time. The ending of `file` is the format."""
+    """A line an option: time and counted calls, changes of Top@1 and of the judge's nats a token. The ending of `file`
+    is the format."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 1, figsize=(9, 10), sharex=True, layout="constrained")
-    for axes, name, label in (
-        (panels[0], "top_change", f"Top@1 under {reward_model}, change to exact"),
-        (panels[1], "nll_change", "SmolLM2 nats a token, change to exact (lower: more fluent)"),
-    ):
-        for row in rows:
-            change: Interval = getattr(row, name)
-            colour, (ratio, low, high) = COLOURS[row.option.kind], row.time
-            axes.errorbar(
-                ratio,
-                change.mean,
-                xerr=[[ratio - low], [high - ratio]],
-                yerr=change.half,
-                fmt="o",
-                color=colour,
-                elinewidth=0.7,
-                alpha=0.85,
-            )
-            axes.annotate(
-                row.option.name, (ratio, change.mean), (4, 4), textcoords="offset points", fontsize=7, color=colour
-            )
-        axes.axhline(0, color="#bbbbbb", linewidth=0.8)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25)
-    panels[1].set_xlabel("time of a round of requests, exact = 1")
-    panels[0].set_xlim(left=0)
+    exact = next(row for row in rows if row.option.name == EXACT)
+    figure, (gains, rewards, fluency) = plt.subplots(
+        1, 3, figsize=(13, 0.8 + 0.3 * len(rows)), sharey=True, layout="constrained"
+    )
+    for y, row in enumerate(rows):
+        colour, (ratio, low, high) = COLOURS[row.option.kind], row.time
+        style = {"fmt": "o", "markersize": 4, "color": colour, "elinewidth": 1.0}
+        gains.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], **style)
+        gains.plot(row.model_calls / exact.model_calls, y - 0.2, "|", color=colour)
+        gains.plot(row.reward_calls / exact.reward_calls, y - 0.2, "x", markersize=4, color=colour)
+        for axes, change in ((rewards, row.top_change), (fluency, row.nll_change)):
+            axes.errorbar(change.mean, y, xerr=change.half, **style)
+    gains.set_yticks(range(len(rows)), [row.option.name for row in rows])
+    gains.invert_yaxis()
+    gains.set_xlim(0, 1.6)
+    gains.set_xlabel("dot: time, bar: model calls, cross: reward calls")
+    rewards.set_xlabel(f"Top@1 under {reward_model}, change to exact")
+    fluency.set_xlabel("SmolLM2 nats a token, change (right: less fluent)")
+    for axes, reference in ((gains, 1), (rewards, 0), (fluency, 0)):
+        axes.axvline(reference, color="#bbbbbb", linewidth=0.8, zorder=0)
+        axes.grid(axis="x", alpha=0.25)
     figure.savefig(file)
     plt.close(figure)
