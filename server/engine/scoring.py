@@ -1,7 +1,7 @@
 """Rewards of given texts, between denoising steps: the worker's side of `/v1/score` and `/v1/rerank`.
 
-Items of all waiting requests for one reward model are packed together, a bounded number of tokens a step, so
-a long list of documents does not hold up the jobs that are being denoised.
+Items of all waiting requests for one reward model are packed together, a bounded number of tokens a step, and read
+only then, so a long list of documents does not hold up the jobs that are being denoised.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from server.engine.messages import Event, Score, Scored
+from server.engine.messages import Event, Failed, Score, Scored
 from server.errors import InvalidRequest, quote
 from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids
+from server.types import Message
 
 
 @dataclass(slots=True)
@@ -25,12 +26,14 @@ class _Request:
     tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Item:
     request: _Request
     index: int
     reward_model: str
-    token_ids: list[int]
+    conversation: tuple[Message, ...]
+    response: str
+    token_ids: list[int] | None = None  # once it has been read
 
 
 class Scorer:
@@ -50,26 +53,17 @@ class Scorer:
         return bool(self._items or self._empty)
 
     def add(self, request: Score) -> None:
-        """Queue a request. Raises InvalidRequest for an unknown reward model or an item that it cannot
-        hold."""
-        model = self._reward_models.get(request.reward_model)
-        if model is None:
+        """Queue a request. Raises InvalidRequest for an unknown reward model; an item that it cannot hold fails the
+        request in the step that would read it."""
+        if request.reward_model not in self._reward_models:
             names = ", ".join(sorted(self._reward_models)) or "none"
             raise InvalidRequest(f"reward model {quote(request.reward_model)} is not loaded; loaded: {names}", "model")
         pending = _Request(request.id, [None] * len(request.items))
-        items = []
-        for index, (conversation, response) in enumerate(request.items):
-            token_ids = conversation_ids(model.tokenizer, conversation, response)
-            if len(token_ids) > model.info.context_length:
-                raise InvalidRequest(
-                    f"item {index} takes {len(token_ids)} tokens; the context of the reward model is "
-                    f"{model.info.context_length}",
-                    "documents",
-                )
-            pending.tokens += len(token_ids)
-            items.append(_Item(pending, index, request.reward_model, token_ids))
-        self._items.extend(items)
-        if not items:
+        self._items.extend(
+            _Item(pending, index, request.reward_model, conversation, response)
+            for index, (conversation, response) in enumerate(request.items)
+        )
+        if not request.items:
             self._empty.append(request.id)
 
     def cancel(self, request_id: str) -> bool:
@@ -92,9 +86,11 @@ class Scorer:
         self._empty = []
         if not self._items:
             return events
-        self._in_step = self._pack()
+        events += self._pack()
+        if not self._in_step:
+            return events
         model = self._reward_models[self._in_step[0].reward_model]
-        rewards = model.score([item.token_ids for item in self._in_step]).tolist()
+        rewards = model.score([item.token_ids or [] for item in self._in_step]).tolist()
         touched: dict[str, _Request] = {}
         for item, reward in zip(self._in_step, rewards, strict=True):
             item.request.scores[item.index] = float(reward)
@@ -106,13 +102,38 @@ class Scorer:
                 events.append(Scored(request.id, scores, request.tokens))
         return events
 
-    def _pack(self) -> list[_Item]:
-        """The next items for one reward model, up to `step_tokens` tokens."""
-        pack = [self._items.popleft()]
-        tokens = len(pack[0].token_ids)
-        while self._items and self._items[0].reward_model == pack[0].reward_model:
-            tokens += len(self._items[0].token_ids)
-            if tokens > self._step_tokens:
+    def _pack(self) -> list[Event]:
+        """Move the next items for one reward model into the step, up to `step_tokens` tokens. A request with an item
+        that cannot be scored leaves; its failure is returned."""
+        failures: list[Event] = []
+        tokens = 0
+        while self._items and (not self._in_step or self._items[0].reward_model == self._in_step[0].reward_model):
+            item = self._items.popleft()
+            self._in_step.append(item)
+            try:
+                length = self._read(item)
+            except InvalidRequest as error:
+                failures.append(Failed(item.request.id, error.kind, error.message, error.param))
+                self._in_step = [each for each in self._in_step if each.request is not item.request]
+                self.cancel(item.request.id)
+                continue
+            if len(self._in_step) > 1 and tokens + length > self._step_tokens:
+                self._items.appendleft(self._in_step.pop())
                 break
-            pack.append(self._items.popleft())
-        return pack
+            tokens += length
+        return failures
+
+    def _read(self, item: _Item) -> int:
+        """Tokenise an item unless that has been done; returns its length. Raises InvalidRequest."""
+        if item.token_ids is None:
+            model = self._reward_models[item.reward_model]
+            token_ids = conversation_ids(model.tokenizer, item.conversation, item.response)
+            if len(token_ids) > model.info.context_length:
+                raise InvalidRequest(
+                    f"item {item.index} takes {len(token_ids)} tokens; the context of the reward model is "
+                    f"{model.info.context_length}",
+                    "documents",
+                )
+            item.token_ids = token_ids
+            item.request.tokens += len(token_ids)
+        return len(item.token_ids)

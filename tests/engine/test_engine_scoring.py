@@ -1,0 +1,112 @@
+"""Scores between denoising steps: the reward model's own values, a bounded part of the texts in each step, and failures
+that touch nobody else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.messages import Event, Failed, Score, Scored
+from server.engine.scoring import Scorer
+from server.errors import InvalidRequest
+from server.rewards.reward_model import RewardModel, load_reward_model
+from server.text.tokenizer import Tokenizer
+from server.types import Message
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+QUESTION = (Message("user", "Is it good?"),)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, RewardModel]:
+    tokenizer = Tokenizer.load(GOLDEN / "dream-tiny" / "dlm")
+    return {
+        name: load_reward_model(
+            name,
+            str(GOLDEN / folder / "rm"),
+            diffusion_tokenizer=tokenizer,
+            diffusion_vocab_size=tokenizer.vocab_size,
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+        for name, folder in (("one", "dream-tiny"), ("other", "llada-tiny"))
+    }
+
+
+def run(scorer: Scorer) -> tuple[dict[str, Event], int]:
+    """The answer of each request, and the steps taken."""
+    answers: dict[str, Event] = {}
+    steps = 0
+    while scorer.has_work:
+        steps += 1
+        for event in scorer.step():
+            assert isinstance(event, Scored | Failed)
+            identity = event.id if isinstance(event, Scored) else event.job_id
+            assert identity not in answers
+            answers[identity] = event
+    return answers, steps
+
+
+def request(identity: str, *responses: str, model: str = "one") -> Score:
+    return Score(identity, model, [(QUESTION, response) for response in responses])
+
+
+def test_scores_are_the_models_whatever_the_packs(models: dict[str, RewardModel]) -> None:
+    responses = {"a": ["Yes.", "No. " * 9, ""], "b": ["Perhaps."], "c": [], "d": ["It is."] * 5}
+    for step_tokens, expected_steps in ((1, 9), (10_000, 2)):  # one item a step; one step a model
+        scorer = Scorer(models, step_tokens)
+        for index, (identity, texts) in enumerate(responses.items()):
+            scorer.add(request(identity, *texts, model=("one", "other")[index % 2]))
+        answers, steps = run(scorer)
+        for index, (identity, texts) in enumerate(responses.items()):
+            answer, model = answers[identity], models[("one", "other")[index % 2]]
+            assert isinstance(answer, Scored)
+            assert answer.scores == pytest.approx([model.score_text(QUESTION, text) for text in texts], abs=1e-9)
+            assert (answer.tokens > 0) == bool(texts)
+        assert steps == expected_steps
+
+
+def test_an_item_that_is_too_long_fails_its_request_alone(models: dict[str, RewardModel]) -> None:
+    too_long = "word " * 3000
+    for step_tokens in (1, 10_000):
+        scorer = Scorer(models, step_tokens)
+        scorer.add(request("before", "Yes."))
+        scorer.add(request("bad", "Yes.", too_long, "No.", too_long))
+        scorer.add(request("after", "No."))
+        answers, _ = run(scorer)
+        failed = answers["bad"]
+        assert isinstance(failed, Failed)
+        assert (failed.kind, failed.param) == ("invalid_request", "documents")
+        assert "item 1 takes" in failed.message
+        for identity, text in (("before", "Yes."), ("after", "No.")):
+            answer = answers[identity]
+            assert isinstance(answer, Scored)
+            assert answer.scores == pytest.approx([models["one"].score_text(QUESTION, text)], abs=1e-9)
+
+
+def test_only_the_items_of_a_step_are_read(models: dict[str, RewardModel]) -> None:
+    """A list that fills many steps is tokenised in as many parts: one behind that cannot be read is not reached."""
+    scorer = Scorer(models, step_tokens=100)
+    scorer.add(request("long", *["Yes."] * 50, "word " * 3000))
+    assert scorer.step() == []
+    assert scorer.has_work
+    assert scorer.cancel("long")
+    assert not scorer.has_work
+
+
+def test_an_unknown_reward_model_is_refused_at_once(models: dict[str, RewardModel]) -> None:
+    with pytest.raises(InvalidRequest, match="is not loaded"):
+        Scorer(models, 100).add(request("a", "Yes.", model="none"))
+
+
+def test_a_step_that_breaks_takes_only_its_own_requests_along(models: dict[str, RewardModel]) -> None:
+    scorer = Scorer(models, step_tokens=1)
+    scorer.add(Score("broken", "one", [((None,), "Yes.")]))  # type: ignore[list-item]
+    scorer.add(request("good", "Yes."))
+    with pytest.raises(AttributeError):
+        scorer.step()
+    assert scorer.abort_running() == ["broken"]
+    answers, _ = run(scorer)
+    assert set(answers) == {"good"}
