@@ -188,6 +188,48 @@ def test_only_the_jobs_that_memory_cannot_hold_fail(
     assert runner.stats.out_of_memory == 2
 
 
+class Scarce:
+    """A reward model whose conversations and final scores run out of memory when told to."""
+
+    def __init__(self, model: RewardModel, fails: Callable[[str, int], bool]) -> None:
+        self.model, self.fails = model, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def prefill(self, ids: Sequence[int]) -> Any:
+        if self.fails("prefill", len(ids)):
+            torch.empty(2**60, dtype=torch.uint8)
+        return self.model.prefill(ids)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        if self.fails("score", len(sequences)):
+            torch.empty(2**60, dtype=torch.uint8)
+        return self.model.score(sequences)
+
+
+def test_final_rewards_are_read_one_by_one_when_memory_is_short(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
+) -> None:
+    scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "score" and size > 1)
+    runner = Runner(loaded, {"rm": scarce})
+    assert answers(runner, jobs(loaded)[:3]) == ({f"job-{index}": expected[f"job-{index}"] for index in range(3)}, {})
+    assert runner.stats.out_of_memory == 2  # of the two jobs with several guided answers
+
+
+def test_a_conversation_that_memory_cannot_hold_fails_alone(
+    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
+) -> None:
+    longest = len(loaded.tokenizer.render_chat(jobs(loaded)[1].conversation))
+    scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "prefill" and size > 2 * longest)
+    long = (Message("user", "Hello " * 40),)
+    big = replace(jobs(loaded)[1], id="big", conversation=long)
+    runner = Runner(loaded, {"rm": scarce})
+    finished, failed = answers(runner, [big, *jobs(loaded)[:3]])
+    assert finished == {f"job-{index}": expected[f"job-{index}"] for index in range(3)}
+    assert {name: event.kind for name, event in failed.items()} == {"big": "out_of_memory"}
+
+
 def test_an_error_that_is_not_about_memory_passes(
     loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]
 ) -> None:
