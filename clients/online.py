@@ -39,6 +39,8 @@ from clients.processes import engine, served, write_models
 
 Row = dict[str, Any]
 CASES = ("closed", "open", "overhead")
+ONLY_JSON = {"method", "in_flight", "share", "rate"}
+"""Keys of a row that its table leaves out: its name says the same."""
 METHODS: tuple[Method, ...] = ("none", "entrgi")
 
 
@@ -174,7 +176,11 @@ def show(cases: list[Row]) -> None:
     """A table a case, and one of the figures."""
     console = Console(width=200, highlight=False)
     for case in cases:
-        columns = list(dict.fromkeys(key for each in case["rows"] for key in each if key not in ("method",)))
+        columns = [
+            key
+            for key in dict.fromkeys(key for each in case["rows"] for key in each)
+            if key not in ONLY_JSON and not key.endswith("_p99")
+        ]
         table = Table(*(column.replace("_", " ") for column in columns), title=case["case"], title_justify="left")
         for each in case["rows"]:
             table.add_row(*(_cell(each.get(column, "")) for column in columns))

@@ -194,7 +194,7 @@ def closed(rows: Rows) -> Figure:
 
 
 def opened(rows: Rows) -> Figure:
-    """Over HTTP: percentiles against the rate of arrivals."""
+    """Over HTTP: percentiles against the rate of arrivals, as a share of what the closed loop got done."""
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (key, title) in zip(
@@ -204,8 +204,10 @@ def opened(rows: Rows) -> Figure:
             mine = [row for row in rows if row["method"] == name and f"{key}_p50" in row]
             for quantile, style in QUANTILES.items():
                 seconds = [row[f"{key}_{quantile}"] for row in mine]
-                axes.plot([row["rate"] for row in mine], seconds, style, color=colour, label=f"{name}, {quantile}")
-        axes.set(xlabel="arrivals per second", ylabel="seconds", title=title, ylim=(0, None), xlim=(0, None))
+                axes.plot(
+                    [100 * row["share"] for row in mine], seconds, style, color=colour, label=f"{name}, {quantile}"
+                )
+        axes.set(xlabel="arrivals, % of the closed loop's throughput", ylabel="seconds", title=title, ylim=(0, None))
     panels[1].legend()
     return figure
 
