@@ -47,8 +47,9 @@ bench-online: $(DEV) ## Measure a server over HTTP: throughput, latencies by arr
 bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)
 	$(PY) -m kernels.bench $(ARGS)
 
-gpu-check: $(DEV) ## On a GPU: every kernel test on the device, the benchmark, and a report in build/
+gpu-check: $(DEV) ## On a GPU: every test that needs one, the kernels' and the models' benchmarks, and reports in build/
 	$(PY) -m kernels.gpu_check $(ARGS)
+	$(PY) -m server.bench.gpu_check $(ARGS)
 
 conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
 	$(PY) -m tests.conformance $(ARGS)

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     attention_backend: Literal["auto", "varlen", "flash", "sdpa"] = Field(
         "auto", description="attention over packed sequences: torch's varlen kernel, flash-attn's, or one a length"
     )
-    compile: bool = Field(False, description="torch.compile of the diffusion model's blocks, half a minute at start")
+    compile: bool = Field(False, description="torch.compile of the diffusion model's blocks; a minute or more at start")
     cuda_graphs: bool = Field(False, description="CUDA graphs of the diffusion model's blocks, for small batches")
     max_model_len: int | None = Field(None, ge=1, description="lower the context length to this many tokens")
     vocab_fallback: Literal["unk", "zero"] = Field(
