@@ -177,7 +177,7 @@ SPECS = st.lists(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(SPECS)
 def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_the_work_before_him(
     specs: list[tuple[int, ...]],
@@ -209,7 +209,9 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_t
         assert sum(costs) <= budget.tokens or len(costs) == 1
         open_jobs = {i for i in began if sum((i, k) in ended for k in range(specs[i][2])) < specs[i][2]}
         held = sum(specs[i][4] for i in open_jobs) + sum(specs[i][5] for i, _ in running)
-        assert held <= budget.cached_tokens or len(running) <= 1
+        # Above the budget is only who began when nothing ran; what caches nothing more may join him.
+        caching = [key for key in running if specs[key[0]][5] or (not key[1] and specs[key[0]][4])]
+        assert held <= budget.cached_tokens or len(caching) <= 1
         step += 1
         for key, (_, end) in list(running.items()):
             if end <= step:
