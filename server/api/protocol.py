@@ -27,6 +27,7 @@ from server.errors import HeadersTooLarge, InvalidRequest, RequestError, Request
 MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
 MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
 LOOKS = 4  # at a peer that reads nothing, before it is given up
+LINGER_SECONDS = 1.0  # between the last word and the end of a connection
 GRACE_SECONDS = 2.0  # in which the application may answer by itself a body that does not arrive
 
 
@@ -52,6 +53,7 @@ class Connection(H11Protocol):
         self._unread_bytes = 0  # at the last look
         self._stuck_looks = 0
         self._resumed = False  # writing, since the last look
+        self._lingering = False  # what still arrives is thrown away
 
     # -- uvicorn's hooks -----------------------------------------------------------------------------------------
 
@@ -70,8 +72,10 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse, and see to the clocks."""
+        if self._lingering:
+            return
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._lingering:
             return
         self._watch_arrival()
         if self.conn.their_state is h11.DONE and self.flow.read_paused:
@@ -157,9 +161,23 @@ class Connection(H11Protocol):
             response = h11.Response(status_code=error.status, headers=list(fields.items()), reason=b"")
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+            if self.cycle is not None:  # the application may be about to answer, too; to it the client has gone
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self._linger()
+            return
+        self.transport.close()
+
+    def _linger(self) -> None:
+        """Close, but not at once: a peer that still sends would get a reset, and might lose the answer with it."""
+        if not self.transport.can_write_eof():  # TLS
             self.transport.close()
             return
-        self.transport.abort()
+        self._lingering = True
+        self.transport.write_eof()
+        if self._arrival is not None:
+            self._arrival.cancel()
+        self._arrival = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
 def connection_class(receive_seconds: float, stalled_seconds: float) -> type[Connection]:

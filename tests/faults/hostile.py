@@ -95,6 +95,8 @@ def requests() -> Iterator[Hostile]:
     yield Hostile("a misspelt coding", post(b"", "Transfer-Encoding: xchunked", length=False), (400, 501), True)
     yield Hostile("a chunk that is no number", post(b"", "Transfer-Encoding: chunked", length=False) + b"zz\r\n",
                   (400,), closes=True)  # fmt: skip
+    nowhere = post(b"", "Transfer-Encoding: chunked", path="/nowhere", length=False)
+    yield Hostile("the same where there is no route", nowhere + b"zz\r\n", (400, 404), closes=True)
     yield Hostile("a space before the colon", get("X-Request-Id : a"), (400,), closes=True)
     yield Hostile("a folded length", post(GOOD, f"Content-Length:\r\n {len(GOOD)}", length=False), (200, 400))
     yield Hostile("no host", b"GET /version HTTP/1.1\r\n\r\n", (400,), closes=True)

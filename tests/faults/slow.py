@@ -43,6 +43,7 @@ FLAGS = ("--receive-seconds", str(LIMIT_SECONDS), "--stalled-client-seconds", st
 CUT_SECONDS = 4 * LIMIT_SECONDS
 LAST_SECONDS = 60.0  # for an answer that is still being made
 MEMORY_MB = 100.0  # unread answers of all slow readers at once; each holds at most its own
+BEYOND_THE_KERNEL_MB = 200.0  # the same of a few larger ones
 
 
 async def connect(server: Server, small_window: bool = False) -> socket.socket:
@@ -87,7 +88,7 @@ def _status(received: bytes) -> int:
     return int(match[1]) if match else 0
 
 
-async def sip(server: Server, request: bytes, bytes_a_second: int) -> tuple[float, str]:
+async def sip(server: Server, request: bytes, bytes_a_second: int, patience: float = CUT_SECONDS) -> tuple[float, str]:
     """Ask, read that slowly for a while, then see what is left. Returns when it was over (infinity: the server held
     on), and how: cut (a reset), or ended (the server had written everything, and the kernel held it)."""
     loop = asyncio.get_running_loop()
@@ -95,7 +96,7 @@ async def sip(server: Server, request: bytes, bytes_a_second: int) -> tuple[floa
     began = time.monotonic()
     try:
         await loop.sock_sendall(sock, request)
-        while time.monotonic() - began < CUT_SECONDS:
+        while time.monotonic() - began < patience:
             await asyncio.sleep(1.0)
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 return time.monotonic() - began, "cut"
@@ -134,7 +135,7 @@ async def memory_watched(server: Server) -> AsyncIterator[list[float]]:
 
 async def part(
     verdict: Verdict, server: Server, name: str, clients: int, one: Callable[[], Awaitable[tuple[float, Any]]],
-    allowed: set[Any],
+    allowed: set[Any], memory_mb: float = MEMORY_MB,
 ) -> None:  # fmt: skip
     """So many clients of a kind at once, beside one that behaves."""
     bystander = Bystander(server)
@@ -161,7 +162,7 @@ async def part(
     }
     kept = slowest < math.inf and {end for _, end in outcomes} <= allowed
     verdict.promise(f"{name}: all cut or served", kept, f"{ends} within {slowest:.1f} s")
-    verdict.promise(f"{name}: memory bounded", grown <= MEMORY_MB, f"{grown:+.1f} MB at most")
+    verdict.promise(f"{name}: memory bounded", grown <= memory_mb, f"{grown:+.1f} MB at most")
     verdict.promise(f"{name}: descriptors and slots back", after.front_fds <= before.front_fds and idle <= 10,
                     f"{before.front_fds} -> {after.front_fds}, idle after {idle:.1f} s")  # fmt: skip
     verdict.promise(f"{name}: others got right answers", bystander.answers > 0 and not bystander.wrong,
@@ -209,7 +210,10 @@ async def run(server: Server, clients: int) -> int:
     length = {"max_tokens": 256, "diffusion": {"steps": 64}, "ignore_eos": True}
     stream = hostile.post(json.dumps(chat(2, stream=True, stream_canvas=True, **length)).encode(),
                           path="/v1/chat/completions")  # fmt: skip
-    large = hostile.post(json.dumps({"prompt": "word " * 50_000, "return_token_strs": True}).encode(), path="/tokenize")
+    large, larger = (
+        hostile.post(json.dumps({"prompt": "word " * words, "return_token_strs": True}).encode(), path="/tokenize")
+        for words in (50_000, 250_000)
+    )
     verdict = Verdict("slow")
     print("senders", file=sys.stderr)
     await part(verdict, server, "headers byte by byte", clients, lambda: dribble(server, head[:20]), {408})
@@ -223,6 +227,11 @@ async def run(server: Server, clients: int) -> int:
     await part(verdict, server, "streams, a byte a second", readers, lambda: sip(server, stream, 1), ends)
     await part(verdict, server, "large answers, nothing read", readers, lambda: sip(server, large, 0), ends)
     await part(verdict, server, "large answers, a byte a second", readers, lambda: sip(server, large, 1), ends)
+    # More than the kernel takes, so that the server itself has to give up. The answers are made one after the other.
+    few = max(clients // 10, 1)
+    patience = few * CUT_SECONDS
+    await part(verdict, server, "answers beyond the kernel's buffers", few, lambda: sip(server, larger, 0, patience),
+               {"cut"}, BEYOND_THE_KERNEL_MB)  # fmt: skip
     await table(verdict, server)
     verdict.promise("no error logged", not server.errors_logged(), server.errors_logged()[:1])
     return verdict.close()
