@@ -25,6 +25,7 @@ from tests.faults.harness import (
     parser,
     seconds_until_idle,
     served,
+    tenths,
 )
 from tests.faults.mutations import mutant
 
@@ -98,8 +99,8 @@ async def run(server: Server, requests: int, at_once: int, seed: int, first: int
         "kinds": dict(sorted(fuzz.kinds.items())),
         "outcomes": dict(sorted(fuzz.outcomes.items())),
         "known_requests": known.answers,
-        "front_mb": [round(front[len(front) // 4], 1), round(front[-1], 1)],
-        "worker_mb": [round(worker[len(worker) // 4], 1), round(worker[-1], 1)],
+        "front_mb": tenths(front),
+        "worker_mb": tenths(worker),
         "growth_percent": {name: round(percent, 2) for name, percent in growth.items()},
         "idle_after_seconds": round(idle, 2),
         "failed": fuzz.failed[:20],

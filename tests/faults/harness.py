@@ -299,6 +299,12 @@ def growth_percent(samples: Sequence[float], warm_up: float = 0.25, window: floa
     return 100 * (statistics.median(last) / statistics.median(first) - 1)
 
 
+def tenths(values: Sequence[float]) -> list[float]:
+    """Means of ten equal parts."""
+    size = max(1, len(values) // 10)
+    return [round(sum(part) / len(part), 1) for i in range(10) if (part := values[i * size : (i + 1) * size])]
+
+
 class Verdict:
     """Promises and figures, as they are found."""
 

@@ -36,6 +36,7 @@ from tests.faults.harness import (
     percentile,
     seconds_until_idle,
     served,
+    tenths,
 )
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -269,12 +270,6 @@ async def run(server: Server, minutes: float, users: int, seed: int, samples_fil
     verdict.promise("gauges back to 0 within 10 s", idle <= 10, f"{idle:.1f} s")
     verdict.promise("no error logged", not server.errors_logged(), len(server.errors_logged()))
     return verdict.close()
-
-
-def tenths(values: list[float]) -> list[float]:
-    """Means of ten equal parts."""
-    size = max(1, len(values) // 10)
-    return [round(sum(part) / len(part), 1) for i in range(10) if (part := values[i * size : (i + 1) * size])]
 
 
 def write_samples(path: Path, samples: list[tuple[float, Usage]]) -> None:
