@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.transfer import upload
+
 log = logging.getLogger(__name__)
 
 BACKENDS = ("varlen", "flash", "sdpa")
@@ -45,7 +47,7 @@ class Spans:
         if len(queries) != len(keys) or not queries or any(k < max(q, 1) for q, k in zip(queries, keys, strict=True)):
             raise ValueError(f"queries {list(queries)} for keys {list(keys)}")
         cu_q, cu_k = (
-            torch.cat((torch.zeros(1, dtype=torch.int32), torch.tensor(x).cumsum(0).int())).to(device)
+            upload(torch.cat((torch.zeros(1, dtype=torch.int32), torch.tensor(x).cumsum(0).int())), device)
             for x in (queries, keys)
         )
         return cls(cu_q, cu_k, max(queries), max(keys))

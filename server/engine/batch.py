@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.transfer import upload
 from server.diffusion.schedule import Step, adapted, plan
 from server.guidance.prefixes import RewardContext
 from server.models.packing import PackedLayout
@@ -163,9 +164,9 @@ def pack(
         next_blind += len(canvas.rows)
     return Batch(
         members=members,
-        tokens=torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences])).to(device),
+        tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences])), device),
         layout=PackedLayout.of(tuple(lengths), device),
-        rows=torch.from_numpy(rows.astype(np.int64)).to(device),
+        rows=upload(torch.from_numpy(rows.astype(np.int64)), device),
         count=count,
         blind=blind,
         cfg_scale=np.concatenate([np.full(len(canvas.rows), canvas.cfg_scale) for canvas in ordered]),

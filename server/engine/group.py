@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
+from kernels.transfer import upload
 from server.engine.batch import Batch, Member
 from server.guidance.steer import Responses
 
@@ -56,7 +57,7 @@ class Group:
         vocab_size = logits.shape[-1]
 
         def column(values: Sequence[float | int | bool], kind: torch.dtype) -> Tensor:
-            return torch.from_numpy(self.repeat(values)).to(self.device, kind)
+            return upload(torch.from_numpy(self.repeat(values)), self.device, kind)
 
         return kernels.RowParams(
             tau=column([s.temperature or 1.0 for s in sampling], dtype),
@@ -80,7 +81,7 @@ class Group:
         ]
         if subset is not None:
             columns = [column[subset] for column in columns]
-        return row_keys(*(torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns))
+        return row_keys(*(upload(torch.from_numpy(column.astype(np.int64)), self.device) for column in columns))
 
     def ranking_uniforms(self, candidates: IntArray | None) -> FloatArray | None:
         """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them."""
@@ -104,9 +105,9 @@ class Group:
             first_row += len(member.positions)
         return Responses(
             lengths=tuple(len(response) for response in tokens),
-            committed=torch.from_numpy(np.concatenate(tokens)).to(self.device),
-            row=torch.from_numpy(row).to(self.device),
-            owner=torch.from_numpy(self.repeat(range(len(self.members)))).to(self.device),
+            committed=upload(torch.from_numpy(np.concatenate(tokens)), self.device),
+            row=upload(torch.from_numpy(row), self.device),
+            owner=upload(torch.from_numpy(self.repeat(range(len(self.members)))), self.device),
         )
 
 

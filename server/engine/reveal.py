@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kernels
 from kernels.random import INNER_FINAL
+from kernels.transfer import upload
 from server.diffusion.sampler import (
     adaptive_count,
     rank,
@@ -188,7 +189,7 @@ def _finish(group: Group, state: kernels.Guided, pending: Sequence[kernels.Term]
     drawn: list[IntArray] = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
-        index = torch.from_numpy(part).to(group.device)
+        index = upload(torch.from_numpy(part), group.device)
         finished = state.select(index)
         kernels.update(finished, [kernels.Term(term.g[index], term.table, term.soft[index]) for term in pending])
         drawn.append(kernels.draw(finished, group.keys(INNER_FINAL, part)).cpu().numpy())

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import varlen
+from kernels.transfer import upload
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one packing."""
@@ -63,8 +64,7 @@ class PackedLayout:
         starts = ends - sizes
         positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(sizes)
         cu_seqlens = torch.cat((starts, ends[-1:])).to(torch.int32)
-        # From ordinary memory a copy to the device may return early: CUDA has taken the data by then.
-        positions, starts, cu_seqlens = (x.to(device, non_blocking=True) for x in (positions, starts, cu_seqlens))
+        positions, starts, cu_seqlens = (upload(x, device) for x in (positions, starts, cu_seqlens))
         return cls(tuple(lengths), positions, starts, cu_seqlens, runs_of(lengths), max(lengths))
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.transfer import upload
 from server.models.packing import PackedLayout
 
 LEAST = 16
@@ -50,7 +51,7 @@ def pad(tokens: Tensor, layout: PackedLayout, rows: Tensor, shape: Shape) -> tup
     lengths = (*layout.lengths, *[shape.longest] * whole, *[rest] * bool(rest))
     padded = PackedLayout.of(lengths, layout.positions.device)
     empty = torch.full((shape.sequences - len(lengths),), shape.tokens, dtype=torch.int32)
-    cu_seqlens = torch.cat((padded.cu_seqlens, empty.to(padded.cu_seqlens.device, non_blocking=True)))
+    cu_seqlens = torch.cat((padded.cu_seqlens, upload(empty, padded.cu_seqlens.device)))
     return (
         functional.pad(tokens, (0, surplus)),
         replace(padded, cu_seqlens=cu_seqlens, max_length=shape.longest),

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.rewards.varlen import VarlenRows
 
@@ -125,7 +126,7 @@ class Packing:
         for length in lengths:
             starts.append(starts[-1] + length)
         if backend != "sdpa":
-            lasts = (torch.tensor(starts[1:]) - 1).to(device, non_blocking=True)
+            lasts = upload(torch.tensor(starts[1:]) - 1, device)
             together = VarlenRows.of(prefixes, lengths, device, backend)
             return cls((), None, None, lasts, None, None, [] if capture else None, tuple(starts[:-1]), together)
         members: dict[int, list[int]] = {}

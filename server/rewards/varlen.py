@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import varlen
+from kernels.transfer import upload
 
 IntArray = NDArray[np.int64]
 
@@ -81,7 +82,7 @@ class VarlenRows:
         return cls(
             backend,
             tuple(links),
-            torch.from_numpy(np.concatenate(gather)).to(device, non_blocking=True),
+            upload(torch.from_numpy(np.concatenate(gather)), device),
             varlen.Spans.of(lengths, keys, device),
             varlen.Spans.of([1] * len(keys), keys, device),
         )
