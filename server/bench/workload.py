@@ -12,6 +12,7 @@ import torch
 
 from server.bench.flops import Flops, recording
 from server.bench.machine import Stopwatch
+from server.engine.allocator import keep_large_blocks
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
 from server.engine.savings import Savings
@@ -173,6 +174,8 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
     """Load a pair for the engine and, through stock transformers, for the plain loop."""
     from transformers import AutoModelForSequenceClassification
 
+    if device.type == "cpu":
+        keep_large_blocks()  # as the worker does
     loaded = load_diffusion_model(str(dlm), dtype=dtype, device=device)
     reward, plain = None, {}
     if rm is not None:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 import kernels
 from kernels.linear import activation_dtype
 from server.engine import memory
+from server.engine.allocator import keep_large_blocks
 from server.engine.config import WorkerConfig
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
@@ -125,6 +126,8 @@ def load(config: WorkerConfig) -> LoadedService:
     device = resolve_device(config.device, config.rank)
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_large_blocks()
     reward_device = resolve_reward_device(config.reward_device, device, config.rank)
     dtype = resolve_dtype(config.dtype, device)
     _note_slow_products(dtype, device)
