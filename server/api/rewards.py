@@ -148,7 +148,7 @@ async def rerank(request: Request) -> Response:
 
 @router.post(
     "/tokenize",
-    responses=success(TokenizeResponse, "Token ids") | errors(400, 404, 413, 415, 503),
+    responses=success(TokenizeResponse, "Token ids") | errors(*STATUSES),
     openapi_extra=documented_body(TokenizeRequest),
 )
 async def tokenize(request: Request) -> Response:
@@ -182,7 +182,7 @@ def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_stri
 
 @router.post(
     "/detokenize",
-    responses=success(DetokenizeResponse, "Text") | errors(400, 404, 413, 415, 503),
+    responses=success(DetokenizeResponse, "Text") | errors(*STATUSES),
     openapi_extra=documented_body(DetokenizeRequest),
 )
 async def detokenize(request: Request) -> Response:
