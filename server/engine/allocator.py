@@ -1,7 +1,7 @@
 """How the C library's allocator treats the large blocks of a denoising step on a CPU.
 
 glibc takes every block over 32 MiB fresh from the kernel and gives it back when freed, so each step would fault in its
-logits, gradients and work space page by page: some 7% of a guided step of the pair of `make bench`.
+logits, gradients and work space page by page: some 4 to 8% of a guided step of the pair of `make bench`.
 Here such blocks stay with the process. The price: aligned blocks seldom fit exactly where the last one was, so before
 places repeat the heap may hold eight of the largest kind; hence the limit of 256 MiB.
 """

@@ -158,8 +158,7 @@ def main() -> int:
     verdict.promise("every request got exactly one answer", answered == load.sent, f"{load.sent} sent, {outcomes}")
     verdict.promise("every answer is the undisturbed one, to the token", not load.wrong, load.wrong[:3])
     verdict.promise("no failure but 503 after a second death", not other, other)
-    # Not a promise of the server but of the load: every fourth kill comes within seconds of the last one's replays.
-    verdict.promise("at most 5% of the requests lose two workers", lost <= 0.05 * load.sent, f"{lost} of {load.sent}")
+    verdict.promise("at most 1% of the requests lose two workers", lost <= 0.01 * load.sent, f"{lost} of {load.sent}")
     verdict.promise(f"ready again within {READY_SECONDS:g} s", slowest <= READY_SECONDS, f"{slowest:.2f} s at most")
     verdict.promise("as many deaths as kills", killed == given.kills, killed)
     verdict.promise("the server lives and is idle afterwards", alive and idle_after < math.inf, f"{idle_after:.1f} s")
