@@ -26,8 +26,9 @@ from server.engine.reveal import Choice, base_confidence, choose, confidence, wa
 from server.engine.savings import Savings
 from server.engine.scheduler import Cost
 from server.engine.stats import RunnerStats
+from server.guidance.assembly import Objective, Timings
 from server.guidance.prefixes import RewardContext, grow
-from server.guidance.steer import Objective, Steered, Timings, steer
+from server.guidance.steer import Steered, steer
 from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Budget, ModelInfo, StepTrace

@@ -14,7 +14,7 @@ import kernels
 from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
 from server.engine.batch import Batch, Member
-from server.guidance.steer import Responses
+from server.guidance.assembly import Responses
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]

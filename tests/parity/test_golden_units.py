@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import kernels
+from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
-from server.guidance.steer import Objective, Responses, Timings, steer
+from server.guidance.steer import steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import Message

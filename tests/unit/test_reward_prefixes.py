@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
-from server.guidance.steer import Assembly, Objective, Responses, Timings, visible_positions
+from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.template import split_at_response
 from server.text.tokenizer import Tokenizer
