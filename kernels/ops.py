@@ -36,7 +36,7 @@ class RowParams:
     greedy: Tensor  # (N,) bool
     eta: Tensor  # (N,)
 
-    def select(self, rows: Tensor) -> RowParams:
+    def select(self, rows: Tensor | slice) -> RowParams:
         """The parameters of some rows, (n,) int64."""
         return RowParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
@@ -134,9 +134,17 @@ class Guided(ABC):
             raise ValueError("rows must be a one-dimensional int64 tensor")
 
     @abstractmethod
-    def select(self, rows: Tensor) -> Guided:
-        """A state of its own with the phi and Adam history of `rows` (n,) int64; this one is left as it is. The last
-        update of a step can so be made for a few rows, then for a few more."""
+    def select(self, rows: Tensor | slice) -> Guided:
+        """A state of its own with the phi and Adam history of some rows. As in torch's indexing, `rows` (n,) int64
+        copies, so this one is left as it is: the last update of a step can be made for a few rows, then for a few more.
+        A slice (of step 1) is a view."""
+
+    def split(self, at: int, updates: int | None = None) -> tuple[Guided, Guided]:
+        """Two states, of the first `at` rows and of the others, in the memory of this one, which must not be used any
+        more. `updates` is what `begin` was not told: how many updates in all the others get."""
+        first, others = self.select(slice(0, at)), self.select(slice(at, None))
+        others.expected_updates = self.expected_updates if updates is None else updates
+        return first, others
 
     @abstractmethod
     def _phi(self, rows: Tensor | None) -> Tensor: ...

@@ -104,7 +104,7 @@ class ReferenceState(Guided):
             self._stats = row_stats(self._current, self.params.tau)
         return self._stats
 
-    def select(self, rows: Tensor) -> Guided:
+    def select(self, rows: Tensor | slice) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
         chosen.partial = False

@@ -45,7 +45,7 @@ class Tiles:
         """Uninitialised sums of N rows with T = `count` tiles each."""
         return Tiles(*torch.empty(5, rows, count, dtype=dtype, device=device).unbind(0))
 
-    def select(self, rows: Tensor | None) -> Tiles:
+    def select(self, rows: Tensor | slice | None) -> Tiles:
         """The tiles of some rows."""
         return self if rows is None else Tiles(*(getattr(self, field.name)[rows] for field in fields(self)))
 
@@ -143,7 +143,7 @@ class TiledState(Guided):
         values = self._compose(lambda tensor: tensor[index[:, None], columns.clamp_max(self.vocab_size - 1)], index)
         return values.masked_fill(columns >= self.vocab_size, -torch.inf), columns
 
-    def select(self, rows: Tensor) -> Guided:
+    def select(self, rows: Tensor | slice) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
         chosen.trail, chosen.tiles = self.trail.select(rows), self.tiles.select(rows)

@@ -117,6 +117,37 @@ def test_a_state_of_some_rows(implementation, make_case):
         assert kernels.draw(part, case.keys()[rows]).equal(kernels.draw(untouched, case.keys()[rows], rows))
 
 
+def test_a_split_state_goes_on_as_the_whole_would(implementation, make_case):
+    """Both parts share the memory of the whole; each gets its own number of updates, in turn with the other's."""
+    n, v, d, at = (5, 300, 9, 2) if implementation.interpreted else (20, 1300, 9, 13)
+    parts = slice(0, at), slice(at, None)
+    for before in (0, 1, 2, 3):
+        case = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=65)
+        whole, expected = case.begin(implementation.backend, before + 3), case.begin(implementation.backend)
+
+        def advance(state, g, rows, case=case):
+            soft = kernels.mix(state, case.table, case.tokens[rows], case.w[rows]).soft
+            kernels.update(state, [kernels.Term(g[rows], case.table, soft)])
+
+        gs = [case.normal(n, d) * 1e-9 for _ in range(before + 3)]
+        for g in gs[:before]:
+            advance(whole, g, slice(None))
+            advance(expected, g, slice(None))
+        first, others = whole.split(at, before + 1)
+        assert (first.rows, others.rows) == (at, n - at)
+        for t, g in enumerate(gs[before:]):
+            advance(expected, g, slice(None))
+            advance(first, g, parts[0])
+            if t == 0:
+                advance(others, g, parts[1])
+                left = expected.phi(torch.arange(at, n, device=case.device)).clone()
+        torch.testing.assert_close(first.phi(), expected.phi()[:at], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(others.phi(), left, rtol=2e-5, atol=2e-5)
+        assert kernels.draw(first, case.keys()[:at]).equal(kernels.draw(expected, case.keys())[:at])
+        with pytest.raises(ValueError, match="updates only"):
+            advance(others, gs[0], parts[1])
+
+
 def test_logits_are_left_alone_and_base_statistics_stay(implementation, make_case):
     case = make_case(5, 300, 4, torch.float32, implementation.device, seed=63)
     before = case.logits.clone()
