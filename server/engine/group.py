@@ -96,18 +96,10 @@ class Group:
 
     def responses(self) -> Responses:
         """The members' canvases as the steering loop takes them."""
-        tokens = [member.trajectory.tokens for member in self.members]
-        row = np.full(sum(len(response) for response in tokens), -1, dtype=np.int64)
-        start = first_row = 0
-        for member, response in zip(self.members, tokens, strict=True):
-            row[start + member.positions] = first_row + np.arange(len(member.positions))
-            start += len(response)
-            first_row += len(member.positions)
-        return Responses(
-            lengths=tuple(len(response) for response in tokens),
-            committed=upload(torch.from_numpy(np.concatenate(tokens)), self.device),
-            row=upload(torch.from_numpy(row), self.device),
-            owner=upload(torch.from_numpy(self.repeat(range(len(self.members)))), self.device),
+        return Responses.of(
+            [member.trajectory.tokens for member in self.members],
+            [member.positions for member in self.members],
+            self.device,
         )
 
 

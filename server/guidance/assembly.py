@@ -1,20 +1,33 @@
 """What a reward model reads in a pass of the gradient loop: packed tokens of many trajectories, most of them fixed.
 
-The reward model runs on packed ragged sequences: nothing is padded, response positions behind an EOS are not computed
-at all (position ids keep counting across them), and the part before the response comes from a prefix cache.
+The reward model runs on packed ragged sequences: nothing is padded, response positions behind an EOS (hidden ones) are
+not seen (position ids keep counting across them), and the part before the response comes from a prefix cache.
+
+Which positions are hidden follows from the logits, so in each pass only the device knows it at first. Two ways:
+
+* `HiddenLeftOut` asks the device and runs the tokens that are seen, not one more. On a CPU asking costs nothing.
+* `HiddenBehind` never asks, so that a GPU always has its next work queued. Each row keeps its length; hidden tokens
+  are moved behind the row's seen ones, where causality hides them, and the row is read at its last seen token. They are
+  computed for nothing, and their gradients are exactly zero. It takes an attention that reads lengths from the device.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.transfer import upload
 from server.guidance.prefixes import RewardContext
-from server.rewards.reward_model import RewardModel, RewardRows
+from server.rewards.reward_model import Packing, RewardModel
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +41,32 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """The responses of B trajectories, packed one after another (R = sum of their lengths).
+    """The responses of B trajectories, packed one after another (R = sum of their lengths), of which N positions are
+    masked, one a row of the logits. All int64.
 
-    `committed` (R,) int64 holds revealed tokens (anything where masked); `row` (R,) int64 is the logits row of a
-    masked position and -1 elsewhere. Rows of the logits are in this order: `owner` (N,) is each row's trajectory.
+    `committed` (R,) holds revealed tokens (anything where masked); `first` (R,) is the packed position at which the
+    same response begins. `masked` (N,) is the packed position of each row, ascending, and `owner` (N,) its trajectory.
     """
 
     lengths: tuple[int, ...]
     committed: Tensor
-    row: Tensor
+    first: Tensor
+    masked: Tensor
     owner: Tensor
+
+    @classmethod
+    def of(cls, canvases: Sequence[IntArray], positions: Sequence[IntArray], device: torch.device) -> Responses:
+        """Of each trajectory's response tokens (L,) and its masked positions (n,), ascending."""
+        lengths = [len(canvas) for canvas in canvases]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        counts = [len(masked) for masked in positions]
+        columns = (
+            np.concatenate(canvases),
+            np.repeat(starts, lengths),
+            np.concatenate([start + masked for start, masked in zip(starts, positions, strict=True)]),
+            np.repeat(np.arange(len(counts)), counts),
+        )
+        return cls(tuple(lengths), *(upload(torch.from_numpy(column), device, torch.int64) for column in columns))
 
 
 @dataclass(slots=True)
@@ -49,75 +78,136 @@ class Timings:
     reward_calls: int = 0
 
 
-class Assembly:
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Tokens of one pass: their packing, positions (S',) and embeddings (S', D), and where some of the logits' `rows`
+    (n,) are `at` (n,) among them."""
+
+    packing: Packing
+    positions: Tensor
+    embeds: Tensor
+    rows: Tensor
+    at: Tensor
+
+
+class Assembly(ABC):
     """Where every packed reward-model token of one objective comes from; fixed for a denoising step.
 
     The packed order is: for each trajectory what leads, its response from the first place that is not settled on, then
-    its suffix.
+    its suffix; S tokens. `response` (S,) is a token's place among the responses, -1 around them; `owner` (S,) its
+    trajectory; `base` (S, D) holds what does not change, and `place` (N,) where each row of the logits goes.
     """
 
     def __init__(self, objective: Objective, responses: Responses) -> None:
-        device = responses.committed.device
+        device, table = responses.committed.device, objective.model.table
         self.objective = objective
-        table = objective.model.table
-        response, row, position, owner, pieces = [], [], [], [], []
+        response, position, fixed_ids = [], [], []
+        self.lengths: list[int] = []
         start = 0
-        for index, (length, context) in enumerate(zip(responses.lengths, objective.contexts, strict=True)):
-            lead, tail = len(context.lead_ids), len(context.suffix_ids)
-            own = slice(start + context.settled, start + length)
-            nowhere = torch.full((lead + tail,), -1, device=device)
-            row += [nowhere[:lead], responses.row[own], nowhere[lead:]]
-            response += [torch.full((lead,), -1), torch.arange(own.start, own.stop), torch.full((tail,), -1)]
+        for length, context in zip(responses.lengths, objective.contexts, strict=True):
+            lead, tail, settled = len(context.lead_ids), len(context.suffix_ids), context.settled
+            own = np.arange(start + settled, start + length)
+            response.append(np.concatenate([np.full(lead, -1), own, np.full(tail, -1)]))
             first = context.start
-            position += [
-                torch.arange(first - lead, first),
-                torch.arange(first + context.settled, first + length + tail),
-            ]
-            owner.append(torch.full((lead + length - context.settled + tail,), index))
-            if lead:
-                pieces.append(_own_embeddings(objective.model, context.lead_ids))
-            pieces.append(table[responses.committed[own]])
-            pieces.append(_own_embeddings(objective.model, context.suffix_ids))
+            position += [np.arange(first - lead, first), np.arange(first + settled, first + length + tail)]
+            fixed_ids += [*context.lead_ids, *context.suffix_ids]
+            self.lengths.append(lead + length - settled + tail)
             start += length
-        self.response = torch.cat(response).to(device)
-        self.row = torch.cat(row)
-        self.position = torch.cat(position).to(device)
-        self.owner = torch.cat(owner).to(device)
-        self.base = torch.cat(pieces)
+        places = np.concatenate(response)
+        place_of = np.full(start, -1)
+        place_of[places[places >= 0]] = np.flatnonzero(places >= 0)
+
+        def there(values: IntArray) -> Tensor:
+            return upload(torch.from_numpy(values), device, torch.int64)
+
+        self.response = there(places)
+        self.position = there(np.concatenate(position))
+        self.owner = there(np.repeat(np.arange(len(self.lengths)), self.lengths))
+        self.place = there(place_of)[responses.masked]
+        self.base = table[responses.committed[self.response.clamp_min(0)]]
+        if fixed_ids:
+            fixed = objective.model.own_embeddings(torch.tensor(fixed_ids, dtype=torch.long)).to(table.device)
+            self.base.index_copy_(0, there(np.flatnonzero(places < 0)), fixed)
+
+    @abstractmethod
+    def _take(self, embeds: Tensor, seen: Tensor) -> _Pass:
+        """The tokens of a pass in which some of the S tokens are `seen` (S,), masked ones being `embeds` (N, D)."""
 
     def read(self, embeds: Tensor, visible: Tensor, timings: Timings, *, gradient: bool) -> tuple[Tensor, Tensor]:
         """Unweighted rewards (B,) and dr/de (N, D) with masked positions entering as `embeds` (N, D).
 
         `visible` (R,) bool hides response positions. The gradient is zeros when not asked for.
         """
-        model = self.objective.model
-        seen = (self.response < 0) | visible[self.response.clamp_min(0)]
-        selected = torch.nonzero(seen)[:, 0]
-        row = self.row[selected]
-        masked = torch.nonzero(row >= 0)[:, 0]
-        x = self.base[selected].index_copy(0, masked, embeds[row[masked]].to(self.base.dtype))
-        lengths = torch.bincount(self.owner[selected], minlength=len(self.objective.contexts)).tolist()
-        rows = RewardRows(
-            prefixes=tuple(context.prefix for context in self.objective.contexts),
-            lengths=tuple(lengths),
-            positions=self.position[selected],
-        )
+        taken = self._take(embeds.to(self.base.dtype), (self.response < 0) | visible[self.response.clamp_min(0)])
+        x = taken.embeds
         g = torch.zeros_like(embeds)
         started = time.perf_counter()
         with torch.enable_grad() if gradient else torch.no_grad():
             x.requires_grad_(gradient)
-            rewards = model.forward(rows, x)
+            rewards = self.objective.model.read(taken.packing, taken.positions, x)
             total = rewards.sum()
         forwarded = time.perf_counter()
         if gradient:
             (g_x,) = torch.autograd.grad(total, [x])
-            g.index_copy_(0, row[masked], g_x[masked].to(g.dtype))
+            g.index_copy_(0, taken.rows, g_x.index_select(0, taken.at).to(g.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded
         timings.reward_calls += 1
         return rewards.detach(), g
 
 
-def _own_embeddings(model: RewardModel, ids: Sequence[int]) -> Tensor:
-    """Of reward-vocabulary ids, beside the table."""
-    return model.own_embeddings(torch.tensor(ids, dtype=torch.long)).to(model.table.device)
+class HiddenLeftOut(Assembly):
+    """Passes over the tokens that are seen alone; waits for the device to know which."""
+
+    def __init__(self, objective: Objective, responses: Responses) -> None:
+        super().__init__(objective, responses)
+        rows = torch.arange(len(self.place), device=self.place.device)
+        self.row = torch.full_like(self.response, -1).index_copy_(0, self.place, rows)
+
+    def _take(self, embeds: Tensor, seen: Tensor) -> _Pass:
+        contexts = self.objective.contexts
+        selected = torch.nonzero(seen)[:, 0]
+        row = self.row[selected]
+        at = torch.nonzero(row >= 0)[:, 0]
+        rows = row[at]
+        lengths = torch.bincount(self.owner[selected], minlength=len(contexts)).tolist()
+        packing = self.objective.model.packing([context.prefix for context in contexts], lengths)
+        return _Pass(packing, self.position[selected], self.base[selected].index_copy_(0, at, embeds[rows]), rows, at)
+
+
+class HiddenBehind(Assembly):
+    """Passes over all tokens, hidden ones behind the row's others; all of it on the device.
+
+    A row of which nothing is seen (everything hidden, and nothing around the response) has the reward NaN.
+    """
+
+    def __init__(self, objective: Objective, responses: Responses) -> None:
+        super().__init__(objective, responses)
+        device = self.owner.device
+        sizes = np.array(self.lengths)
+        self.start = upload(torch.from_numpy(np.cumsum(sizes) - sizes), device)  # (B,), of each row
+        self.stop = upload(torch.from_numpy(np.cumsum(sizes)), device)
+        self.first = self.start[self.owner]  # (S,)
+        self.index = torch.arange(len(self.owner), device=device)
+        self.rows = torch.arange(len(self.place), device=device)
+        self.packing = objective.model.packing([context.prefix for context in objective.contexts], self.lengths)
+
+    def _take(self, embeds: Tensor, seen: Tensor) -> _Pass:
+        count = torch.cat([seen.new_zeros(1, dtype=torch.int64), seen.cumsum(0)])  # (S + 1,), of those in front
+        visible = count[self.stop] - count[self.start]
+        before = count[:-1] - count[self.first]  # seen ones of the same row in front
+        behind = visible[self.owner] + (self.index - self.first - before)
+        at = self.first + torch.where(seen, before, behind)
+        whole = self.base.index_copy(0, self.place, embeds)
+        return _Pass(
+            self.packing.hiding(visible),
+            torch.empty_like(self.position).index_copy_(0, at, self.position),
+            torch.empty_like(whole).index_copy_(0, at, whole),
+            self.rows,
+            at[self.place],
+        )
+
+
+def assemble(objective: Objective, responses: Responses) -> Assembly:
+    """In the way that suits the attention of the objective's model."""
+    return (HiddenBehind if objective.model.reads_lengths_on_device else HiddenLeftOut)(objective, responses)

@@ -2,7 +2,7 @@
 
 Rows (masked positions) of many trajectories, of any requests and any gradient method, are steered together; what
 differs between rows is a number in a row: tau, top_p, top_k, eta and the weight w (algorithm.md, section 2). What the
-reward models read is put together in `guidance.assembly`.
+reward models read is put together in `guidance.assembly`. Nothing in the loop waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
+from kernels.transfer import upload
+from server.guidance.assembly import Objective, Responses, Timings, assemble
 from server.guidance.methods import WEIGHTS, draws_hard_tokens
 
 
@@ -28,15 +29,12 @@ class Steered:
     pending: list[kernels.Term] = field(default_factory=list)
 
 
-def visible_positions(tokens: Tensor, lengths: Sequence[int], eos_token_id: int, pad_token_id: int) -> Tensor:
+def visible_positions(tokens: Tensor, first: Tensor, eos_token_id: int, pad_token_id: int) -> Tensor:
     """Which packed response positions (R,) the reward model sees: none behind a trajectory's first EOS, none that holds
-    the pad token. Segment-wise cumulative sums; no loop over positions."""
+    the pad token. `first` (R,) is where each one's response begins."""
     ended = (tokens == eos_token_id).long()
     before = ended.cumsum(0) - ended
-    sizes = torch.tensor(list(lengths), device=tokens.device)
-    starts = sizes.cumsum(0) - sizes
-    at_start = torch.repeat_interleave(before[starts], sizes, output_size=len(tokens))
-    return (before == at_start) & (tokens != pad_token_id)
+    return (before == before[first]) & (tokens != pad_token_id)
 
 
 def weights(methods: Sequence[str], owner: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
@@ -44,7 +42,7 @@ def weights(methods: Sequence[str], owner: Tensor, entropy: Tensor, vocab_size: 
     present = sorted(set(methods))
     if len(present) == 1:
         return WEIGHTS[present[0]](entropy, vocab_size)
-    codes = torch.tensor([present.index(method) for method in methods], device=owner.device)[owner]
+    codes = upload(torch.tensor([present.index(method) for method in methods]), owner.device)[owner]
     w = torch.zeros_like(entropy)
     for code, method in enumerate(present):
         w = torch.where(codes == code, WEIGHTS[method](entropy, vocab_size), w)
@@ -71,8 +69,7 @@ def steer(
     `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries. Without `finish` the last
     update is not made but returned as `pending`, so that the caller can make it for the rows it needs.
     """
-    masked = torch.nonzero(responses.row >= 0)[:, 0]
-    assemblies = [Assembly(objective, responses) for objective in objectives]
+    assemblies = [assemble(objective, responses) for objective in objectives]
     needs_draw = any(draws_hard_tokens(method) for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
@@ -83,8 +80,8 @@ def steer(
         first_w = w if first_w is None else first_w
         hard = kernels.draw(state, keys(inner)) if needs_draw else stats.argmax
         # A masked position counts as EOS (or pad) when the argmax of the current, unfiltered phi says so.
-        current = responses.committed.index_copy(0, masked, stats.argmax[responses.row[masked]])
-        visible = visible_positions(current, responses.lengths, eos_token_id, pad_token_id)
+        current = responses.committed.index_copy(0, responses.masked, stats.argmax)
+        visible = visible_positions(current, responses.first, eos_token_id, pad_token_id)
         terms = []
         total = torch.zeros(len(methods), dtype=w.dtype, device=w.device)
         last = inner == gradient_steps

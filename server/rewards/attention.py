@@ -15,7 +15,7 @@ causality hides it and its gradients are exactly zero.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,7 @@ class Packing:
     capture: list[tuple[Tensor, Tensor]] | None = None
     starts: tuple[int, ...] = field(default=())
     varlen: VarlenRows | None = None
+    hidden: Tensor | None = None  # (S,), of tokens behind their row's last one (`hiding`)
 
     @classmethod
     def of(
@@ -160,6 +161,14 @@ class Packing:
             [] if capture else None,
             tuple(starts[:-1]),
         )
+
+    def hiding(self, visible: Tensor) -> Packing:
+        """The same rows, of which only the first `visible` (B,) int64 own tokens of each count, one at least; the
+        number stays on the device. ValueError for an attention whose rows are laid out on the host."""
+        if not isinstance(self.varlen, VarlenRows):
+            raise ValueError("only a variable-length attention reads the rows' lengths from the device")
+        lasts, hidden = self.varlen.last_and_hidden(visible)
+        return replace(self, lasts=lasts, hidden=hidden, varlen=self.varlen.hiding(visible))
 
     def keep(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Capture each layer's own keys and values, (Hkv, S, d), where they do not pass through transformers."""

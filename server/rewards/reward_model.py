@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear import activation_dtype
+from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
 from server.rewards.attention import EMPTY_PREFIX, Packing, Prefix
@@ -28,7 +29,7 @@ from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import DecoderShape, Message, RewardModelInfo
 
-__all__ = ["Prefix", "RewardModel", "RewardRows", "load_reward_model"]
+__all__ = ["Packing", "Prefix", "RewardModel", "RewardRows", "load_reward_model"]
 
 SCORE_TOKENS = 8192
 """Tokens that `score` runs in one forward; a longer sequence goes alone."""
@@ -100,10 +101,15 @@ class RewardModel:
             layers=config.num_hidden_layers,
         )
 
+    @property
+    def reads_lengths_on_device(self) -> bool:
+        """Whether rows may end where only the device knows (`Packing.hiding`): with a kernel of `kernels.varlen`."""
+        return self.attention_backend not in ("sdpa", "cpp")
+
     def own_embeddings(self, ids: Tensor) -> Tensor:
         """Embeddings (n, D) of reward-vocabulary ids (n,) int64; no gradient."""
         with torch.no_grad():
-            embeds: Tensor = self._embed(ids.to(self.device))
+            embeds: Tensor = self._embed(upload(ids, self.device))
         return embeds
 
     def prefill(self, prefix_ids: Sequence[int]) -> Prefix:
@@ -141,9 +147,16 @@ class RewardModel:
 
         Differentiable with respect to `embeds` alone. ValueError when the shapes do not fit or a row is empty.
         """
-        packing = Packing.of(rows.prefixes, rows.lengths, self.device, backend=self.attention_backend)
-        self._check(rows.positions, embeds)
-        positions, x = self._here(rows.positions, embeds)
+        return self.read(self.packing(rows.prefixes, rows.lengths), rows.positions, embeds)
+
+    def packing(self, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Packing:
+        """How `read` takes B rows of `lengths` own tokens behind their prefixes. ValueError for an empty row or none."""
+        return Packing.of(prefixes, lengths, self.device, backend=self.attention_backend)
+
+    def read(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:
+        """`forward` of rows that are packed already, at absolute positions (S,)."""
+        self._check(positions, embeds)
+        positions, x = self._here(positions, embeds)
         if self._trunk is None:
             last_hidden = self._hidden(packing, positions, x).index_select(0, packing.lasts)
         else:

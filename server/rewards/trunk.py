@@ -73,6 +73,8 @@ class Trunk:
         for index, layer in enumerate(self._layers[:-1]):
             q, k, v = self._heads(layer, self._normalise(layer.attention_norm, x), rotation)
             x = self._close(layer, x, attend(packing, index, q, k, v, self.size**-0.5))
+        if packing.hidden is not None:  # whatever a kernel leaves in the gradients of keys that nobody asked
+            x = torch.where(packing.hidden[:, None], x.detach(), x)
         layer, index = self._layers[-1], len(self._layers) - 1
         normed, (cosines, sines) = self._normalise(layer.attention_norm, x), rotation
         lasts, width = packing.lasts, self.heads * self.size

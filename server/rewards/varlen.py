@@ -8,7 +8,7 @@ from the different prefixes and the rows' own keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -52,13 +52,15 @@ def chain(prefix: Cached) -> list[Cached]:
 @dataclass(frozen=True, slots=True, eq=False)
 class VarlenRows:
     """B rows. `gather` (T,) holds for each key of each row its place among the tokens of `links` and then the rows'
-    own; `rows` are the spans of all queries, `lasts` those of each row's last token alone. Both read T keys."""
+    own; `rows` are the spans of all queries, `lasts` those of each row's last token alone. Both read T keys. `tokens` S is
+    the number of the rows' own."""
 
     backend: str
     links: tuple[Cached, ...]
     gather: Tensor
     rows: varlen.Spans
     lasts: varlen.Spans
+    tokens: int
 
     @classmethod
     def of(cls, prefixes: Sequence[Cached], lengths: Sequence[int], device: torch.device, backend: str) -> VarlenRows:
@@ -85,7 +87,24 @@ class VarlenRows:
             upload(torch.from_numpy(np.concatenate(gather)), device),
             varlen.Spans.of(lengths, keys, device),
             varlen.Spans.of([1] * len(keys), keys, device),
+            sum(lengths),
         )
+
+    def hiding(self, visible: Tensor) -> VarlenRows:
+        """The same rows, read at their last visible token where the first `visible` (B,) int64 of each row's own tokens
+        are, one at least. Only the device knows that number: what is hidden is a sequence of keys that nobody asks."""
+        lengths, ends = self.rows.cu_q.diff(), self.rows.cu_k[1:]
+        seen = ends - lengths + visible.to(ends.dtype)
+        cu_k = torch.cat([self.rows.cu_k[:1], torch.stack([seen, ends], dim=1).flatten()])
+        cu_q = (torch.arange(len(cu_k), dtype=cu_k.dtype, device=cu_k.device) + 1) // 2  # 0, 1, 1, 2, 2, ...
+        return replace(self, lasts=varlen.Spans(cu_q, cu_k, 1, self.lasts.max_k))
+
+    def last_and_hidden(self, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the S tokens is each row's last visible one, (B,), and which are hidden, (S,)."""
+        starts, lengths = self.rows.cu_q[:-1].long(), self.rows.cu_q.diff()
+        lasts = starts + visible - 1
+        of_row = torch.repeat_interleave(lasts, lengths, output_size=self.tokens)
+        return lasts, torch.arange(self.tokens, device=lasts.device) > of_row
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, last: bool

@@ -56,14 +56,12 @@ def setup(pair: Any, family: str, number: int) -> dict[str, Any]:
     )
     reward = pair.rewards["rm"]
     before, after = split_at_response(reward.tokenizer, prompt)
-    row = torch.full_like(response, -1)
-    row[rows] = torch.arange(count)
     return {
         "case": case,
         "tensors": tensors,
         "logits": logits,
         "params": params,
-        "responses": Responses((len(response),), response, row, torch.zeros(count, dtype=torch.long)),
+        "responses": Responses.of([response.numpy()], [rows.numpy()], response.device),
         "objective": Objective(
             reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
         ),

@@ -57,9 +57,7 @@ class Problem:
             self.phi[:, [info.eos_token_id, info.pad_token_id]] -= 20.0  # no position hidden: keeps R smooth
         reward = pair.rewards["rm"]
         before, after = split_at_response(reward.tokenizer, PROMPT)
-        row = torch.full_like(self.response, -1)
-        row[self.rows] = torch.arange(len(self.rows))
-        self.responses = Responses((length,), self.response, row, torch.zeros(len(self.rows), dtype=torch.long))
+        self.responses = Responses.of([self.response.numpy()], [self.rows.numpy()], self.response.device)
         self.before, self.after = before, after
         self.objective = Objective(
             reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
+from server.guidance.assembly import Objective, Responses, Timings, assemble
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
 from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel, load_reward_model
@@ -47,21 +47,12 @@ def read(
     model: RewardModel, known: list[RewardContext], canvases: list[np.ndarray], settled: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Rewards (B,) and dr/de of the masked rows, everything behind `settled` being masked."""
-    masked = np.concatenate([np.arange(LENGTH) >= stop for stop in settled])
-    row = np.full(len(masked), -1)
-    row[masked] = np.arange(masked.sum())
-    owner = np.repeat(np.arange(len(canvases)), LENGTH)[masked]
-    responses = Responses(
-        (LENGTH,) * len(canvases),
-        torch.from_numpy(np.concatenate(canvases)),
-        torch.from_numpy(row),
-        torch.from_numpy(owner),
-    )
+    responses = Responses.of(canvases, [np.arange(stop, LENGTH) for stop in settled], torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
-    embeds = torch.randn(int(masked.sum()), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = visible_positions(responses.committed, responses.lengths, EOS, PAD)
+    embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
-    return Assembly(objective, responses).read(embeds, visible, Timings(), gradient=True)
+    return assemble(objective, responses).read(embeds, visible, Timings(), gradient=True)
 
 
 def test_growing_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
