@@ -20,21 +20,17 @@ from kernels.transfer import upload
 from server.diffusion.schedule import Step
 from server.engine.batch import Batch, Member, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
+from server.engine.inner_steps import Cohort, Contexts, inner_steps, objectives_of
 from server.engine.memory import reward_tokens
 from server.engine.microbatch import Limits
-from server.engine.reveal import Choice, base_confidence, choose, confidence, walk, walks
+from server.engine.reveal import Choice, base_confidence, choose, confidence, walk
 from server.engine.savings import Savings
 from server.engine.scheduler import Cost
 from server.engine.stats import RunnerStats
-from server.guidance.assembly import Objective, Timings
-from server.guidance.prefixes import RewardContext, grow
-from server.guidance.steer import Steered, steer
+from server.guidance.assembly import Timings
 from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Budget, ModelInfo, StepTrace
-
-Contexts = Mapping[str, Mapping[str, RewardContext]]  # job id -> reward model's name -> context
-
 
 LogitsOf = Callable[[IntArray], Tensor]  # phi_0 (n, V) of some of a batch's distinct rows (n,)
 
@@ -65,8 +61,8 @@ class Revealed:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a micro-batch decided, on the host: a choice a member, entropies (N,) and w (N,) of its rows, and each
-    inner step's rewards (members,)."""
+    """What a micro-batch, or a cohort of it, decided, on the host: a choice a member, entropies (N,) and w (N,) of its
+    rows, and each inner step's rewards (members,)."""
 
     group: Group
     choices: list[Choice | None]
@@ -135,7 +131,7 @@ class Denoiser:
         seconds.rows += batch.count
         outcomes: list[_Outcome] = []
         lost: list[tuple[Trajectory, Step]] = []
-        for group in groups(batch, self.device):
+        for group in groups(batch, self.device, share_inner_steps=self.savings.share_inner_steps):
             limits = self.guided if group.guided else self.unguided
             done, out_of_memory = limits.run(
                 group.members,
@@ -144,7 +140,7 @@ class Denoiser:
                     replace(group, members=tuple(part)), logits_of, contexts, reward_models, seconds
                 ),
             )
-            outcomes += done
+            outcomes += [outcome for part in done for outcome in part]
             lost += [(member.trajectory, member.step) for member in out_of_memory]
         return outcomes, lost
 
@@ -184,29 +180,37 @@ class Denoiser:
         contexts: Contexts,
         reward_models: Mapping[str, RewardModel],
         seconds: _Seconds,
-    ) -> _Outcome:
-        """Logits, guidance, draws and choices of one micro-batch. Changes nothing but `seconds`."""
+    ) -> list[_Outcome]:
+        """Logits, guidance, draws and choices of one micro-batch, by cohort. Changes nothing but `seconds`."""
         started = time.perf_counter()
-        rows, places = np.unique(group.rows(), return_inverse=True)
-        phi_0 = logits_of(rows)
-        if len(rows) < len(places) or not (places == np.arange(len(places))).all():
-            phi_0 = phi_0[upload(torch.from_numpy(places), self.device)]
+        rows = group.rows()
+        distinct, places = np.unique(rows, return_inverse=True)
+        if len(distinct) == len(rows):
+            phi_0 = logits_of(rows)
+        else:
+            phi_0 = logits_of(distinct)[upload(torch.from_numpy(places), self.device)]
         seconds.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         base = state.stats  # of the unguided, unfiltered distribution
         ranking = base_confidence(group, phi_0, base)
-        lazy = self.savings.finish_revealed_rows_only and walks(group)
-        steered = Steered()
+        cohorts = [Cohort(group, state)]
         if group.guided:
             started = time.perf_counter()
-            steered = self._steer(group, state, contexts, reward_models, seconds, finish=not lazy)
+            grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
+            objectives = objectives_of(group, contexts, reward_models, self.info, seconds.reward, grows=grows)
+            lazy = self.savings.finish_revealed_rows_only
+            cohorts = inner_steps(group, state, objectives, self.info, seconds.reward, lazy=lazy)
             seconds.guidance += time.perf_counter() - started
+        return [self._choose(cohort, ranking[cohort.rows], base.entropy_1[cohort.rows]) for cohort in cohorts]
 
+    def _choose(self, cohort: Cohort, ranking: Tensor, entropy: Tensor) -> _Outcome:
+        """Draws and choices of a cohort, whose rows' confidences in the base distribution and entropies these are."""
+        group, state = cohort.group, cohort.state
         candidates = group.candidates()
         eos = self.info.eos_token_id
         choices: list[Choice | None]
-        if lazy:
-            choices = walk(group, candidates, state, steered.pending, ranking.cpu().numpy(), eos)
+        if cohort.pending:
+            choices = walk(group, candidates, state, cohort.pending, ranking.cpu().numpy(), eos)
         else:
             subset = None if candidates is None else upload(torch.from_numpy(candidates), self.device)
             tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
@@ -216,65 +220,10 @@ class Denoiser:
         return _Outcome(
             group,
             choices,
-            base.entropy_1.cpu().numpy(),
-            None if steered.first_w is None else steered.first_w.cpu().numpy(),
-            [rewards.cpu().numpy() for rewards in steered.rewards],
+            entropy.cpu().numpy(),
+            None if cohort.first_w is None else cohort.first_w.cpu().numpy(),
+            [rewards.cpu().numpy() for rewards in cohort.rewards],
         )
-
-    def _steer(
-        self,
-        group: Group,
-        state: kernels.Guided,
-        contexts: Contexts,
-        reward_models: Mapping[str, RewardModel],
-        seconds: _Seconds,
-        *,
-        finish: bool,
-    ) -> Steered:
-        objectives = []
-        for name in group.rewards:
-            weights = [
-                next(w.weight for w in member.trajectory.job.guidance.reward_models if w.model == name)
-                for member in group.members
-            ]
-            objectives.append(
-                Objective(
-                    reward_models[name],
-                    self._contexts(name, group, contexts, reward_models[name], seconds),
-                    upload(torch.tensor(weights, dtype=torch.float64), self.device),
-                )
-            )
-        return steer(
-            state,
-            group.responses(),
-            objectives,
-            [member.trajectory.job.guidance.method for member in group.members],
-            lambda inner: group.keys(inner, None),
-            group.gradient_steps,
-            eos_token_id=self.info.eos_token_id,
-            pad_token_id=self.info.pad_token_id,
-            timings=seconds.reward,
-            finish=finish,
-            read_after=any(member.trajectory.job.trace for member in group.members),
-        )
-
-    def _contexts(
-        self, name: str, group: Group, contexts: Contexts, model: RewardModel, seconds: _Seconds
-    ) -> tuple[RewardContext, ...]:
-        """Each member's context, grown by what has been settled since. Keeping it is no harm if the step fails."""
-        trajectories = [member.trajectory for member in group.members]
-        known = [t.reward_contexts.get(name) or contexts[t.job.id][name] for t in trajectories]
-        if not (self.savings.reward_prefix_cache and self.savings.grow_reward_prefix):
-            return tuple(known)
-        started = time.perf_counter()
-        settled = [int(t.masked.argmax()) for t in trajectories]  # something is masked in every step's canvas
-        grown = grow(
-            model, known, [t.tokens for t in trajectories], settled, self.info.eos_token_id, self.info.pad_token_id
-        )
-        for trajectory, context in zip(trajectories, grown, strict=True):
-            trajectory.reward_contexts[name] = context
-        seconds.reward.reward_forward_seconds += time.perf_counter() - started
-        return tuple(grown)
 
     def _commit(self, outcome: _Outcome) -> list[Revealed]:
         """Write the chosen tokens into the canvases."""
@@ -284,7 +233,9 @@ class Denoiser:
         for index, (member, choice) in enumerate(zip(group.members, outcome.choices, strict=True)):
             trajectory, step = member.trajectory, member.step
             start, stop = stop, stop + len(member.positions)
-            seen = [float(reward[index]) for reward in rewards]
+            # Rewards after the last inner step are read for traced members; a neighbour's answer does not show it.
+            read = group.gradient_steps + member.trajectory.job.trace
+            seen = [float(reward[index]) for reward in rewards[:read]]
             if choice is None or not np.isfinite(seen).all():
                 revealed.append(Revealed(trajectory, step, [], None, broken=True))
                 continue

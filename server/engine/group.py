@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +23,36 @@ FloatArray = npt.NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Unguided members, or those with the same reward models and M. Their N rows come one member after another."""
+    """Unguided members, or those with the same reward models, by M, the largest first. Their N rows come one member
+    after another."""
 
     members: tuple[Member, ...]
     rewards: tuple[str, ...]
-    gradient_steps: int
     device: torch.device
 
     @property
     def guided(self) -> bool:
         """Whether the reward's gradient moves these rows."""
         return bool(self.rewards)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(len(member.rows) for member in self.members)
+
+    @property
+    def gradient_steps(self) -> int:
+        """The largest M of its members; 0 when unguided."""
+        return _gradient_steps(self.members[0]) if self.guided else 0
+
+    def part(self, members: slice) -> Group:
+        """Some of its members."""
+        return replace(self, members=self.members[members])
+
+    def by_gradient_steps(self) -> list[Group]:
+        """One group for each M of its members, the largest first."""
+        parts = itertools.groupby(self.members, key=_gradient_steps)
+        return [replace(self, members=tuple(members)) for _, members in parts]
 
     def rows(self) -> IntArray:
         """Places of the group's rows among the batch's logits, (N,)."""
@@ -103,13 +123,21 @@ class Group:
         )
 
 
-def groups(batch: Batch, device: torch.device) -> list[Group]:
-    """Members by (reward models, M); the unguided ones are one group."""
+def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> list[Group]:
+    """Members by reward models, or by reward models and M; the unguided ones are one group."""
     split: dict[tuple[tuple[str, ...], int], list[Member]] = {}
     for member in batch.members:
-        guidance = member.trajectory.job.guidance
         key: tuple[tuple[str, ...], int] = ((), 0)
         if member.step.guided:
-            key = (tuple(sorted(weighted.model for weighted in guidance.reward_models)), guidance.gradient_steps)
+            weighted = member.trajectory.job.guidance.reward_models
+            names = tuple(sorted(each.model for each in weighted))
+            key = (names, 0 if share_inner_steps else _gradient_steps(member))
         split.setdefault(key, []).append(member)
-    return [Group(tuple(members), *key, device) for key, members in split.items()]
+    for (rewards, _), members in split.items():
+        if rewards:
+            members.sort(key=_gradient_steps, reverse=True)
+    return [Group(tuple(members), rewards, device) for (rewards, _), members in split.items()]
+
+
+def _gradient_steps(member: Member) -> int:
+    return member.trajectory.job.guidance.gradient_steps

@@ -19,6 +19,7 @@ class Savings:
     grow_reward_prefix: so does the answer's own beginning, as it is settled; needs `reward_prefix_cache`.
     finish_revealed_rows_only: where the ranking is known before guidance (`entropy` with `base` confidence), the last
         Adam step and the final draw are made for the rows about to be revealed.
+    share_inner_steps: requests of different M go through their inner steps together; those of smaller M leave early.
     """
 
     share_equal_canvases: bool = True
@@ -27,6 +28,7 @@ class Savings:
     reward_prefix_cache: bool = True
     grow_reward_prefix: bool = True
     finish_revealed_rows_only: bool = True
+    share_inner_steps: bool = True
 
     @classmethod
     def without(cls, names: Iterable[str]) -> Savings:

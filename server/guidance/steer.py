@@ -57,13 +57,15 @@ def steer(
     keys: Callable[[int], Tensor],
     gradient_steps: int,
     *,
+    first_step: int = 0,
     eos_token_id: int,
     pad_token_id: int,
     timings: Timings,
     finish: bool = True,
     read_after: bool = False,
 ) -> Steered:
-    """Move `state` (N rows) M = `gradient_steps` times along the rewards' gradient.
+    """Move `state` (N rows) M = `gradient_steps` times along the rewards' gradient, less the first `first_step` times,
+    which were made before.
 
     `methods` names each trajectory's method; `keys(inner)` gives the random keys (N, 4) of an inner step. With
     `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries. Without `finish` the last
@@ -74,7 +76,7 @@ def steer(
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
     terms: list[kernels.Term] = []
-    for inner in range(gradient_steps + read_after):
+    for inner in range(first_step, gradient_steps + read_after):
         stats = state.stats
         w = weights(methods, responses.owner, stats.entropy_1, state.vocab_size)
         first_w = w if first_w is None else first_w
