@@ -12,20 +12,23 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import get_args, get_origin
 
 import uvicorn
+from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from server import __version__, log
 from server.api.app import create_app
-from server.api.protocol import connection_class
+from server.api.middleware import QUIET_PATHS
+from server.api.protocol import EXTRA_CONNECTIONS, Room, connection_class
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.engine.config import BudgetSettings, EngineConfig, WorkerConfig
 from server.engine.engine import Engine
@@ -38,6 +41,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # After the drain only answers that are being written are left.
 LAST_WRITES_SECONDS = 5
+OTHER_DESCRIPTORS = 128  # than those of clients: workers, files, libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +81,7 @@ async def serve(settings: Settings, tracer_provider: TracerProvider | None = Non
 
     app = create_app(engine, settings, tracer_provider=tracer_provider, on_failure=failed)
     server = Server(http_config(app, settings))
+    allow_descriptors(settings.max_connections + EXTRA_CONNECTIONS + OTHER_DESCRIPTORS)
     sock = server.config.bind_socket()
     draining: list[asyncio.Task[None]] = []
 
@@ -112,13 +117,27 @@ class Server(uvicorn.Server):
         yield
 
 
-def http_config(app: Any, settings: Settings) -> uvicorn.Config:
+def allow_descriptors(needed: int) -> None:
+    """Raise this process's soft limit on descriptors to what is needed; warn where the hard limit forbids it. Without
+    a free descriptor no connection is accepted, a probe's neither."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        logger.warning("max_connections needs %d descriptors and the system allows %d (ulimit -Hn)", needed, allowed)
+
+
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """uvicorn's configuration. h11, under our connection, bounds the size of headers while they arrive."""
+    probes = frozenset(prefix + path for prefix in {"", settings.root_path} for path in QUIET_PATHS)
+    room = Room(settings.max_connections, probes, app.state.frontend.refused)
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=connection_class(settings.receive_seconds, settings.stalled_client_seconds),
+        http=connection_class(settings.receive_seconds, settings.stalled_client_seconds, room),
         h11_max_incomplete_event_size=settings.max_header_bytes + 1024,
         ws="none",
         lifespan="on",

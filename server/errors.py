@@ -18,6 +18,7 @@
     |   +-- Unavailable             503  come back after `retry_after` seconds
     |       +-- NotReady                 still loading, or the worker is being restarted
     |       +-- Draining                 shutting down
+    |       +-- TooManyConnections       no room for another client
     +-- ConfigurationError               start-up: a bad setting or checkpoint; the message names the key
 
 Raise these anywhere; `server.api` translates them once. The worker process sends a failure as the plain pair
@@ -219,6 +220,13 @@ class Draining(Unavailable):
 
     code = "draining"
     kind = "draining"
+
+
+class TooManyConnections(Unavailable):
+    """As many connections are open as the server takes."""
+
+    code = "too_many_connections"
+    kind = "too_many_connections"
 
 
 class NotFinite(InvalidRequest):

@@ -140,7 +140,7 @@ class Metrics:
             metric.labels(model_name)
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
-        for reason in ("queue_full", "deadline_exceeded", "not_ready", "draining"):
+        for reason in ("queue_full", "deadline_exceeded", "not_ready", "draining", "too_many_connections"):
             self.admission_rejections.labels(reason)
 
     def render(self) -> bytes:

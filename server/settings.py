@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     reward_device: str | None = Field(
         None, description="device of the reward models, as cuda:1 or cpu; none: that of the diffusion model"
     )
-    attention_backend: Literal["auto", "varlen", "flash", "sdpa"] = Field(
+    attention_backend: Literal["auto", "varlen", "flash", "cpp", "sdpa"] = Field(
         "auto", description="attention over packed sequences: torch's varlen kernel, flash-attn's, or one a length"
     )
     compile: bool = Field(False, description="torch.compile of the diffusion model's blocks; a minute or more at start")
@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     max_prompts: int = Field(128, ge=1, le=1024, description="prompts a request")
     max_trajectories: int = Field(128, ge=1, le=1024, description="best_of x prompts a request")
     max_score_pairs: int = Field(1024, ge=1, le=65536, description="pairs in a score or rerank request")
+    max_connections: int = Field(
+        2048, ge=1, le=1_000_000, description="open connections; past them only probes are answered, others get a 503"
+    )
     max_body_bytes: int = Field(2_000_000, ge=1024, le=50_000_000, description="request body, bytes")
     max_header_bytes: int = Field(65_536, ge=4096, le=1_048_576, description="request header, bytes")
     receive_seconds: float = Field(

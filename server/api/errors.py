@@ -97,7 +97,9 @@ def install(app: FastAPI) -> None:
             translated = MethodNotAllowed(f"{quote(request.url.path)} does not take {quote(request.method)}")
         else:
             translated = unexpected(error)
-        extra = error.headers if isinstance(error, HTTPException) else None
+        extra = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        if extra.get("Allow") == "GET":
+            extra["Allow"] = "GET, HEAD"  # every GET route has one beside it
         return error_response(translated, extra)
 
     async def validation(_: Request, error: Exception) -> Response:

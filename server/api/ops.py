@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -28,6 +29,19 @@ PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 OWNER = "entrgi"
 
 router = APIRouter()
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+
+def readable(path: str, **documented: Any) -> Callable[[Endpoint], Endpoint]:
+    """Register a GET route, and HEAD beside it (load balancers probe with it): the same answer, from which the HTTP
+    server leaves the body out. The OpenAPI document has the GET only, which HEAD follows by definition."""
+
+    def register(endpoint: Endpoint) -> Endpoint:
+        router.get(path, **documented)(endpoint)
+        router.head(path, include_in_schema=False)(endpoint)
+        return endpoint
+
+    return register
 
 
 class Status(Answer):
@@ -82,7 +96,7 @@ def frontend_of(request: Request) -> Frontend:
     return frontend
 
 
-@router.get("/health", responses=success(Status, "Alive") | errors(503))
+@readable("/health", responses=success(Status, "Alive") | errors(503))
 async def health(request: Request) -> Response:
     """503 only when the process must be restarted."""
     if frontend_of(request).failure is not None:
@@ -97,7 +111,7 @@ class EngineUnusable(EngineFailed):
     code = "engine_failed"
 
 
-@router.get("/ready", responses=success(Status, "Can serve") | errors(503))
+@readable("/ready", responses=success(Status, "Can serve") | errors(503))
 async def ready(request: Request) -> Response:
     """503 while loading, draining or without a worker."""
     engine = frontend_of(request).engine
@@ -107,19 +121,19 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/ping", responses=success(Status, "Alive") | errors())
+@readable("/ping", responses=success(Status, "Alive") | errors())
 async def ping() -> Response:
     """Always the same answer."""
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/version", responses=success(Version, "Version") | errors())
+@readable("/version", responses=success(Version, "Version") | errors())
 async def version() -> Response:
     """The server's version."""
     return JSONResponse({"version": __version__})
 
 
-@router.get(
+@readable(
     "/metrics",
     response_class=Response,
     responses={200: {"description": "Prometheus metrics", "content": {"text/plain": {}}}, **errors()},
@@ -129,7 +143,7 @@ async def metrics(request: Request) -> Response:
     return Response(frontend_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-@router.get("/", response_class=HTMLResponse, responses=errors())
+@readable("/", response_class=HTMLResponse, responses=errors())
 async def playground(request: Request) -> Response:
     """A page to try the server on, complete in one file."""
     page: str = request.app.state.playground
@@ -142,7 +156,7 @@ async def playground(request: Request) -> Response:
     )
 
 
-@router.get("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))
+@readable("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))
 async def models(request: Request) -> Response:
     """What is loaded, with defaults."""
     frontend = frontend_of(request)
@@ -150,7 +164,7 @@ async def models(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data})
 
 
-@router.get("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
+@readable("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
 async def model(request: Request, model_id: str) -> Response:
     """One loaded model."""
     for each in await _models(frontend_of(request), request.app.state.created):

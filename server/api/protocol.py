@@ -3,6 +3,9 @@
 What uvicorn alone does without a limit, and this class with one: wait for the rest of a request's header or body; wait
 for a peer that reads nothing of a finished answer; split a body into ever more chunks; buffer pipelined requests (and
 not see that the peer left, because it reads no further). What is not HTTP gets the error envelope, too.
+
+The number of connections is bounded as well (`Room`). uvicorn's `limit_concurrency` would refuse probes like anybody
+else, so that an orchestrator restarts a server that is merely busy, and in plain text.
 """
 
 from __future__ import annotations
@@ -14,27 +17,43 @@ import socket
 import struct
 import sys
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from server.api.errors import envelope, headers
-from server.errors import HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout
+from server.errors import HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, TooManyConnections
 
 MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
 MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
 LOOKS = 4  # at a peer that reads nothing, before it is given up
 LINGER_SECONDS = 1.0  # between the last word and the end of a connection
 GRACE_SECONDS = 2.0  # in which the application may answer by itself a body that does not arrive
+EXTRA_CONNECTIONS = 32  # past the limit, each for one probe or one refusal
+EXTRA_RECEIVE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many connections may be open. On the next `EXTRA_CONNECTIONS` only `probes` (paths) are served; any other
+    request gets a 503, of which `refused` hears. Whoever comes after those is cut off without a word."""
+
+    connections: int
+    probes: frozenset[str]
+    refused: Callable[[RequestError], None]
 
 
 class Connection(H11Protocol):
     """`receive_seconds` bounds the arrival of a request's header, and again that of its body; `stalled_seconds` how
-    long a peer may read nothing of what has been written for it."""
+    long a peer may read nothing of what has been written for it; `room` how many connections there are."""
 
+    room: Room
     receive_seconds = 30.0
     stalled_seconds = 60.0
 
@@ -58,8 +77,15 @@ class Connection(H11Protocol):
     # -- uvicorn's hooks -----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start both clocks."""
+        """Take it, if there is room, and start both clocks."""
         super().connection_made(transport)
+        excess = len(self.connections) - self.room.connections
+        if excess > EXTRA_CONNECTIONS:
+            transport.abort()
+            return
+        if excess > 0:
+            self.app = self._without_room(self.app)
+            self.receive_seconds = min(self.receive_seconds, EXTRA_RECEIVE_SECONDS)
         self._watch_arrival()
         self._stall = self.loop.call_later(self.stalled_seconds / LOOKS, self._check_stall)
 
@@ -147,6 +173,20 @@ class Connection(H11Protocol):
 
     # -- answers that no application gives -----------------------------------------------------------------------
 
+    def _without_room(self, app: ASGIApp) -> ASGIApp:
+        """`app` on a connection past the limit: probes only, and only one."""
+
+        async def probes(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] in self.room.probes:
+                self.cycle.keep_alive = False
+                await app(scope, receive, send)
+                return
+            error = TooManyConnections("the server has no room for another connection")
+            self.room.refused(error)
+            self._refuse(error)
+
+        return probes
+
     def _refuse(self, error: RequestError) -> None:
         """Answer with the error if there is still a place for an answer, and close."""
         body = json.dumps(envelope(error)).encode()
@@ -180,9 +220,10 @@ class Connection(H11Protocol):
         self._arrival = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
-def connection_class(receive_seconds: float, stalled_seconds: float) -> type[Connection]:
+def connection_class(receive_seconds: float, stalled_seconds: float, room: Room) -> type[Connection]:
     """A `Connection` with these limits, as uvicorn's `http` option takes it."""
-    return type("Connection", (Connection,), {"receive_seconds": receive_seconds, "stalled_seconds": stalled_seconds})
+    limits = {"receive_seconds": receive_seconds, "stalled_seconds": stalled_seconds, "room": room}
+    return type("Connection", (Connection,), limits)
 
 
 class _Parser(h11.Connection):

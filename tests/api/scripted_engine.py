@@ -16,11 +16,12 @@ from starlette.routing import Route
 from starlette.types import Message, Scope
 
 from server.api.app import create_app
+from server.cli import Server, http_config
 from server.engine.config import EngineConfig, WorkerConfig
 from server.engine.engine import Engine, EngineStats
 from server.engine.messages import Event, Failed, Finished, Progress, Scored, Started
 from server.engine.stats import RunnerStats
-from server.settings import load
+from server.settings import Settings, load
 from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
@@ -130,6 +131,23 @@ async def open_client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         yield client
+
+
+@asynccontextmanager
+async def serving(settings: Settings, engine: Engine | None = None) -> AsyncIterator[int]:
+    """The application on a real socket, as the command line serves it; the port."""
+    server = Server(http_config(create_app(engine or ScriptedEngine(at_once), settings), settings))
+    sock = server.config.bind_socket()
+    running = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        while not server.started:
+            assert not running.done(), running.result()
+            await asyncio.sleep(0.01)
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+        sock.close()
 
 
 def routes(of: Any) -> Iterator[tuple[str, str]]:

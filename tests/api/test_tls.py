@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from server.api.app import create_app
-from server.cli import Server, http_config
-from server.settings import Settings, SettingsError, load
-from tests.api.scripted_engine import ScriptedEngine, at_once
+from server.settings import SettingsError, load
+from tests.api.scripted_engine import serving
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +38,6 @@ def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> di
         private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"open sesame"))
     )
     return {"certificate": str(certificate), "key": str(key), "encrypted": str(encrypted)}
-
-
-@asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[int]:
-    """The application on a real socket, as the command line serves it; the port."""
-    server = Server(http_config(create_app(ScriptedEngine(at_once), settings), settings))
-    sock = server.config.bind_socket()
-    running = asyncio.create_task(server.serve(sockets=[sock]))
-    try:
-        while not server.started:
-            assert not running.done(), running.result()
-            await asyncio.sleep(0.01)
-        yield sock.getsockname()[1]
-    finally:
-        server.should_exit = True
-        await running
-        sock.close()
 
 
 def trusting(authority: trustme.CA) -> ssl.SSLContext:

@@ -1,0 +1,159 @@
+"""How many connections a server takes, on real sockets: who comes too many is told so, and probes still get in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import resource
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.protocol import EXTRA_CONNECTIONS
+from server.cli import allow_descriptors
+from server.settings import load
+from tests.api.scripted_engine import ScriptedEngine, check_envelope, never, serving
+from tests.faults import hostile
+
+LIMIT = 4
+BODY: dict[str, Any] = {"prompt": "Hi"}
+GOOD = hostile.post(json.dumps(BODY).encode(), path="/v1/completions")
+
+
+@asynccontextmanager
+async def idle(port: int, count: int) -> AsyncIterator[list[asyncio.StreamReader]]:
+    """Connections that send nothing, accepted by the server in this order."""
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+    yield [reader for reader, _ in opened]
+    for _, writer in opened:
+        writer.transport.abort()
+
+
+def asking(port: int) -> httpx.AsyncClient:
+    """A client whose every request is a connection of its own."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=30)
+
+
+async def until_served(client: httpx.AsyncClient) -> None:
+    """Connections that were closed are forgotten soon, not at once."""
+    async with asyncio.timeout(30):
+        while (await client.get("/version")).status_code != 200:
+            pass
+
+
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+async def test_past_the_limit_only_probes_are_answered(root_path: str) -> None:
+    settings = load({"port": 0, "max_connections": LIMIT, "root_path": root_path})
+    async with serving(settings) as port, asking(port) as client:
+        async with idle(port, LIMIT):
+            refused = await client.post("/v1/completions", json=BODY)
+            assert check_envelope(refused, 503)["code"] == "too_many_connections"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["connection"] == "close"
+            assert refused.headers["x-request-id"]
+            for path in ("/health", "/ready", "/ping", "/metrics"):
+                for prefix in {"", root_path}:
+                    assert (await client.get(prefix + path)).status_code == 200
+                    assert (await client.head(prefix + path)).status_code == 200
+            for path in ("/", "/v1/models", "/nowhere", "/health/", "/openapi.json"):
+                check_envelope(await client.get(path), 503)
+            assert (
+                'admission_rejections_total{reason="too_many_connections"} 6.0' in (await client.get("/metrics")).text
+            )
+        await until_served(client)
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_those_within_the_limit_are_served_meanwhile() -> None:
+    async with (
+        serving(load({"port": 0, "max_connections": LIMIT})) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as regular,
+        asking(port) as client,
+    ):
+        assert (await regular.post("/v1/completions", json=BODY)).status_code == 200
+        async with idle(port, LIMIT - 1):
+            for _ in range(3):
+                check_envelope(await client.post("/v1/completions", json=BODY), 503)
+                assert (await regular.post("/v1/completions", json=BODY)).status_code == 200
+
+
+async def test_running_requests_count_whatever_they_wait_for() -> None:
+    settings = load({"port": 0, "max_connections": LIMIT})
+    async with serving(settings, ScriptedEngine(never)) as port, asking(port) as client:
+        running = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LIMIT)]
+        for _, writer in running:
+            writer.write(GOOD)
+        for _ in range(3):
+            check_envelope(await client.post("/v1/completions", json=BODY), 503)
+        assert not any(reader.at_eof() for reader, _ in running)
+        for _, writer in running:
+            writer.transport.abort()
+        await until_served(client)
+
+
+async def test_one_answer_a_connection_past_the_limit() -> None:
+    """A probe's connection, too, is closed with its answer: kept alive, they would use up the few there are."""
+    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, idle(port, LIMIT):
+        for request, status in ((hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503)):
+            reply = await hostile.exchange("127.0.0.1", port, request, seconds=30, linger=30)
+            assert (reply.status, reply.closed) == (status, True)
+
+
+async def test_a_large_request_past_the_limit_gets_its_answer() -> None:
+    """Not a reset, although nobody reads its body."""
+    large = hostile.post(b"{" + b" " * 1_900_000 + b"}", path="/v1/completions")
+    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, idle(port, LIMIT):
+        reply = await hostile.exchange("127.0.0.1", port, large, seconds=30, linger=30)
+        assert (reply.status, reply.closed) == (503, True)
+        assert json.loads(reply.body)["error"]["code"] == "too_many_connections"
+
+
+async def test_far_past_the_limit_connections_are_cut_off() -> None:
+    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, asking(port) as client:
+        async with idle(port, LIMIT + EXTRA_CONNECTIONS), idle(port, 3) as too_many:
+            for reader in too_many:
+                with suppress(ConnectionError):
+                    async with asyncio.timeout(30):
+                        assert await reader.read() == b""
+        await until_served(client)
+
+
+async def test_who_says_nothing_past_the_limit_soon_makes_room_for_probes() -> None:
+    """Within seconds, whatever time `receive_seconds` gives to others."""
+    settings = load({"port": 0, "max_connections": LIMIT, "receive_seconds": 3000})
+    async with serving(settings) as port, asking(port) as client, idle(port, LIMIT + EXTRA_CONNECTIONS):
+        async with asyncio.timeout(60):
+            while True:
+                with suppress(httpx.TransportError):
+                    assert (await client.get("/health")).status_code == 200
+                    return
+
+
+def test_descriptors_are_allowed_for() -> None:
+    """In a process of its own: a limit cannot be lowered for a test and raised again."""
+    program = (
+        "import resource, sys\n"
+        "from server.cli import allow_descriptors\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
+        "for needed in (32, 200, 1000):\n"
+        "    allow_descriptors(needed)\n"
+        "    print(*resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split("\n")[:3] == ["64 512", "200 512", "512 512"]
+    assert "max_connections needs 1000 descriptors and the system allows 512" in done.stderr
+
+
+def test_enough_descriptors_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    caplog.set_level(logging.WARNING)
+    allow_descriptors(8)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+    assert not caplog.records
