@@ -250,7 +250,7 @@ def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:
 
 
 def test_labels_of_expressions_exist() -> None:
-    known = {"model_name", "finished_reason", "method", "reward_model", "reason", "le", "worker"}
+    known = {"model_name", "finished_reason", "method", "reward_model", "reason", "le", "worker", "instance"}
     for expression in expressions():
         for labels in re.findall(r"\bby \(([^)]*)\)", expression):
             assert {label.strip() for label in labels.split(",")} <= known, expression
