@@ -12,8 +12,8 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
+from server.demo.domains import Aspect
 from server.demo.grammar import SUBJECTS, Grammar, Review, Subject, capitalised, with_article
-from server.demo.lexicon import Aspect
 
 Split = Literal["train", "held-out wording", "held-out combination"]
 Form = Literal["chat", "raw", "continuation"]

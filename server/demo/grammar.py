@@ -11,8 +11,8 @@ import math
 import random
 from dataclasses import dataclass, field
 
-from server.demo import lexicon
-from server.demo.lexicon import Aspect, Domain
+from server.demo import domains, lexicon
+from server.demo.domains import Aspect, Domain
 
 MOOD_SPREAD = 0.8  # standard deviation of a clause's grade around the mood of its text
 
@@ -28,17 +28,17 @@ class Subject:
     @property
     def again(self) -> str:
         """Completes "I would gladly ... again"."""
-        return lexicon.AGAIN.get(self.name, self.domain.again)
+        return domains.AGAIN.get(self.name, self.domain.again)
 
     @property
     def kind(self) -> str:
         """The sort of adjectives that fit the subject itself."""
-        return lexicon.KIND.get(self.name, self.domain.kind)
+        return domains.KIND.get(self.name, self.domain.kind)
 
 
 def _subjects() -> dict[str, Subject]:
     found: dict[str, Subject] = {}
-    for domain in lexicon.DOMAINS:
+    for domain in domains.DOMAINS:
         for name, own in domain.subjects.items():
             # A subject's own aspects come twice: they are spoken of more often than the domain's.
             aspects = tuple(Aspect.parse(text) for text in (*own, *own, *domain.aspects))
