@@ -25,7 +25,8 @@ from server.types import Budget, DiffusionParams, GuidanceParams, Job, Message, 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One step: `count` trajectories of `prompt` + `canvas` tokens; M gradient steps (0: unguided), of T steps."""
+    """One step: `count` trajectories of `prompt` + `canvas` tokens; M gradient steps (0: unguided), of T steps. With
+    `least_steps` every M from there to `gradient_steps` in turn."""
 
     name: str
     count: int
@@ -33,6 +34,12 @@ class Case:
     canvas: int
     gradient_steps: int
     steps: int | None = None
+    least_steps: int = 0
+
+    def gradient_steps_of(self, index: int) -> int:
+        """M of one of its trajectories."""
+        least = self.least_steps or self.gradient_steps
+        return least + index % (self.gradient_steps - least + 1)
 
 
 TEMPLATE_TOKENS = 24  # of a chat template around a conversation, at most
@@ -45,6 +52,7 @@ CASES = (
     Case("guided, M = 3", 8, 40, 32, 3),
     Case("guided, M = 3, more", 32, 40, 32, 3),
     Case("guided, M = 5", 8, 40, 32, 5),
+    Case("guided, M = 1 to 5", 16, 40, 32, 5, least_steps=1),
     Case("guided, all revealed", 8, 40, 32, 3, 1),
     Case("guided, long conversation", 8, 1500, 16, 3),
 )
@@ -53,6 +61,7 @@ LARGE_CASES = (
     Case("forward", 32, 440, 1, 0),
     Case("unguided rows", 128, 8, 64, 0),
     Case("guided", 32, 40, 64, 3),
+    Case("guided, M = 2 to 5", 32, 40, 64, 5, least_steps=2),
     Case("guided, M = 4, long conversation", 8, 800, 16, 4),
 )
 """For small models: what they take must stand out from what a process takes anyway."""
@@ -123,8 +132,8 @@ def _runner(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case:
     """A runner before its first step, with one job a trajectory: equal canvases would share a forward."""
     runner = Runner(loaded, rewards, budget=Budget(*(1 << 30,) * 6))
     weights = tuple(WeightedReward(name) for name in rewards)
-    guidance = GuidanceParams("entrgi", weights, gradient_steps=case.gradient_steps)
     for index in range(case.count):
+        guidance = GuidanceParams("entrgi", weights, gradient_steps=case.gradient_steps_of(index))
         text = chr(ord("a") + index % 26) + chr(ord("a") + index // 26) + "c" * (case.prompt - 2)
         runner.add(
             Job(

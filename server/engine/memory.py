@@ -7,7 +7,8 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
   peak, with width d, H heads and Hkv key heads of s channels and MLP width m; and 2 e d until the step ends.
 * A row of logits without guidance takes V (e + c / 2): the logits, and what a draw or a confidence needs of the row.
 * A guided row takes V (e + c f) + 8 c D: the logits, Adam's state and work space, and embeddings of the reward model's
-  width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3).
+  width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3). Rows of
+  smaller M leave the inner steps early, but in the same memory: they take no less.
 * A token of its own in a guided pass of a reward model keeps the activations of every block until the backward pass:
   layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run as `rewards.trunk` writes it out
   the modules keep about twice as much.

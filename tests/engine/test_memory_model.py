@@ -137,7 +137,7 @@ def test_the_prediction_is_an_upper_bound_of_what_steps_take_and_not_a_loose_one
         check=True,
     )
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert len(figures) == 4
+    assert len(figures) == 5
     for figure in figures:
         assert figure["measured"] <= figure["predicted"], figure
         assert figure["predicted"] <= 3 * figure["measured"] + figure["fixed"], figure
