@@ -29,7 +29,6 @@ from server.types import METHODS
 HEADLINE = Workload()
 SMALL = Workload(prompts=2, best_of=2, max_tokens=32, steps=16)
 EXACT = Workload(prompts=2, best_of=2, max_tokens=12, steps=24)
-EMPTY = "skip_empty_steps"
 PUBLISHED_SECONDS = 137.0
 """What the authors' code takes for the headline case on two cores of this kind."""
 
@@ -99,32 +98,32 @@ def ablation(bench: Bench) -> CaseResult:
     warm_up(pair, work)
     names = [saving.name for saving in fields(Savings)]
     before = bench.rate(pair.dtype)
-    # Steps that reveal nothing exist only where T exceeds L.
-    long = replace(work, steps=2 * work.max_tokens)
-    base, long_base = "all savings", "all savings, T = 2 L"
-
-    def base_of(name: str) -> str:
-        return long_base if name.endswith("T = 2 L") else base
-
-    variants = {base: engine(pair, work)}
-    variants |= {f"no {name}": engine(pair, work, Savings.without([name])) for name in names if name != EMPTY}
-    variants["none of them"] = engine(pair, work, Savings.without(names))
-    variants[long_base] = engine(pair, long)
-    variants[f"no {EMPTY}, T = 2 L"] = engine(pair, long, Savings.without([EMPTY]))
+    # Steps that reveal nothing exist only where T exceeds L, and inner steps to share between requests of different M.
+    own_work = {
+        "skip_empty_steps": (", T = 2 L", replace(work, steps=2 * work.max_tokens)),
+        "share_inner_steps": (", mixed M", replace(work, least_gradient_steps=1)),
+    }
+    base = "all savings"
+    base_of = {"none of them": base}
+    variants = {base: engine(pair, work), "none of them": engine(pair, work, Savings.without(names))}
+    for name in names:
+        suffix, theirs = own_work.get(name, ("", work))
+        variants.setdefault(base + suffix, engine(pair, theirs))
+        variants[f"no {name}{suffix}"] = engine(pair, theirs, Savings.without([name]))
+        base_of[f"no {name}{suffix}"] = base + suffix
     runs = bench.in_turn(variants, title="ablation")
     rate = before.max(bench.rate(pair.dtype))
     rows = []
     for name, each in runs.items():
-        whole = runs[base_of(name)]
+        whole = runs[base_of.get(name, name)]
         found = row(each, rate, variant=name)
         found["times_slower"], found["cpu_times_slower"] = ratio(each, whole), cpu_ratio(each, whole)
         found["same_tokens"] = same_tokens(each[0], whole[0])
         rows.append(found)
     figures = [
         figure
-        for name, each in runs.items()
-        if name not in (base, long_base)
-        for figure in both_clocks(f"ablation: {name}, times slower", each, runs[base_of(name)])
+        for name, whole in base_of.items()
+        for figure in both_clocks(f"ablation: {name}, times slower", runs[name], runs[whole])
     ]
     figures.append(Figure("ablation: least share of same tokens", min(entry["same_tokens"] for entry in rows)))
     return CaseResult("ablation", rows, figures, rate.wall / 1e9)

@@ -59,7 +59,8 @@ class Workload:
     """Prompts x K trajectories with everything else fixed; the defaults are the headline case.
 
     A prompt is a sentence of `prompt_words` words through the chat template, or, with `prompt_tokens`, that many
-    random ids. `max_tokens` is L, `steps` T, `best_of` K, `gradient_steps` M.
+    random ids. `max_tokens` is L, `steps` T, `best_of` K, `gradient_steps` M; with `least_gradient_steps` every M from
+    there on in turn.
     """
 
     method: Method = "entrgi"
@@ -68,6 +69,7 @@ class Workload:
     max_tokens: int = 64
     steps: int = 32
     gradient_steps: int = 3
+    least_gradient_steps: int | None = None
     temperature: float = 0.7
     top_p: float = 0.95
     prompt_words: int = 12
@@ -95,6 +97,7 @@ class Workload:
             generator, vocab_size = random.Random(number), pair.loaded.info.vocab_size
             prompt = [generator.randrange(vocab_size) for _ in range(self.prompt_tokens)]
         rewards = () if self.method == "none" else (WeightedReward("rm"),)
+        least = self.gradient_steps if self.least_gradient_steps is None else self.least_gradient_steps
         return Job(
             id=f"{self.method}-{number}",
             prompt_ids=tuple(prompt),
@@ -109,7 +112,7 @@ class Workload:
                 ignore_eos=True,
             ),
             diffusion=DiffusionParams(steps=self.steps, algorithm=self.algorithm),
-            guidance=GuidanceParams(self.method, rewards, self.gradient_steps),
+            guidance=GuidanceParams(self.method, rewards, least + index % (self.gradient_steps - least + 1)),
         )
 
 
