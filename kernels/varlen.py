@@ -1,8 +1,9 @@
-"""Attention over packed sequences of different lengths in one kernel: torch's own, or flash-attn where installed.
+"""Attention over packed sequences of different lengths in one kernel: torch's own, or flash-attn where installed; ours
+on a CPU (`kernels.attention`).
 
 Sequence i has the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. With `causal` its last query sees all
 of its keys, the one before all but the last, and so on (aligned at the bottom right), which is what rows that continue
-a prefix need. Both kernels want CUDA, 16 bits and heads of a multiple of 8 channels, 256 at most.
+a prefix need. The first two want CUDA, 16 bits and heads of a multiple of 8 channels, 256 at most; ours float32.
 
 `choose` names what a device, dtype and head size can run. It believes no version number: a backend is taken only after
 a small case, forward and backward, has agreed with `reference` on the very device. "sdpa" stands for doing without:
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import attention
 from kernels.transfer import upload
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("varlen", "flash", "sdpa")
+BACKENDS = ("varlen", "flash", "cpp", "sdpa")
 CHOICES = ("auto", *BACKENDS)
 MAX_HEAD_SIZE = 256
 TOLERANCE = 0.03  # of the probe's 16-bit results, whose values are about 1
@@ -104,7 +106,17 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: f
     return out
 
 
-_IMPLEMENTATIONS: dict[str, Attention] = {"varlen": _torch_varlen, "flash": _flash, "reference": reference}
+def _cpp(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
+    rows = attention.Rows(spans.cu_q.diff().tolist(), spans.cu_k.diff().tolist())
+    return attention.attend(q, k, v, rows, causal=causal, scale=scale)
+
+
+_IMPLEMENTATIONS: dict[str, Attention] = {
+    "varlen": _torch_varlen,
+    "flash": _flash,
+    "cpp": _cpp,
+    "reference": reference,
+}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -129,6 +141,8 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: 
     """Why a backend cannot run, or None where it can."""
     if name == "sdpa":
         return None
+    if name == "cpp":
+        return _without_cpp(device, dtype)
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -142,6 +156,12 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: 
     if name == "flash" and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     return _probe(name, device, dtype, head_size)
+
+
+def _without_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it needs float32 on the CPU, not {str(dtype).removeprefix('torch.')} on {device}"
+    return None if attention.runs() else "there is no C++ compiler, or KERNELS_BACKEND turns its kernels off"
 
 
 @functools.cache

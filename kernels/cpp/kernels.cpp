@@ -4,6 +4,7 @@
 //
 // phi after t updates (kernels/adam.py): the logits plus eta times Adam's direction of g1 (and of g1, g2), or `phi`.
 
+#include "attention.h"
 #include "blocks.h"
 #include "draw.h"
 #include "tiles.h"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels import varlen
 from server.errors import ConfigurationError, quote
 from server.hub import checkpoint_name, read_json, resolve_checkpoint
 from server.models.base import DiffusionModel
@@ -77,6 +78,8 @@ def load_diffusion_model(
         model = family.build({**config, "mask_token_id": ids.mask})
     _check_ids(ids, tokenizer, model.vocab_size)
     load_weights(model, folder, dtype=dtype, device=device, ignored=model.ignored_weights)
+    where = model.device, model.activation_dtype, model.shape.head_size
+    model.backbone.attention_backend = varlen.choose("auto", *where)
     default = row.max_tokens if row is not None else DEFAULT_MAX_TOKENS
     info = ModelInfo(
         id=name,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import varlen
+from kernels import attention, varlen
 from kernels.transfer import upload
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -96,6 +96,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str =
     "sdpa": one scaled_dot_product_attention for each run of equal lengths, on views of the packed tensors, so that
     nothing is gathered or padded.
     """
+    if backend == "cpp" and not attention.runs():
+        backend = "sdpa"
     if backend != "sdpa":
         cu, longest = layout.cu_seqlens, layout.max_length
         return varlen.attend(backend, q, k, v, varlen.Spans(cu, cu, longest, longest))

@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from kernels import attention as cpp_attention
 from kernels.transfer import upload
 from server.errors import ConfigurationError
+from server.rewards.cpp_rows import CppRows
 from server.rewards.varlen import VarlenRows
 
 IntArray = NDArray[np.int64]
@@ -106,7 +108,7 @@ class Packing:
     by_row: Tensor | None
     capture: list[tuple[Tensor, Tensor]] | None = None
     starts: tuple[int, ...] = field(default=())
-    varlen: VarlenRows | None = None
+    varlen: CppRows | VarlenRows | None = None
     hidden: Tensor | None = None  # (S,), of tokens behind their row's last one (`hiding`)
 
     @classmethod
@@ -126,9 +128,15 @@ class Packing:
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
+        if backend == "cpp" and not cpp_attention.runs():
+            backend = "sdpa"
         if backend != "sdpa":
             lasts = upload(torch.tensor(starts[1:]) - 1, device)
-            together = VarlenRows.of(prefixes, lengths, device, backend)
+            together: CppRows | VarlenRows
+            if backend == "cpp":
+                together = CppRows.of(prefixes, lengths)
+            else:
+                together = VarlenRows.of(prefixes, lengths, device, backend)
             return cls((), None, None, lasts, None, None, [] if capture else None, tuple(starts[:-1]), together)
         members: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):

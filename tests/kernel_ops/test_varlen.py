@@ -95,7 +95,7 @@ def test_what_cannot_run_says_why(name: str, device: str, dtype: torch.dtype, ch
 
 def test_sdpa_always_runs_and_unknown_names_are_refused() -> None:
     assert choose("sdpa", torch.device("cpu"), torch.float64, 7) == "sdpa"
-    with pytest.raises(ValueError, match="auto, varlen, flash, sdpa"):
+    with pytest.raises(ValueError, match="auto, varlen, flash, cpp, sdpa"):
         choose("xformers", torch.device("cpu"), torch.float32, 64)
     with pytest.raises(ValueError, match="no variable-length attention"):
         varlen.attend("sdpa", *_tensors(0, 8)[0], Spans.of(*CASES[0]))

@@ -135,7 +135,7 @@ def test_training_and_whole_canvases_run_as_they_are() -> None:
     [
         (Acceleration(attention_backend="varlen"), "attention_backend: varlen cannot run here: it needs a CUDA device"),
         (Acceleration(attention_backend="flash"), "attention_backend: flash cannot run here: it needs a CUDA device"),
-        (Acceleration(attention_backend="fast"), "attention_backend: 'fast' is not one of auto, varlen, flash, sdpa"),
+        (Acceleration(attention_backend="fast"), "attention_backend: 'fast' is not one of auto, varlen, flash, cpp, sdpa"),
         (Acceleration(cuda_graphs=True), "cuda_graphs: there are none on cpu"),
     ],
 )
@@ -153,8 +153,9 @@ def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest
         accelerate(model_of("dream-tiny"), Acceleration(compile=True), 64)
 
 
-def test_automatic_attention_on_a_cpu_is_sdpa() -> None:
-    model = model_of("llada-tiny")
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpp"), (torch.float64, "sdpa")])
+def test_automatic_attention_on_a_cpu(dtype: torch.dtype, backend: str) -> None:
+    model = model_of("llada-tiny", dtype)
     accelerate(model, Acceleration(), model.context_length)
-    assert model.backbone.attention_backend == "sdpa"
+    assert model.backbone.attention_backend == backend
     assert model.trunk == model.backbone.forward

@@ -1,0 +1,179 @@
+"""Attention of packed rows of different lengths behind cached prefixes, in one C++ pass, for float32 on a CPU.
+
+scaled_dot_product_attention wants rectangles: rows of one length, prefixes of one length, and masks where they differ.
+Here every row says where its queries, its own keys and the pieces of its prefix lie, and nothing is padded, gathered or
+computed behind a causal row's diagonal. The gradient of queries, own keys and own values is another pass; prefixes have
+none. It is what `kernels.varlen` calls "cpp".
+
+Shapes: H query heads, Hkv key heads (a divisor), `size` channels a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.cpp import library
+from kernels.cpp.build import threads
+from kernels.dispatch import settings
+
+Piece = tuple[Tensor, Tensor]
+"""Cached keys and values of n tokens, (Hkv, n, size) each, contiguous."""
+
+
+class _Sequence(ctypes.Structure):
+    """`struct Sequence` of attention.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("q_start", "q_count", "k_start", "k_count", "first_piece", "pieces")
+    ]
+
+
+class _Piece(ctypes.Structure):
+    """`struct Piece` of attention.h."""
+
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("length", ctypes.c_int64)]
+
+
+class _Attention(ctypes.Structure):
+    """`struct Attention` of attention.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "rows", "pieces")]
+        + [(name, ctypes.c_int64) for name in ("row_count", "heads", "key_heads", "size")]
+        + [("scale", ctypes.c_float), ("causal", ctypes.c_int32), ("threads", ctypes.c_int32)]
+    )
+
+
+def available() -> bool:
+    """Whether there is a compiled library."""
+    return library() is not None
+
+
+def runs() -> bool:
+    """The same, unless KERNELS_BACKEND=reference or torch turns it off with the other kernels."""
+    return settings().backend not in ("reference", "torch") and available()
+
+
+class Rows:
+    """B rows: each one's queries, own keys, and the pieces before them (by index, first tokens first).
+
+    queries and keys: lengths (B,); rows follow each other in q, and in k and v. ValueError where a row has fewer keys
+    (its pieces' `lengths` included) than queries, or the numbers differ.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[int],
+        keys: Sequence[int],
+        pieces: Sequence[Sequence[int]] | None = None,
+        lengths: Sequence[int] = (),
+    ) -> None:
+        before = [()] * len(keys) if pieces is None else pieces
+        if not len(queries) == len(keys) == len(before) or not queries:
+            raise ValueError(f"{len(queries)} rows of queries, {len(keys)} of keys, {len(before)} of pieces")
+        self.queries, self.keys = sum(queries), sum(keys)
+        self.lengths = [lengths[index] for row in before for index in row]
+        self.order = [index for row in before for index in row]
+        self._rows = (_Sequence * len(keys))()
+        q_start = k_start = first = 0
+        for row, q_count, k_count, own in zip(self._rows, queries, keys, before, strict=True):
+            row.q_start, row.q_count, row.k_start, row.k_count = q_start, q_count, k_start, k_count
+            row.first_piece, row.pieces = first, len(own)
+            if min(q_count, k_count) < 0 or k_count + sum(lengths[index] for index in own) < q_count:
+                raise ValueError(f"{q_count} queries for {k_count} keys behind pieces {list(own)}")
+            q_start, k_start, first = q_start + q_count, k_start + k_count, first + len(own)
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(self._rows)
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], causal: bool, scale: float
+    ) -> tuple[_Attention, Any]:
+        """The C++ arguments, and what must stay alive as long as they."""
+        table = (_Piece * max(1, len(self.order)))()
+        for entry, index, length in zip(table, self.order, self.lengths, strict=False):
+            keys, values = pieces[index]
+            entry.keys, entry.values, entry.length = keys.data_ptr(), values.data_ptr(), length
+        arguments = _Attention(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), ctypes.addressof(self._rows), ctypes.addressof(table),
+            self.count, q.shape[1], k.shape[1], q.shape[2], scale, causal, threads(),
+        )  # fmt: skip
+        return arguments, table
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    pieces: Sequence[Piece] = (),
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v in each row: q (queries, H, size), k and v (keys, Hkv, size), all float32 on the CPU ->
+    (queries, H, size), differentiable with respect to the three.
+
+    With `causal` a row's last query sees all of its keys, the one before all but the last, and so on. `scale` None is
+    1 / sqrt(size). `pieces` is what the rows' indices mean. ValueError where shapes or dtypes do not fit.
+    """
+    heads, key_heads, size = q.shape[1], k.shape[1], q.shape[2]
+    if q.shape[0] != rows.queries or k.shape != (rows.keys, key_heads, size) or v.shape != k.shape or heads % key_heads:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for {rows.queries} queries")
+    for x in (q, k, v, *(x for piece in pieces for x in piece)):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(f"float32 on the CPU is wanted, not {x.dtype} on {x.device}")
+    for keys, values in pieces:
+        if keys.shape[::2] != (key_heads, size) or values.shape != keys.shape or not _lies_plain(keys, values):
+            raise ValueError(f"a piece of keys {tuple(keys.shape)} and values {tuple(values.shape)}")
+    for index, length in zip(rows.order, rows.lengths, strict=True):
+        if pieces[index][0].shape[1] != length:
+            raise ValueError(f"piece {index} has {pieces[index][0].shape[1]} tokens, not {length}")
+    scale = size**-0.5 if scale is None else scale
+    out: Tensor = _Attend.apply(q, k, v, rows, pieces, causal, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _lies_plain(keys: Tensor, values: Tensor) -> bool:
+    return keys.is_contiguous() and values.is_contiguous()
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Rows, pieces: Sequence[Piece], causal: bool, scale: float
+    ) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.empty_like(q)
+        log_sums = torch.empty(q.shape[:2]) if any(ctx.needs_input_grad[:3]) else None
+        arguments, _table = rows.call(q, k, v, pieces, causal, scale)
+        library().attention(  # type: ignore[union-attr]
+            ctypes.byref(arguments), ctypes.c_void_p(out.data_ptr()), _address(log_sums)
+        )
+        if log_sums is not None:
+            ctx.save_for_backward(q, k, v, out, log_sums)
+            ctx.others = rows, pieces, causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sums = ctx.saved_tensors
+        rows, pieces, causal, scale = ctx.others
+        g = gradients[0].contiguous()
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        arguments, _table = rows.call(q, k, v, pieces, causal, scale)
+        library().attention_gradient(  # type: ignore[union-attr]
+            ctypes.byref(arguments), *(_address(x) for x in (g, out, log_sums, d_q, d_k, d_v))
+        )
+        return d_q, d_k, d_v, None, None, None, None
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())

@@ -1,0 +1,337 @@
+// Attention of packed rows of different lengths behind cached prefixes, float32, and its gradient. Called by
+// kernels/attention.py, which documents the layout.
+//
+// A task is one row and one key head: its keys and values are laid out once (keys also transposed), then blocks of
+// queries pass by: scores, softmax, mix. Scores of one block stay in the cache; the products between them are small
+// matrix products of their own, on tiles of registers.
+#pragma once
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+// Lanes of a vector register, and rows of the register tile: LANES * 2 columns times TILE_ROWS accumulators, so that
+// they, two vectors of b and a factor fit the machine's registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 12;
+#elif defined(__AVX__) || defined(__aarch64__)
+constexpr int LANES = 8, TILE_ROWS = 6;
+#else
+constexpr int LANES = 4, TILE_ROWS = 6;
+#endif
+constexpr int64_t COLUMNS = 2 * LANES;
+constexpr int64_t QUERIES = 48;  // of one block
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// c (ROWS, COLUMNS) = a (ROWS, depth) b (depth, COLUMNS), or += with `add`. Element (r, k) of a is a[r * a_row + k *
+// a_step]; rows of b and c lie b_row and c_row floats apart.
+template <int ROWS>
+inline void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c,
+                 int64_t c_row, bool add) {
+  Vector sum[ROWS][2];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < 2; ++v)
+      sum[r][v] = add ? *reinterpret_cast<const Vector*>(c + r * c_row + v * LANES) : Vector{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vector left = *reinterpret_cast<const Vector*>(b + k * b_row);
+    const Vector right = *reinterpret_cast<const Vector*>(b + k * b_row + LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      const float factor = a[r * a_row + k * a_step];
+      sum[r][0] += factor * left;
+      sum[r][1] += factor * right;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < 2; ++v) *reinterpret_cast<Vector*>(c + r * c_row + v * LANES) = sum[r][v];
+}
+
+template <int ROWS>
+inline void last_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
+                      int64_t b_row, float* c, int64_t c_row, bool add) {
+  if (rows == ROWS) return tile<ROWS>(depth, a, a_row, a_step, b, b_row, c, c_row, add);
+  if constexpr (ROWS > 1) last_rows<ROWS - 1>(rows, depth, a, a_row, a_step, b, b_row, c, c_row, add);
+}
+
+// The same for any number of rows, and columns in a multiple of COLUMNS.
+void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
+             const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  for (int64_t column = 0; column < columns; column += COLUMNS) {
+    int64_t row = 0;
+    for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
+      tile<TILE_ROWS>(depth, a + row * a_row, a_row, a_step, b + column, b_row, c + row * c_row + column, c_row, add);
+    if (row < rows)
+      last_rows<TILE_ROWS>(rows - row, depth, a + row * a_row, a_row, a_step, b + column, b_row,
+                           c + row * c_row + column, c_row, add);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Cached keys and values of `length` tokens, (key_heads, length, size) each. Mirrored in kernels/attention.py.
+struct Piece {
+  const float *keys, *values;
+  int64_t length;
+};
+
+// Queries q[q_start ..], own keys k[k_start ..], and the pieces that come before them.
+struct Sequence {
+  int64_t q_start, q_count, k_start, k_count, first_piece, pieces;
+};
+
+struct Attention {
+  const float *q, *k, *v;  // packed: (queries, heads, size), (keys, key_heads, size) twice
+  const Sequence* rows;
+  const Piece* pieces;
+  int64_t row_count, heads, key_heads, size;
+  float scale;
+  int32_t causal, threads;
+};
+}
+
+namespace {
+
+// One row and key head: sizes, and its keys and values in one piece.
+struct Task {
+  const Attention& x;
+  const Sequence& row;
+  int64_t head, group, before, keys, wide, width;  // `wide`: keys, and `width`: size, rounded up to whole tiles
+
+  Task(const Attention& x, int64_t number)
+      : x(x), row(x.rows[number / x.key_heads]), head(number % x.key_heads), group(x.heads / x.key_heads), before(0) {
+    for (int64_t p = 0; p < row.pieces; ++p) before += x.pieces[row.first_piece + p].length;
+    keys = before + row.k_count;
+    wide = round_up(keys, COLUMNS);
+    width = round_up(x.size, COLUMNS);
+  }
+
+  int64_t queries() const { return row.q_count * group; }  // of one token the group's heads come together
+
+  // Where query number `query` lies in q, out and their gradients.
+  int64_t at(int64_t query) const {
+    return ((row.q_start + query / group) * x.heads + head * group + query % group) * x.size;
+  }
+
+  // How many keys a query sees: with `causal` the row's last query sees all of them.
+  int64_t seen(int64_t query) const { return x.causal ? keys - row.q_count + query / group + 1 : keys; }
+
+  // use(index of the first key, keys, the first key's place, floats from key to key) for each run of keys.
+  template <class Use>
+  void each_run(bool values, Use use) const {
+    int64_t index = 0;
+    for (int64_t p = 0; p < row.pieces; ++p) {
+      const Piece& piece = x.pieces[row.first_piece + p];
+      use(index, piece.length, (values ? piece.values : piece.keys) + head * piece.length * x.size, x.size);
+      index += piece.length;
+    }
+    use(index, row.k_count, (values ? x.v : x.k) + (row.k_start * x.key_heads + head) * x.size, x.key_heads * x.size);
+  }
+
+  // Keys or values (keys, width), or transposed (size, wide), padded with zeros.
+  void lay_out(bool values, float* to) const {
+    each_run(values, [&](int64_t index, int64_t count, const float* from, int64_t step) {
+      for (int64_t i = 0; i < count; ++i) {
+        float* target = to + (index + i) * width;
+        std::copy(from + i * step, from + i * step + x.size, target);
+        std::fill(target + x.size, target + width, 0.0f);
+      }
+    });
+  }
+
+  void lay_out_transposed(bool values, float* to) const {
+    each_run(values, [&](int64_t index, int64_t count, const float* from, int64_t step) {
+      int64_t i = 0;
+      for (; i + LANES <= count; i += LANES)
+        for (int64_t c = 0; c < x.size; ++c) {
+          Vector column;
+          for (int lane = 0; lane < LANES; ++lane) column[lane] = from[(i + lane) * step + c];
+          *reinterpret_cast<Vector*>(to + c * wide + index + i) = column;
+        }
+      for (; i < count; ++i)
+        for (int64_t c = 0; c < x.size; ++c) to[c * wide + index + i] = from[i * step + c];
+    });
+    for (int64_t c = 0; c < x.size; ++c) std::fill(to + c * wide + keys, to + (c + 1) * wide, 0.0f);
+  }
+
+  // Queries (or what lies like them) first .. first + count as rows of `width`, times `factor`.
+  void gather(const float* from, int64_t first, int64_t count, float factor, float* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* source = from + at(first + i);
+      float* target = to + i * width;
+#pragma omp simd
+      for (int64_t c = 0; c < x.size; ++c) target[c] = source[c] * factor;
+      std::fill(target + x.size, target + width, 0.0f);
+    }
+  }
+
+  // The other way round, a factor a query.
+  void scatter(const float* from, int64_t first, int64_t count, const float* factors, float* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* source = from + i * width;
+      float* target = to + at(first + i);
+#pragma omp simd
+      for (int64_t c = 0; c < x.size; ++c) target[c] = source[c] * factors[i];
+    }
+  }
+};
+
+struct Longest {
+  int64_t wide = 0, width = 0, own = 0;
+  explicit Longest(const Attention& x) {
+    for (int64_t i = 0; i < x.row_count; ++i) {
+      const Task task(x, i * x.key_heads);
+      wide = std::max(wide, task.wide);
+      width = task.width;
+      own = std::max(own, task.row.k_count);
+    }
+  }
+};
+
+// exp(score - maximum) in place, 0 from `seen` to `end` (a multiple of COLUMNS). Returns the maximum and the sum.
+struct Exponentials {
+  float maximum, sum;
+};
+
+inline Exponentials exponentials(float* scores, int64_t seen, int64_t end) {
+  std::fill(scores + seen, scores + end, -INFINITE);
+  float most[COLUMNS], sums[COLUMNS];
+  for (int64_t c = 0; c < COLUMNS; ++c) most[c] = -INFINITE, sums[c] = 0;
+  for (int64_t i = 0; i < end; i += COLUMNS)
+#pragma omp simd
+    for (int64_t c = 0; c < COLUMNS; ++c) most[c] = scores[i + c] > most[c] ? scores[i + c] : most[c];
+  float maximum = -INFINITE, sum = 0;
+  for (int64_t c = 0; c < COLUMNS; ++c) maximum = std::max(maximum, most[c]);
+  for (int64_t i = 0; i < end; i += COLUMNS)
+#pragma omp simd
+    for (int64_t c = 0; c < COLUMNS; ++c) {
+      const float weight = exponential(scores[i + c] - maximum);
+      scores[i + c] = weight;
+      sums[c] += weight;
+    }
+  for (int64_t c = 0; c < COLUMNS; ++c) sum += sums[c];
+  return {maximum, sum};
+}
+
+void forward_task(const Task& task, float* buffer, float* out, float* log_sums) {
+  const Attention& x = task.x;
+  float* keys = buffer;                               // (size, wide)
+  float* values = keys + task.width * task.wide;      // (keys, width)
+  float* q = values + task.wide * task.width;         // (QUERIES, width)
+  float* mixed = q + QUERIES * task.width;            // (QUERIES, width)
+  float* scores = mixed + QUERIES * task.width;       // (QUERIES, wide)
+  task.lay_out_transposed(false, keys);
+  task.lay_out(true, values);
+  for (int64_t first = 0; first < task.queries(); first += QUERIES) {
+    const int64_t count = std::min(QUERIES, task.queries() - first), seen = task.seen(first + count - 1);
+    const int64_t end = round_up(seen, COLUMNS);
+    task.gather(x.q, first, count, x.scale, q);
+    product(count, end, x.size, q, task.width, 1, keys, task.wide, scores, task.wide, false);
+    float factors[QUERIES];
+    for (int64_t i = 0; i < count; ++i) {
+      const Exponentials row = exponentials(scores + i * task.wide, task.seen(first + i), end);
+      factors[i] = 1.0f / row.sum;
+      if (log_sums) log_sums[task.at(first + i) / x.size] = row.maximum + std::log(row.sum);
+    }
+    product(count, task.width, seen, scores, task.wide, 1, values, task.width, mixed, task.width, false);
+    task.scatter(mixed, first, count, factors, out);
+  }
+}
+
+struct Gradients {
+  float *q, *k, *v;
+};
+
+void backward_task(const Task& task, float* buffer, const float* g, const float* out, const float* log_sums,
+                   const Gradients& to) {
+  const Attention& x = task.x;
+  float* keys = buffer;                                // (size, wide)
+  float* values = keys + task.width * task.wide;       // (size, wide)
+  float* rows_of_keys = values + task.width * task.wide;  // (keys, width)
+  float* q = rows_of_keys + task.wide * task.width;    // (QUERIES, width), and so on
+  float* d_out = q + QUERIES * task.width;
+  float* d_q = d_out + QUERIES * task.width;
+  float* weights = d_q + QUERIES * task.width;         // (QUERIES, wide)
+  float* slopes = weights + QUERIES * task.wide;       // (QUERIES, wide)
+  float* d_k = slopes + QUERIES * task.wide;           // (own keys, width)
+  float* d_v = d_k + task.row.k_count * task.width;    // (own keys, width)
+  task.lay_out_transposed(false, keys);
+  task.lay_out_transposed(true, values);
+  task.lay_out(false, rows_of_keys);
+  std::fill(d_k, d_v + task.row.k_count * task.width, 0.0f);
+  float scales[QUERIES];
+  std::fill(scales, scales + QUERIES, x.scale);
+  for (int64_t first = 0; first < task.queries(); first += QUERIES) {
+    const int64_t count = std::min(QUERIES, task.queries() - first), last = task.seen(first + count - 1);
+    const int64_t end = round_up(last, COLUMNS);
+    task.gather(x.q, first, count, x.scale, q);
+    task.gather(g, first, count, 1.0f, d_out);
+    product(count, end, x.size, q, task.width, 1, keys, task.wide, weights, task.wide, false);
+    product(count, end, x.size, d_out, task.width, 1, values, task.wide, slopes, task.wide, false);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t seen = task.seen(first + i), at = task.at(first + i);
+      float *w = weights + i * task.wide, *s = slopes + i * task.wide;
+      const float log_sum = log_sums[at / x.size];
+      float along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t c = 0; c < x.size; ++c) along += g[at + c] * out[at + c];
+      std::fill(w + seen, w + end, -INFINITE);
+      for (int64_t j = 0; j < end; j += COLUMNS)
+#pragma omp simd
+        for (int64_t c = 0; c < COLUMNS; ++c) {
+          w[j + c] = exponential(w[j + c] - log_sum);
+          s[j + c] = w[j + c] * (s[j + c] - along);
+        }
+    }
+    product(count, task.width, last, slopes, task.wide, 1, rows_of_keys, task.width, d_q, task.width, false);
+    task.scatter(d_q, first, count, scales, to.q);
+    const int64_t own = last - task.before;  // q holds the scale already
+    product(own, task.width, count, slopes + task.before, 1, task.wide, q, task.width, d_k, task.width, true);
+    product(own, task.width, count, weights + task.before, 1, task.wide, d_out, task.width, d_v, task.width, true);
+  }
+  for (int64_t i = 0; i < task.row.k_count; ++i) {
+    const int64_t at = ((task.row.k_start + i) * x.key_heads + task.head) * x.size;
+    std::copy(d_k + i * task.width, d_k + i * task.width + x.size, to.k + at);
+    std::copy(d_v + i * task.width, d_v + i * task.width + x.size, to.v + at);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out (queries, heads, size); log_sums (queries, heads) or null.
+void attention(const Attention* x, float* out, float* log_sums) {
+  const Longest most(*x);
+  const int64_t floats = 2 * most.width * most.wide + QUERIES * (2 * most.width + most.wide);
+#pragma omp parallel num_threads(x->threads)
+  {
+    const FlushDenormals guard;
+    std::vector<float> buffer(floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < x->row_count * x->key_heads; ++number)
+      forward_task(Task(*x, number), buffer.data(), out, log_sums);
+  }
+}
+
+// Gradients of q, k and v behind g (queries, heads, size); those of the pieces are not wanted by anybody.
+void attention_gradient(const Attention* x, const float* g, const float* out, const float* log_sums, float* d_q,
+                        float* d_k, float* d_v) {
+  const Longest most(*x);
+  const int64_t floats =
+      3 * most.width * most.wide + QUERIES * (3 * most.width + 2 * most.wide) + 2 * most.own * most.width;
+#pragma omp parallel num_threads(x->threads)
+  {
+    const FlushDenormals guard;
+    std::vector<float> buffer(floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < x->row_count * x->key_heads; ++number)
+      backward_task(Task(*x, number), buffer.data(), g, out, log_sums, {d_q, d_k, d_v});
+  }
+}
+}
