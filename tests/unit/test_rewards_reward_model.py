@@ -262,6 +262,25 @@ def test_float32_is_close_to_stock(checkpoint: Path) -> None:
     torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=1e-4, atol=1e-4)
 
 
+def test_float32_attention_in_one_pass_reads_what_groups_read(checkpoint: Path) -> None:
+    """Rows behind a shared prefix, a chained one and none: values and gradients of the C++ pass and of sdpa."""
+    model = load(checkpoint, torch.float32)
+    if model.attention_backend != "cpp":
+        pytest.skip("no C++ compiler")
+    before, more, *own = random_ids(11, 4, 3, 6, 3, 9, seed=12)
+    results = []
+    for backend in ("cpp", "sdpa"):
+        model.attention_backend = backend
+        shared = model.prefill(before)
+        chained = model.extend(*pack(model, [shared], [more]))[0]
+        rows, embeds = pack(model, [shared, chained, model.prefill([]), chained], own)
+        embeds.requires_grad_()
+        rewards = model.forward(rows, embeds)
+        results.append([rewards.detach(), *torch.autograd.grad(rewards.sum(), [embeds])])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
 def test_bfloat16_rewards_come_in_float32(checkpoint: Path) -> None:
     sequences = random_ids(7, 19, 12, 40, seed=10)
     ours = load(checkpoint, torch.bfloat16)
