@@ -63,6 +63,11 @@ class Dispatcher:
         """Estimated work that a worker has, in the unit of `job_cost`."""
         return self._outstanding[worker]
 
+    @property
+    def suspects(self) -> int:
+        """How many suspects have no answer yet."""
+        return len(self._suspects) + sum(self._has_suspect(worker) for worker in range(len(self._held)))
+
     def jobs_of(self, worker: int) -> list[Pending]:
         """What a worker has, oldest first."""
         return list(self._held[worker].values())

@@ -322,8 +322,17 @@ class Engine:
 
     def on_death(self, replica: Replica) -> None:
         """A worker is gone. Its jobs run again, unless it is the second that one of them was part of."""
-        lost = self._dispatcher.jobs_of(replica.rank)
-        for pending in self._dispatcher.lost(replica.rank):
+        lost, suspects = self._dispatcher.jobs_of(replica.rank), self._dispatcher.suspects
+        convicted = self._dispatcher.lost(replica.rank)
+        if lost:
+            logger.warning(
+                "%s had %d requests; after its death %d wait to run alone",
+                replica.supervisor.name,
+                len(lost),
+                self._dispatcher.suspects,
+                extra={"suspects": self._dispatcher.suspects, "before": suspects, "convicted": len(convicted)},
+            )
+        for pending in convicted:
             self._answer(Failed(pending.id, "unavailable", "the worker was lost twice during this request"))
         for pending in lost:
             if pending.id in self._pending:
@@ -348,7 +357,10 @@ class Engine:
         now = time.monotonic()
         self._throughput.finished(now)
         self._throughput.taken(len(self._pending), self.config.max_jobs, now)
+        suspects = self._dispatcher.suspects
         self._dispatcher.remove(pending)
+        if suspects and not self._dispatcher.suspects:
+            logger.info("no request has to run alone any more")
         pending.close(answer)
         if not self._pending:
             self._idle.set()

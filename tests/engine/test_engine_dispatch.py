@@ -52,14 +52,19 @@ def test_queued_jobs_of_a_dead_worker_move_at_once_and_running_ones_run_alone() 
     given_to(dispatcher, [1])
     for name in ("running 1", "running 2"):
         jobs[name].begun = True
+    assert dispatcher.suspects == 0
     assert dispatcher.lost(0) == []
+    assert dispatcher.suspects == 2
     assert given_to(dispatcher, [1], more_to_come=True) == [(1, "queued 1"), (1, "queued 2")]
     # The dead worker's successor takes one suspect, and nothing else until that one is done.
     add(dispatcher, "new")
     assert given_to(dispatcher, [0, 1]) == [(0, "running 1"), (1, "new")]
+    assert dispatcher.suspects == 2  # waiting or running
     dispatcher.remove(jobs["running 1"])
     assert given_to(dispatcher, [0, 1]) == [(0, "running 2")]
+    assert dispatcher.suspects == 1
     dispatcher.remove(jobs["running 2"])
+    assert dispatcher.suspects == 0
     add(dispatcher, "newer")
     assert given_to(dispatcher, [0, 1]) == [(0, "newer")]
     assert busy.deaths == 0
@@ -104,6 +109,7 @@ class Cluster:
     poison: set[str] = field(default_factory=set)
     done: list[str] = field(default_factory=list)
     convicted: list[Pending] = field(default_factory=list)
+    most_convicted: int = 0  # by one death
     deaths: int = 0
 
     def __post_init__(self) -> None:
@@ -138,7 +144,9 @@ class Cluster:
     def kill(self, worker: int) -> None:
         if self.up.pop(worker, None) is not None:
             self.deaths += 1
-            self.convicted += self.dispatcher.lost(worker)
+            convicted = self.dispatcher.lost(worker)
+            self.most_convicted = max(self.most_convicted, len(convicted))
+            self.convicted += convicted
         self.assign()
 
 
@@ -183,6 +191,8 @@ def test_random_kills_lose_no_job_and_none_fails_before_its_second_death(
         f"job {index}" for index in range(jobs)
     )
     assert all(pending.deaths == 2 for pending in cluster.convicted)
+    assert cluster.most_convicted <= 1, "a suspect was not alone"
+    assert cluster.dispatcher.suspects == 0
 
 
 def test_the_estimate_of_work_grows_with_everything_that_is_work() -> None:
