@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 from kernels.random import INNER_FINAL
-from kernels.transfer import upload
+from kernels.transfer import download, upload
 from server.diffusion.schedule import Step
 from server.engine.batch import Batch, Member, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
@@ -206,24 +206,18 @@ class Denoiser:
     def _choose(self, cohort: Cohort, ranking: Tensor, entropy: Tensor) -> _Outcome:
         """Draws and choices of a cohort, whose rows' confidences in the base distribution and entropies these are."""
         group, state = cohort.group, cohort.state
-        candidates = group.candidates()
-        eos = self.info.eos_token_id
-        choices: list[Choice | None]
+        candidates, eos = group.candidates(), self.info.eos_token_id
+        shown = entropy, cohort.first_w, *cohort.rewards
         if cohort.pending:
-            choices = walk(group, candidates, state, cohort.pending, ranking.cpu().numpy(), eos)
+            base, *rest = download((ranking, *shown))
+            choices = walk(group, candidates, state, cohort.pending, base, eos)
         else:
             subset = None if candidates is None else upload(torch.from_numpy(candidates), self.device)
             tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
             ranked = confidence(group, state, ranking, tokens, subset)
-            uniforms = group.ranking_uniforms(candidates)
-            choices = choose(group, tokens.cpu().numpy(), ranked.cpu().numpy(), uniforms, eos)
-        return _Outcome(
-            group,
-            choices,
-            entropy.cpu().numpy(),
-            None if cohort.first_w is None else cohort.first_w.cpu().numpy(),
-            [rewards.cpu().numpy() for rewards in cohort.rewards],
-        )
+            drawn, confidences, uniforms, *rest = download((tokens, ranked, group.ranking_uniforms(candidates), *shown))
+            choices = choose(group, drawn, confidences, uniforms, eos)
+        return _Outcome(group, choices, rest[0], rest[1], rest[2:])
 
     def _commit(self, outcome: _Outcome) -> list[Revealed]:
         """Write the chosen tokens into the canvases."""

@@ -103,7 +103,7 @@ class Group:
             columns = [column[subset] for column in columns]
         return row_keys(*(upload(torch.from_numpy(column.astype(np.int64)), self.device) for column in columns))
 
-    def ranking_uniforms(self, candidates: IntArray | None) -> FloatArray | None:
+    def ranking_uniforms(self, candidates: IntArray | None) -> Tensor | None:
         """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them."""
         diffusion = [member.trajectory.job.diffusion for member in self.members]
         if not any(d.algorithm == "origin" or d.algorithm_temperature for d in diffusion):
@@ -112,7 +112,7 @@ class Group:
         ranking = uniform(self.keys(INNER_RANK, candidates), 0)
         is_origin = self.repeat([d.algorithm == "origin" for d in diffusion]).astype(bool)
         is_origin = is_origin if candidates is None else is_origin[candidates]
-        return np.where(is_origin, origin.cpu().numpy(), ranking.cpu().numpy())
+        return torch.where(upload(torch.from_numpy(is_origin), self.device), origin, ranking)
 
     def responses(self) -> Responses:
         """The members' canvases as the steering loop takes them."""

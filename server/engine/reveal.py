@@ -93,7 +93,7 @@ def confidence(group: Group, state: kernels.Guided, base: Tensor, tokens: Tensor
 
 def _by_row(group: Group, values: Sequence[int | bool], subset: Tensor | None, like: Tensor) -> Tensor:
     """One value a member -> one a candidate row, (n,), on the device of `like`."""
-    column = torch.from_numpy(group.repeat(values)).to(like.device)
+    column = upload(torch.from_numpy(group.repeat(values)), like.device)
     return column if subset is None else column[subset]
 
 

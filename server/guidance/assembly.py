@@ -199,10 +199,12 @@ class HiddenBehind(Assembly):
         behind = visible[self.owner] + (self.index - self.first - before)
         at = self.first + torch.where(seen, before, behind)
         whole = self.base.index_copy(0, self.place, embeds)
+        x = torch.empty_like(whole).index_copy_(0, at, whole)
+        nothing = torch.where(visible > 0, 0.0, torch.nan).to(x.dtype)
         return _Pass(
-            self.packing.hiding(visible),
+            self.packing.hiding(visible.clamp_min(1)),
             torch.empty_like(self.position).index_copy_(0, at, self.position),
-            torch.empty_like(whole).index_copy_(0, at, whole),
+            x.index_add_(0, self.start, nothing[:, None].expand(-1, x.shape[1])),
             self.rows,
             at[self.place],
         )

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.transfer import upload
 from server.rewards.reward_model import Prefix, RewardModel, RewardRows
 
 IntArray = npt.NDArray[np.int64]
@@ -79,9 +80,9 @@ def grow(
         RewardRows(
             tuple(contexts[index].prefix for index in rows),
             tuple(len(new) for new in places),
-            torch.from_numpy(positions).to(device),
+            upload(torch.from_numpy(positions), device),
         ),
-        model.table[torch.from_numpy(tokens).to(device)],
+        model.table[upload(torch.from_numpy(tokens), device)],
     )
     for index, prefix in zip(rows, extended, strict=True):
         grown[index] = replace(grown[index], prefix=prefix)

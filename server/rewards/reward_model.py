@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import varlen
 from kernels.linear import activation_dtype
 from kernels.transfer import upload
 from server.errors import ConfigurationError
@@ -78,7 +79,8 @@ class RewardModel:
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
         self.activation_dtype = self.dtype if self._trunk is None else activation_dtype(self.dtype, self.device)
-        self.attention_backend = "sdpa"  # as `kernels.varlen.choose` gives it
+        where = self.device, self.activation_dtype, self.shape.head_size
+        self.attention_backend = varlen.choose("auto", *where)
         self.table = self._table(vocab_map).to(table_device or self.device)
 
     @property
@@ -150,7 +152,7 @@ class RewardModel:
         return self.read(self.packing(rows.prefixes, rows.lengths), rows.positions, embeds)
 
     def packing(self, prefixes: Sequence[Prefix], lengths: Sequence[int]) -> Packing:
-        """How `read` takes B rows of `lengths` own tokens behind their prefixes. ValueError for an empty row or none."""
+        """How `read` takes B rows of `lengths` own tokens. ValueError for an empty row or none."""
         return Packing.of(prefixes, lengths, self.device, backend=self.attention_backend)
 
     def read(self, packing: Packing, positions: Tensor, embeds: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ def chain(prefix: Cached) -> list[Cached]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VarlenRows:
-    """B rows. `gather` (T,) holds for each key of each row its place among the tokens of `links` and then the rows'
-    own; `rows` are the spans of all queries, `lasts` those of each row's last token alone. Both read T keys. `tokens` S is
-    the number of the rows' own."""
+    """B rows of S = `tokens` own tokens. `gather` (T,) holds for each key of each row its place among the tokens of
+    `links` and then the rows' own; `rows` are the spans of all queries, `lasts` those of each row's last token alone.
+    Both read T keys."""
 
     backend: str
     links: tuple[Cached, ...]

@@ -1,0 +1,185 @@
+"""Two ways to keep hidden positions from the reward model, left out or moved behind: same rewards, same gradients; and
+the second never waits for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from server.guidance.assembly import HiddenBehind, HiddenLeftOut, Objective, Responses, Timings, assemble
+from server.guidance.prefixes import RewardContext, grow
+from server.guidance.steer import visible_positions
+from server.rewards.attention import EMPTY_PREFIX, Packing
+from server.rewards.reward_model import RewardModel, RewardRows, load_reward_model
+from server.text.template import split_at_response
+from server.text.tokenizer import Tokenizer
+from server.types import Message
+
+GOLDEN = Path(__file__).parents[1] / "golden/dream-tiny"
+EOS, PAD = 7, 9
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3's RMSNorm rounds to float32 even inside a float64 model."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+
+
+def load(*, written_out: bool) -> RewardModel:
+    """With a variable-length attention by its specification; written out, or as transformers runs it."""
+    loaded = load_reward_model(
+        "rm", GOLDEN / "rm", diffusion_tokenizer=Tokenizer.load(GOLDEN / "dlm"), diffusion_vocab_size=520,
+        dtype=torch.float64, device=CPU,
+    )  # fmt: skip
+    loaded.attention_backend = "reference"
+    if not written_out:
+        loaded._trunk = None
+    return loaded
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["trunk", "transformers"])
+def model(request: pytest.FixtureRequest) -> RewardModel:
+    return load(written_out=request.param)
+
+
+def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[RewardContext]:
+    """Two conversations in turn, before the response either cached or led in."""
+    of = []
+    for text in ("Hello", "Write about the licence."):
+        before, after = split_at_response(model.tokenizer, (Message("user", text),))
+        of.append(
+            RewardContext.of(model.prefill(before), after) if cached else RewardContext.of(EMPTY_PREFIX, after, before)
+        )
+    return [of[index % 2] for index in range(count)]
+
+
+def both_ways(
+    model: RewardModel, known: list[RewardContext], canvases: list[Any], positions: list[Any], seed: int = 3
+) -> list[tuple[Tensor, Tensor]]:
+    """Rewards (B,) and dr/de (N, D) by each way; embeddings that stand for hidden positions are absurd in the second,
+    so that whatever reads them shows."""
+    responses = Responses.of(canvases, positions, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    absurd = torch.where(visible[responses.masked][:, None], embeds, 1e6 * embeds)
+    objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
+    return [
+        way(objective, responses).read(values, visible, Timings(), gradient=True)
+        for way, values in ((HiddenLeftOut, embeds), (HiddenBehind, absurd))
+    ]
+
+
+def assert_same(ways: list[tuple[Tensor, Tensor]]) -> None:
+    (rewards, g), (other_rewards, other_g) = ways
+    torch.testing.assert_close(other_rewards, rewards, rtol=0, atol=1e-10)
+    torch.testing.assert_close(other_g, g, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rewards_and_gradients_are_the_same(model: RewardModel, cached: bool) -> None:
+    rng = np.random.default_rng(5)
+    lengths = [24, 9, 24, 16, 24, 1, 12]
+    canvases = [rng.integers(20, 500, length) for length in lengths]
+    positions = [np.arange(stop, length) for stop, length in zip([3, 0, 10, 5, 23, 0, 4], lengths, strict=True)]
+    canvases[0][[4, 7, 20]] = PAD  # masked and hidden
+    canvases[1][:] = PAD  # nothing of the response is seen
+    canvases[2][12] = EOS  # the rest is not
+    canvases[3][0] = EOS
+    canvases[4][[2, 11]] = PAD  # revealed and hidden
+    canvases[6][[4, 6, 8]] = [EOS, EOS, PAD]
+    known = contexts(model, len(canvases), cached=cached)
+    if cached:
+        known = grow(model, known, canvases, [int(masked[0]) for masked in positions], EOS, PAD)
+        assert {context.settled for context in known} == {0, 10, 23}
+    ways = both_ways(model, known, canvases, positions)
+    assert_same(ways)
+    g, responses = ways[1][1], Responses.of(canvases, positions, CPU)
+    hidden = ~visible_positions(responses.committed, responses.first, EOS, PAD)[responses.masked]
+    assert 20 < int(hidden.sum()) < len(hidden)
+    assert not g[hidden].any()  # exactly
+    assert float(g[~hidden].abs().amax(dim=1).min()) > 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    canvases=st.lists(
+        st.lists(st.sampled_from([EOS, PAD, 30, 41, 77, 400]), min_size=1, max_size=10), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_responses_read_the_same(model: RewardModel, canvases: list[list[int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrays = [np.array(canvas) for canvas in canvases]
+    positions = [np.flatnonzero(rng.random(len(canvas)) < 0.6) for canvas in canvases]
+    positions[0] = np.union1d(positions[0], [0])
+    assert_same(both_ways(model, contexts(model, len(canvases)), arrays, positions, seed % 1000))
+
+
+def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> None:
+    """No template of ours ends with the response; one that did must not be given another row's reward."""
+    known = [RewardContext.of(EMPTY_PREFIX, ())] * 2
+    responses = Responses.of([np.array([PAD, PAD]), np.array([30, 41])], [np.array([0, 1]), np.array([1])], CPU)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
+    objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
+    rewards, _ = HiddenBehind(objective, responses).read(embeds, visible, Timings(), gradient=False)
+    assert rewards.isfinite().tolist() == [False, True]
+
+
+def test_the_way_follows_the_attention(model: RewardModel) -> None:
+    responses = Responses.of([np.array([30, 41])], [np.array([1])], CPU)
+    objective = Objective(model, tuple(contexts(model, 1)), torch.ones(1, dtype=torch.float64))
+    assert isinstance(assemble(objective, responses), HiddenBehind)
+    model.attention_backend = "sdpa"
+    try:
+        assert isinstance(assemble(objective, responses), HiddenLeftOut)
+        with pytest.raises(ValueError, match="only a variable-length attention"):
+            model.packing([EMPTY_PREFIX], [3]).hiding(torch.tensor([2]))
+    finally:
+        model.attention_backend = "reference"
+
+
+def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
+    """A kernel need not fill in the gradients of keys that no query asked for."""
+    model = load(written_out=True)
+    rows = RewardRows((EMPTY_PREFIX, EMPTY_PREFIX), (4, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2]))
+    packing = Packing.of(rows.prefixes, rows.lengths, CPU, backend="reference").hiding(torch.tensor([2, 3]))
+    x = torch.randn(7, model.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    seen = []
+
+    def spoil(gradient: Tensor) -> Tensor:
+        seen.append(len(gradient))
+        spoilt = gradient.clone()
+        spoilt[2:4] = torch.nan
+        return spoilt
+
+    original = type(model._trunk)._split
+
+    def split(self: Any, layer: Any, x: Tensor, part: slice, rotation: Any) -> Any:
+        q, k, v = original(self, layer, x, part, rotation)
+        if part.start and k.requires_grad:  # the last layer's keys and values alone
+            k.register_hook(spoil)
+        return q, k, v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model._trunk), "_split", split)
+        (g,) = torch.autograd.grad(model.read(packing, rows.positions, x).sum(), [x])
+    assert seen == [7]
+    assert g.isfinite().all()
+    assert not g[2:4].any()
+    assert g[[0, 1, 4, 5, 6]].any(dim=1).all()
