@@ -117,6 +117,19 @@ class Load:
 
             self._right = await asyncio.gather(*map(one, self.cases))
 
+    async def alone(self) -> list[float]:
+        """Seconds that each case takes with nothing beside it, after `learn`. Raises RuntimeError when it then gets
+        another answer."""
+        latencies = []
+        async with client(self.server, timeout=900) as http:
+            for case, right in zip(self.cases, self._right, strict=True):
+                began = time.monotonic()
+                outcome, answer = await ask(http, case)
+                latencies.append(time.monotonic() - began)
+                if (outcome, answer) != ("answer", right):
+                    raise RuntimeError(f"alone, {case} gets another answer: {outcome} {answer} instead of {right}")
+        return latencies
+
     async def run(self) -> None:
         """Until `stop`; then returns when every client has its last answer."""
         await asyncio.gather(*(self._client(number) for number in range(self.clients)))
