@@ -25,7 +25,7 @@ STATUSES = {
     429: "The queue is full; see Retry-After",
     431: "The header is too large",
     500: "The server's own fault",
-    503: "Not ready or shutting down; see Retry-After",
+    503: "Not ready, shutting down, or too many connections; see Retry-After",
 }
 Document = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"

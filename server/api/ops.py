@@ -127,7 +127,7 @@ async def ping() -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@readable("/version", responses=success(Version, "Version") | errors())
+@readable("/version", responses=success(Version, "Version") | errors(503))
 async def version() -> Response:
     """The server's version."""
     return JSONResponse({"version": __version__})
@@ -143,7 +143,7 @@ async def metrics(request: Request) -> Response:
     return Response(frontend_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
-@readable("/", response_class=HTMLResponse, responses=errors())
+@readable("/", response_class=HTMLResponse, responses=errors(503))
 async def playground(request: Request) -> Response:
     """A page to try the server on, complete in one file."""
     page: str = request.app.state.playground
