@@ -12,10 +12,12 @@ import torch
 
 from kernels.varlen import unavailable
 from server.demo import bundled_model_path, bundled_reward_models
+from server.engine import inner_steps
 from server.engine.config import WorkerConfig
 from server.engine.messages import Finished
-from server.engine.service import load, resolve_reward_device
+from server.engine.service import LoadedService, load, resolve_reward_device
 from server.errors import ConfigurationError
+from server.guidance.steer import Steered
 from server.models.acceleration import Acceleration, accelerate
 from server.models.dream import DreamConfig, DreamModel
 from server.models.graphs import GraphedTrunk
@@ -86,7 +88,11 @@ def test_the_table_is_with_the_logits_and_everything_else_with_the_model() -> No
 
 def rewarded(config: WorkerConfig) -> JobResult:
     """A guided job on a service of its own."""
-    service = load(config)
+    return answered(load(config))
+
+
+def answered(service: LoadedService) -> JobResult:
+    """A guided job."""
     conversation = (Message("user", "Hello there"),)
     job = Job(
         id="one",
@@ -129,6 +135,34 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(rewards: str) -> None:
     for a, b in zip(got.trajectories, expected.trajectories, strict=True):
         assert a.token_ids == b.token_ids
         assert a.reward == pytest.approx(b.reward, abs=1e-9)
+
+
+@gpu
+def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts every wait as an error between the first inner step and the last. tests/unit/test_no_waits.py looks
+    for the same on a CPU."""
+    rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
+    service = load(
+        replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
+    )
+    model = service.runner.reward_models["rm"]
+    if not model.reads_lengths_on_device:
+        pytest.skip(f"the reward model's attention is {model.attention_backend}, which the host lays out")
+    answered(service)  # kernels, workspaces, page-locked memory
+    steer, calls = inner_steps.steer, []
+
+    def strict(*args: Any, **options: Any) -> Steered:
+        calls.append(args)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return steer(*args, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(inner_steps, "steer", strict)
+    result = answered(service)
+    assert calls
+    assert all(isinstance(trajectory.reward, float) for trajectory in result.trajectories)
 
 
 @pytest.fixture

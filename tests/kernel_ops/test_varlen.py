@@ -16,6 +16,7 @@ CASES = (
     ([3, 2, 2, 1], [3, 2, 2, 1]),  # whole sequences
     ([1, 4, 2], [6, 4, 9]),  # rows behind prefixes
     ([1, 1, 1], [5, 1, 130]),  # one query a row
+    ([1, 0, 1, 0, 1, 0], [5, 2, 1, 40, 130, 7]),  # and keys that no query asks
     ([70, 129, 33], [200, 129, 97]),
 )
 NEEDS_GPU = "a variable-length attention kernel needs a CUDA device"
