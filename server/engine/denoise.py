@@ -6,9 +6,11 @@ trajectory's few dozen positions happens on the host.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -18,11 +20,12 @@ import kernels
 from kernels.random import INNER_FINAL
 from kernels.transfer import download, upload
 from server.diffusion.schedule import Step
-from server.engine.batch import Batch, Member, Trajectory, pack
+from server.engine.batch import Batch, Trajectory, pack
 from server.engine.group import FloatArray, Group, IntArray, groups
 from server.engine.inner_steps import Cohort, Contexts, inner_steps, objectives_of
 from server.engine.memory import reward_tokens
-from server.engine.microbatch import Limits
+from server.engine.microbatch import StepLimits
+from server.engine.overlap import LANES, Lanes
 from server.engine.reveal import Choice, base_confidence, choose, confidence, walk
 from server.engine.savings import Savings
 from server.engine.scheduler import Cost
@@ -43,6 +46,12 @@ class _Seconds:
     guidance: float = 0.0
     reward: Timings = field(default_factory=Timings)
     rows: int = 0
+
+    def plus(self, other: _Seconds) -> _Seconds:
+        """Of both. Lanes that ran at once took less time than that."""
+        mine, theirs = self.reward, other.reward
+        reward = Timings(*(getattr(mine, each.name) + getattr(theirs, each.name) for each in fields(Timings)))
+        return _Seconds(self.forward + other.forward, self.guidance + other.guidance, reward, self.rows + other.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +80,18 @@ class _Outcome:
     rewards: list[FloatArray]
 
 
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """Of some trajectories of a step: outcomes, those that memory ran out for, and what it took."""
+
+    outcomes: list[_Outcome]
+    lost: list[tuple[Trajectory, Step]]
+    seconds: _Seconds
+
+
 class Denoiser:
-    """Runs denoising steps with one diffusion model, in parts where `budget` (or memory) demands it."""
+    """Runs denoising steps with one diffusion model, in parts where `budget` (or memory) demands it, and with `lanes`
+    in two halves at once."""
 
     def __init__(
         self,
@@ -80,17 +99,18 @@ class Denoiser:
         info: ModelInfo,
         savings: Savings | None = None,
         budget: Budget | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.model, self.info = model, info
         self.savings = savings or Savings()
         self.device = model.device
         self.stats = RunnerStats()
         budget = budget or Budget()
-        self.forwards = Limits("forward (canvas tokens)", (budget.tokens,), self._ran_out)
-        self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self._ran_out)
-        self.unguided = Limits("unguided rows", (budget.logit_rows,), self._ran_out)
+        self.limits = StepLimits.of(budget, self._ran_out)
+        self.lanes = lanes
+        self.lane_limits = [StepLimits.of(budget, self._ran_out, share=LANES) for _ in range(LANES)]
+        self._counting = threading.Lock()
 
-    @torch.no_grad()
     def step(
         self,
         trajectories: Sequence[tuple[Trajectory, Step]],
@@ -99,24 +119,69 @@ class Denoiser:
     ) -> list[Revealed]:
         """One step of every given trajectory. They are changed in place, and only when all else is done, so a part
         of the step that runs out of memory can run again."""
-        seconds = _Seconds()
-        parts, lost = self.forwards.run(
-            trajectories,
-            [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories],
-            lambda part: self._decide(part, contexts, reward_models, seconds),
-        )
+        decide = partial(self._decide, contexts=contexts, reward_models=reward_models)
+        if self.lanes is None:
+            decided = [decide(trajectories, self.limits)]
+        elif (cut := self._cut(self.lanes, trajectories, contexts, reward_models)) is None:
+            decided = self.lanes.run([partial(decide, trajectories, self.limits)])
+        else:
+            halves = (trajectories[:cut], trajectories[cut:])
+            works = [partial(decide, half, limits) for half, limits in zip(halves, self.lane_limits, strict=True)]
+            decided = self.lanes.run(works)
         revealed: list[Revealed] = []
-        for outcomes, out_of_memory in parts:
-            for outcome in outcomes:
+        for each in decided:
+            for outcome in each.outcomes:
                 revealed += self._commit(outcome)
-            lost += out_of_memory
-        revealed += [Revealed(trajectory, step, [], None, out_of_memory=True) for trajectory, step in lost]
-        self._count(trajectories, revealed, seconds)
+            revealed += [Revealed(trajectory, step, [], None, out_of_memory=True) for trajectory, step in each.lost]
+        self._count(trajectories, revealed, reduce(_Seconds.plus, (each.seconds for each in decided)))
         return revealed
 
+    def _cut(
+        self,
+        lanes: Lanes,
+        trajectories: Sequence[tuple[Trajectory, Step]],
+        contexts: Contexts,
+        reward_models: Mapping[str, RewardModel],
+    ) -> int | None:
+        """How many trajectories are in the first half, or None for a step in one piece: without guidance there is
+        nothing to overlap, and a trajectory too large for half of a budget would break its bound."""
+        if not any(step.guided for _, step in trajectories):
+            return None
+        limits = self.lane_limits[0]
+        tokens, costs = [], []
+        for trajectory, step in trajectories:
+            of_step = limits.guided if step.guided else limits.unguided
+            taken = _size(trajectory, step, contexts, reward_models)
+            tokens.append(Cost.of(trajectory.job).tokens)
+            if tokens[-1] > limits.forwards.most[0] or any(a > b for a, b in zip(taken, of_step.most, strict=True)):
+                return None
+            passes = trajectory.job.guidance.gradient_steps if step.guided else 0
+            costs.append(tokens[-1] + passes * taken[-1])
+        return lanes.split(tokens, costs)
+
+    @torch.no_grad()  # which holds in the thread that it is called in
     def _decide(
         self,
         trajectories: Sequence[tuple[Trajectory, Step]],
+        limits: StepLimits,
+        *,
+        contexts: Contexts,
+        reward_models: Mapping[str, RewardModel],
+    ) -> _Decided:
+        """What a step does to some trajectories, in as many forwards as the limits make it."""
+        seconds = _Seconds()
+        parts, lost = limits.forwards.run(
+            trajectories,
+            [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories],
+            lambda part: self._decide_part(part, limits, contexts, reward_models, seconds),
+        )
+        outcomes = [outcome for each, _ in parts for outcome in each]
+        return _Decided(outcomes, lost + [each for _, out_of_memory in parts for each in out_of_memory], seconds)
+
+    def _decide_part(
+        self,
+        trajectories: Sequence[tuple[Trajectory, Step]],
+        limits: StepLimits,
         contexts: Contexts,
         reward_models: Mapping[str, RewardModel],
         seconds: _Seconds,
@@ -132,10 +197,10 @@ class Denoiser:
         outcomes: list[_Outcome] = []
         lost: list[tuple[Trajectory, Step]] = []
         for group in groups(batch, self.device, share_inner_steps=self.savings.share_inner_steps):
-            limits = self.guided if group.guided else self.unguided
-            done, out_of_memory = limits.run(
+            of_group = limits.guided if group.guided else limits.unguided
+            done, out_of_memory = of_group.run(
                 group.members,
-                [_size(member, group, contexts, reward_models) for member in group.members],
+                [_size(member.trajectory, member.step, contexts, reward_models) for member in group.members],
                 lambda part, group=group: self._group_step(  # type: ignore[misc]
                     replace(group, members=tuple(part)), logits_of, contexts, reward_models, seconds
                 ),
@@ -148,10 +213,13 @@ class Denoiser:
         """Run the diffusion model; phi_0 (n, V) of any of the batch's distinct rows (n,) is then made on demand."""
         head: Callable[[Tensor], Tensor]
         if self.savings.head_on_masked_rows:
-            kept, head = self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head
+            run, head = partial(self.model.masked_hidden, batch.tokens, batch.layout, batch.rows), self.model.head
         else:
             everywhere = torch.arange(len(batch.tokens), device=self.device)
-            kept, head = self.model.masked_logits(batch.tokens, batch.layout, everywhere)[batch.rows], torch.clone
+            run, head = partial(self.model.masked_logits, batch.tokens, batch.layout, everywhere), torch.clone
+        kept = run() if self.lanes is None else self.lanes.trunk(run)
+        if not self.savings.head_on_masked_rows:
+            kept = kept[batch.rows]
 
         def plain(rows: IntArray) -> Tensor:
             whole = len(rows) == len(kept) and bool((rows == np.arange(len(rows))).all())
@@ -276,22 +344,23 @@ class Denoiser:
         stats.committed_tokens += sum(len(entry.tokens) for entry in revealed)
 
     def _ran_out(self) -> None:
-        self.stats.out_of_memory += 1
+        with self._counting:  # by either lane
+            self.stats.out_of_memory += 1
 
 
 def _size(
-    member: Member, group: Group, contexts: Contexts, reward_models: Mapping[str, RewardModel]
+    trajectory: Trajectory, step: Step, contexts: Contexts, reward_models: Mapping[str, RewardModel]
 ) -> tuple[int, ...]:
-    """What one member takes of a micro-batch's limits: rows of logits and, when guided, reward-model tokens."""
-    job = member.trajectory.job
-    rows = len(member.rows) * (2 if job.diffusion.cfg_scale else 1)
-    if not group.guided:
+    """What a trajectory's step takes of the limits: rows of logits and, when guided, reward-model tokens."""
+    job = trajectory.job
+    rows = len(trajectory.positions(step)) * (2 if job.diffusion.cfg_scale else 1)
+    if not step.guided:
         return (rows,)
     most = 0
-    for name in group.rewards:
-        context = contexts[job.id][name]
-        own = len(context.lead_ids) + len(member.trajectory.tokens) + len(context.suffix_ids)
-        most = max(most, reward_tokens(reward_models[name], own, context.prefix.length))
+    for weighted in job.guidance.reward_models:
+        context = contexts[job.id][weighted.model]
+        own = len(context.lead_ids) + len(trajectory.tokens) + len(context.suffix_ids)
+        most = max(most, reward_tokens(reward_models[weighted.model], own, context.prefix.length))
     return rows, most
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels
 from kernels.transfer import upload
 from server.engine.group import Group
+from server.engine.overlap import drop_safely
 from server.engine.reveal import walks
 from server.guidance.assembly import Objective, Timings
 from server.guidance.prefixes import RewardContext, grow
@@ -160,16 +161,19 @@ def _grown(
     name: str, group: Group, contexts: Contexts, model: RewardModel, info: ModelInfo, timings: Timings
 ) -> tuple[RewardContext, ...]:
     trajectories = [member.trajectory for member in group.members]
+    known = _known(name, group, contexts)
     started = time.perf_counter()
     grown = grow(
         model,
-        _known(name, group, contexts),
+        known,
         [trajectory.tokens for trajectory in trajectories],
         [int(trajectory.masked.argmax()) for trajectory in trajectories],  # something is masked in every step's canvas
         info.eos_token_id,
         info.pad_token_id,
     )
-    for trajectory, context in zip(trajectories, grown, strict=True):
+    for trajectory, old, context in zip(trajectories, known, grown, strict=True):
+        if context is not old:
+            drop_safely((*old.prefix.keys, *old.prefix.values))
         trajectory.reward_contexts[name] = context
     timings.reward_forward_seconds += time.perf_counter() - started
     return tuple(grown)

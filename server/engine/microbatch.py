@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from server.engine.out_of_memory import attempt
+from server.types import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -89,3 +91,26 @@ class Limits:
             self._quiet = 0
             self.now = tuple(min(2 * limit, most) for limit, most in zip(self.now, self.most, strict=True))
             logger.info("%s: the limits are %s again", self.name, list(self.now))
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Of a denoising step: the forward in canvas tokens, guidance in rows of logits and reward-model tokens, and what
+    is done without it in rows. For one thread at a time, because they shrink and recover."""
+
+    forwards: Limits
+    guided: Limits
+    unguided: Limits
+
+    @classmethod
+    def of(cls, budget: Budget, ran_out: Callable[[], None], *, share: int = 1) -> StepLimits:
+        """Those of a budget, or of one of `share` equal shares of it."""
+        return cls(
+            Limits("forward (canvas tokens)", (max(1, budget.tokens // share),), ran_out),
+            Limits(
+                "guidance (rows, tokens)",
+                (max(1, budget.guided_rows // share), max(1, budget.reward_tokens // share)),
+                ran_out,
+            ),
+            Limits("unguided rows", (max(1, budget.logit_rows // share),), ran_out),
+        )

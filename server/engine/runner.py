@@ -18,6 +18,7 @@ from server.engine.denoise import Denoiser, Revealed
 from server.engine.memory import reward_tokens
 from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
 from server.engine.out_of_memory import OUT_OF_MEMORY, attempt
+from server.engine.overlap import Lanes
 from server.engine.savings import Savings
 from server.engine.scheduler import Budget, Cost, Scheduler, Ticket
 from server.engine.stats import RunnerStats
@@ -59,13 +60,14 @@ class Runner:
         budget: Budget | None = None,
         largest: Budget | None = None,
         savings: Savings | None = None,
+        lanes: Lanes | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.loaded = model
         self.reward_models = dict(reward_models)
         self.scheduler = Scheduler(budget or Budget(), largest)
         self.savings = savings or Savings()
-        self.denoiser = Denoiser(model.model, model.info, self.savings, budget)
+        self.denoiser = Denoiser(model.model, model.info, self.savings, budget, lanes)
         self.clock = clock
         self._queued: dict[str, tuple[Job, float]] = {}
         self._running: dict[str, _Running] = {}

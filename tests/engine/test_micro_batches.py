@@ -166,7 +166,7 @@ def test_parts_shrink_until_they_fit_and_stay_small(
     assert finished == {name: tokens for name, tokens in expected.items() if name not in failed}
     assert all(event.kind == "out_of_memory" for event in failed.values())
     assert runner.stats.out_of_memory <= 6
-    assert runner.denoiser.guided.now[0] <= 24
+    assert runner.denoiser.limits.guided.now[0] <= 24
     again, failed = answers(runner, jobs(loaded))
     assert (again, failed) == (expected, {})
 
