@@ -175,6 +175,7 @@ def engine_config(settings: Settings) -> EngineConfig:
             attention_backend=settings.attention_backend,
             compile=settings.compile,
             cuda_graphs=settings.cuda_graphs,
+            overlap=settings.overlap,
             reward_models=rewards,
             vocab_fallback=settings.vocab_fallback,
             max_model_len=settings.max_model_len,

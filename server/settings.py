@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(False, description="torch.compile of the diffusion model's blocks; a minute or more at start")
     cuda_graphs: bool = Field(False, description="CUDA graphs of the diffusion model's blocks, for small batches")
+    overlap: bool = Field(
+        False, description="two halves of a step at once on a GPU: the diffusion model of one beside the other's reward"
+    )
     max_model_len: int | None = Field(None, ge=1, description="lower the context length to this many tokens")
     vocab_fallback: Literal["unk", "zero"] = Field(
         "unk", description="reward embedding of a token that the reward vocabulary lacks"

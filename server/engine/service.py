@@ -20,6 +20,7 @@ from server.engine import memory
 from server.engine.allocator import keep_large_blocks
 from server.engine.config import WorkerConfig
 from server.engine.messages import Failed, Finished
+from server.engine.overlap import Lanes
 from server.engine.runner import Runner
 from server.engine.savings import Savings
 from server.engine.scoring import Scorer
@@ -131,6 +132,7 @@ def load(config: WorkerConfig) -> LoadedService:
     reward_device = resolve_reward_device(config.reward_device, device, config.rank)
     dtype = resolve_dtype(config.dtype, device)
     _note_slow_products(dtype, device)
+    lanes = _lanes(config, device)
     savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
     acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
@@ -152,7 +154,7 @@ def load(config: WorkerConfig) -> LoadedService:
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
     budget, largest = _budgets(config, model, reward_models.values(), device)
-    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
+    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, lanes=lanes)
     warm_up(runner, model, reward_models)
     runner.stats.reset()
     info = EngineInfo(
@@ -234,6 +236,16 @@ def _budgets(
     largest = replace(largest, **fixed)
     logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
     return shared, largest
+
+
+def _lanes(config: WorkerConfig, device: torch.device) -> Lanes | None:
+    if not config.overlap:
+        return None
+    if device.type != "cuda":
+        raise ConfigurationError(f"overlap: there are no streams on {device}")
+    if not config.reward_models:
+        raise ConfigurationError("overlap: there is no reward model to run beside the diffusion model")
+    return Lanes(device)
 
 
 def _note_slow_products(dtype: torch.dtype, device: torch.device) -> None:
