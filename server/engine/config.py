@@ -29,9 +29,10 @@ class WorkerConfig:
     folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
     or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
     float32. `reward_device` None is `device`; `attention_backend`, `compile` and `cuda_graphs` are explained in
-    `server.models.acceleration`, `overlap` in `server.engine.overlap`. `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU
-    all cores but one. Of `data_parallel` workers this is number `rank`: it takes the CUDA devices that many after
-    those named, or its share of the CPU's threads. `disable_savings` names fields of `savings.Savings` to do without.
+    `server.models.acceleration`, `overlap` in `server.engine.overlap`. `max_model_len` (tokens) lowers the model's
+    context length. `threads` 0: on the CPU all cores but one. Of `data_parallel` workers this is number `rank`: it
+    takes the CUDA devices that many after those named, or its share of the CPU's threads. `disable_savings` names
+    fields of `savings.Savings` to do without.
     """
 
     model: str
