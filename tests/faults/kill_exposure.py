@@ -15,9 +15,10 @@ must cost a request, whatever the server does, as long as a second death is answ
 danger beside a suspect. As a share of all requests that is 2 n tau / (rate gap^2), which says more about the gap than
 about the server.
 
-What the server can get wrong is n tau, so that is checked against what was measured otherwise: tau is how long the same
-requests take alone on the undisturbed server, and the log tells for how long how many suspects ran. Who takes longer is
-more often running when a worker dies, so the mean of the times L is weighted with themselves: tau = sum(L^2) / sum(L).
+The log tells n, and for how long how many suspects ran; their mean time is tau (those that were killed count in full,
+which makes it a little too small and the expectation strict). What the server can get wrong is tau, so that is checked
+against what the same requests take alone on the undisturbed server. Who takes longer is more often running when a
+worker dies, so the mean of those times L is weighted with themselves: sum(L^2) / sum(L).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def exposure(log: Iterable[str]) -> Exposure:
 
 
 def seconds_alone(latencies: Sequence[float]) -> float:
-    """tau, from the seconds that each kind of request takes alone."""
+    """What tau should be, given the seconds that each kind of request takes alone."""
     return sum(latency**2 for latency in latencies) / sum(latencies)
 
 

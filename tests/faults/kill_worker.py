@@ -143,12 +143,12 @@ def main() -> int:
 
         async def run() -> tuple[list[Kill], float, float]:
             await load.learn()
-            tau = seconds_alone(await load.alone())
+            alone = seconds_alone(await load.alone())
             kills = await attack(server, load, given.kills, given.gap, given.data_parallel, given.seed)
-            return kills, await seconds_until_idle(server), tau
+            return kills, await seconds_until_idle(server), alone
 
         started = time.monotonic()
-        kills, idle_after, tau = asyncio.run(run())
+        kills, idle_after, alone = asyncio.run(run())
         seconds = time.monotonic() - started
         if given.log:
             given.log.write_bytes(server.log.read_bytes())
@@ -171,16 +171,16 @@ def main() -> int:
         f"{lost} of {load.sent} lost, {exposed.convicted} convicted",
     )
     after = [death.suspects for death in exposed.deaths[:-1]]
-    expected, deviation = expected_losses(after, tau, given.gap, given.data_parallel)
+    expected, deviation = expected_losses(after, exposed.seconds_a_suspect, given.gap, given.data_parallel)
     verdict.promise(
         f"as few as chance allows, within {DEVIATIONS:g} standard deviations",
         lost <= expected + DEVIATIONS * deviation,
-        f"{lost}, expected {expected:.1f} +- {deviation:.1f} from {tau:.2f} s alone",
+        f"{lost}, expected {expected:.1f} +- {deviation:.1f}",
     )
     verdict.promise(
         f"suspects run at most {SLOWER:g} times as long as undisturbed ones alone",
-        exposed.ran > 0 and exposed.seconds_a_suspect <= SLOWER * tau,
-        f"{exposed.ran} ran {exposed.seconds_a_suspect:.2f} s each",
+        exposed.ran > 0 and exposed.seconds_a_suspect <= SLOWER * alone,
+        f"{exposed.ran} ran {exposed.seconds_a_suspect:.2f} s each, undisturbed {alone:.2f} s",
     )
     verdict.promise(f"ready again within {READY_SECONDS:g} s", slowest <= READY_SECONDS, f"{slowest:.2f} s at most")
     verdict.promise("as many deaths as kills", killed == given.kills, killed)
@@ -190,7 +190,7 @@ def main() -> int:
         "sent": load.sent,
         "outcomes": dict(outcomes),
         "suspects": after,
-        "seconds_alone": tau,
+        "seconds_alone": alone,
         "seconds_a_suspect": exposed.seconds_a_suspect,
         "lost": {"seen": lost, "expected": expected, "deviation": deviation, "share": lost / load.sent},
         "ready_seconds": {f"p{q}": percentile([kill.server_ready for kill in kills], q) for q in (50, 90, 100)},
