@@ -45,7 +45,8 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "rows", "pieces")]
         + [(name, ctypes.c_int64) for name in ("row_count", "heads", "key_heads", "size")]
-        + [("scale", ctypes.c_float), ("causal", ctypes.c_int32), ("threads", ctypes.c_int32)]
+        + [("scale", ctypes.c_float)]
+        + [("causal", ctypes.c_int32), ("threads", ctypes.c_int32)]
     )
 
 
