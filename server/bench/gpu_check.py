@@ -1,4 +1,5 @@
-"""On a GPU: the device tests, then the diffusion trunk in every way that it can be run, and the waits of a step.
+"""On a GPU: the device tests, then the diffusion trunk in every way that it can be run, guided steps with two halves at
+once and without, and the waits of a step.
 
     python -m server.bench.gpu_check [--output build] [--skip-tests] [--layers 28]
 
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 from server.bench.device_steps import load_bundled, run_job
+from server.bench.overlap_steps import Setup, measure_overlap
+from server.engine.overlap import Lanes
 from server.errors import ConfigurationError
 from server.models.acceleration import Acceleration, accelerate
 from server.models.dream import DreamConfig, DreamModel
@@ -138,6 +141,12 @@ def markdown(report: dict[str, Any]) -> str:
         else:
             times = " | ".join(f"{value:.2f} ms" for value in entry["milliseconds"].values())
             lines.append(f"| {entry['way']} | {entry['attention']} | {times} |")
+    overlap = report["overlap"]
+    lines += [
+        "",
+        f"`overlap`: {overlap['milliseconds_with']} ms a step of {overlap['trajectories']} guided trajectories, "
+        f"{overlap['milliseconds_without']} ms without: {overlap['gain']} times as fast",
+    ]
     for method, entry in report["waits"].items():
         lines += [
             "",
@@ -166,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         "tests_exit_status": status,
         "tests": tests,
         "trunk": measure(build(shape(layers), device), device),
+        "overlap": measure_overlap(device, Setup(), Lanes),
         "waits": waits(device),
     }
     page = markdown(report)

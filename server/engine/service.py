@@ -241,10 +241,10 @@ def _budgets(
 def _lanes(config: WorkerConfig, device: torch.device) -> Lanes | None:
     if not config.overlap:
         return None
-    if device.type != "cuda":
-        raise ConfigurationError(f"overlap: there are no streams on {device}")
     if not config.reward_models:
         raise ConfigurationError("overlap: there is no reward model to run beside the diffusion model")
+    if device.type != "cuda":
+        raise ConfigurationError(f"overlap: there are no streams on {device}")
     return Lanes(device)
 
 

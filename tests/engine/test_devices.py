@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from server.demo import bundled_model_path, bundled_reward_models
 from server.engine import inner_steps
 from server.engine.config import WorkerConfig
 from server.engine.messages import Finished
+from server.engine.overlap import Lanes
+from server.engine.runner import Runner
 from server.engine.service import LoadedService, load, resolve_reward_device
 from server.errors import ConfigurationError
 from server.guidance.steer import Steered
@@ -163,6 +166,63 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     result = answered(service)
     assert calls
     assert all(isinstance(trajectory.reward, float) for trajectory in result.trajectories)
+
+
+def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:
+    """Tokens of jobs of different M, some unguided, long enough for reward prefixes that grow twice."""
+    for index in range(6):
+        conversation = (Message("user", "Hello there" if index % 2 else "Hi"),)
+        guided = GuidanceParams("entrgi", (WeightedReward("rm"),), gradient_steps=1 + index % 3)
+        runner.add(
+            Job(
+                id=str(index),
+                prompt_ids=tuple(runner.loaded.tokenizer.render_chat(conversation)),
+                sampling=SamplingParams(max_tokens=24, best_of=2, n=1 + (index == 5), seed=index, temperature=0.7),
+                diffusion=DiffusionParams(steps=24, block_length=8),
+                guidance=guided if index < 5 else GuidanceParams(),
+                conversation=conversation,
+            ),
+            0.0,
+        )
+    tokens = {}
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Finished):
+                tokens[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
+    return tokens
+
+
+@gpu
+@pytest.mark.parametrize("rewards", ["cuda", "cpu"])
+def test_two_halves_at_once_give_the_tokens_of_the_cpu(rewards: str) -> None:
+    """In float64, several times: what one stream frees too early another overwrites only now and then."""
+    expected = crowd(load(CONFIG).runner)
+    service = load(replace(CONFIG, device="cuda", reward_device=rewards, overlap=True))
+    lanes = Lanes(service.device, least_tokens=1, least_trajectories=1)
+    for _ in range(5):
+        runner = Runner(service.runner.loaded, service.runner.reward_models, lanes=lanes)
+        assert crowd(runner) == expected
+
+
+@gpu
+@torch.no_grad()
+def test_lanes_may_share_recorded_graphs(dream: DreamModel) -> None:
+    """Recordings are made, replayed and dropped by both lanes in turn, and each gets its own states."""
+    accelerate(dream, Acceleration(), 2048)
+    expected = [dream.hidden(*batch).double() for batch in batches("cuda")]
+    dream.trunk = GraphedTrunk(dream.backbone.forward, most_graphs=2)
+    lanes = Lanes(dream.device)
+
+    @torch.no_grad()
+    def states() -> list[torch.Tensor]:
+        got = []
+        for _ in range(10):
+            got += [lanes.trunk(partial(dream.hidden, *batch)).double() for batch in batches("cuda")]
+        return got
+
+    for got in lanes.run((states, states)):
+        for state, exact in zip(got, expected * 10, strict=True):
+            assert (state - exact).norm() <= 0.01 * exact.norm()
 
 
 @pytest.fixture
