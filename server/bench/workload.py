@@ -13,6 +13,7 @@ import torch
 from server.bench.flops import Flops, recording
 from server.bench.machine import Stopwatch
 from server.engine.allocator import keep_large_blocks
+from server.engine.memory import free_bytes
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
 from server.engine.savings import Savings
@@ -178,7 +179,7 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
     from transformers import AutoModelForSequenceClassification
 
     if device.type == "cpu":
-        keep_large_blocks()  # as the worker does
+        keep_large_blocks(free_bytes(device) / 5)  # as the worker does by default
     loaded = load_diffusion_model(str(dlm), dtype=dtype, device=device)
     reward, plain = None, {}
     if rm is not None:

@@ -127,8 +127,6 @@ def load(config: WorkerConfig) -> LoadedService:
     device = resolve_device(config.device, config.rank)
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
-    if device.type == "cpu":
-        keep_large_blocks()
     reward_device = resolve_reward_device(config.reward_device, device, config.rank)
     dtype = resolve_dtype(config.dtype, device)
     _note_slow_products(dtype, device)
@@ -223,6 +221,8 @@ def _budgets(
     free = min(memory.free_bytes(each) for each in {device, *(reward.device for reward in reward_models)})
     if device.type != "cuda":
         free //= config.data_parallel
+    if device.type == "cpu":
+        keep_large_blocks(free * (1 - config.budget.memory_fraction))
     shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
         free,
         config.budget.memory_fraction,

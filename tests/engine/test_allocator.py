@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from server.engine.allocator import keep_large_blocks
+
 PROGRAM = """
 import resource, sys, torch
 from server.engine.allocator import keep_large_blocks
 if sys.argv[1] == "keep":
-    assert keep_large_blocks()
+    assert keep_large_blocks(float(sys.argv[2]))
 faults = []
 for _ in range(24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,13 +25,15 @@ print(max(faults[-4:]))
 """
 
 
-def faults(mode: str) -> int:
+def faults(*mode: str) -> int:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", PROGRAM, mode]
+    command = [sys.executable, "-c", PROGRAM, *mode]
     return int(subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
 def test_large_blocks_come_back_without_page_faults() -> None:
-    assert faults("keep") < 20
+    assert faults("keep", "4e9") < 20
     assert faults("leave") > 20  # what it is good for: even with huge pages there are two dozen
+    assert faults("keep", "3e8") > 20  # blocks of 48 MiB are not kept where eight of them would be too much
+    assert not keep_large_blocks(2e8)
