@@ -175,6 +175,7 @@ def engine_config(settings: Settings) -> EngineConfig:
             attention_backend=settings.attention_backend,
             compile=settings.compile,
             cuda_graphs=settings.cuda_graphs,
+            reward_cuda_graphs=settings.reward_cuda_graphs,
             overlap=settings.overlap,
             reward_models=rewards,
             vocab_fallback=settings.vocab_fallback,

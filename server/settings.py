@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(False, description="torch.compile of the diffusion model's blocks; a minute or more at start")
     cuda_graphs: bool = Field(False, description="CUDA graphs of the diffusion model's blocks, for small batches")
+    reward_cuda_graphs: bool = Field(
+        False, description="CUDA graphs of the reward models' passes, forward and back, for small batches"
+    )
     overlap: bool = Field(
         False, description="two halves of a step at once on a GPU: the diffusion model of one beside the other's reward"
     )

@@ -27,6 +27,7 @@ from server.engine.scoring import Scorer
 from server.errors import ConfigurationError, quote
 from server.models.acceleration import Acceleration, accelerate, choose_attention
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.graphs import graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
     Budget,
@@ -151,6 +152,8 @@ def load(config: WorkerConfig) -> LoadedService:
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
+        if config.reward_cuda_graphs:
+            graph_passes(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, lanes=lanes)
     warm_up(runner, model, reward_models)

@@ -142,13 +142,18 @@ class Assembly(ABC):
         x = taken.embeds
         g = torch.zeros_like(embeds)
         started = time.perf_counter()
-        with torch.enable_grad() if gradient else torch.no_grad():
-            x.requires_grad_(gradient)
-            rewards = self.objective.model.read(taken.packing, taken.positions, x)
-            total = rewards.sum()
-        forwarded = time.perf_counter()
-        if gradient:
-            (g_x,) = torch.autograd.grad(total, [x])
+        model, g_x = self.objective.model, None
+        if gradient and model.passes is not None and model.passes.takes(taken.packing):
+            rewards, g_x = model.passes.run(taken.packing, taken.positions, x)
+            forwarded = time.perf_counter()
+        else:
+            with torch.enable_grad() if gradient else torch.no_grad():
+                rewards = model.read(taken.packing, taken.positions, x.requires_grad_(gradient))
+                total = rewards.sum()
+            forwarded = time.perf_counter()
+            if gradient:
+                (g_x,) = torch.autograd.grad(total, [x])
+        if g_x is not None:
             g.index_copy_(0, taken.rows, g_x.index_select(0, taken.at).to(g.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded

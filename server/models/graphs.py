@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.recording import Recording
 from server.models.base import Trunk
 from server.models.packing import PackedLayout
 from server.models.padding import Shape, pad, shape_of
@@ -59,14 +60,7 @@ class _Recording:
 
     def __init__(self, trunk: Trunk, tokens: Tensor, layout: PackedLayout, rows: Tensor, pool: Any) -> None:
         self._inputs = tokens, layout, rows  # their memory is what the graph reads from now on
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            trunk(*self._inputs)  # everything that is made on first use (tables, workspaces) is made outside
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._output = trunk(*self._inputs)
+        self._recording = Recording(lambda: trunk(*self._inputs), pool)
 
     def replay(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """The trunk's output for other inputs of the same shape."""
@@ -75,5 +69,4 @@ class _Recording:
         old_layout.positions.copy_(layout.positions)
         old_layout.cu_seqlens.copy_(layout.cu_seqlens)
         old_rows.copy_(rows)
-        self._graph.replay()
-        return self._output
+        return self._recording.replay()

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.recording import bucket
 from kernels.transfer import upload
 from server.models.packing import PackedLayout
-
-LEAST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +26,6 @@ class Shape:
     sequences: int
     longest: int
     rows: int
-
-
-def bucket(count: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that is not less than `count`: at most half too many, a quarter in the
-    mean."""
-    power = max(LEAST, 1 << max(0, count - 1).bit_length())
-    between = power * 3 // 4
-    return between if between >= count and between >= LEAST else power
 
 
 def shape_of(layout: PackedLayout, rows: int) -> Shape:

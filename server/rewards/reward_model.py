@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,16 @@ class RewardRows:
     positions: Tensor
 
 
+class Passes(Protocol):
+    """What runs passes, forward and back, at less cost than kernel by kernel: `rewards.graphs`."""
+
+    def takes(self, packing: Packing) -> bool:
+        """Whether `run` can take these rows."""
+
+    def run(self, packing: Packing, positions: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards (B,) and their sum's gradient (S, D)."""
+
+
 class RewardModel:
     """A loaded reward model. `table` (V, D) holds its embeddings by diffusion-model id.
 
@@ -81,6 +91,7 @@ class RewardModel:
         self.activation_dtype = self.dtype if self._trunk is None else activation_dtype(self.dtype, self.device)
         where = self.device, self.activation_dtype, self.shape.head_size
         self.attention_backend = varlen.choose("auto", *where)
+        self.passes: Passes | None = None
         self.table = self._table(vocab_map).to(table_device or self.device)
 
     @property

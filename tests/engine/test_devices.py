@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from server.models.graphs import GraphedTrunk
 from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout
 from server.models.padding import shape_of
+from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardRows, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
 
@@ -65,6 +67,7 @@ def test_reward_models_are_where_the_diffusion_model_is_unless_named() -> None:
         ({"reward_device": "cuda:99"}, "reward_device"),
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here"),
         ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
+        ({"reward_cuda_graphs": True}, "reward_cuda_graphs: there are none on cpu"),
     ],
 )
 def test_what_this_device_cannot_do_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
@@ -141,17 +144,20 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(rewards: str) -> None:
 
 
 @gpu
-def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
     """Torch counts every wait as an error between the first inner step and the last. tests/unit/test_no_waits.py looks
     for the same on a CPU."""
     rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
-    service = load(
-        replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
-    )
+    config = replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
+    if reason := unavailable("varlen", torch.device("cuda"), torch.bfloat16, 24):
+        pytest.skip(f"varlen: {reason}")
+    service = load(replace(config, attention_backend="varlen", reward_cuda_graphs=graphs))
     model = service.runner.reward_models["rm"]
-    if not model.reads_lengths_on_device:
-        pytest.skip(f"the reward model's attention is {model.attention_backend}, which the host lays out")
-    answered(service)  # kernels, workspaces, page-locked memory
+    answered(service)  # kernels, workspaces, page-locked memory, recordings
+    if graphs:
+        assert isinstance(model.passes, GraphedPasses)
+        assert model.passes.graphs >= 2  # that of the trial run and others
     steer, calls = inner_steps.steer, []
 
     def strict(*args: Any, **options: Any) -> Steered:
@@ -165,7 +171,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(inner_steps, "steer", strict)
     result = answered(service)
     assert calls
-    assert all(isinstance(trajectory.reward, float) for trajectory in result.trajectories)
+    assert all(math.isfinite(trajectory.reward or math.nan) for trajectory in result.trajectories)
 
 
 def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
+from kernels.recording import bucket
 from server.errors import ConfigurationError
 from server.models.acceleration import Acceleration, accelerate
 from server.models.compiled import CompiledTrunk
 from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout, runs_of
-from server.models.padding import Shape, bucket, pad, shape_of
+from server.models.padding import Shape, pad, shape_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("dream-tiny", "llada-tiny")
