@@ -1,5 +1,5 @@
 """On a GPU: the device tests, then the diffusion trunk in every way that it can be run, guided steps with two halves at
-once and without, and the waits of a step.
+once and without, a reward model's passes in graphs and without, and the waits of a step.
 
     python -m server.bench.gpu_check [--output build] [--skip-tests] [--layers 28]
 
@@ -22,11 +22,14 @@ import torch
 
 from server.bench.device_steps import load_bundled, run_job
 from server.bench.overlap_steps import Setup, measure_overlap
+from server.bench.reward_passes import Setup as PassesSetup
+from server.bench.reward_passes import measure_passes
 from server.engine.overlap import Lanes
 from server.errors import ConfigurationError
-from server.models.acceleration import Acceleration, accelerate
+from server.models.acceleration import Acceleration, accelerate, choose_attention
 from server.models.dream import DreamConfig, DreamModel
 from server.models.packing import PackedLayout
+from server.rewards.graphs import graph_passes
 
 TESTS = ("tests/engine", "tests/unit")
 BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
@@ -130,6 +133,17 @@ def waits(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def passes(device: torch.device) -> dict[str, Any]:
+    """A reward model's passes with `reward_cuda_graphs` and without, or why there are none."""
+    setup = PassesSetup()
+    try:
+        heads = setup.reward.hidden // setup.reward.heads
+        backend = choose_attention("auto", device, getattr(torch, setup.dtype), heads)
+        return {"attention": backend, "rows": measure_passes(device, setup, graph_passes, backend)}
+    except ConfigurationError as error:
+        return {"unavailable": str(error)}
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     lines = ["# Devices", "", f"{report['device']}, torch {report['torch']}, {report['layers']} layers of Dream-7B", ""]
@@ -147,6 +161,12 @@ def markdown(report: dict[str, Any]) -> str:
         f"`overlap`: {overlap['milliseconds_with']} ms a step of {overlap['trajectories']} guided trajectories, "
         f"{overlap['milliseconds_without']} ms without: {overlap['gain']} times as fast",
     ]
+    if "unavailable" in report["passes"]:
+        lines += ["", f"`reward_cuda_graphs`: {report['passes']['unavailable']}"]
+    else:
+        lines += ["", "| rows of a reward pass | kernel by kernel | graphs | gain |", "|---|---|---|---|"]
+        for entry in report["passes"]["rows"]:
+            lines.append(f"| {entry['rows']} | {entry['kernels']} ms | {entry['graphs']} ms | {entry['gain']} |")
     for method, entry in report["waits"].items():
         lines += [
             "",
@@ -176,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         "tests": tests,
         "trunk": measure(build(shape(layers), device), device),
         "overlap": measure_overlap(device, Setup(), Lanes),
+        "passes": passes(device),
         "waits": waits(device),
     }
     page = markdown(report)

@@ -121,7 +121,7 @@ def differentiate(model: RewardModel, packing: Packing, positions: Tensor, embed
     return rewards.detach(), g
 
 
-def graph_passes(model: RewardModel) -> None:
+def graph_passes(model: RewardModel) -> GraphedPasses:
     """Let a model's passes run as graphs from now on, after some have agreed with what they are graphs of. Raises
     ConfigurationError where they cannot."""
     if model.device.type != "cuda":
@@ -144,6 +144,7 @@ def graph_passes(model: RewardModel) -> None:
     if not off <= TOLERANCE:
         raise ConfigurationError(f"reward_cuda_graphs: a trial run of {model.name} was off by {off:.3g}")
     model.passes = passes
+    return passes
 
 
 @torch.no_grad()

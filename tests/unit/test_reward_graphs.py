@@ -17,6 +17,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from kernels import varlen
 from kernels.recording import bucket
+from server.bench.checkpoints import Shape
+from server.bench.reward_passes import Setup, measure_passes
 from server.errors import ConfigurationError
 from server.guidance.assembly import HiddenBehind, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
@@ -275,6 +277,13 @@ def test_the_trial_run_believes_what_is_right_and_nothing_else(model: RewardMode
             return self.result
 
     assert worst_difference(model, GraphedPasses(model, Stale)) > 0.05
+
+
+def test_the_measurement_runs_both_ways() -> None:
+    setup = Setup(Shape(1024, 32, 2, 2, 64), "float64", rows=(1, 3), tokens=9, cached=5, repeats=1)
+    figures = measure_passes(CPU, setup, lambda model: GraphedPasses(model, Again), "reference")
+    assert [entry["rows"] for entry in figures] == [1, 3]
+    assert all(entry[way] > 0 for entry in figures for way in ("kernels", "graphs", "gain"))
 
 
 def test_where_there_are_none_is_refused_by_name(model: RewardModel) -> None:
