@@ -294,6 +294,8 @@ class Engine:
         ready = [replica.rank for replica in self._replicas if replica.ready]
         expected = any(not replica.ready and not _given_up(replica) for replica in self._replicas)
         for rank, pending in self._dispatcher.assign(ready, more_to_come=expected):
+            if pending.deaths:
+                logger.info("request %s runs alone on worker %d", pending.id, rank)
             self._replicas[rank].supervisor.send(pending.frame)
 
     # -- what the replicas report ----------------------------------------------------------------------------
@@ -322,7 +324,7 @@ class Engine:
 
     def on_death(self, replica: Replica) -> None:
         """A worker is gone. Its jobs run again, unless it is the second that one of them was part of."""
-        lost, suspects = self._dispatcher.jobs_of(replica.rank), self._dispatcher.suspects
+        lost = self._dispatcher.jobs_of(replica.rank)
         convicted = self._dispatcher.lost(replica.rank)
         if lost:
             logger.warning(
@@ -330,7 +332,7 @@ class Engine:
                 replica.supervisor.name,
                 len(lost),
                 self._dispatcher.suspects,
-                extra={"suspects": self._dispatcher.suspects, "before": suspects, "convicted": len(convicted)},
+                extra={"suspects": self._dispatcher.suspects, "convicted": [pending.id for pending in convicted]},
             )
         for pending in convicted:
             self._answer(Failed(pending.id, "unavailable", "the worker was lost twice during this request"))
@@ -357,10 +359,9 @@ class Engine:
         now = time.monotonic()
         self._throughput.finished(now)
         self._throughput.taken(len(self._pending), self.config.max_jobs, now)
-        suspects = self._dispatcher.suspects
+        if pending.deaths and pending.worker is not None:
+            logger.info("request %s has run alone", pending.id)
         self._dispatcher.remove(pending)
-        if suspects and not self._dispatcher.suspects:
-            logger.info("no request has to run alone any more")
         pending.close(answer)
         if not self._pending:
             self._idle.set()

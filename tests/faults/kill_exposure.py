@@ -30,33 +30,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-THROUGH = "no request has to run alone any more"
-
-
-@dataclass(frozen=True)
-class Death:
-    """A death of a worker that had requests: when (seconds since the epoch), the suspects `before` it and after it,
-    and those whose second death it was."""
-
-    at: float
-    before: int
-    suspects: int
-    convicted: int
+BEGINS = re.compile(r"request (\S+) runs alone on (worker \d+)")
+ENDS = re.compile(r"request (\S+) has run alone")
+WORKER_ENDS = re.compile(r"(worker \d+) ended with")
 
 
 @dataclass
 class Exposure:
-    """What a log tells. `seconds`: how long there were suspects and a worker to run them. `ran`: suspects that ran to
-    their end or to their second death."""
+    """What a log tells: the `suspects` that there were after each death of a worker that had requests, how many each
+    death `convicted`, for how many `seconds` suspects ran, and how many of them `ran` to an end, theirs or their second
+    worker's."""
 
-    deaths: list[Death] = field(default_factory=list)
+    suspects: list[int] = field(default_factory=list)
+    convicted: list[int] = field(default_factory=list)
     seconds: float = 0.0
     ran: int = 0
-
-    @property
-    def convicted(self) -> int:
-        """Requests that died twice."""
-        return sum(death.convicted for death in self.deaths)
 
     @property
     def seconds_a_suspect(self) -> float:
@@ -67,35 +55,24 @@ class Exposure:
 def exposure(log: Iterable[str]) -> Exposure:
     """Read the server's log (JSON lines)."""
     found = Exposure()
-    ready: set[str] = set()
-    suspects = 0
-    since: float | None = None  # when suspects could run
+    alone: dict[str, tuple[str, float]] = {}  # the request that each worker runs alone, and since when
     for line in log:
         if not line.startswith("{"):
             continue
         record = json.loads(line)
         message, at = record["message"], datetime.fromisoformat(record["time"]).timestamp()
-        worker = re.match(r"worker \d+", message)
-        if worker and message.endswith(") is ready"):
-            ready.add(worker[0])
-        elif worker and " ended with " in message:
-            ready.discard(worker[0])
-            if since is not None and not ready:
-                found.seconds += at - since
-                since = None
+        if begins := BEGINS.match(message):
+            alone[begins[2]] = begins[1], at
+        elif ends := ENDS.match(message):
+            (worker,) = (worker for worker, (request, _) in alone.items() if request == ends[1])
+            found.seconds += at - alone.pop(worker)[1]
+            found.ran += 1
+        elif (death := WORKER_ENDS.match(message)) and death[1] in alone:
+            found.seconds += at - alone.pop(death[1])[1]
         elif "convicted" in record:
-            death = Death(at, record["before"], record["suspects"], record["convicted"])
-            found.deaths.append(death)
-            found.ran += suspects - death.before + death.convicted
-            suspects = death.suspects
-        elif message == THROUGH:
-            found.ran += suspects
-            suspects = 0
-        if since is not None and not suspects:
-            found.seconds += at - since
-            since = None
-        elif since is None and suspects and ready:
-            since = at
+            found.suspects.append(record["suspects"])
+            found.convicted.append(len(record["convicted"]))
+            found.ran += len(record["convicted"])
     return found
 
 

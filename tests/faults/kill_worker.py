@@ -164,13 +164,13 @@ def main() -> int:
     verdict.promise("every request got exactly one answer", answered == load.sent, f"{load.sent} sent, {outcomes}")
     verdict.promise("every answer is the undisturbed one, to the token", not load.wrong, load.wrong[:3])
     verdict.promise("no failure but 503 after a second death", not other, other)
-    worst = max((death.convicted for death in exposed.deaths), default=0)
+    worst, convicted = max(exposed.convicted, default=0), sum(exposed.convicted)
     verdict.promise(
         "a kill costs at most one request, and only requests in a second death",
-        worst <= 1 and lost == exposed.convicted,
-        f"{lost} of {load.sent} lost, {exposed.convicted} convicted",
+        worst <= 1 and lost == convicted,
+        f"{lost} of {load.sent} lost, {convicted} convicted",
     )
-    after = [death.suspects for death in exposed.deaths[:-1]]
+    after = exposed.suspects[:-1]
     expected, deviation = expected_losses(after, exposed.seconds_a_suspect, given.gap, given.data_parallel)
     verdict.promise(
         f"as few as chance allows, within {DEVIATIONS:g} standard deviations",

@@ -10,7 +10,7 @@ import pytest
 
 from server.engine.dispatch import Dispatcher
 from server.engine.pending import Pending
-from tests.faults.kill_exposure import THROUGH, expected_losses, exposure, seconds_alone
+from tests.faults.kill_exposure import expected_losses, exposure, seconds_alone
 
 
 def lost_to_kills(kills: int, running: int, tau: float, gap: float, seed: int) -> tuple[int, list[int]]:
@@ -59,43 +59,48 @@ def test_who_takes_longer_is_more_often_hit() -> None:
     assert seconds_alone(latencies) == pytest.approx(sum(hit) / len(hit), rel=0.02)
 
 
-def line(second: float, message: str, **fields: int) -> str:
+def line(second: float, message: str, **fields: object) -> str:
     return json.dumps({"time": f"2026-01-01T00:00:{second:06.3f}+00:00", "message": message, **fields})
 
 
 def test_a_log_of_one_worker() -> None:
     log = [
         "not JSON",
-        line(0, "worker 0 (process 7) is ready"),
         line(10, "worker 0 ended with signal 9"),
-        line(10, "worker 0 had 5 requests; ...", suspects=4, before=0, convicted=0),
+        line(10, "worker 0 had 5 requests; ...", suspects=4, convicted=[]),
         line(12, "worker 0 (process 8) is ready"),
-        # Two suspects of a second each, and half of the third.
-        line(14.5, "worker 0 ended with signal 9"),
-        line(14.5, "worker 0 had 1 requests; ...", suspects=1, before=2, convicted=1),
-        line(20, "worker 0 (process 9) is ready"),
-        line(21, THROUGH),
-        line(30, "worker 0 ended with signal 9"),
-        line(30, "worker 0 had 3 requests; ...", suspects=3, before=0, convicted=0),
+        line(12, "request a runs alone on worker 0"),
+        line(13, "request a has run alone"),
+        line(13, "request b runs alone on worker 0"),
+        line(13.5, "worker 0 ended with signal 9"),
+        line(13.5, "worker 0 had 1 requests; ...", suspects=2, convicted=["b"]),
+        line(20, "request c runs alone on worker 0"),
+        line(22, "request c has run alone"),
+        line(22, "request d runs alone on worker 0"),
+        line(22.5, "worker 0 ended with signal 9"),
+        line(22.5, "worker 0 had 1 requests; ...", suspects=1, convicted=[]),  # it had not begun
+        line(25, "request d runs alone on worker 0"),
+        line(26, "request d has run alone"),
     ]
     found = exposure(log)
-    assert [(death.before, death.suspects, death.convicted) for death in found.deaths] == [
-        (0, 4, 0), (2, 1, 1), (0, 3, 0),
-    ]  # fmt: skip
-    assert found.convicted == 1
-    assert found.seconds == pytest.approx(2.5 + 1.0)
+    assert (found.suspects, found.convicted) == ([4, 2, 1], [0, 1, 0])
+    assert found.seconds == pytest.approx(1.0 + 0.5 + 2.0 + 0.5 + 1.0)
     assert found.ran == 4
-    assert found.seconds_a_suspect == pytest.approx(3.5 / 4)
+    assert found.seconds_a_suspect == pytest.approx(5.0 / 4)
 
 
-def test_with_another_worker_suspects_run_at_once() -> None:
+def test_a_log_of_two_workers() -> None:
+    """Suspects run on both, and wait while one is busy."""
     log = [
-        line(0, "worker 0 (process 7) is ready"),
-        line(1, "worker 1 (process 8) is ready"),
         line(10, "worker 0 ended with signal 9"),
-        line(10, "worker 0 had 2 requests; ...", suspects=2, before=0, convicted=0),
-        line(12, "worker 0 (process 9) is ready"),
-        line(13, THROUGH),
+        line(10, "worker 0 had 3 requests; ...", suspects=3, convicted=[]),
+        line(15, "request a runs alone on worker 0"),
+        line(16, "request b runs alone on worker 1"),
+        line(17, "request b has run alone"),
+        line(18, "worker 1 ended with signal 9"),
+        line(19, "request a has run alone"),
+        line(19, "request c runs alone on worker 0"),
+        line(21, "request c has run alone"),
     ]
     found = exposure(log)
-    assert (found.seconds, found.ran) == (pytest.approx(3.0), 2)
+    assert (found.seconds, found.ran) == (pytest.approx(4.0 + 1.0 + 2.0), 3)
