@@ -6,6 +6,7 @@ What must hold: every accepted job gets exactly one answer, whatever happens to 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -119,6 +120,26 @@ async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> No
         assert last.kind == "unavailable"
         assert isinstance(await answer(engine.submit(job("next"))), Finished)
         assert engine.stats.worker_restarts == 2
+
+
+async def test_the_log_names_who_ran_alone_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "server.engine.engine")
+    async with running() as engine:
+        innocent = engine.submit(job("innocent", steps=30, step_ms=10))
+        await anext(innocent)  # it has begun
+        assert isinstance(await answer(engine.submit(job("poison", Do.DIE))), Failed)
+        assert isinstance(await answer(innocent), Finished)
+        assert isinstance(await answer(engine.submit(job("after"))), Finished)
+    records = [record for record in caplog.records if record.name == "server.engine.engine"]
+    assert [record.getMessage() for record in records] == [
+        "worker 0 had 2 requests; after its death 2 wait to run alone",
+        "request innocent runs alone on worker 0",
+        "request innocent has run alone",
+        "request poison runs alone on worker 0",
+        "worker 0 had 1 requests; after its death 0 wait to run alone",
+    ]
+    deaths = [vars(record) for record in records if record.levelno == logging.WARNING]
+    assert [(death["suspects"], death["convicted"]) for death in deaths] == [(2, []), (0, ["poison"])]
 
 
 async def test_a_second_run_that_differs_is_an_error_not_a_spliced_text() -> None:
