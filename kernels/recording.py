@@ -6,12 +6,16 @@ shapes (`bucket`). What the host decided while recording is part of the graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 
 Output = TypeVar("Output")
+
+_one_at_a_time = threading.Lock()
+"""To begin a recording waits for the whole device, which must not be while another thread is recording."""
 
 LEAST = 16
 
@@ -41,7 +45,7 @@ class Recording(Generic[Output]):
             function()  # everything that is made on first use (tables, workspaces) is made outside
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with _one_at_a_time, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = function()
 
     def replay(self) -> Output:
