@@ -190,6 +190,8 @@ class Connection(H11Protocol):
     def _refuse(self, error: RequestError) -> None:
         """Answer with the error if there is still a place for an answer, and close."""
         body = json.dumps(envelope(error)).encode()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        sent = b"" if answering and self.cycle.scope["method"] == "HEAD" else body
         fields = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
@@ -199,7 +201,7 @@ class Connection(H11Protocol):
         }
         with contextlib.suppress(h11.LocalProtocolError):
             response = h11.Response(status_code=error.status, headers=list(fields.items()), reason=b"")
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            for event in (response, h11.Data(data=sent), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
             if self.cycle is not None:  # the application may be about to answer, too; to it the client has gone
                 self.cycle.disconnected = True
@@ -210,7 +212,8 @@ class Connection(H11Protocol):
 
     def _linger(self) -> None:
         """Close, but not at once: a peer that still sends would get a reset, and might lose the answer with it."""
-        if not self.transport.can_write_eof():  # TLS
+        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)  # the request has arrived; nothing is unread
+        if whole or not self.transport.can_write_eof():  # TLS cannot
             self.transport.close()
             return
         self._lingering = True

@@ -98,12 +98,23 @@ async def test_running_requests_count_whatever_they_wait_for() -> None:
         await until_served(client)
 
 
-async def test_one_answer_a_connection_past_the_limit() -> None:
+async def test_one_answer_a_connection_past_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     """A probe's connection, too, is closed with its answer: kept alive, they would use up the few there are."""
     async with serving(load({"port": 0, "max_connections": LIMIT})) as port, idle(port, LIMIT):
-        for request, status in ((hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503)):
+        head = hostile.get(path="/v1/models").replace(b"GET", b"HEAD")
+        for request, status in ((hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503), (head, 503)):
             reply = await hostile.exchange("127.0.0.1", port, request, seconds=30, linger=30)
             assert (reply.status, reply.closed) == (status, True)
+            assert bool(reply.body) == (request is not head)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_refusals_leave_room_for_probes() -> None:
+    """A refused connection is closed at once, so that many of them in a row do not use up the places past the limit."""
+    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, asking(port) as client, idle(port, LIMIT):
+        for _ in range(3 * EXTRA_CONNECTIONS):
+            check_envelope(await client.post("/v1/completions", json=BODY), 503)
+        assert (await client.get("/ready")).status_code == 200
 
 
 async def test_a_large_request_past_the_limit_gets_its_answer() -> None:
