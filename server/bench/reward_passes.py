@@ -18,7 +18,6 @@ from server.rewards.graphs import differentiate
 from server.rewards.reward_model import Passes, RewardModel, load_reward_model
 from server.text.tokenizer import Tokenizer
 
-
 REWARD = Shape(32_768, 768, 8, 12, 2304)
 
 

@@ -16,6 +16,7 @@ from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
 from server.engine.batch import Batch, Member
 from server.guidance.assembly import Responses
+from server.types import ModelInfo
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]
@@ -114,12 +115,14 @@ class Group:
         is_origin = is_origin if candidates is None else is_origin[candidates]
         return torch.where(upload(torch.from_numpy(is_origin), self.device), origin, ranking)
 
-    def responses(self) -> Responses:
+    def responses(self, info: ModelInfo) -> Responses:
         """The members' canvases as the steering loop takes them."""
         return Responses.of(
             [member.trajectory.tokens for member in self.members],
             [member.positions for member in self.members],
             self.device,
+            eos_token_id=info.eos_token_id,
+            pad_token_id=info.pad_token_id,
         )
 
 

@@ -104,7 +104,7 @@ def _steer(
 ) -> Steered:
     return steer(
         state,
-        group.responses(),
+        group.responses(info),
         objectives,
         [member.trajectory.job.guidance.method for member in group.members],
         lambda inner: group.keys(inner, None),

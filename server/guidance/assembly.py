@@ -28,6 +28,7 @@ from server.guidance.prefixes import RewardContext
 from server.rewards.reward_model import Packing, RewardModel
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,12 @@ class Objective:
 @dataclass(frozen=True, slots=True)
 class Responses:
     """The responses of B trajectories, packed one after another (R = sum of their lengths), of which N positions are
-    masked, one a row of the logits. All int64.
+    masked, one a row of the logits. All int64 but for `hidden`.
 
     `committed` (R,) holds revealed tokens (anything where masked); `first` (R,) is the packed position at which the
     same response begins. `masked` (N,) is the packed position of each row, ascending, and `owner` (N,) its trajectory.
+    On the host: `places`, which are the same as `masked`, and `hidden` (R,), positions that revealed tokens hide from
+    reward models whatever becomes of the masked ones.
     """
 
     lengths: tuple[int, ...]
@@ -53,20 +56,43 @@ class Responses:
     first: Tensor
     masked: Tensor
     owner: Tensor
+    places: IntArray
+    hidden: BoolArray
 
     @classmethod
-    def of(cls, canvases: Sequence[IntArray], positions: Sequence[IntArray], device: torch.device) -> Responses:
+    def of(
+        cls,
+        canvases: Sequence[IntArray],
+        positions: Sequence[IntArray],
+        device: torch.device,
+        *,
+        eos_token_id: int,
+        pad_token_id: int,
+    ) -> Responses:
         """Of each trajectory's response tokens (L,) and its masked positions (n,), ascending."""
         lengths = [len(canvas) for canvas in canvases]
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         counts = [len(masked) for masked in positions]
-        columns = (
-            np.concatenate(canvases),
-            np.repeat(starts, lengths),
-            np.concatenate([start + masked for start, masked in zip(starts, positions, strict=True)]),
-            np.repeat(np.arange(len(counts)), counts),
+        places = np.concatenate([start + masked for start, masked in zip(starts, positions, strict=True)])
+        hidden = []
+        for canvas, masked in zip(canvases, positions, strict=True):
+            revealed = np.ones(len(canvas), dtype=np.bool_)
+            revealed[masked] = False
+            ended = revealed & (canvas == eos_token_id)
+            hidden.append((np.cumsum(ended) > ended) | (revealed & (canvas == pad_token_id)))
+
+        def there(values: IntArray) -> Tensor:
+            return upload(torch.from_numpy(values), device, torch.int64)
+
+        return cls(
+            tuple(lengths),
+            committed=there(np.concatenate(canvases)),
+            first=there(np.repeat(starts, lengths)),
+            masked=there(places),
+            owner=there(np.repeat(np.arange(len(counts)), counts)),
+            places=places,
+            hidden=np.concatenate(hidden),
         )
-        return cls(tuple(lengths), *(upload(torch.from_numpy(column), device, torch.int64) for column in columns))
 
 
 @dataclass(slots=True)
@@ -93,9 +119,10 @@ class _Pass:
 class Assembly(ABC):
     """Where every packed reward-model token of one objective comes from; fixed for a denoising step.
 
-    The packed order is: for each trajectory what leads, its response from the first place that is not settled on, then
-    its suffix; S tokens. `response` (S,) is a token's place among the responses, -1 around them; `owner` (S,) its
-    trajectory; `base` (S, D) holds what does not change, and `place` (N,) where each row of the logits goes.
+    The packed order is: for each trajectory what leads, its response from the first place that is not settled on less
+    what is hidden for certain, then its suffix; S tokens. `response` (S,) is a token's place among the responses, -1
+    around them; `owner` (S,) its trajectory; `base` (S, D) holds what does not change; `rows` (n,) of the logits go to
+    `place` (n,), the others are hidden for certain.
     """
 
     def __init__(self, objective: Objective, responses: Responses) -> None:
@@ -106,12 +133,12 @@ class Assembly(ABC):
         start = 0
         for length, context in zip(responses.lengths, objective.contexts, strict=True):
             lead, tail, settled = len(context.lead_ids), len(context.suffix_ids), context.settled
-            own = np.arange(start + settled, start + length)
+            own = start + settled + np.flatnonzero(~responses.hidden[start + settled : start + length])
             response.append(np.concatenate([np.full(lead, -1), own, np.full(tail, -1)]))
             first = context.start
-            position += [np.arange(first - lead, first), np.arange(first + settled, first + length + tail)]
+            position += [np.arange(first - lead, first), first + own - start, first + length + np.arange(tail)]
             fixed_ids += [*context.lead_ids, *context.suffix_ids]
-            self.lengths.append(lead + length - settled + tail)
+            self.lengths.append(lead + len(own) + tail)
             start += length
         places = np.concatenate(response)
         place_of = np.full(start, -1)
@@ -123,7 +150,8 @@ class Assembly(ABC):
         self.response = there(places)
         self.position = there(np.concatenate(position))
         self.owner = there(np.repeat(np.arange(len(self.lengths)), self.lengths))
-        self.place = there(place_of)[responses.masked]
+        place = place_of[responses.places]
+        self.rows, self.place = there(np.flatnonzero(place >= 0)), there(place[place >= 0])
         self.base = table[responses.committed[self.response.clamp_min(0)]]
         if fixed_ids:
             fixed = objective.model.own_embeddings(torch.tensor(fixed_ids, dtype=torch.long)).to(table.device)
@@ -166,8 +194,7 @@ class HiddenLeftOut(Assembly):
 
     def __init__(self, objective: Objective, responses: Responses) -> None:
         super().__init__(objective, responses)
-        rows = torch.arange(len(self.place), device=self.place.device)
-        self.row = torch.full_like(self.response, -1).index_copy_(0, self.place, rows)
+        self.row = torch.full_like(self.response, -1).index_copy_(0, self.place, self.rows)
 
     def _take(self, embeds: Tensor, seen: Tensor) -> _Pass:
         contexts = self.objective.contexts
@@ -194,7 +221,6 @@ class HiddenBehind(Assembly):
         self.stop = upload(torch.from_numpy(np.cumsum(sizes)), device)
         self.first = self.start[self.owner]  # (S,)
         self.index = torch.arange(len(self.owner), device=device)
-        self.rows = torch.arange(len(self.place), device=device)
         self.packing = objective.model.packing([context.prefix for context in objective.contexts], self.lengths)
 
     def _take(self, embeds: Tensor, seen: Tensor) -> _Pass:
@@ -203,7 +229,7 @@ class HiddenBehind(Assembly):
         before = count[:-1] - count[self.first]  # seen ones of the same row in front
         behind = visible[self.owner] + (self.index - self.first - before)
         at = self.first + torch.where(seen, before, behind)
-        whole = self.base.index_copy(0, self.place, embeds)
+        whole = self.base.index_copy(0, self.place, embeds.index_select(0, self.rows))
         x = torch.empty_like(whole).index_copy_(0, at, whole)
         nothing = torch.where(visible > 0, 0.0, torch.nan).to(x.dtype)
         return _Pass(

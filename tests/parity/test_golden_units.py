@@ -61,7 +61,13 @@ def setup(pair: Any, family: str, number: int) -> dict[str, Any]:
         "tensors": tensors,
         "logits": logits,
         "params": params,
-        "responses": Responses.of([response.numpy()], [rows.numpy()], response.device),
+        "responses": Responses.of(
+            [response.numpy()],
+            [rows.numpy()],
+            response.device,
+            eos_token_id=pair.loaded.info.eos_token_id,
+            pad_token_id=pair.loaded.info.pad_token_id,
+        ),
         "objective": Objective(
             reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
         ),

@@ -57,7 +57,10 @@ class Problem:
             self.phi[:, [info.eos_token_id, info.pad_token_id]] -= 20.0  # no position hidden: keeps R smooth
         reward = pair.rewards["rm"]
         before, after = split_at_response(reward.tokenizer, PROMPT)
-        self.responses = Responses.of([self.response.numpy()], [self.rows.numpy()], self.response.device)
+        self.responses = Responses.of(
+            [self.response.numpy()], [self.rows.numpy()], self.response.device,
+            eos_token_id=info.eos_token_id, pad_token_id=info.pad_token_id,
+        )  # fmt: skip
         self.before, self.after = before, after
         self.objective = Objective(
             reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)

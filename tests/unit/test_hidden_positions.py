@@ -71,7 +71,7 @@ def both_ways(
 ) -> list[tuple[Tensor, Tensor]]:
     """Rewards (B,) and dr/de (N, D) by each way; embeddings that stand for hidden positions are absurd in the second,
     so that whatever reads them shows."""
-    responses = Responses.of(canvases, positions, CPU)
+    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
@@ -107,7 +107,7 @@ def test_rewards_and_gradients_are_the_same(model: RewardModel, cached: bool) ->
         assert {context.settled for context in known} == {0, 10, 23}
     ways = both_ways(model, known, canvases, positions)
     assert_same(ways)
-    g, responses = ways[1][1], Responses.of(canvases, positions, CPU)
+    g, responses = ways[1][1], Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     hidden = ~visible_positions(responses.committed, responses.first, EOS, PAD)[responses.masked]
     assert 20 < int(hidden.sum()) < len(hidden)
     assert not g[hidden].any()  # exactly
@@ -129,10 +129,30 @@ def test_any_responses_read_the_same(model: RewardModel, canvases: list[list[int
     assert_same(both_ways(model, contexts(model, len(canvases)), arrays, positions, seed % 1000))
 
 
+def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None:
+    """Nothing behind a revealed EOS can be seen in this step: it is left out of the rows, by either way."""
+    canvases = [np.array([30, 41, EOS, 50, PAD, 60]), np.array([30, EOS, 41, PAD, 50, 60])]
+    positions = [np.array([1, 3, 5]), np.array([1, 4])]  # the second EOS is only what a masked position may become
+    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
+    assert responses.hidden.reshape(2, 6).tolist() == [[False] * 3 + [True] * 3, [False] * 3 + [True] + [False] * 2]
+    known = contexts(model, 2)
+    objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
+    assembly = HiddenBehind(objective, responses)
+    assert assembly.lengths == [3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids)]
+    assert assembly.rows.tolist() == [0, 3, 4]
+    assert_same(both_ways(model, known, canvases, positions))
+
+
 def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> None:
     """No template of ours ends with the response; one that did must not be given another row's reward."""
     known = [RewardContext.of(EMPTY_PREFIX, ())] * 2
-    responses = Responses.of([np.array([PAD, PAD]), np.array([30, 41])], [np.array([0, 1]), np.array([1])], CPU)
+    responses = Responses.of(
+        [np.array([PAD, PAD]), np.array([30, 41])],
+        [np.array([0, 1]), np.array([1])],
+        CPU,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
     objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
@@ -141,7 +161,7 @@ def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> Non
 
 
 def test_the_way_follows_the_attention(model: RewardModel) -> None:
-    responses = Responses.of([np.array([30, 41])], [np.array([1])], CPU)
+    responses = Responses.of([np.array([30, 41])], [np.array([1])], CPU, eos_token_id=EOS, pad_token_id=PAD)
     objective = Objective(model, tuple(contexts(model, 1)), torch.ones(1, dtype=torch.float64))
     assert isinstance(assemble(objective, responses), HiddenBehind)
     model.attention_backend = "sdpa"

@@ -22,7 +22,7 @@ from kernels.random import row_keys
 from kernels.transfer import upload
 from server.guidance.assembly import HiddenLeftOut, Objective, Responses, Timings, assemble
 from server.guidance.prefixes import RewardContext
-from server.guidance.steer import Steered, steer
+from server.guidance.steer import Steered, steer, visible_positions
 from server.rewards.graphs import GraphedPasses, Pass
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.template import split_at_response
@@ -219,7 +219,7 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     positions = [np.arange(3 * index, 12) for index in range(3)]
     canvases[0][2] = EOS  # revealed: all behind it is hidden
     canvases[1][1] = PAD
-    responses = Responses.of(canvases, positions, CPU)
+    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     count = len(responses.masked)
     objectives = []
     for weight, model in enumerate(rewards, start=1):
@@ -266,6 +266,33 @@ def test_inner_steps_wait_for_nothing(
     for got, wanted in zip(steered.rewards, expected.rewards, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3 if graphs else 0, atol=1e-3 if graphs else 0)
     assert len({tuple(each.tolist()) for each in steered.rewards}) == 4  # they moved
+
+
+@pytest.mark.parametrize("way", ["kernels", "graphs", "asking"])
+def test_a_pass_needs_no_values(way: str) -> None:
+    """On `meta`, where tensors have shapes and no values, with torch's own variable-length attention: what asked for
+    one, or brought one from elsewhere, would fail."""
+    meta = torch.device("meta")
+    model = load_reward_model(
+        "rm", GOLDEN / "dream-tiny/rm", diffusion_tokenizer=Tokenizer.load(GOLDEN / "dream-tiny/dlm"),
+        diffusion_vocab_size=VOCABULARY, dtype=torch.bfloat16, device=meta, vocab_fallback="zero",
+    )  # fmt: skip
+    model.attention_backend = "varlen"
+    context = RewardContext.of(model.prefill(range(20)), (3, 4))
+    canvases = [np.arange(20, 32)] * 3
+    responses = Responses.of(canvases, [np.arange(2, 12)] * 3, meta, eos_token_id=EOS, pad_token_id=PAD)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    embeds = torch.empty(30, model.hidden_size, device=meta)
+    if way == "graphs":
+        model.passes = GraphedPasses(model, _Again)
+    objective = Objective(model, (context,) * 3, torch.ones(3, device=meta))
+    if way == "asking":
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            HiddenLeftOut(objective, responses).read(embeds, visible, Timings(), gradient=True)
+        return
+    rewards, g = assemble(objective, responses).read(embeds, visible, Timings(), gradient=True)
+    assert (rewards.shape, g.shape) == ((3,), embeds.shape)
+    assert (rewards.device, g.device) == (meta, meta)
 
 
 def test_asking_how_many_are_seen_waits(

@@ -230,7 +230,7 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     rng = np.random.default_rng(2)
     canvases = [rng.integers(20, 500, 10) for _ in range(3)]
     canvases[1][4], canvases[2][5] = EOS, PAD
-    responses = Responses.of(canvases, [np.arange(2, 10)] * 3, CPU)
+    responses = Responses.of(canvases, [np.arange(2, 10)] * 3, CPU, eos_token_id=EOS, pad_token_id=PAD)
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assembly = HiddenBehind(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)

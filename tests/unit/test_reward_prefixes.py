@@ -47,7 +47,9 @@ def read(
     model: RewardModel, known: list[RewardContext], canvases: list[np.ndarray], settled: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Rewards (B,) and dr/de of the masked rows, everything behind `settled` being masked."""
-    responses = Responses.of(canvases, [np.arange(stop, LENGTH) for stop in settled], torch.device("cpu"))
+    responses = Responses.of(
+        canvases, [np.arange(stop, LENGTH) for stop in settled], torch.device("cpu"), eos_token_id=EOS, pad_token_id=PAD
+    )
     generator = torch.Generator().manual_seed(3)
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
