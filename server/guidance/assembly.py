@@ -171,8 +171,8 @@ class Assembly(ABC):
         g = torch.zeros_like(embeds)
         started = time.perf_counter()
         model, g_x = self.objective.model, None
-        if gradient and model.passes is not None and model.passes.takes(taken.packing):
-            rewards, g_x = model.passes.run(taken.packing, taken.positions, x)
+        if gradient and model.graphed_passes is not None and model.graphed_passes.takes(taken.packing):
+            rewards, g_x = model.graphed_passes.run(taken.packing, taken.positions, x)
             forwarded = time.perf_counter()
         else:
             with torch.enable_grad() if gradient else torch.no_grad():

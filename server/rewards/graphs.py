@@ -143,7 +143,7 @@ def graph_passes(model: RewardModel) -> GraphedPasses:
             raise ConfigurationError(f"reward_cuda_graphs: {model.name} cannot be run so here: {reason}") from error
     if not off <= TOLERANCE:
         raise ConfigurationError(f"reward_cuda_graphs: a trial run of {model.name} was off by {off:.3g}")
-    model.passes = passes
+    model.graphed_passes = passes
     return passes
 
 

@@ -91,7 +91,7 @@ class RewardModel:
         self.activation_dtype = self.dtype if self._trunk is None else activation_dtype(self.dtype, self.device)
         where = self.device, self.activation_dtype, self.shape.head_size
         self.attention_backend = varlen.choose("auto", *where)
-        self.passes: Passes | None = None
+        self.graphed_passes: Passes | None = None
         self.table = self._table(vocab_map).to(table_device or self.device)
 
     @property

@@ -156,8 +156,8 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     model = service.runner.reward_models["rm"]
     answered(service)  # kernels, workspaces, page-locked memory, recordings
     if graphs:
-        assert isinstance(model.passes, GraphedPasses)
-        assert model.passes.graphs >= 2  # that of the trial run and others
+        assert isinstance(model.graphed_passes, GraphedPasses)
+        assert model.graphed_passes.graphs >= 2  # that of the trial run and others
     steer, calls = inner_steps.steer, []
 
     def strict(*args: Any, **options: Any) -> Steered:

@@ -259,7 +259,7 @@ def test_inner_steps_wait_for_nothing(
     expected = steering(rewards, 3)()
     run = steering(rewards, 3)
     for model in rewards:
-        monkeypatch.setattr(model, "passes", GraphedPasses(model, _Again) if graphs else None)
+        monkeypatch.setattr(model, "graphed_passes", GraphedPasses(model, _Again) if graphs else None)
     with torch.no_grad(), no_waits:
         steered = run()
     assert len(steered.rewards) == 4
@@ -284,7 +284,7 @@ def test_a_pass_needs_no_values(way: str) -> None:
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":
-        model.passes = GraphedPasses(model, _Again)
+        model.graphed_passes = GraphedPasses(model, _Again)
     objective = Objective(model, (context,) * 3, torch.ones(3, device=meta))
     if way == "asking":
         with pytest.raises(NotImplementedError, match="nonzero"):

@@ -236,12 +236,12 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     assembly = HiddenBehind(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)
     expected = assembly.read(embeds, visible, Timings(), gradient=True)
     passes = GraphedPasses(model, Again)
-    model.passes = passes
+    model.graphed_passes = passes
     try:
         got = assembly.read(embeds, visible, Timings(), gradient=True)
         unasked = assembly.read(embeds, visible, Timings(), gradient=False)
     finally:
-        model.passes = None
+        model.graphed_passes = None
     assert passes.graphs == 1
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
