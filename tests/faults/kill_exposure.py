@@ -10,10 +10,10 @@ is answered with 503, and of no other; a kill at any other time costs nothing. S
     gap   seconds: the next kill comes at a moment uniform in [0, gap] after the worker was ready again,
 
 the next kill costs one request with probability p = min(1, n tau / (R gap)), and never more than one. Over a run that
-is sum(p) requests, give or take sqrt(sum(p (1 - p))). With 8 suspects of 0.8 s each and a gap of 20 s every third kill
-must cost a request, whatever the server does, as long as a second death is answered with a 503 and nobody is put in
-danger beside a suspect. As a share of all requests that is 2 n tau / (rate gap^2), which says more about the gap than
-about the server.
+is sum(p) requests, give or take sqrt(sum(p (1 - p))); with several workers less, since suspects run on the others while
+the killed one's successor starts. With 8 suspects of 0.8 s each and a gap of 20 s every third kill must cost a request,
+whatever the server does, as long as a second death is answered with a 503 and nobody is put in danger beside a suspect.
+As a share of all requests that is 2 n tau / (rate gap^2), which says more about the gap than about the server.
 
 The log tells n, and for how long how many suspects ran; their mean time is tau (those that were killed count in full,
 which makes it a little too small and the expectation strict). What the server can get wrong is tau, so that is checked
