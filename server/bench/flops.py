@@ -22,7 +22,7 @@ import torch
 
 import kernels
 from server.models.base import DiffusionModel
-from server.rewards.reward_model import RewardModel
+from server.rewards.reward_model import Packing, RewardModel
 from server.types import DecoderShape
 
 Note = Callable[..., Callable[["Flops"], None]]
@@ -166,7 +166,7 @@ def recording(model: DiffusionModel, reward: RewardModel | None) -> Iterator[Rec
         stack.enter_context(_watched(kernels, "update", _update, recorder))
         if reward is not None:
             decoder = Decoder.of(reward.shape)
-            stack.enter_context(_watched(reward, "forward", _reward_read(decoder), recorder))
+            stack.enter_context(_watched(reward, "read", _reward_read(decoder), recorder))
             stack.enter_context(_watched(reward, "extend", _reward_extended(decoder), recorder))
         yield recorder
 
@@ -249,8 +249,8 @@ def _update(
 
 
 def _reward_read(decoder: Decoder) -> Note:
-    def note(rows: Any, embeds: torch.Tensor, *_: Any, **__: Any) -> Callable[[Flops], None]:
-        prefixes, lengths = [prefix.length for prefix in rows.prefixes], rows.lengths
+    def note(packing: Packing, positions: torch.Tensor, embeds: torch.Tensor) -> Callable[[Flops], None]:
+        prefixes, lengths = packing.cached, np.diff([*packing.starts, len(positions)]).tolist()
         backward = embeds.requires_grad
 
         def add(flops: Flops) -> None:

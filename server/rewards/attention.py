@@ -110,6 +110,7 @@ class Packing:
     starts: tuple[int, ...] = field(default=())
     varlen: CppRows | VarlenRows | None = None
     hidden: Tensor | None = None  # (S,), of tokens behind their row's last one (`hiding`)
+    cached: tuple[int, ...] = ()  # (B,), the length of each row's prefix
 
     @classmethod
     def of(
@@ -125,6 +126,7 @@ class Packing:
         an empty row or none, or unequal numbers."""
         if len(prefixes) != len(lengths) or not lengths or min(lengths) < 1:
             raise ValueError(f"{len(prefixes)} prefixes for rows of {list(lengths)} tokens")
+        cached = tuple(prefix.length for prefix in prefixes)
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -137,7 +139,8 @@ class Packing:
                 together = CppRows.of(prefixes, lengths)
             else:
                 together = VarlenRows.of(prefixes, lengths, device, backend)
-            return cls((), None, None, lasts, None, None, [] if capture else None, tuple(starts[:-1]), together)
+            kept_keys: list[tuple[Tensor, Tensor]] | None = [] if capture else None
+            return cls((), None, None, lasts, None, None, kept_keys, tuple(starts[:-1]), together, cached=cached)
         members: dict[int, list[int]] = {}
         for row, prefix in enumerate(prefixes):
             members.setdefault(id(prefix) if prefix.length else 0, []).append(row)
@@ -168,6 +171,7 @@ class Packing:
             None if kept else torch.from_numpy(np.argsort(grouped)).to(device),
             [] if capture else None,
             tuple(starts[:-1]),
+            cached=cached,
         )
 
     def hiding(self, visible: Tensor) -> Packing:
