@@ -38,12 +38,12 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
             unfinished -= isinstance(event, Finished)
             yield index, event
     finally:
-        for stream, pump in zip(streams, pumps, strict=True):
+        # All of it before anything can wait: cancelled a second time here, the rest would be left undone.
+        for stream, pump, record in zip(streams, pumps, records, strict=True):
             pump.cancel()
-            await stream.aclose()
-        await asyncio.gather(*pumps, return_exceptions=True)
-        for record in records:
+            await stream.aclose()  # does not wait
             record.close()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 async def results(frontend: Frontend, plan: Plan) -> list[JobResult]:
