@@ -74,12 +74,11 @@ inline To bits(From from) {
   return to;
 }
 
-// exp(x) for x <= 88, to about one unit in the last place; 0 below the smallest normal number: at -88 the exponent of
-// `scale` is that of zero.
+// exp(x) for x <= 88, to about one unit in the last place; 0 below the smallest normal number.
 // Cephes' polynomial on [-ln 2 / 2, ln 2 / 2]; rounding to an integer by adding 1.5 * 2^23.
 inline float exponential(float x) {
   constexpr float magic = 12582912.0f;
-  const float clamped = x < -88.0f ? -88.0f : x;
+  const float clamped = x < -87.33f ? -87.33f : x;
   const float shifted = clamped * 1.44269504088896341f + magic;
   const float n = shifted - magic;
   float r = clamped - n * 0.693359375f;
@@ -92,7 +91,7 @@ inline float exponential(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const float scale = bits<float>((bits<int32_t>(shifted) << 23) + 0x3f800000);
-  return p * scale;
+  return x < -87.33f ? 0.0f : p * scale;
 }
 
 inline float half_to_float(uint16_t h) {
