@@ -13,7 +13,8 @@ import torch
 from server.bench.flops import Flops, recording
 from server.bench.machine import Stopwatch
 from server.engine.allocator import keep_large_blocks
-from server.engine.memory import free_bytes
+from server.engine.config import BudgetSettings
+from server.engine.memory import Footprint, free_bytes
 from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
 from server.engine.savings import Savings
@@ -23,6 +24,7 @@ from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
     Algorithm,
+    Budget,
     DiffusionParams,
     GuidanceParams,
     Job,
@@ -33,6 +35,7 @@ from server.types import (
     WeightedReward,
 )
 
+MEMORY_FRACTION = BudgetSettings().memory_fraction
 SUBJECTS = ("hotel", "book", "phone", "film", "bakery", "museum", "train", "camera")
 
 
@@ -179,7 +182,7 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
     from transformers import AutoModelForSequenceClassification
 
     if device.type == "cpu":
-        keep_large_blocks(free_bytes(device) / 5)  # as the worker does by default
+        keep_large_blocks(free_bytes(device) * (1 - MEMORY_FRACTION))  # as the worker does
     loaded = load_diffusion_model(str(dlm), dtype=dtype, device=device)
     reward, plain = None, {}
     if rm is not None:
@@ -196,9 +199,23 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
     return Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))
 
 
+def budgets(pair: Pair) -> tuple[Budget, Budget]:
+    """What may share a step, and one trajectory's largest size: as a server has them by default."""
+    rewards = [] if pair.reward is None else [pair.reward]
+    return Footprint.of(pair.loaded.model, rewards).budgets(
+        free_bytes(pair.device),
+        MEMORY_FRACTION,
+        pair.device.type,
+        rewards=len(rewards),
+        context_length=pair.loaded.info.context_length,
+    )
+
+
 def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
     """All jobs submitted at once."""
-    runner = Runner(pair.loaded, {} if pair.reward is None else {"rm": pair.reward}, savings=savings)
+    shared, largest = budgets(pair)
+    rewards = {} if pair.reward is None else {"rm": pair.reward}
+    runner = Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
     results: dict[str, JobResult] = {}
     with recording(pair.loaded.model, pair.reward) as recorder:
         watch = Stopwatch(pair.device)

@@ -45,7 +45,7 @@ STATE = {"cpp": 3.5, "torch": 3.9, "triton": 3.9, "reference": 11.0}
 """Peak (N, V) tensors of guidance beside the logits, by kernel backend."""
 
 CAPS = {
-    "cpu": Budget(8_192, 2_048, 256, 4_096, 16_384, 262_144),
+    "cpu": Budget(4_096, 2_048, 256, 4_096, 16_384, 262_144),
     "cuda": Budget(16_384, 8_192, 256, 16_384, 65_536, 4_194_304),
 }
 FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
