@@ -92,39 +92,35 @@ def unguided(bench: Bench) -> CaseResult:
 
 
 def ablation(bench: Bench) -> CaseResult:
-    """Every exact saving switched off by itself, and all of them at once."""
+    """Every exact saving switched off by itself, and all of them at once, each next to a run with all of them: so near
+    in time that a machine whose speed drifts does not tip the ratio."""
     pair = bench.pair()
-    work = bench.choose(HEADLINE, SMALL)
+    work = bench.choose(replace(HEADLINE, steps=16), SMALL)
     warm_up(pair, work)
     names = [saving.name for saving in fields(Savings)]
-    before = bench.rate(pair.dtype)
     # Steps that reveal nothing exist only where T exceeds L, and inner steps to share between requests of different M.
     own_work = {
-        "skip_empty_steps": (", T = 2 L", replace(work, steps=2 * work.max_tokens)),
+        "skip_empty_steps": (", T = 2 L", replace(work, max_tokens=work.max_tokens // 2, steps=work.max_tokens)),
         "share_inner_steps": (", mixed M", replace(work, least_gradient_steps=1)),
     }
-    base = "all savings"
-    base_of = {"none of them": base}
-    variants = {base: engine(pair, work), "none of them": engine(pair, work, Savings.without(names))}
+    without = {"none of them": (work, Savings.without(names))}
     for name in names:
         suffix, theirs = own_work.get(name, ("", work))
-        variants.setdefault(base + suffix, engine(pair, theirs))
-        variants[f"no {name}{suffix}"] = engine(pair, theirs, Savings.without([name]))
-        base_of[f"no {name}{suffix}"] = base + suffix
-    runs = bench.in_turn(variants, title="ablation")
+        without[f"no {name}{suffix}"] = (theirs, Savings.without([name]))
+    before = bench.rate(pair.dtype)
+    runs = {
+        name: bench.in_turn({"all": engine(pair, theirs), name: engine(pair, theirs, savings)}, title=name)
+        for name, (theirs, savings) in without.items()
+    }
     rate = before.max(bench.rate(pair.dtype))
-    rows = []
-    for name, each in runs.items():
-        whole = runs[base_of.get(name, name)]
-        found = row(each, rate, variant=name)
-        found["times_slower"], found["cpu_times_slower"] = ratio(each, whole), cpu_ratio(each, whole)
-        found["same_tokens"] = same_tokens(each[0], whole[0])
-        rows.append(found)
-    figures = [
-        figure
-        for name, whole in base_of.items()
-        for figure in both_clocks(f"ablation: {name}, times slower", runs[name], runs[whole])
-    ]
+    rows, figures = [], []
+    for name, both in runs.items():
+        for variant, each in ((f"all, beside {name}", both["all"]), (name, both[name])):
+            found = row(each, rate, variant=variant)
+            found["times_slower"], found["cpu_times_slower"] = ratio(each, both["all"]), cpu_ratio(each, both["all"])
+            found["same_tokens"] = same_tokens(each[0], both["all"][0])
+            rows.append(found)
+        figures += both_clocks(f"ablation: {name}, times slower", both[name], both["all"])
     figures.append(Figure("ablation: least share of same tokens", min(entry["same_tokens"] for entry in rows)))
     return CaseResult("ablation", rows, figures, rate.wall / 1e9)
 
