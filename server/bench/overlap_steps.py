@@ -47,7 +47,8 @@ def measure_overlap(device: torch.device, setup: Setup, make_lanes: Callable[[to
         plain = load(
             WorkerConfig(str(dlm), device=str(device), dtype=setup.dtype, reward_models={"rm": str(rm)})
         ).runner
-    overlapped = Runner(plain.loaded, plain.reward_models, lanes=make_lanes(device))
+    shared, largest = plain.scheduler.budget, plain.scheduler.largest
+    overlapped = Runner(plain.loaded, plain.reward_models, budget=shared, largest=largest, lanes=make_lanes(device))
     best = {"without": float("inf"), "with": float("inf")}
     for number in range(setup.rounds + 1):
         for name, runner in (("without", plain), ("with", overlapped)):
