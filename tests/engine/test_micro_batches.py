@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.messages import Failed, Finished
 from server.engine.microbatch import RECOVERY_PARTS, Limits
 from server.engine.runner import Runner
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
@@ -26,6 +25,7 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
+from tests.engine.running import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 
@@ -73,22 +73,6 @@ def jobs(loaded: LoadedDiffusionModel) -> list[Job]:
             )
         )
     return made
-
-
-def answers(runner: Runner, jobs: Iterable[Job]) -> tuple[dict[str, Any], dict[str, Failed]]:
-    """What became of each job: token ids of its trajectories, or its failure."""
-    for job in jobs:
-        runner.add(job, now=0.0)
-    finished: dict[str, Any] = {}
-    failed: dict[str, Failed] = {}
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Finished):
-                finished[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
-            elif isinstance(event, Failed):
-                failed[event.job_id] = event
-    assert runner.scheduler.running_trajectories == runner.scheduler.waiting_trajectories == 0
-    return finished, failed
 
 
 @pytest.fixture(scope="module")

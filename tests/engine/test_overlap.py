@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from server.bench.checkpoints import Shape
 from server.bench.overlap_steps import Setup, measure_overlap
 from server.engine.config import WorkerConfig
-from server.engine.messages import Failed, Finished
+from server.engine.messages import Finished
 from server.engine.overlap import Lanes
 from server.engine.runner import Runner
 from server.engine.savings import Savings
@@ -27,6 +27,7 @@ from server.errors import ConfigurationError
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import Budget, DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from tests.engine.running import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CPU = torch.device("cpu")
@@ -80,20 +81,6 @@ def make_jobs(loaded: LoadedDiffusionModel) -> list[Job]:
             )
         )
     return jobs
-
-
-def answers(runner: Runner, jobs: list[Job]) -> tuple[dict[str, Any], dict[str, Failed]]:
-    for job in jobs:
-        runner.add(job, now=0.0)
-    finished: dict[str, Any] = {}
-    failed: dict[str, Failed] = {}
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Finished):
-                finished[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
-            elif isinstance(event, Failed):
-                failed[event.job_id] = event
-    return finished, failed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from server.engine.batch import Trajectory
 from server.engine.denoise import Denoiser
-from server.engine.messages import Canvas, Failed, Finished
+from server.engine.messages import Canvas
 from server.engine.runner import Runner
 from server.engine.savings import Savings
 from server.types import (
@@ -24,6 +24,7 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
+from tests.parity.running import run
 
 PROMPTS = ("Hi", "Explain the copyright notice.", "Tell me about the licence of this software.")
 ONE = (WeightedReward("rm"),)
@@ -105,21 +106,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(pair: Any, jobs: Iterable[Job], savings: Savings | None = None) -> dict[str, JobResult]:
-    """All jobs at once through a fresh engine."""
-    runner = Runner(pair.loaded, pair.rewards, savings=savings)
-    for job in jobs:
-        runner.add(job, now=0.0)
-    results = {}
-    while runner.has_work:
-        for event in runner.step():
-            assert not isinstance(event, Failed), event
-            if isinstance(event, Finished):
-                results[event.job_id] = event.result
-    assert runner.scheduler.running_trajectories == runner.scheduler.waiting_trajectories == 0
-    return results
-
-
 def all_jobs(pair: Any) -> list[Job]:
     return [make_job(pair, index, **changes) for index, changes in enumerate(CASES.values())]
 
@@ -178,7 +164,7 @@ def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any,
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Savings)])
 def test_every_saving_is_exact(pair64: Any, crowd: Any, name: str) -> None:
-    without = run(pair64, all_jobs(pair64), Savings.without([name]))
+    without = run(pair64, all_jobs(pair64), savings=Savings.without([name]))
     for job_id, result in crowd.items():
         same = [trajectory.token_ids for trajectory in without[job_id].trajectories]
         assert same == [trajectory.token_ids for trajectory in result.trajectories]

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.messages import Failed, Finished
 from server.engine.runner import Runner
 from server.engine.savings import Savings
 from server.types import (
@@ -25,6 +24,7 @@ from server.types import (
     StepTrace,
     WeightedReward,
 )
+from tests.parity.running import run
 
 # (M, guidance, diffusion, sampling, traced): with and without a walk, methods, two rewards, more updates than Adam's
 # history holds, equal M in different jobs, and nobody's smallest M last.
@@ -64,19 +64,6 @@ def make_jobs(pair: Any) -> list[Job]:
     return jobs
 
 
-def run(pair: Any, jobs: list[Job], savings: Savings | None = None, **options: Any) -> dict[str, JobResult]:
-    runner = Runner(pair.loaded, options.pop("rewards", pair.rewards), savings=savings, **options)
-    for job in jobs:
-        runner.add(job, now=0.0)
-    results = {}
-    while runner.has_work:
-        for event in runner.step():
-            assert not isinstance(event, Failed), event
-            if isinstance(event, Finished):
-                results[event.job_id] = event.result
-    return results
-
-
 @pytest.fixture(scope="module")
 def mixed(pair64: Any) -> dict[str, JobResult]:
     return run(pair64, make_jobs(pair64))
@@ -100,7 +87,7 @@ def values(traces: tuple[StepTrace, ...]) -> Iterator[tuple[Any, ...]]:
 def test_counters_and_traces_are_what_a_job_alone_has(
     pair64: Any, mixed: dict[str, JobResult], savings: Savings
 ) -> None:
-    crowd = mixed if savings.share_inner_steps else run(pair64, make_jobs(pair64), savings)
+    crowd = mixed if savings.share_inner_steps else run(pair64, make_jobs(pair64), savings=savings)
     for job in make_jobs(pair64):
         alone = run(pair64, [job])[job.id]
         assert crowd[job.id].reward_calls == alone.reward_calls

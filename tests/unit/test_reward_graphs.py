@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from kernels import varlen
 from kernels.recording import bucket
@@ -37,14 +35,7 @@ EOS, PAD = 7, 9
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3's RMSNorm rounds to float32 even inside a float64 model."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
+pytestmark = pytest.mark.usefixtures("exact_qwen3_norms")
 
 
 @pytest.fixture
