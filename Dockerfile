@@ -43,6 +43,7 @@ COPY deploy/healthcheck.py deploy/
 COPY kernels kernels/
 COPY clients clients/
 COPY server server/
+COPY demo demo/
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

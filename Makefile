@@ -38,18 +38,18 @@ format: $(DEV) ## Format the code and fix what ruff can fix
 	$(VENV)/bin/ruff format
 
 bench: $(DEV) ## Measure the engine offline: tokens/s against the plain loop, and the share of the GEMM rate
-	$(PY) -m server.bench.offline $(ARGS)
+	$(PY) -m benchmarks.offline $(ARGS)
 
 bench-online: $(DEV) ## Measure a server over HTTP: throughput, latencies by arrival rate, and what HTTP adds to a step
-	$(PY) -m clients.online $(ARGS)
-	$(PY) -m server.bench.plots build/bench/online.json
+	$(PY) -m benchmarks.online $(ARGS)
+	$(PY) -m benchmarks.plots build/bench/online.json
 
 bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)
-	$(PY) -m kernels.bench $(ARGS)
+	$(PY) -m benchmarks.kernels $(ARGS)
 
 gpu-check: $(DEV) ## On a GPU: every test that needs one, the kernels' and the models' benchmarks, and reports in build/
-	$(PY) -m kernels.gpu_check $(ARGS)
-	$(PY) -m server.bench.gpu_check $(ARGS)
+	$(PY) -m benchmarks.kernels.gpu_check $(ARGS)
+	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
 	$(PY) -m tests.conformance $(ARGS)

@@ -30,11 +30,11 @@ from server.api.app import create_app
 from server.api.middleware import QUIET_PATHS
 from server.api.protocol import EXTRA_CONNECTIONS, Room, connection_class
 from server.api.telemetry import exporting_provider, send_last_spans
-from server.engine.config import BudgetSettings, EngineConfig, WorkerConfig
-from server.engine.engine import Engine
-from server.engine.savings import Savings
 from server.errors import ConfigurationError
+from server.front.engine import Engine
 from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
+from server.wire.config import BudgetSettings, EngineConfig, WorkerConfig
+from server.worker.savings import Savings
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def engine_config(settings: Settings) -> EngineConfig:
     model, rewards = settings.model, reward_models(settings.reward_model)
     name = settings.served_model_name[0] if settings.served_model_name else None
     if model is None:
-        from server.demo import BUNDLED_NAME, bundled_model_path, bundled_reward_models
+        from demo import BUNDLED_NAME, bundled_model_path, bundled_reward_models
 
         model, name = str(bundled_model_path()), name or BUNDLED_NAME
         if not rewards:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from server.budget import Budget
+
 Method = Literal["none", "bon", "expectation", "aps", "entrgi"]
 Algorithm = Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy_bound", "threshold"]
 Schedule = Literal["linear", "even"]
@@ -206,27 +208,6 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """Sizes that memory bounds: of what shares a denoising step, or of one trajectory alone.
-
-    tokens: canvas tokens in one forward of the diffusion model; classifier-free guidance counts them twice.
-    guided_rows: rows of logits (masked positions) that are steered at once; each costs V numbers several times over.
-    trajectories: those that run at the same time.
-    logit_rows: rows of logits, V numbers each, that are drawn from without guidance at once.
-    reward_tokens: tokens in one pass of a reward model, forward and back. A token of the cached conversation counts for
-        as much of one as it costs.
-    cached_tokens: conversation tokens of running jobs whose keys and values the reward models keep.
-    """
-
-    tokens: int = 16_384
-    guided_rows: int = 8_192
-    trajectories: int = 256
-    logit_rows: int = 16_384
-    reward_tokens: int = 65_536
-    cached_tokens: int = 1_048_576
-
-
-@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Sent by the worker when it is ready. `largest` is what one trajectory may take; more can never run here."""
 
@@ -234,4 +215,4 @@ class EngineInfo:
     reward_models: tuple[RewardModelInfo, ...]
     device: str
     kernel_backend: str
-    largest: Budget = Budget()
+    largest: Budget = field(default_factory=Budget)

@@ -1,4 +1,4 @@
-"""The prompts to measure with, read from prompts.json (written by `python -m server.demo.prompts`)."""
+"""The prompts to measure with, read from prompts.json (written by `python -m demo.prompts`)."""
 
 from __future__ import annotations
 

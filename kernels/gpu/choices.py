@@ -1,6 +1,6 @@
 """Which variant runs, and with which blocks: a table that is measured, not guessed.
 
-`choices.json` holds rows written by `python -m kernels.bench --tune` on a GPU. A row applies to a device capability,
+`choices.json` holds rows that `benchmarks.kernels --tune` wrote on a GPU. A row applies to a device capability,
 a table dtype and up to a number of rows and a hidden size. Without a row that fits, the library matrix product with
 the elementwise kernel beside it runs: it is the variant with the least to go wrong.
 """

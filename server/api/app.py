@@ -25,8 +25,8 @@ from server.api.schemas import (
     ScoreRequest,
     TokenizeRequest,
 )
-from server.engine.engine import Engine
 from server.errors import NotReady
+from server.front.engine import Engine
 from server.metrics import Metrics, WorkerSnapshot
 from server.settings import Settings
 

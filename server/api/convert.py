@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from server.api.fields import ChatMessage, Prompt
 from server.api.guidance import diffusion_params, guidance_params
 from server.api.schemas import LEAST_TEMPERATURE, ChatCompletionRequest, CompletionRequest, GenerationRequest
-from server.engine.scheduler import Cost
+from server.budget import Cost
 from server.errors import InvalidRequest, UnknownModel, quote
 from server.text.tokenizer import Tokenizer
 from server.types import (

@@ -12,8 +12,8 @@ from typing import ParamSpec, TypeVar
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from server.api.convert import Limits
-from server.engine.engine import Engine, JobStream
 from server.errors import InvalidRequest, QueueFull, RequestError
+from server.front.engine import Engine, JobStream
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Job

@@ -10,10 +10,10 @@ from contextlib import aclosing
 from server.api.convert import Plan
 from server.api.frontend import Frontend
 from server.api.telemetry import JobSpans
-from server.engine.engine import JobStream
-from server.engine.messages import Event, Failed, Finished, Progress, Started
 from server.errors import InvalidRequest, RequestError, from_kind
+from server.front.engine import JobStream
 from server.types import Job, JobResult
+from server.wire.messages import Event, Failed, Finished, Progress, Started
 
 MERGED_EVENTS = 64
 

@@ -21,11 +21,11 @@ from server.api.disconnect import disconnected
 from server.api.errors import envelope, unexpected
 from server.api.frontend import Frontend
 from server.api.generation import events
-from server.engine.messages import Canvas, Event, Finished, Progress
 from server.errors import RequestError
 from server.text.response import StreamDecoder
 from server.text.tokenizer import Tokenizer
 from server.types import Job, JobResult
+from server.wire.messages import Canvas, Event, Finished, Progress
 
 logger = logging.getLogger(__name__)
 

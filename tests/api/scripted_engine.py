@@ -17,12 +17,12 @@ from starlette.types import Message, Scope
 
 from server.api.app import create_app
 from server.cli import Server, http_config
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.engine import Engine, EngineStats
-from server.engine.messages import Event, Failed, Finished, Progress, Scored, Started
-from server.engine.stats import RunnerStats
+from server.front.engine import Engine, EngineStats
 from server.settings import Settings, load
 from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
+from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.messages import Event, Failed, Finished, Progress, Scored, Started
+from server.wire.stats import RunnerStats
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
 KEYS = ["first-key-1234", "second-key-5678"]

@@ -9,9 +9,9 @@ import pytest
 
 from server.api.convert import Limits, chat_plan, completion_plan
 from server.api.schemas import ChatCompletionRequest, CompletionRequest
+from server.budget import Budget
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
-from server.types import Budget
 from tests.api.scripted_engine import GOLDEN, INFO
 
 LARGEST = Budget(tokens=60, guided_rows=20, logit_rows=30, reward_tokens=18)

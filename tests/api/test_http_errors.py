@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.engine.messages import Event, Failed
 from server.errors import Draining, NotReady, QueueFull
 from server.types import Job
+from server.wire.messages import Event, Failed
 from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client, operations, unloaded
 
 

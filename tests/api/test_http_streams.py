@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Message
 
-from server.engine.messages import Event, Failed, Progress, Started
 from server.types import Job
+from server.wire.messages import Event, Failed, Progress, Started
 from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, receive_once, scope_of
 
 

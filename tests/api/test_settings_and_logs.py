@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import log
 from server.cli import engine_config, parser
-from server.engine.stats import SECONDS_BOUNDS
 from server.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics, WorkerSnapshot
 from server.settings import Settings, SettingsError, load, reward_models, unknown_variables
+from server.wire.stats import SECONDS_BOUNDS
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from server.api.telemetry import exporting_provider
-from server.engine.messages import Event, Failed, Started
 from server.errors import ConfigurationError
 from server.types import Job
+from server.wire.messages import Event, Failed, Started
 from tests.api.conftest import Launch
 from tests.api.scripted_engine import ScriptedEngine, at_once, make, open_client
 

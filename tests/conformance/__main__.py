@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from server.demo import bundled_model_path
+from demo import bundled_model_path
 from tests.conformance.environments import BUILD, FOLDER, python_of
 from tests.conformance.matrix import Row, line, markdown, table
 from tests.conformance.serving import ROOT, served

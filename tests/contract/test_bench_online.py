@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
+from benchmarks import plots
+from benchmarks.online import Size, measure, parser, row, show
+from benchmarks.overhead import LIMIT, Half, figures, rows
+from benchmarks.processes import read_metrics, served
 from clients import online
 from clients.errors import ClientError
 from clients.loadgen import Outcome, summarise
-from clients.online import Size, measure, parser, row, show
-from clients.overhead import LIMIT, Half, figures, rows
-from clients.processes import read_metrics, served
-from server.bench import plots
 
 DREAM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
 TINY = Size(max_tokens=4, steps=2, in_flight=(1, 2), requests_each=1.0, arrivals=4, rates=(0.5,), rounds=2, reference=2)

@@ -18,9 +18,9 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.stats import RunnerStats
 from server.metrics import HELP, Metrics, WorkerSnapshot
 from server.settings import Settings
+from server.wire.stats import RunnerStats
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.engine import Engine, JobStream
-from server.engine.messages import Event, Failed, Finished
+from server.front.engine import Engine, JobStream
 from server.types import DiffusionParams, Job, SamplingParams
+from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.messages import Event, Failed, Finished
 from tests.engine.scripted_worker import Do
 
 SCRIPT = Path(__file__).with_name("scripted_worker.py")

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.engine.config import WorkerConfig
-from server.engine.messages import Canvas, Event, Finished, Progress, Score, Scored, Started
-from server.engine.stats import RunnerStats
-from server.engine.worker import main
 from server.errors import ConfigurationError, InvalidRequest
 from server.types import EngineInfo, Job, JobResult, ModelInfo, TrajectoryResult
+from server.wire.config import WorkerConfig
+from server.wire.messages import Canvas, Event, Finished, Progress, Score, Scored, Started
+from server.wire.stats import RunnerStats
+from server.worker.loop import main
 
 
 class Do(enum.IntEnum):

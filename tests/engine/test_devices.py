@@ -12,14 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from demo import bundled_model_path, bundled_reward_models
 from kernels.varlen import unavailable
-from server.demo import bundled_model_path, bundled_reward_models
-from server.engine import inner_steps
-from server.engine.config import WorkerConfig
-from server.engine.messages import Finished
-from server.engine.overlap import Lanes
-from server.engine.runner import Runner
-from server.engine.service import LoadedService, load, resolve_reward_device
 from server.errors import ConfigurationError
 from server.guidance.steer import Steered
 from server.models.acceleration import Acceleration, accelerate
@@ -31,6 +25,12 @@ from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardRows, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
+from server.wire.config import WorkerConfig
+from server.wire.messages import Finished
+from server.worker import inner
+from server.worker.overlap import Lanes
+from server.worker.runner import Runner
+from server.worker.service import LoadedService, load, resolve_reward_device
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CONFIG = WorkerConfig(
@@ -158,7 +158,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     if graphs:
         assert isinstance(model.graphed_passes, GraphedPasses)
         assert model.graphed_passes.graphs >= 2  # that of the trial run and others
-    steer, calls = inner_steps.steer, []
+    steer, calls = inner.steer, []
 
     def strict(*args: Any, **options: Any) -> Steered:
         calls.append(args)
@@ -168,7 +168,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(inner_steps, "steer", strict)
+    monkeypatch.setattr(inner, "steer", strict)
     result = answered(service)
     assert calls
     assert all(math.isfinite(trajectory.reward or math.nan) for trajectory in result.trajectories)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine, JobStream
-from server.engine.messages import Failed, Finished, Progress, Started
 from server.errors import ConfigurationError
+from server.front.engine import Engine, JobStream
 from server.types import Message
+from server.wire.config import EngineConfig
+from server.wire.messages import Failed, Finished, Progress, Started
 from tests.engine.scripted import alive, answer, configured, job, kill_worker, running, tokens_of, until
 from tests.engine.scripted_worker import Do
 

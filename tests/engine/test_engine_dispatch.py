@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.dispatch import Dispatcher, job_cost, score_cost
-from server.engine.messages import Score
-from server.engine.pending import Pending
+from server.front.dispatch import Dispatcher, job_cost, score_cost
+from server.front.pending import Pending
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams
+from server.wire.messages import Score
 
 
 def add(dispatcher: Dispatcher, name: str, cost: float = 1.0) -> Pending:

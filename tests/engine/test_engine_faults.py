@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.engine import Engine
-from server.engine.messages import Event, Failed, Finished, Started
+from server.front.engine import Engine
 from server.types import DiffusionParams, GuidanceParams, Job, Message, Method, SamplingParams, WeightedReward
+from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.messages import Event, Failed, Finished, Started
 from tests.faults.faulty_worker import COMMAND, Fault
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"

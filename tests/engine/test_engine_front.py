@@ -11,13 +11,13 @@ import time
 import pytest
 import uvloop
 
-from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
 from server.errors import (
     Draining,
     InvalidRequest,
     QueueFull,
 )
 from server.types import Message
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
 from tests.engine.scripted import answer, configured, job, kill_worker, running, tokens_of, until
 from tests.engine.scripted_worker import Do
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import messages
-from server.engine.channel import ChannelClosed, WorkerChannel
-from server.engine.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
 from server.types import DiffusionParams, Job, SamplingParams
+from server.wire import messages
+from server.wire.channel import ChannelClosed, WorkerChannel
+from server.wire.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
 
 # Text as clients send it: any code point but the surrogates, which UTF-8 cannot hold.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from server.engine.admission import Throughput
-from server.engine.messages import Canvas, Failed, Progress, Started
-from server.engine.pending import CANVAS_BACKLOG_TOKENS, Mailbox, Pending
-from server.engine.stats import Distribution, RunnerStats
+from server.front.admission import Throughput
+from server.front.pending import CANVAS_BACKLOG_TOKENS, Mailbox, Pending
+from server.wire.messages import Canvas, Failed, Progress, Started
+from server.wire.stats import Distribution, RunnerStats
 
 
 async def test_a_slow_reader_loses_old_canvases_and_nothing_else() -> None:

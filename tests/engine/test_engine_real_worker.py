@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.engine import Engine
-from server.engine.messages import Canvas, Event, Failed, Finished, Progress
 from server.errors import InvalidRequest
+from server.front.engine import Engine
 from server.types import (
     DiffusionParams,
     GuidanceParams,
@@ -30,6 +28,8 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
+from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
 CONFIG = EngineConfig(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.messages import Event, Failed, Score, Scored
-from server.engine.scoring import Scorer
 from server.errors import InvalidRequest
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.tokenizer import Tokenizer
 from server.types import Message
+from server.wire.messages import Event, Failed, Score, Scored
+from server.worker.scoring import Scorer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 QUESTION = (Message("user", "Is it good?"),)

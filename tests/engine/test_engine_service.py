@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.config import WorkerConfig
-from server.engine.out_of_memory import is_out_of_memory
-from server.engine.savings import Savings
-from server.engine.service import load, resolve_device, resolve_dtype
 from server.errors import ConfigurationError
+from server.wire.config import WorkerConfig
+from server.worker.out_of_memory import is_out_of_memory
+from server.worker.savings import Savings
+from server.worker.service import load, resolve_device, resolve_dtype
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CONFIG = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.engine import Engine
-from server.engine.messages import Canvas, Event, Failed, Finished, Progress, Started
-from server.engine.pending import Pending
 from server.errors import (
     ConfigurationError,
     DeadlineExceeded,
     EngineFailed,
     NotReady,
 )
+from server.front.engine import Engine
+from server.front.pending import Pending
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
 from tests.engine.scripted import CONFIG, SCRIPT, alive, answer, configured, job, kill_worker, running, tokens_of, until
 from tests.engine.scripted_worker import Do
 
@@ -123,14 +123,14 @@ async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> No
 
 
 async def test_the_log_names_who_ran_alone_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "server.engine.engine")
+    caplog.set_level(logging.INFO, "server.front.engine")
     async with running() as engine:
         innocent = engine.submit(job("innocent", steps=30, step_ms=10))
         await anext(innocent)  # it has begun
         assert isinstance(await answer(engine.submit(job("poison", Do.DIE))), Failed)
         assert isinstance(await answer(innocent), Finished)
         assert isinstance(await answer(engine.submit(job("after"))), Finished)
-    records = [record for record in caplog.records if record.name == "server.engine.engine"]
+    records = [record for record in caplog.records if record.name == "server.front.engine"]
     assert [record.getMessage() for record in records] == [
         "worker 0 had 2 requests; after its death 2 wait to run alone",
         "request innocent runs alone on worker 0",
@@ -263,9 +263,9 @@ async def test_a_worker_never_outlives_its_parent(model: str) -> None:
     code = f"""
 import asyncio, sys
 sys.path.insert(0, {str(SCRIPT.parents[2])!r})
-from server.engine.config import EngineConfig, WorkerConfig
-from server.engine.messages import Configure, frame
-from server.engine.supervisor import WorkerHandle
+from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.messages import Configure, frame
+from server.front.supervisor import WorkerHandle
 async def main():
     config = EngineConfig(WorkerConfig({model!r}, heartbeat_seconds=0.1), worker_command={CONFIG.worker_command!r})
     handle = await WorkerHandle.spawn(config.worker_command)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.bench.checkpoints import Shape, write_dream, write_llada, write_reward
-from server.engine.config import BudgetSettings, WorkerConfig
-from server.engine.memory import CAPS, Footprint, free_bytes
-from server.engine.service import load
+from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
+from server.wire.config import BudgetSettings, WorkerConfig
+from server.worker.memory import CAPS, Footprint, free_bytes
+from server.worker.service import load
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
@@ -129,7 +129,7 @@ def test_the_prediction_is_an_upper_bound_of_what_steps_take_and_not_a_loose_one
     dlm = (write_dream if family == "dream" else write_llada)(tmp_path / "dlm", shape)
     rm = write_reward(tmp_path / "rm", Shape(2048, 128, 2, 4, 384))
     done = subprocess.run(
-        [sys.executable, "-m", "server.bench.memory", str(dlm), str(rm), "--large"],
+        [sys.executable, "-m", "benchmarks.memory", str(dlm), str(rm), "--large"],
         cwd=ROOT,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -12,12 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.microbatch import RECOVERY_PARTS, Limits
-from server.engine.runner import Runner
+from server.budget import Budget
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
-    Budget,
     DiffusionParams,
     GuidanceParams,
     Job,
@@ -25,6 +23,8 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
+from server.worker.microbatch import RECOVERY_PARTS, Limits
+from server.worker.runner import Runner
 from tests.engine.running import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"

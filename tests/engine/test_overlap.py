@@ -15,18 +15,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.checkpoints import Shape
-from server.bench.overlap_steps import Setup, measure_overlap
-from server.engine.config import WorkerConfig
-from server.engine.messages import Finished
-from server.engine.overlap import Lanes
-from server.engine.runner import Runner
-from server.engine.savings import Savings
-from server.engine.service import load
+from benchmarks.checkpoints import Shape
+from benchmarks.overlap_steps import Setup, measure_overlap
+from server.budget import Budget
 from server.errors import ConfigurationError
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
-from server.types import Budget, DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.wire.config import WorkerConfig
+from server.wire.messages import Finished
+from server.worker.overlap import Lanes
+from server.worker.runner import Runner
+from server.worker.savings import Savings
+from server.worker.service import load
 from tests.engine.running import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.overlap import Lanes
+from server.worker.overlap import Lanes
 
 CPU = torch.device("cpu")
 SECONDS = 60.0  # in which lanes must meet; far more than they need

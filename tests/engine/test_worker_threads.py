@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from server.engine.service import default_threads, resolve_device
 from server.errors import ConfigurationError
+from server.worker.service import default_threads, resolve_device
 
 
 def test_one_core_is_left_to_the_http_process(monkeypatch: pytest.MonkeyPatch) -> None:

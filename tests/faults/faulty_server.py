@@ -6,8 +6,8 @@ import sys
 from dataclasses import replace
 
 from server import cli
-from server.engine.config import EngineConfig
 from server.settings import Settings
+from server.wire.config import EngineConfig
 from tests.faults import faulty_worker
 
 sound = cli.engine_config

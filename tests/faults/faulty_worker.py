@@ -14,8 +14,8 @@ import time
 from collections import Counter
 from typing import Any
 
-from server.engine.config import WorkerConfig
-from server.engine.worker import Service, load_service, main
+from server.wire.config import WorkerConfig
+from server.worker.loop import Service, load_service, main
 
 COMMAND = (sys.executable, "-P", "-m", "tests.faults.faulty_worker")
 FAULTY_STEP = 3

@@ -1,7 +1,7 @@
 """What kills cost by arithmetic: how many requests lose two workers, from the run's own numbers.
 
 After a worker's death the requests that it had been computing are *suspects*: they run again alone, one after the other
-on each worker (`server/engine/dispatch.py`). A kill in that time is the second death of the one that is running, which
+on each worker (`server/front/dispatch.py`). A kill in that time is the second death of the one that is running, which
 is answered with 503, and of no other; a kill at any other time costs nothing. So with
 
     n     suspects after a kill,

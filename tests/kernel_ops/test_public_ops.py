@@ -127,7 +127,7 @@ def test_bfloat16_products_cost_their_rounding_and_no_more(make_case, backend):
 
 def test_three_updates_hold_at_most_three_tensors(make_case):
     """Memory beyond the logits, in torch's allocator: Adam's state is two kept gradients, the rest is slabs."""
-    from kernels.bench import compare, measure
+    from benchmarks.kernels import compare, measure
 
     shape = compare.Shape(128, 40_000, 16, 3, torch.float32, torch.device("cpu"))
     problem = compare.Problem(shape)

@@ -1,6 +1,6 @@
 """Every Triton kernel compiled for sm_80, sm_90 and sm_100 on any machine: no spills, limits kept, tensor cores used.
 
-A representative subset here (each kernel in its heaviest form); `python -m kernels.aot` compiles everything."""
+A representative subset here (each kernel in its heaviest form); `benchmarks.kernels.aot` compiles everything."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ pytestmark = [
 def test_kernels_compile_within_the_limits(architecture):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.aot", "--quick", "--arch", str(architecture)],
+        [sys.executable, "-m", "benchmarks.kernels.aot", "--quick", "--arch", str(architecture)],
         env=environment,
         capture_output=True,
         text=True,
@@ -44,7 +44,7 @@ def test_kernels_compile_within_the_limits(architecture):
 
 def test_interpreted_kernels_are_refused():
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.aot"],
+        [sys.executable, "-m", "benchmarks.kernels.aot"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from server.engine.messages import Failed, Finished
-from server.engine.runner import Runner
 from server.types import Job, JobResult
+from server.wire.messages import Failed, Finished
+from server.worker.runner import Runner
 
 
 def run(pair: Any, jobs: Iterable[Job], **options: Any) -> dict[str, JobResult]:

@@ -10,11 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.batch import Trajectory
-from server.engine.denoise import Denoiser
-from server.engine.messages import Canvas
-from server.engine.runner import Runner
-from server.engine.savings import Savings
 from server.types import (
     DiffusionParams,
     GuidanceParams,
@@ -24,6 +19,11 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
+from server.wire.messages import Canvas
+from server.worker.pack import Trajectory
+from server.worker.runner import Runner
+from server.worker.savings import Savings
+from server.worker.step import Denoiser
 from tests.parity.running import run
 
 PROMPTS = ("Hi", "Explain the copyright notice.", "Tell me about the licence of this software.")

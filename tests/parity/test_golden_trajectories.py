@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.engine.messages import Failed, Finished
-from server.engine.runner import Runner
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.wire.messages import Failed, Finished
+from server.worker.runner import Runner
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {"dream": ("trajectories",), "llada": ("trajectories", "blocks")}

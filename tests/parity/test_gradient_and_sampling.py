@@ -14,8 +14,6 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import kernels
-from server.engine.messages import Finished
-from server.engine.runner import Runner
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.methods import WEIGHTS
 from server.guidance.plain import entropy, filtered_distribution
@@ -24,6 +22,8 @@ from server.guidance.steer import steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.wire.messages import Finished
+from server.worker.runner import Runner
 
 PROMPT = (Message("user", "Explain the copyright notice."),)
 

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.runner import Runner
-from server.engine.savings import Savings
+from server.budget import Budget
 from server.types import (
-    Budget,
     DiffusionParams,
     GuidanceParams,
     Job,
@@ -24,6 +22,8 @@ from server.types import (
     StepTrace,
     WeightedReward,
 )
+from server.worker.runner import Runner
+from server.worker.savings import Savings
 from tests.parity.running import run
 
 # (M, guidance, diffusion, sampling, traced): with and without a walk, methods, two rewards, more updates than Adam's

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import kernels
-from kernels.random import row_keys
-from server.bench.flops import (
+from benchmarks.flops import (
     Decoder,
     Flops,
     causal_pairs,
@@ -29,7 +28,8 @@ from server.bench.flops import (
     reward_prefix,
     vocabulary_product,
 )
-from server.bench.workload import Pair, Workload, load, run_engine
+from benchmarks.workload import Pair, Workload, load, run_engine
+from kernels.random import row_keys
 from server.models.packing import PackedLayout
 from server.rewards.reward_model import RewardModel, RewardRows
 

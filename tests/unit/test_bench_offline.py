@@ -14,16 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from server.bench import cases, llada_case, offline, plots, sweeps
-from server.bench.checkpoints import Shape, write_llada
-from server.bench.flops import Flops
-from server.bench.harness import Bench, CaseResult, Figure, cpu_ratio, ratio, row, utilisation
-from server.bench.machine import Rate, gemm_rate
-from server.bench.report import number, show, write
-from server.bench.sweeps import Fit
-from server.bench.workload import Pair, Run, Workload, load, only_first_trajectory, run_plain, same_tokens
-from server.engine.savings import Savings
-from server.engine.stats import RunnerStats
+from benchmarks import cases, llada_case, offline, plots, sweeps
+from benchmarks.checkpoints import Shape, write_llada
+from benchmarks.flops import Flops
+from benchmarks.harness import Bench, CaseResult, Figure, cpu_ratio, ratio, row, utilisation
+from benchmarks.machine import Rate, gemm_rate
+from benchmarks.report import number, show, write
+from benchmarks.sweeps import Fit
+from benchmarks.workload import Pair, Run, Workload, load, only_first_trajectory, run_plain, same_tokens
+from server.wire.stats import RunnerStats
+from server.worker.savings import Savings
 
 DREAM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
 TINY = Workload(prompts=2, best_of=2, max_tokens=8, steps=2, gradient_steps=1, prompt_words=7)
@@ -38,7 +38,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         method="none", prompts=2, best_of=1, max_tokens=4, steps=2, temperature=0.0, prompt_tokens=5,
         algorithm="maskgit_plus"))  # fmt: skip
     monkeypatch.setattr(llada_case, "LLADA_126K", Shape(400, 16, 2, 2, 32))
-    monkeypatch.setattr("server.bench.harness.LLADA_126K", Shape(400, 16, 2, 2, 32))
+    monkeypatch.setattr("benchmarks.harness.LLADA_126K", Shape(400, 16, 2, 2, 32))
     monkeypatch.setattr(Bench, "rate", lambda self, dtype: Rate(1e9, 1e9))
     return Bench(tmp_path, torch.device("cpu"), torch.float32, True, 1, 0, DREAM / "dlm", DREAM / "rm")
 

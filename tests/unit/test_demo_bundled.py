@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.demo import MODELS, bundled_model_path, bundled_reward_models
-from server.demo.batches import BatchMaker
-from server.demo.corpus import Corpus
-from server.demo.tokenizer import chat_text
-from server.demo.train import learn_tokenizers
-from server.demo.train_dlm import VALIDATION_SEED, masked_loss
+from demo import MODELS, bundled_model_path, bundled_reward_models
+from demo.batches import BatchMaker
+from demo.corpus import Corpus
+from demo.tokenizer import chat_text
+from demo.train import learn_tokenizers
+from demo.train_dlm import VALIDATION_SEED, masked_loss
 from server.models.loading import load_diffusion_model
 from server.rewards.reward_model import RewardRows, load_reward_model
 from server.types import Message

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from server.demo.corpus import HELD_OUT_WORDINGS, WORDINGS, Corpus, fill, split
-from server.demo.grammar import SUBJECTS
-from server.demo.prompts import build, words_of
+from demo.corpus import HELD_OUT_WORDINGS, WORDINGS, Corpus, fill, split
+from demo.grammar import SUBJECTS
+from demo.prompts import build, words_of
 
 
 def stream(seed: int, count: int):

@@ -23,7 +23,7 @@ from clients.quality.report import (
     fluency_text,
 )
 from clients.quality.requests import Answer, ServerError, ask
-from server.demo.prompts import build
+from demo.prompts import build
 
 
 def test_t_quantiles_and_intervals_agree_with_scipy():

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from server.demo.batches import BatchMaker
-from server.demo.corpus import Corpus
-from server.demo.human_ratings import ARCHIVE, FILES, RatingsUnavailable, download, load_or_warn, read
-from server.demo.muon import Muon, orthogonalised
-from server.demo.rewards_data import GradedTexts, RatedSnippet
-from server.demo.tokenizer import END_OF_TEXT, IM_END, MASK, build_tokenizers
-from server.demo.train_dlm import DlmTraining, masked_loss, train_dlm
-from server.demo.train_rewards import encode, reward_config, rewards
+from demo.batches import BatchMaker
+from demo.corpus import Corpus
+from demo.human_ratings import ARCHIVE, FILES, RatingsUnavailable, download, load_or_warn, read
+from demo.muon import Muon, orthogonalised
+from demo.rewards_data import GradedTexts, RatedSnippet
+from demo.tokenizer import END_OF_TEXT, IM_END, MASK, build_tokenizers
+from demo.train_dlm import DlmTraining, masked_loss, train_dlm
+from demo.train_rewards import encode, reward_config, rewards
 from server.models.dream import DreamConfig, DreamModel
 
 

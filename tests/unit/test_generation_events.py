@@ -10,10 +10,10 @@ import pytest
 from server.api.convert import Plan
 from server.api.frontend import Frontend
 from server.api.generation import results
-from server.engine.messages import Event, Failed
 from server.errors import RequestError
 from server.metrics import Metrics, WorkerSnapshot
 from server.types import DiffusionParams, Job, SamplingParams
+from server.wire.messages import Event, Failed
 
 
 class Stream:

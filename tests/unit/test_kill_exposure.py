@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from server.engine.dispatch import Dispatcher
-from server.engine.pending import Pending
+from server.front.dispatch import Dispatcher
+from server.front.pending import Pending
 from tests.faults.kill_exposure import expected_losses, exposure, seconds_alone
 
 

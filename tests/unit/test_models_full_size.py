@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from server.bench.full_size import DREAM_7B
+from benchmarks.full_size import DREAM_7B
 from server.models.dream import DreamConfig, DreamModel
 from server.models.llada import LLaDAConfig, LLaDAModel
 from server.models.registry import family_of

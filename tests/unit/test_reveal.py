@@ -7,10 +7,10 @@ import pytest
 
 from server.diffusion.sampler import reveal_adaptively, reveal_most_confident
 from server.diffusion.schedule import Step
-from server.engine.batch import Member, Trajectory
-from server.engine.group import IntArray
-from server.engine.reveal import _known
 from server.types import DiffusionParams, Job, SamplingParams
+from server.worker.group import IntArray
+from server.worker.pack import Member, Trajectory
+from server.worker.reveal import _known
 
 EOS, WORD = 1, 2
 PARAMS = {

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.checkpoints import Shape
+from benchmarks.reward_passes import Setup, measure_passes
 from kernels import varlen
 from kernels.recording import bucket
-from server.bench.checkpoints import Shape
-from server.bench.reward_passes import Setup, measure_passes
 from server.errors import ConfigurationError
 from server.guidance.assembly import HiddenBehind, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext

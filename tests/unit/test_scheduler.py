@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.scheduler import Budget, Cost, Scheduler, Ticket
+from server.budget import Budget, Cost
 from server.errors import InvalidRequest
 from server.types import DiffusionParams, GuidanceParams, Job, SamplingParams, WeightedReward
+from server.worker.scheduler import Scheduler, Ticket
 
 
 def job(name: str, tokens: int = 10, best_of: int = 1, method: str = "none", priority: int = 0) -> Job:

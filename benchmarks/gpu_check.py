@@ -1,0 +1,212 @@
+"""On a GPU: the device tests, then the diffusion trunk in every way that it can be run, guided steps with two halves at
+once and without, a reward model's passes in graphs and without, and the waits of a step.
+
+    python -m benchmarks.gpu_check [--output build] [--skip-tests] [--layers 28]
+
+Prints a table and one JSON line and writes both to the output folder (device-report.md, device-report.json). Exit
+status 2 without a CUDA device, 1 when a test fails. Weights are random, of Dream-7B's shape where they fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.device_steps import load_bundled, run_job
+from benchmarks.overlap_steps import Setup, measure_overlap
+from benchmarks.reward_passes import Setup as PassesSetup
+from benchmarks.reward_passes import measure_passes
+from server.errors import ConfigurationError
+from server.models.acceleration import Acceleration, accelerate, choose_attention
+from server.models.dream import DreamConfig, DreamModel
+from server.models.packing import PackedLayout
+from server.rewards.graphs import graph_passes
+from server.worker.overlap import Lanes
+
+TESTS = ("tests/engine", "tests/unit")
+BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
+MASKED = 128
+"""Rows a sequence."""
+
+WAYS = {
+    "plain, sdpa": Acceleration("sdpa"),
+    "plain, varlen": Acceleration("varlen"),
+    "plain, flash": Acceleration("flash"),
+    "compile": Acceleration("auto", compile=True),
+    "graphs": Acceleration("auto", cuda_graphs=True),
+    "compile + graphs": Acceleration("auto", compile=True, cuda_graphs=True),
+}
+GIBIBYTE = 1 << 30
+REPEATS = 20
+
+
+def run_tests() -> tuple[int, str]:
+    """The tests marked `gpu`; exit status and the last lines."""
+    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "gpu", "-q", "--timeout", "900"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.returncode, "\n".join((result.stdout + result.stderr).strip().splitlines()[-15:])
+
+
+def shape(layers: int) -> DreamConfig:
+    """Dream-7B with so many layers and a small vocabulary: the head is not measured here."""
+    return DreamConfig(
+        vocab_size=1024, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers,
+        num_attention_heads=28, num_key_value_heads=4, mask_token_id=0,
+    )  # fmt: skip
+
+
+def fitting_layers(wanted: int, device: torch.device) -> int:
+    """At most `wanted`; half of the free memory is for the weights (0.47 GB a layer in bfloat16)."""
+    free = torch.cuda.mem_get_info(device)[0]
+    return max(2, min(wanted, int(free / 2 / (0.47 * GIBIBYTE))))
+
+
+def build(config: DreamConfig, device: torch.device) -> DreamModel:
+    """Random weights in bfloat16, made on the device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = DreamModel(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.initialise(seed=0)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def milliseconds(model: DreamModel, lengths: list[int], device: torch.device) -> float:
+    """A forward's time as the caller sees it, packing included: the best of some."""
+    tokens = torch.randint(0, model.vocab_size, (sum(lengths),), device=device)
+    starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
+    rows = (starts[:, None] + torch.arange(MASKED)).flatten().to(device)
+    best = float("inf")
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        begin.record()
+        model.hidden(tokens, PackedLayout.of(lengths, device), rows)
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    return best
+
+
+def measure(model: DreamModel, device: torch.device) -> list[dict[str, Any]]:
+    """Every way on every batch; one that cannot run says why."""
+    results: list[dict[str, Any]] = []
+    for name, options in WAYS.items():
+        model.trunk = model.backbone.forward
+        try:
+            accelerate(model, options, 2048)
+        except ConfigurationError as error:
+            results.append({"way": name, "unavailable": str(error)})
+            continue
+        times = {batch: round(milliseconds(model, lengths, device), 3) for batch, lengths in BATCHES.items()}
+        results.append({"way": name, "attention": model.backbone.attention_backend, "milliseconds": times})
+    return results
+
+
+def waits(device: torch.device) -> dict[str, Any]:
+    """How often the host waits for the device in a job of the bundled models, and where, by torch's own report."""
+    runner = load_bundled(device)
+    found: dict[str, Any] = {}
+    for guided in (False, True):
+        run_job(runner, guided)  # what is made on first use
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                steps = run_job(runner, guided)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        at = [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
+        found["guided" if guided else "unguided"] = {"steps": steps, "waits": len(at), "places": dict(Counter(at))}
+    return found
+
+
+def passes(device: torch.device) -> dict[str, Any]:
+    """A reward model's passes with `reward_cuda_graphs` and without, or why there are none."""
+    setup = PassesSetup()
+    try:
+        heads = setup.reward.hidden // setup.reward.heads
+        backend = choose_attention("auto", device, getattr(torch, setup.dtype), heads)
+        return {"attention": backend, "rows": measure_passes(device, setup, graph_passes, backend)}
+    except ConfigurationError as error:
+        return {"unavailable": str(error)}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    lines = ["# Devices", "", f"{report['device']}, torch {report['torch']}, {report['layers']} layers of Dream-7B", ""]
+    lines += ["```", report["tests"], "```", "", f"| way | attention | {' | '.join(BATCHES)} |"]
+    lines.append("|---|---|" + "---|" * len(BATCHES))
+    for entry in report["trunk"]:
+        if "unavailable" in entry:
+            lines.append(f"| {entry['way']} | {entry['unavailable']} |" + " |" * len(BATCHES))
+        else:
+            times = " | ".join(f"{value:.2f} ms" for value in entry["milliseconds"].values())
+            lines.append(f"| {entry['way']} | {entry['attention']} | {times} |")
+    overlap = report["overlap"]
+    lines += [
+        "",
+        f"`overlap`: {overlap['milliseconds_with']} ms a step of {overlap['trajectories']} guided trajectories, "
+        f"{overlap['milliseconds_without']} ms without: {overlap['gain']} times as fast",
+    ]
+    if "unavailable" in report["passes"]:
+        lines += ["", f"`reward_cuda_graphs`: {report['passes']['unavailable']}"]
+    else:
+        lines += ["", "| rows of a reward pass | kernel by kernel | graphs | gain |", "|---|---|---|---|"]
+        for entry in report["passes"]["rows"]:
+            lines.append(f"| {entry['rows']} | {entry['kernels']} ms | {entry['graphs']} ms | {entry['gain']} |")
+    for method, entry in report["waits"].items():
+        lines += [
+            "",
+            f"`{method}`: the host waited {entry['waits']} times in {entry['steps']} steps: {entry['places']}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    parser = argparse.ArgumentParser(description="Test and measure what runs the models on this machine's GPU.")
+    parser.add_argument("--output", type=Path, default=Path("build"))
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--layers", type=int, default=28, help="of Dream-7B; fewer are taken where they do not fit")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing was checked", file=sys.stderr)
+        return 2
+    status, tests = (0, "skipped") if options.skip_tests else run_tests()
+    device = torch.device("cuda", torch.cuda.current_device())
+    layers = fitting_layers(options.layers, device)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "layers": layers,
+        "tests_exit_status": status,
+        "tests": tests,
+        "trunk": measure(build(shape(layers), device), device),
+        "overlap": measure_overlap(device, Setup(), Lanes),
+        "passes": passes(device),
+        "waits": waits(device),
+    }
+    page = markdown(report)
+    print(page)
+    print(json.dumps(report))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "device-report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.output / "device-report.md").write_text(page)
+    return 1 if status else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

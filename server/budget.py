@@ -1,0 +1,72 @@
+"""What memory bounds in a denoising step, and what one trajectory takes of it. The HTTP process refuses by these what
+could never run; the worker admits and cuts its steps by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from server.types import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Sizes that memory bounds: of what shares a denoising step, or of one trajectory alone.
+
+    tokens: canvas tokens in one forward of the diffusion model; classifier-free guidance counts them twice.
+    guided_rows: rows of logits (masked positions) that are steered at once; each costs V numbers several times over.
+    trajectories: those that run at the same time.
+    logit_rows: rows of logits, V numbers each, that are drawn from without guidance at once.
+    reward_tokens: tokens in one pass of a reward model, forward and back. A token of the cached conversation counts for
+        as much of one as it costs.
+    cached_tokens: conversation tokens of running jobs whose keys and values the reward models keep.
+    """
+
+    tokens: int = 16_384
+    guided_rows: int = 8_192
+    trajectories: int = 256
+    logit_rows: int = 16_384
+    reward_tokens: int = 65_536
+    cached_tokens: int = 1_048_576
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one trajectory of a job takes (see `Budget` for the units). `cached_tokens` are the conversation's, which
+    the job's trajectories share for as long as it runs; `grown_tokens` those of its own answer, cached beside them."""
+
+    tokens: int
+    guided_rows: int = 0
+    logit_rows: int = 0
+    reward_tokens: int = 0
+    cached_tokens: int = 0
+    grown_tokens: int = 0
+
+    @classmethod
+    def of(cls, job: Job, *, reward_tokens: int = 0, cached_tokens: int = 0, grown_tokens: int = 0) -> Cost:
+        """The cost of each trajectory of `job`; what its reward models take must be told."""
+        canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
+        forwards = 2 if job.diffusion.cfg_scale else 1
+        rows = job.sampling.max_tokens * forwards
+        if job.guidance.uses_gradient:
+            return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens, grown_tokens)
+        return cls(canvas * forwards, 0, rows)
+
+    def check(self, largest: Budget) -> None:
+        """Raises InvalidRequest when one trajectory alone takes more than `largest`, and so could never run."""
+        for taken, limit, what, param in (
+            (self.tokens, largest.tokens, "canvas tokens", "max_tokens"),
+            (self.guided_rows, largest.guided_rows, "guided rows of logits", "max_tokens"),
+            (self.logit_rows, largest.logit_rows, "rows of logits", "max_tokens"),
+            (self.reward_tokens, largest.reward_tokens, "reward-model tokens", "max_tokens"),
+            (self.cached_tokens + self.grown_tokens, largest.cached_tokens, "cached reward-model tokens", "messages"),
+        ):
+            if taken > limit:
+                raise InvalidRequest(
+                    f"one trajectory takes {taken} {what}, more than the {limit} that a denoising step of this server "
+                    "can hold",
+                    param=param,
+                )

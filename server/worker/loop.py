@@ -1,0 +1,313 @@
+"""The worker process: owns the device, takes jobs from the HTTP process, runs one denoising step after the
+other.
+
+Started as `python -m server.worker.loop FD`, where FD is its end of a socketpair. The first message says
+which models to load. It runs until it is told to stop or the other end closes, so it never outlives its
+parent: the main thread sees the end of file between steps, and the heartbeat thread sees it within a second
+even while a step hangs.
+
+This module imports no torch by itself, so that another service than the real one can be run by `main`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from server import log
+from server.errors import ConfigurationError, RequestError
+from server.types import EngineInfo, Job
+from server.wire.channel import ChannelClosed, WorkerChannel
+from server.wire.config import WorkerConfig
+from server.wire.messages import (
+    Begun,
+    Cancel,
+    Configure,
+    Event,
+    Failed,
+    Finished,
+    FrameTooLarge,
+    Heartbeat,
+    ProtocolError,
+    Ready,
+    Score,
+    Scored,
+    Shutdown,
+    Submit,
+    ToWorker,
+    WorkerError,
+    frame,
+    subject,
+)
+from server.wire.stats import RunnerStats
+from server.worker.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+MESSAGE_CHARACTERS = 2000
+
+
+class Runner(Protocol):
+    """What the loop needs of worker/runner.Runner."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def stats(self) -> RunnerStats: ...
+
+    def add(self, job: Job, now: float) -> None: ...
+
+    def cancel(self, job_id: str) -> bool: ...
+
+    def step(self) -> list[Event]: ...
+
+    def abort_running(self) -> list[str]: ...
+
+    begin: Callable[[str], None]
+    """Called with a job's id before anything is computed for it."""
+
+
+class Scorer(Protocol):
+    """What the loop needs of worker/scoring.Scorer."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Score) -> None: ...
+
+    def cancel(self, request_id: str) -> bool: ...
+
+    def step(self) -> list[Event]: ...
+
+    def abort_running(self) -> list[str]: ...
+
+
+class Service(Protocol):
+    """Loaded models and what runs on them."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def scorer(self) -> Scorer: ...
+
+    def check_device(self) -> None:
+        """Raises when the device can no longer compute (a CUDA context does not survive some errors)."""
+
+
+Load = Callable[[WorkerConfig], Service]
+
+
+def import_service() -> None:
+    """Import torch and the models' code: seconds that a spare worker has behind it when it is called upon."""
+    importlib.import_module("server.worker.service")
+
+
+def load_service(config: WorkerConfig) -> Service:
+    """The real service: models loaded and warmed up."""
+    from server.worker.service import load
+
+    return load(config)
+
+
+class Clock:
+    """How long the loop has been at one pass; read by the heartbeat thread."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """It has ended; the loop may wait for messages."""
+        self._began = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the loop is at work."""
+        return self._began is not None
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the present pass has been running; 0 between passes."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+
+class Loop:
+    """Messages in, steps, events out."""
+
+    def __init__(self, channel: WorkerChannel, service: Service, clock: Clock) -> None:
+        self._channel = channel
+        self._service = service
+        self._clock = clock
+
+    def run(self) -> None:
+        """Until Shutdown. Raises ChannelClosed when the parent is gone, and whatever breaks the device."""
+        runner, scorer = self._service.runner, self._service.scorer
+        runner.begin = self._begin
+        while True:
+            self._clock.end()
+            messages = self._channel.receive(block=not (runner.has_work or scorer.has_work))
+            self._clock.begin()
+            for message in messages:
+                if isinstance(message, Shutdown):
+                    return
+                self._send(self._take(message))
+            if scorer.has_work:
+                self._send(self._attempt(scorer))
+            if runner.has_work:
+                self._send(self._attempt(runner))
+
+    def heartbeat(self) -> Heartbeat:
+        """The state of this moment. Safe to call from another thread."""
+        return Heartbeat(self._service.runner.stats, self._clock.running, self._clock.step_seconds)
+
+    def _begin(self, job_id: str) -> None:
+        """At once, not with the step's other events: there will be none if the step kills us."""
+        self._channel.send([Begun(job_id)])
+
+    def _take(self, message: ToWorker) -> list[Event]:
+        match message:
+            case Submit(job=job):
+                try:
+                    self._service.runner.add(job, time.time())
+                except Exception as error:
+                    self._service.runner.cancel(job.id)
+                    return self._failed([job.id], error)
+            case Score():
+                try:
+                    self._service.scorer.add(message)
+                except Exception as error:
+                    self._service.scorer.cancel(message.id)
+                    return self._failed([message.id], error)
+            case Cancel(id=identity):
+                self._service.runner.cancel(identity)
+                self._service.scorer.cancel(identity)
+            case _:
+                raise ChannelClosed(f"unexpected {type(message).__name__}")
+        return []
+
+    def _attempt(self, part: Runner | Scorer) -> list[Event]:
+        """One step. One that raises fails the jobs that took part, and no others."""
+        try:
+            return part.step()
+        except Exception as error:
+            self._send(self._failed(part.abort_running(), error))
+            self._service.check_device()
+            return []
+
+    def _failed(self, job_ids: list[str], error: Exception) -> list[Event]:
+        if isinstance(error, RequestError):
+            return [Failed(job_id, error.kind, error.message, error.param) for job_id in job_ids]
+        out_of_memory = is_out_of_memory(error)
+        logger.error("a step failed; jobs %s are dropped", job_ids, exc_info=error)
+        kind = "out_of_memory" if out_of_memory else "internal"
+        # The text of an unforeseen exception may hold anything; it goes to the log, not to the client.
+        message = OUT_OF_MEMORY if out_of_memory else "an internal error ended this request"
+        return [Failed(job_id, kind, message) for job_id in job_ids]
+
+    def _send(self, events: list[Event]) -> None:
+        if not events:
+            return
+        frames = []
+        if any(isinstance(event, Finished | Scored | Failed) for event in events):
+            # Whoever has the answer finds it counted.
+            frames.append(frame(self.heartbeat()))
+        for event in events:
+            try:
+                frames.append(frame(event))
+            except (FrameTooLarge, TypeError) as error:
+                job_id = subject(event)
+                if job_id is None:
+                    raise
+                logger.error("an event of job %s cannot be sent", job_id, exc_info=error)
+                self._service.runner.cancel(job_id)
+                message = "the answer is too large" if isinstance(error, FrameTooLarge) else "an internal error"
+                frames.append(frame(Failed(job_id, "internal", message)))
+        self._channel.send_frames(frames)
+
+
+def beat(channel: WorkerChannel, make: Callable[[], Heartbeat], seconds: float) -> None:
+    """Send heartbeats for ever; the heartbeat thread. Ends the process when the parent is gone."""
+    while True:
+        try:
+            channel.send([make()])
+        except ChannelClosed:
+            os._exit(1)  # the main thread may hang in a step; nothing is left to be saved
+        time.sleep(seconds)
+
+
+def serve(channel: WorkerChannel, load: Load, prepare: Callable[[], None]) -> None:
+    """Prepare, wait for the configuration, load, report ready, and run the loop. Failures to load become a
+    WorkerError."""
+    try:
+        prepare()
+    except Exception as error:
+        channel.send([_failure("importing the worker's code failed", error)])
+        return
+    first = channel.receive(block=True)
+    if not isinstance(first[0], Configure) or len(first) > 1:
+        raise ChannelClosed("the first message must be Configure, and nothing may follow before Ready")
+    config = first[0].config
+    log.configure(config.log_level, config.log_format)
+    beats: list[Callable[[], Heartbeat]] = [lambda: Heartbeat(RunnerStats())]
+    threading.Thread(
+        target=beat, args=(channel, lambda: beats[-1](), config.heartbeat_seconds), name="heartbeat", daemon=True
+    ).start()
+    try:
+        service = load(config)
+    except ConfigurationError as error:
+        channel.send([WorkerError(str(error)[:MESSAGE_CHARACTERS], configuration=True)])
+        return
+    except Exception as error:
+        channel.send([_failure("loading or warm-up failed", error)])
+        return
+    loop = Loop(channel, service, Clock())
+    beats.append(loop.heartbeat)
+    channel.send([Ready(service.info)])
+    try:
+        loop.run()
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        channel.send([_failure("the worker cannot go on", error)])
+
+
+def _failure(what: str, error: Exception) -> WorkerError:
+    """The last words; they reach the operator's log, never a client."""
+    logger.error(what, exc_info=error)
+    return WorkerError(f"{what}: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS])
+
+
+def main(load: Load = load_service, prepare: Callable[[], None] = import_service) -> int:
+    """Take the socket named on the command line and serve it. Returns the exit status."""
+    # The parent decides when we end, by a message or by closing the socket: a Ctrl-C or a service manager's SIGTERM
+    # to all processes must not take the worker away from requests that are still being drained.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        sock.set_inheritable(False)
+        try:
+            serve(WorkerChannel(sock), load, prepare)
+        except (ChannelClosed, ProtocolError):
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""How much memory a denoising step takes, and the budgets that follow from what is free.
+
+The model, upper bounds in bytes; e is the size of an activation, c of a number in arithmetic (8 for float64, else 4):
+
+* A canvas token in the forward of the diffusion model (no gradients, so one block's tensors at a time) takes
+  max(e (3 m + 2 d + 2 H s + Hkv s), e (2 d + 5 H s + 3 Hkv s) + 2 c H s) + (e + c) d, the MLP's and the attention's
+  peak, with width d, H heads and Hkv key heads of s channels and MLP width m; and 2 e d until the step ends.
+* A row of logits without guidance takes V (e + c / 2): the logits, and what a draw or a confidence needs of the row.
+* A guided row takes V (e + c f) + 8 c D: the logits, Adam's state and work space, and embeddings of the reward model's
+  width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3). Rows of
+  smaller M leave the inner steps early, but in the same memory: they take no less.
+* A token of its own in a guided pass of a reward model keeps the activations of every block until the backward pass:
+  layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run as `rewards.trunk` writes it out
+  the modules keep about twice as much.
+* A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
+  trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
+  own token.
+
+The memory that is free after loading, times `fraction`, is divided so: an eighth for cached conversations (if there
+are reward models), the rest for the forward, and, because forward and guidance never run at the same time, the same
+rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
+The fraction that is left is a margin; what a CPU's allocator keeps (`worker.allocator`) comes out of it too.
+With `overlap` two halves of a step run at once, each within half of every budget: the forward of one and the guidance
+of the other take together what one of them may take alone.
+Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
+batches than `CAPS` make a step longer without making it cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from kernels.dispatch import choose
+from server.budget import Budget
+from server.models.base import DiffusionModel
+from server.rewards.reward_model import RewardModel
+from server.types import DecoderShape
+
+STATE = {"cpp": 3.5, "torch": 3.9, "triton": 3.9, "reference": 11.0}
+"""Peak (N, V) tensors of guidance beside the logits, by kernel backend."""
+
+CAPS = {
+    "cpu": Budget(4_096, 2_048, 256, 4_096, 16_384, 262_144),
+    "cuda": Budget(16_384, 8_192, 256, 16_384, 65_536, 4_194_304),
+}
+FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
+LEAST = 16  # of anything: with less the models would not have fitted
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that one of each thing takes."""
+
+    token: float
+    hidden: float
+    logit_row: float
+    guided_row: float
+    reward_token: float
+    cached_token: float
+
+    @classmethod
+    def of(cls, model: DiffusionModel, rewards: Iterable[RewardModel]) -> Footprint:
+        """Of a diffusion model and reward models, of which each figure is the largest one's."""
+        rewards = list(rewards)
+        e, c = _sizes(model.activation_dtype)
+        vocabulary = model.vocab_size
+        backend = choose(model.device, model.activation_dtype)
+        widest = max((reward.shape.hidden for reward in rewards), default=0)
+        return cls(
+            token=_forward_token(model.shape, e, c),
+            hidden=2.0 * model.shape.hidden * e,
+            logit_row=vocabulary * (e + c / 2),
+            guided_row=vocabulary * (e + c * STATE[backend]) + 8.0 * c * widest,
+            reward_token=max((_own_token(reward) for reward in rewards), default=0.0),
+            cached_token=max((_cached_token(reward) for reward in rewards), default=0.0),
+        )
+
+    def budgets(
+        self, free_bytes: float, fraction: float, device: str, *, rewards: int, context_length: int
+    ) -> tuple[Budget, Budget]:
+        """(shared, largest) for that much free memory and so many reward models."""
+        pool = max(0.0, free_bytes * fraction - FIXED_BYTES)
+        step = pool * (7 / 8 if rewards else 1.0)
+        tokens = int(step / (self.token + self.hidden))
+        caps = CAPS.get(device, CAPS["cuda"])
+        guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
+        rows = int(guidance / (self.guided_row + 2 * self.reward_token))
+        largest = Budget(
+            tokens=tokens,
+            guided_rows=rows if rewards else 0,
+            logit_rows=int(guidance / self.logit_row),
+            reward_tokens=2 * rows if rewards else 0,
+            cached_tokens=int((pool - step) / self.cached_token) if rewards else 0,
+        )
+        largest = _each(largest, lambda name, value: max(LEAST, value))
+        return _each(largest, lambda name, value: min(value, getattr(caps, name))), largest
+
+
+def reward_tokens(model: RewardModel, own: int, cached: int) -> int:
+    """What a trajectory with so many tokens of its own, behind so many cached ones, takes of the reward tokens."""
+    return own + math.ceil(cached * _cached_token(model) / _own_token(model))
+
+
+def free_bytes(device: torch.device, *, root: Path = Path("/")) -> int:
+    """Memory that can still be had: the GPU's, with what torch holds unused, or the machine's as the kernel and the
+    control groups (v1 and v2) of this process allow, whichever is less."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return min(_machine_bytes(root), *_group_bytes(root))
+
+
+def _machine_bytes(root: Path) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: half of what the machine has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kibibytes) * 1024
+
+
+def _group_bytes(root: Path) -> list[int]:
+    """What each control group above this process leaves: its limit less its use. Pages of files that were not read
+    lately count as used, but would be given up, so they do not count here."""
+    left = [2**63]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return left
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        limit, used, inactive = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        # Inside a container the path may be the host's: then its own group is at the mount.
+        group = Path(path.lstrip("/"))
+        for folder in (mount / each for each in (group, *group.parents)):
+            try:
+                most = (folder / limit).read_text().strip()
+                statistics = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                if most != "max":
+                    left.append(int(most) - int((folder / used).read_text()) + int(statistics.get(inactive, 0)))
+            except OSError:
+                continue
+    return left
+
+
+def _each(budget: Budget, change: Callable[[str, int], int]) -> Budget:
+    return Budget(**{field.name: change(field.name, getattr(budget, field.name)) for field in fields(budget)})
+
+
+def _sizes(dtype: torch.dtype) -> tuple[int, int]:
+    return dtype.itemsize, 8 if dtype == torch.float64 else 4
+
+
+def _forward_token(shape: DecoderShape, e: int, c: int) -> float:
+    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+    mlp = e * (3 * shape.intermediate + 2 * shape.hidden + 2 * queries + keys)
+    attention = e * (2 * shape.hidden + 5 * queries + 3 * keys) + 2 * c * queries
+    return float(max(mlp, attention) + (e + c) * shape.hidden)
+
+
+def _own_token(reward: RewardModel) -> float:
+    shape, (e, c) = reward.shape, _sizes(reward.activation_dtype)
+    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
+    block = 3 * shape.hidden + 2 * (queries + 2 * keys) + 3 * queries + 2 * shape.intermediate
+    return shape.layers * e * block * (1 if reward.written_out else 2) + 8.0 * c * shape.hidden
+
+
+def _cached_token(reward: RewardModel) -> float:
+    shape = reward.shape
+    return 2.0 * shape.layers * shape.key_heads * shape.head_size * _sizes(reward.activation_dtype)[0]

@@ -1,0 +1,265 @@
+"""What the worker process loads: the diffusion model, the reward models, the runner on them, and a warm-up.
+
+Everything that can be wrong with a setting or a checkpoint is found here, before the server calls itself
+ready.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import kernels
+from kernels.linear import activation_dtype
+from server.budget import Budget
+from server.errors import ConfigurationError, quote
+from server.models.acceleration import Acceleration, accelerate, choose_attention
+from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.graphs import graph_passes
+from server.rewards.reward_model import RewardModel, load_reward_model
+from server.types import (
+    DiffusionParams,
+    EngineInfo,
+    GuidanceParams,
+    Job,
+    Message,
+    SamplingParams,
+    WeightedReward,
+)
+from server.wire.config import WorkerConfig
+from server.wire.messages import Failed, Finished
+from server.worker import memory
+from server.worker.allocator import keep_large_blocks
+from server.worker.overlap import Lanes
+from server.worker.runner import Runner
+from server.worker.savings import Savings
+from server.worker.scoring import Scorer
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedService:
+    """The worker loop's `Service` on real models."""
+
+    info: EngineInfo
+    runner: Runner
+    scorer: Scorer
+    device: torch.device
+
+    def check_device(self) -> None:
+        """Compute one number and wait for it; raises when the device is lost."""
+        torch.ones(1, device=self.device).sum().item()
+
+
+def resolve_device(name: str, rank: int = 0) -> torch.device:
+    """The torch device of a setting for worker number `rank`: of CUDA devices the one that many after the one named.
+    Raises ConfigurationError for an unknown or absent one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", (device.index or 0) + rank)
+        torch.ones(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        where = f" by worker {rank} (data_parallel)" if rank else ""
+        raise ConfigurationError(f"device: {quote(name)} cannot be used{where}: {reason}") from error
+    return device
+
+
+def resolve_reward_device(name: str | None, device: torch.device, rank: int = 0) -> torch.device:
+    """The reward models' device of a setting, for worker number `rank`: the diffusion model's where none is named.
+    Leaves that one the current device. Raises ConfigurationError."""
+    if name is None:
+        return device
+    try:
+        return resolve_device(name, rank)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"reward_{error}") from error
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting. Raises ConfigurationError for an unknown one."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def default_threads(device: torch.device, workers: int = 1) -> int:
+    """CPU threads for each of `workers` workers when none are configured; 0 leaves torch's own number.
+
+    One core is left to the HTTP process: OpenMP threads wait for each other by spinning, so a worker with as many
+    threads as cores loses most of its speed as soon as anything else runs. OMP_NUM_THREADS, when set, is
+    taken as meant.
+    """
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return 0
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // workers) if hasattr(os, "sched_getaffinity") else 0
+
+
+def load(config: WorkerConfig) -> LoadedService:
+    """Load the models that the configuration names and run a guided job on each reward model.
+
+    Raises ConfigurationError when a setting or a checkpoint is wrong.
+    """
+    transformers_logging.disable_progress_bar()  # standard error carries log lines
+    device = resolve_device(config.device, config.rank)
+    if threads := config.threads or default_threads(device, config.data_parallel):
+        torch.set_num_threads(threads)
+    reward_device = resolve_reward_device(config.reward_device, device, config.rank)
+    dtype = resolve_dtype(config.dtype, device)
+    _note_slow_products(dtype, device)
+    lanes = _lanes(config, device)
+    savings = Savings.without(config.disable_savings)
+    model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
+    acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
+    accelerate(model.model, acceleration, model.info.context_length)
+    reward_models = {
+        name: load_reward_model(
+            name,
+            path,
+            diffusion_tokenizer=model.tokenizer,
+            diffusion_vocab_size=model.model.vocab_size,
+            dtype=dtype,
+            device=reward_device,
+            vocab_fallback=config.vocab_fallback,
+            table_device=device,
+        )
+        for name, path in config.reward_models.items()
+    }
+    for reward in reward_models.values():
+        where = reward.device, reward.activation_dtype, reward.shape.head_size
+        reward.attention_backend = choose_attention(config.attention_backend, *where)
+        if config.reward_cuda_graphs:
+            graph_passes(reward)
+    budget, largest = _budgets(config, model, reward_models.values(), device)
+    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, lanes=lanes)
+    warm_up(runner, model, reward_models)
+    runner.stats.reset()
+    info = EngineInfo(
+        model=model.info,
+        reward_models=tuple(reward.info for reward in reward_models.values()),
+        device=_device_name(device),
+        kernel_backend=_join(kernels.backend_info().values()),
+        largest=largest,
+    )
+    logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
+    return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device)
+
+
+def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable[str]) -> None:
+    """Run one small job through the runner for each reward model, guided by it; without any, an unguided one.
+
+    Raises RuntimeError when a job fails.
+    """
+    conversation = (Message("user", "Hello"),)
+    tokenizer = model.tokenizer
+    prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
+    guidances = [GuidanceParams("entrgi", (WeightedReward(name),)) for name in reward_models]
+    for index, guidance in enumerate(guidances or [GuidanceParams()]):
+        runner.add(
+            Job(
+                id=f"warm-up-{index}",
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(max_tokens=WARM_UP_TOKENS),
+                diffusion=DiffusionParams(steps=2),
+                guidance=guidance,
+                conversation=conversation,
+            ),
+            runner.clock(),
+        )
+    answered = 0
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            answered += isinstance(event, Finished)
+    if answered != max(1, len(guidances)):
+        raise RuntimeError("a warm-up job got no answer")
+
+
+def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionModel:
+    """The model under its served name, with its context cut to `max_model_len`."""
+    info = model.info
+    if config.max_model_len is not None:
+        if not 0 < config.max_model_len <= info.context_length:
+            raise ConfigurationError(
+                f"max_model_len: {config.max_model_len} is not between 1 and the model's context length, "
+                f"{info.context_length}"
+            )
+        canvas = min(info.default_max_tokens, max(1, config.max_model_len // 2))  # so that a prompt fits too
+        info = replace(info, context_length=config.max_model_len, default_max_tokens=canvas)
+    if config.served_model_name is not None:
+        info = replace(info, id=config.served_model_name)
+    return replace(model, info=info)
+
+
+def _budgets(
+    config: WorkerConfig, model: LoadedDiffusionModel, reward_models: Collection[RewardModel], device: torch.device
+) -> tuple[Budget, Budget]:
+    """What may share a denoising step, and what one trajectory may take: computed, where the settings do not say."""
+    # With reward models on another device both parts of the work must find their memory, each on its own.
+    free = min(memory.free_bytes(each) for each in {device, *(reward.device for reward in reward_models)})
+    if device.type != "cuda":
+        free //= config.data_parallel
+    if device.type == "cpu":
+        keep_large_blocks(free * (1 - config.budget.memory_fraction))
+    shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
+        free,
+        config.budget.memory_fraction,
+        device.type,
+        rewards=len(reward_models),
+        context_length=model.info.context_length,
+    )
+    names = ("tokens", "guided_rows", "reward_tokens")
+    fixed = {name: value for name in names if (value := getattr(config.budget, name))}
+    shared = replace(shared, trajectories=config.budget.trajectories, **fixed)
+    largest = replace(largest, **fixed)
+    logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
+    return shared, largest
+
+
+def _lanes(config: WorkerConfig, device: torch.device) -> Lanes | None:
+    if not config.overlap:
+        return None
+    if not config.reward_models:
+        raise ConfigurationError("overlap: there is no reward model to run beside the diffusion model")
+    if device.type != "cuda":
+        raise ConfigurationError(f"overlap: there are no streams on {device}")
+    return Lanes(device)
+
+
+def _note_slow_products(dtype: torch.dtype, device: torch.device) -> None:
+    if activation_dtype(dtype, device) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        logger.info("dtype %s: this processor has no instructions for it; weights keep it, arithmetic is float32", name)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))
