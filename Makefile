@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
+.PHONY: help setup serve test check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ check: $(DEV) ## Lint, formatting, types, and who may import whom
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+measures: $(DEV) ## How heavy the house is: lines, settings, frames of a guided step (ARGS=--check holds the bounds)
+	$(PY) -m benchmarks.measures $(ARGS)
 
 format: $(DEV) ## Format the code and fix what ruff can fix
 	$(VENV)/bin/ruff check --fix

@@ -211,11 +211,16 @@ def budgets(pair: Pair) -> tuple[Budget, Budget]:
     )
 
 
-def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
-    """All jobs submitted at once."""
+def engine_runner(pair: Pair, savings: Savings | None = None) -> Runner:
+    """A runner over the pair, within the budgets that a server would have."""
     shared, largest = budgets(pair)
     rewards = {} if pair.reward is None else {"rm": pair.reward}
-    runner = Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
+    return Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
+
+
+def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
+    """All jobs submitted at once."""
+    runner = engine_runner(pair, savings)
     results: dict[str, JobResult] = {}
     with recording(pair.loaded.model, pair.reward) as recorder:
         watch = Stopwatch(pair.device)
