@@ -3,8 +3,8 @@
 Lines are those of files that git knows, comments and blank ones included. Frames and reading are counted while one
 guided step of the bundled pair runs: how many functions stand on the stack from `Runner.step` to an operation of
 `kernels` (both included), and how long the files are through which the step runs. The bound on those leaves out the
-networks and the kernels, which `guidance/plain`, the same step in one file, takes as given too. With `--check` a measure
-past its bound ends the program with status 1.
+networks and the kernels, which `guidance/plain`, the same step in one file, takes as given too. With `--check` a
+measure past its bound ends the program with status 1.
 """
 
 from __future__ import annotations
