@@ -14,8 +14,8 @@ from server.front.engine import Engine, JobStream
 from server.types import Message
 from server.wire.config import EngineConfig
 from server.wire.messages import Failed, Finished, Progress, Started
-from tests.engine.scripted import alive, answer, configured, job, kill_worker, running, tokens_of, until
-from tests.engine.scripted_worker import Do
+from tests.front.scripted import alive, answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted_worker import Do
 
 
 def parallel(workers: int = 2, model: str = "scripted", **changes: object) -> EngineConfig:

@@ -18,8 +18,8 @@ from server.errors import (
 )
 from server.types import Message
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.engine.scripted import answer, configured, job, kill_worker, running, tokens_of, until
-from tests.engine.scripted_worker import Do
+from tests.front.scripted import answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted_worker import Do
 
 
 async def test_many_jobs_at_once_each_get_their_own_answer() -> None:

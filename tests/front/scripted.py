@@ -15,7 +15,7 @@ from server.front.engine import Engine, JobStream
 from server.types import DiffusionParams, Job, SamplingParams
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished
-from tests.engine.scripted_worker import Do
+from tests.front.scripted_worker import Do
 
 SCRIPT = Path(__file__).with_name("scripted_worker.py")
 

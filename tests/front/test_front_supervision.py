@@ -26,8 +26,8 @@ from server.errors import (
 from server.front.engine import Engine
 from server.front.pending import Pending
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.engine.scripted import CONFIG, SCRIPT, alive, answer, configured, job, kill_worker, running, tokens_of, until
-from tests.engine.scripted_worker import Do
+from tests.front.scripted import CONFIG, SCRIPT, alive, answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted_worker import Do
 
 
 async def test_a_killed_worker_is_replaced_and_nobody_notices() -> None:
