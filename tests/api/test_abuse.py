@@ -22,7 +22,7 @@ from tests.faults.harness import is_envelope
 from tests.faults.mutations import BODIES, mutant
 
 if TYPE_CHECKING:
-    from conftest import Launch, Served
+    from tests.support.serving import Launch, Served
 
 RM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny" / "rm"
 CHAT = "/v1/chat/completions"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 if TYPE_CHECKING:
-    from conftest import Launch, Served
+    from tests.support.serving import Launch, Served
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SLOW: dict[str, Any] = {

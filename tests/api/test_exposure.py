@@ -18,7 +18,7 @@ from server.types import Message
 from tests.faults import hostile
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 
 def test_loopback_is_the_default() -> None:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 RM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny" / "rm"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 MESSAGES = [{"role": "user", "content": "Write a line."}]
 

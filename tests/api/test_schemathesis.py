@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Launch
+    from tests.support.serving import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWLEDGE = ROOT / "tests" / "conformance" / "schemathesis"

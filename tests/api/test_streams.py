@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Served
+    from tests.support.serving import Served
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

@@ -22,8 +22,8 @@ from server.api.telemetry import exporting_provider
 from server.errors import ConfigurationError
 from server.types import Job
 from server.wire.messages import Event, Failed, Started
-from tests.api.conftest import Launch
 from tests.api.scripted_engine import ScriptedEngine, at_once, make, open_client
+from tests.support.serving import Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

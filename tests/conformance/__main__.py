@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from demo import bundled_model_path
 from tests.conformance.environments import BUILD, FOLDER, python_of
 from tests.conformance.matrix import Row, line, markdown, table
-from tests.conformance.serving import ROOT, served
+from tests.support.serving import ROOT, served
 
 PAGE = ROOT / "docs" / "conformance.md"
 
@@ -95,8 +95,8 @@ def outcome(client: Client, tell: Callable[[Row], None]) -> Row:
         python = python_of(client.name, out / "install.log")
         key = secrets.token_hex(16)
         if (FOLDER / client.name / "requirements.txt").exists():
-            with served("--api-key", key, *client.flags, log=out / "server.log") as url:
-                _run(client, python, out, row, tell, facts(url, key))
+            with served("--api-key", key, *client.flags, log=out / "server.log") as server:
+                _run(client, python, out, row, tell, facts(server.url, key))
         else:
             _run(client, python, out, row, tell, {})
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

@@ -31,7 +31,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tests.conformance.serving import ROOT, served
+from tests.support.serving import ROOT, served
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -153,8 +153,8 @@ def load(url: str, requests: int) -> None:
 
 def measure(requests: int) -> tuple[list[Answer], list[str]]:
     """The answers, and what is wrong with the rules as Prometheus itself evaluates them."""
-    with served("--public-metrics", "--threads", "1") as url, prometheus(url.removeprefix("http://")) as asked:
-        load(url, requests)
+    with served("--public-metrics", "--threads", "1") as server, prometheus(f"127.0.0.1:{server.port}") as asked:
+        load(server.url, requests)
         interval = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))["global"]["scrape_interval"]
         time.sleep(SCRAPES * float(interval.removesuffix("s")))
         answers = [asked.ask(expression) for expression in expressions()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,17 +21,15 @@ from clients import (
     WeightedReward,
 )
 from clients.cli import main
-from tests.conformance.serving import golden_arguments, served
+from tests.support.serving import Served
 
 PROMPT = "Tell me a story."
 OPTIONS: Options = {"max_tokens": 12, "seed": 7, "best_of": 2, "guidance": "entrgi", "diffusion": Diffusion(steps=6)}
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log: Path = tmp_path_factory.mktemp("server") / "log"
-    with served(*golden_arguments("dream-tiny"), log=log) as address:
-        yield address
+@pytest.fixture
+def url(server: Served) -> str:
+    return server.url
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def client(url: str) -> Iterator[Client]:
 
 def test_models(client: Client) -> None:
     served_models = client.models()
-    assert [model.kind for model in served_models] == ["diffusion", "reward"]
+    assert [model.kind for model in served_models] == ["diffusion", "reward", "reward"]
     assert served_models[1].id == "rm"
 
 

@@ -25,7 +25,7 @@ from server.types import (
 )
 from server.worker.microbatch import RECOVERY_PARTS, Limits
 from server.worker.runner import Runner
-from tests.engine.running import answers
+from tests.support.jobs import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 

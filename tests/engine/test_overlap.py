@@ -28,7 +28,7 @@ from server.worker.overlap import Lanes
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.service import load
-from tests.engine.running import answers
+from tests.support.jobs import answers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CPU = torch.device("cpu")

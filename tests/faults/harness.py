@@ -11,12 +11,7 @@ import asyncio
 import json
 import math
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,13 +24,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 300.0
+from tests.support import serving
+from tests.support.serving import Served
+
 GAUGES = ("num_requests_running", "num_requests_waiting")
 MEGABYTE = 2**20
 
 # One step's batch never holds all of them, so that some wait.
-SMALL = ("--threads", "1", "--batch-trajectories", "16", "--no-spare-worker")
+SMALL = (*serving.QUICK, "--batch-trajectories", "16")
 
 
 @dataclass(frozen=True)
@@ -50,19 +46,8 @@ class Usage:
     worker_threads: int
 
 
-@dataclass
-class Server:
-    """A running server process."""
-
-    process: subprocess.Popen[bytes]
-    host: str
-    port: int
-    log: Path
-
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://{self.host}:{self.port}"
+class Server(Served):
+    """A running server, and what its processes hold."""
 
     def worker_pid(self) -> int:
         """The process that holds the models: the child with the most memory."""
@@ -91,42 +76,10 @@ def _resident_mb(pid: int) -> float:
 
 
 @contextmanager
-def served(*flags: str, models: Sequence[str] = (), module: str = "server") -> Iterator[Server]:
+def served(*flags: str, module: str = "server") -> Iterator[Server]:
     """A server with these flags, ready; stopped at the end."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", module, "--port", str(port), "--log-format", "json", *SMALL, *flags]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, *models], cwd=ROOT, env=environment, stdout=output, stderr=output, process_group=0
-            )
-        server = Server(process, "127.0.0.1", port, log)
-        try:
-            _wait_ready(server)
-            yield server
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_ready(server: Server) -> None:
-    give_up_at = time.monotonic() + START_SECONDS
-    while time.monotonic() < give_up_at and server.process.poll() is None:
-        try:
-            if httpx.get(server.url + "/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"the server is not ready: {server.log.read_text()[-3000:]}")
+    with serving.served("--log-format", "json", *SMALL, *flags, module=module) as server:
+        yield Server(server.process, server.url, server.log)
 
 
 # -- requests --------------------------------------------------------------------------------------------------
@@ -294,8 +247,9 @@ def growth_percent(samples: Sequence[float], warm_up: float = 0.25, window: floa
     """By how much the median of the last `window` of the samples exceeds that of the `window` after the warm-up (both
     as shares of the whole), in percent. Medians, because single samples catch work in progress."""
     count = len(samples)
-    first = samples[int(count * warm_up) : int(count * (warm_up + window))]
-    last = samples[count - max(1, int(count * window)) :]
+    size = max(1, int(count * window))
+    first = samples[int(count * warm_up) :][:size]
+    last = samples[-size:]
     return 100 * (statistics.median(last) / statistics.median(first) - 1)
 
 

@@ -12,11 +12,8 @@ import torch
 
 from server.types import (
     DiffusionParams,
-    GuidanceParams,
     Job,
     JobResult,
-    Message,
-    SamplingParams,
     WeightedReward,
 )
 from server.wire.messages import Canvas
@@ -24,7 +21,8 @@ from server.worker.pack import Trajectory
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.step import Denoiser
-from tests.parity.running import run
+from tests.support import jobs as support
+from tests.support.jobs import run
 
 PROMPTS = ("Hi", "Explain the copyright notice.", "Tell me about the licence of this software.")
 ONE = (WeightedReward("rm"),)
@@ -32,22 +30,9 @@ TWO = (WeightedReward("rm", 1.0), WeightedReward("other", -0.5))
 
 
 def make_job(pair: Any, index: int, **changes: Any) -> Job:
-    """A chat job on one of three prompts; `changes` go to whichever parameter block has the name."""
-    conversation = (Message("user", PROMPTS[index % len(PROMPTS)]),)
-    values: dict[str, Any] = {"max_tokens": 8, "steps": 8, "seed": 1000 + index} | changes
-    blocks = []
-    for kind in (SamplingParams, DiffusionParams, GuidanceParams):
-        names = set(kind.__dataclass_fields__) - ({"stop"} if kind is SamplingParams else set())
-        blocks.append(kind(**{name: values.pop(name) for name in list(values) if name in names}))
-    job = Job(
-        id=f"job-{index}",
-        prompt_ids=tuple(pair.loaded.tokenizer.render_chat(conversation)),
-        conversation=conversation,
-        sampling=blocks[0],
-        diffusion=blocks[1],
-        guidance=blocks[2],
-    )
-    return replace(job, **values)
+    """A chat job on one of three prompts."""
+    prompt = PROMPTS[index % len(PROMPTS)]
+    return support.make_job(f"job-{index}", prompt, pair.loaded.tokenizer, **{"seed": 1000 + index} | changes)
 
 
 def gradient(method: str, **changes: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from server.types import (
 )
 from server.worker.runner import Runner
 from server.worker.savings import Savings
-from tests.parity.running import run
+from tests.support.jobs import run
 
 # (M, guidance, diffusion, sampling, traced): with and without a walk, methods, two rewards, more updates than Adam's
 # history holds, equal M in different jobs, and nobody's smallest M last.

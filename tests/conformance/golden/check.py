@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from checks import OUT, check, main, true
 
-from tests.conformance.serving import GOLDEN, golden_arguments, served
+from tests.support.serving import GOLDEN, golden_flags, served
 
 CASES = {"dream-tiny": ("trajectories",), "llada-tiny": ("trajectories", "blocks")}
 CONCURRENCY = (1, 16)
@@ -20,10 +20,10 @@ def replay(name: str) -> Callable[[], None]:
 
     def run() -> None:
         failed = []
-        with served(*golden_arguments(name), log=OUT / f"{name}.log") as url:
+        with served(*golden_flags(name), log=OUT / f"{name}.log") as server:
             for file in CASES[name]:
                 for concurrency in CONCURRENCY:
-                    command = [sys.executable, str(GOLDEN / "run_golden.py"), "--base-url", url]
+                    command = [sys.executable, str(GOLDEN / "run_golden.py"), "--base-url", server.url]
                     command += ["--cases", str(GOLDEN / name / f"{file}.json"), "--concurrency", str(concurrency)]
                     if subprocess.run(command, stdout=sys.stderr).returncode:
                         failed.append((file, concurrency))

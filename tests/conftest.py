@@ -1,0 +1,35 @@
+"""What any test may ask for: a server of its own, and the one that all share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.serving import GOLDEN, QUICK, Launch, Served, golden_flags, start
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Starts servers, by default on the golden Dream checkpoint without a reward model, and does not wait for them.
+    All are stopped at the end."""
+    started: list[Served] = []
+
+    def begin(*flags: str, model: Path | None = GOLDEN / "dream-tiny" / "dlm") -> Served:
+        where = () if model is None else ("--model", str(model), "--dtype", "float32")
+        started.append(start(*QUICK, *where, *flags, log=tmp_path_factory.mktemp("server") / "log"))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        each.stop()
+
+
+@pytest.fixture(scope="session")
+def server(launch: Launch) -> Served:
+    """The server that tests share: golden Dream with both golden reward models, `rm` and `other`. Nobody stops it,
+    kills its worker or leaves work in it."""
+    served = launch(*golden_flags("dream-tiny", "llada-tiny"), model=None)
+    served.wait_ready()
+    return served

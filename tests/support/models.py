@@ -1,0 +1,90 @@
+"""The golden checkpoints, loaded once a process for whoever asks for the same thing again.
+
+What `diffusion`, `reward` and `pair` return is shared by all tests: a test that alters a model loads its own with
+`load_diffusion` or `load_reward`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from server.guidance.plain import PlainLoop, PlainReward
+from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.reward_model import RewardModel, load_reward_model
+from server.text.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+CPU = torch.device("cpu")
+
+
+def load_diffusion(family: str = "dream", dtype: torch.dtype = torch.float64, **options: Any) -> LoadedDiffusionModel:
+    """A golden diffusion model of its own, on the CPU."""
+    return load_diffusion_model(GOLDEN / f"{family}-tiny" / "dlm", dtype=dtype, **options)
+
+
+@functools.cache
+def tokenizer(family: str = "dream") -> Tokenizer:
+    """A golden diffusion model's tokenizer."""
+    return Tokenizer.load(GOLDEN / f"{family}-tiny" / "dlm")
+
+
+def load_reward(
+    family: str = "dream",
+    dtype: torch.dtype = torch.float64,
+    *,
+    name: str = "rm",
+    beside: str = "",
+    folder: Path | None = None,
+    attention: str = "",
+    **options: Any,
+) -> RewardModel:
+    """A reward model of its own, on the CPU: a golden one, or the one in `folder`. `beside` is the family of the
+    diffusion model whose vocabulary it reads (the same family by default); `attention` replaces the implementation
+    of attention that the loader chose; other options are the loader's."""
+    read = tokenizer(beside or family)
+    model = load_reward_model(
+        name,
+        folder or GOLDEN / f"{family}-tiny" / "rm",
+        diffusion_tokenizer=read,
+        diffusion_vocab_size=diffusion(beside or family).model.vocab_size,
+        dtype=dtype,
+        **{"device": CPU, **options},
+    )
+    if attention:
+        model.attention_backend = attention
+    return model
+
+
+diffusion = functools.cache(load_diffusion)
+reward = functools.cache(load_reward)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A diffusion model, reward models by name (`rm`, and the other family's as `other`), and the plain loop over the
+    same weights, with the reward models as stock transformers runs them."""
+
+    loaded: LoadedDiffusionModel
+    rewards: dict[str, RewardModel]
+    plain: PlainLoop
+
+
+@functools.cache
+def pair(family: str, dtype: torch.dtype = torch.float64) -> Pair:
+    """A golden diffusion model with both golden reward models."""
+    loaded = diffusion(family, dtype)
+    other = "llada" if family == "dream" else "dream"
+    rewards, plain = {}, {}
+    for name, of in (("rm", family), ("other", other)):
+        rewards[name] = reward(of, dtype, name=name, beside=family)
+        folder = GOLDEN / f"{of}-tiny" / "rm"
+        stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        stock.eval().requires_grad_(False)
+        plain[name] = PlainReward(stock, rewards[name].tokenizer, rewards[name].table)
+    return Pair(loaded, rewards, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))
