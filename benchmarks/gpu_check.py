@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks.device_steps import load_bundled, run_job
-from benchmarks.overlap_steps import Setup, measure_overlap
 from benchmarks.reward_passes import Setup as PassesSetup
 from benchmarks.reward_passes import measure_passes
 from server.errors import ConfigurationError
@@ -29,7 +28,6 @@ from server.models.acceleration import Acceleration, accelerate, choose_attentio
 from server.models.dream import DreamConfig, DreamModel
 from server.models.packing import PackedLayout
 from server.rewards.graphs import graph_passes
-from server.worker.overlap import Lanes
 
 TESTS = ("tests/engine", "tests/unit")
 BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
@@ -155,12 +153,6 @@ def markdown(report: dict[str, Any]) -> str:
         else:
             times = " | ".join(f"{value:.2f} ms" for value in entry["milliseconds"].values())
             lines.append(f"| {entry['way']} | {entry['attention']} | {times} |")
-    overlap = report["overlap"]
-    lines += [
-        "",
-        f"`overlap`: {overlap['milliseconds_with']} ms a step of {overlap['trajectories']} guided trajectories, "
-        f"{overlap['milliseconds_without']} ms without: {overlap['gain']} times as fast",
-    ]
     if "unavailable" in report["passes"]:
         lines += ["", f"`reward_cuda_graphs`: {report['passes']['unavailable']}"]
     else:
@@ -195,7 +187,6 @@ def main(arguments: list[str] | None = None) -> int:
         "tests_exit_status": status,
         "tests": tests,
         "trunk": measure(build(shape(layers), device), device),
-        "overlap": measure_overlap(device, Setup(), Lanes),
         "passes": passes(device),
         "waits": waits(device),
     }

@@ -176,7 +176,6 @@ def engine_config(settings: Settings) -> EngineConfig:
             compile=settings.compile,
             cuda_graphs=settings.cuda_graphs,
             reward_cuda_graphs=settings.reward_cuda_graphs,
-            overlap=settings.overlap,
             reward_models=rewards,
             vocab_fallback=settings.vocab_fallback,
             max_model_len=settings.max_model_len,

@@ -70,9 +70,6 @@ class Settings(BaseSettings):
     reward_cuda_graphs: bool = Field(
         False, description="CUDA graphs of the reward models' passes, forward and back, for small batches"
     )
-    overlap: bool = Field(
-        False, description="two halves of a step at once on a GPU: the diffusion model of one beside the other's reward"
-    )
     max_model_len: int | None = Field(None, ge=1, description="lower the context length to this many tokens")
     vocab_fallback: Literal["unk", "zero"] = Field(
         "unk", description="reward embedding of a token that the reward vocabulary lacks"

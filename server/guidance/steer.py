@@ -21,12 +21,10 @@ from server.guidance.methods import WEIGHTS, draws_hard_tokens
 
 @dataclass(frozen=True, slots=True)
 class Steered:
-    """Weighted rewards seen before each inner step, M tensors (B,); w at the first inner step, (N,); the terms of the
-    last update where it was left to the caller."""
+    """Weighted rewards seen before each inner step, M tensors (B,); w at the first inner step, (N,)."""
 
     rewards: list[Tensor] = field(default_factory=list)
     first_w: Tensor | None = None
-    pending: list[kernels.Term] = field(default_factory=list)
 
 
 def visible_positions(tokens: Tensor, first: Tensor, eos_token_id: int, pad_token_id: int) -> Tensor:
@@ -61,21 +59,18 @@ def steer(
     eos_token_id: int,
     pad_token_id: int,
     timings: Timings,
-    finish: bool = True,
     read_after: bool = False,
 ) -> Steered:
     """Move `state` (N rows) M = `gradient_steps` times along the rewards' gradient, less the first `first_step` times,
     which were made before.
 
     `methods` names each trajectory's method; `keys(inner)` gives the random keys (N, 4) of an inner step. With
-    `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries. Without `finish` the last
-    update is not made but returned as `pending`, so that the caller can make it for the rows it needs.
+    `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
     """
     assemblies = [assemble(objective, responses) for objective in objectives]
     needs_draw = any(draws_hard_tokens(method) for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
-    terms: list[kernels.Term] = []
     for inner in range(first_step, gradient_steps + read_after):
         stats = state.stats
         w = weights(methods, responses.owner, stats.entropy_1, state.vocab_size)
@@ -84,7 +79,7 @@ def steer(
         # A masked position counts as EOS (or pad) when the argmax of the current, unfiltered phi says so.
         current = responses.committed.index_copy(0, responses.masked, stats.argmax)
         visible = visible_positions(current, responses.first, eos_token_id, pad_token_id)
-        terms = []
+        terms: list[kernels.Term] = []
         total = torch.zeros(len(methods), dtype=w.dtype, device=w.device)
         last = inner == gradient_steps
         for assembly in assemblies:
@@ -95,6 +90,6 @@ def steer(
             total = total + weight * rewards.to(w.dtype)
             terms.append(kernels.Term(g * weight[responses.owner][:, None], objective.model.table, mixed.soft))
         steered_rewards.append(total)
-        if inner < gradient_steps - 1 or (finish and not last):
+        if not last:
             kernels.update(state, terms)
-    return Steered(steered_rewards, first_w, [] if finish else terms)
+    return Steered(steered_rewards, first_w)

@@ -29,8 +29,8 @@ class WorkerConfig:
     folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
     or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
     float32. `reward_device` None is `device`; `attention_backend`, `compile` and `cuda_graphs` are explained in
-    `server.models.acceleration`, `reward_cuda_graphs` in `server.rewards.graphs`, `overlap` in
-    `server.worker.overlap`. `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all
+    `server.models.acceleration`, `reward_cuda_graphs` in `server.rewards.graphs`.
+    `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all
     cores but one. Of `data_parallel` workers this is number `rank`: it takes the CUDA devices that many after those
     named, or its share of the CPU's threads. `disable_savings` names fields of `savings.Savings` to do without.
     """
@@ -44,7 +44,6 @@ class WorkerConfig:
     compile: bool = False
     cuda_graphs: bool = False
     reward_cuda_graphs: bool = False
-    overlap: bool = False
     reward_models: dict[str, str] = field(default_factory=dict)
     vocab_fallback: Literal["unk", "zero"] = "unk"
     max_model_len: int | None = None

@@ -21,8 +21,6 @@ from server.guidance.steer import Steered, steer
 from server.rewards.reward_model import RewardModel
 from server.types import ModelInfo
 from server.worker.group import Group
-from server.worker.overlap import drop_safely
-from server.worker.reveal import walks
 
 Contexts = Mapping[str, Mapping[str, RewardContext]]  # job id -> reward model's name -> context
 
@@ -32,8 +30,7 @@ class Cohort:
     """Members of a group with the same M, when they are through with their inner steps; N rows.
 
     `first_row` is where their rows begin among the whole group's. `rewards`, (members,) each, are those before each
-    inner step, and once more after the last where a member is traced; `first_w` (N,) is w at the first. `pending` is
-    the last update where it is still to be made.
+    inner step, and once more after the last where a member is traced; `first_w` (N,) is w at the first.
     """
 
     group: Group
@@ -41,7 +38,6 @@ class Cohort:
     first_row: int = 0
     rewards: tuple[Tensor, ...] = ()
     first_w: Tensor | None = None
-    pending: tuple[kernels.Term, ...] = ()
 
     @property
     def rows(self) -> slice:
@@ -55,38 +51,28 @@ def inner_steps(
     objectives: Sequence[Objective],
     info: ModelInfo,
     timings: Timings,
-    *,
-    lazy: bool,
 ) -> list[Cohort]:
-    """Steer `state`, the rows of a guided group, and split it as members leave: cohorts, the smallest M first.
-
-    With `lazy` the last update of a cohort that walks down its ranking (`reveal.walks`) is left pending.
-    """
+    """Steer `state`, the rows of a guided group, and split it as members leave: cohorts, the smallest M first."""
     cohorts: list[Cohort] = []
     staying, done = group, 0
     seen: list[Tensor] = []  # rewards before each inner step so far, of the members who were there
     first_w: Tensor | None = None
     for leaving in reversed(group.by_gradient_steps()):
-        finish = not (lazy and walks(leaving))
-        steered = _steer(staying, state, objectives, info, timings, done, leaving.gradient_steps, finish=finish)
+        steered = _steer(staying, state, objectives, info, timings, done, leaving.gradient_steps)
         seen += steered.rewards
         first_w = steered.first_w if first_w is None else first_w
         count, done = len(staying.members), leaving.gradient_steps
         staying = staying.part(slice(0, count - len(leaving.members)))
-        theirs, row, left, pending = slice(len(staying.members), count), staying.count, state, steered.pending
+        theirs, row, left = slice(len(staying.members), count), staying.count, state
         if row:
             state, left = state.split(row, done)
-            if pending:
-                kernels.update(state, [kernels.Term(term.g[:row], term.table, term.soft[:row]) for term in pending])
-            # Copies, so that no other rows are kept with them.
-            pending = [kernels.Term(term.g[row:].clone(), term.table, term.soft[row:].clone()) for term in pending]
         rewards = [reward[theirs] for reward in seen]
         if any(member.trajectory.job.trace for member in leaving.members):
             after = [_part(objective, theirs) for objective in objectives]
             rewards += _steer(leaving, left, after, info, timings, done, done, read_after=True).rewards
         objectives = [_part(objective, slice(0, theirs.start)) for objective in objectives]
         w = None if first_w is None else first_w[row : row + leaving.count]
-        cohorts.append(Cohort(leaving, left, row, tuple(rewards), w, tuple(pending)))
+        cohorts.append(Cohort(leaving, left, row, tuple(rewards), w))
     return cohorts
 
 
@@ -99,7 +85,6 @@ def _steer(
     first: int,
     stop: int,
     *,
-    finish: bool = True,
     read_after: bool = False,
 ) -> Steered:
     return steer(
@@ -113,7 +98,6 @@ def _steer(
         eos_token_id=info.eos_token_id,
         pad_token_id=info.pad_token_id,
         timings=timings,
-        finish=finish,
         read_after=read_after,
     )
 
@@ -171,9 +155,7 @@ def _grown(
         info.eos_token_id,
         info.pad_token_id,
     )
-    for trajectory, old, context in zip(trajectories, known, grown, strict=True):
-        if context is not old:
-            drop_safely((*old.prefix.keys, *old.prefix.values))
+    for trajectory, context in zip(trajectories, grown, strict=True):
         trajectory.reward_contexts[name] = context
     timings.reward_forward_seconds += time.perf_counter() - started
     return tuple(grown)

@@ -20,8 +20,6 @@ The memory that is free after loading, times `fraction`, is divided so: an eight
 are reward models), the rest for the forward, and, because forward and guidance never run at the same time, the same
 rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
 The fraction that is left is a margin; what a CPU's allocator keeps (`worker.allocator`) comes out of it too.
-With `overlap` two halves of a step run at once, each within half of every budget: the forward of one and the guidance
-of the other take together what one of them may take alone.
 Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
 batches than `CAPS` make a step longer without making it cheaper.
 """

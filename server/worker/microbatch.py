@@ -96,21 +96,17 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class StepLimits:
     """Of a denoising step: the forward in canvas tokens, guidance in rows of logits and reward-model tokens, and what
-    is done without it in rows. For one thread at a time, because they shrink and recover."""
+    is done without it in rows."""
 
     forwards: Limits
     guided: Limits
     unguided: Limits
 
     @classmethod
-    def of(cls, budget: Budget, ran_out: Callable[[], None], *, share: int = 1) -> StepLimits:
-        """Those of a budget, or of one of `share` equal shares of it."""
+    def of(cls, budget: Budget, ran_out: Callable[[], None]) -> StepLimits:
+        """Those of a budget."""
         return cls(
-            Limits("forward (canvas tokens)", (max(1, budget.tokens // share),), ran_out),
-            Limits(
-                "guidance (rows, tokens)",
-                (max(1, budget.guided_rows // share), max(1, budget.reward_tokens // share)),
-                ran_out,
-            ),
-            Limits("unguided rows", (max(1, budget.logit_rows // share),), ran_out),
+            Limits("forward (canvas tokens)", (budget.tokens,), ran_out),
+            Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), ran_out),
+            Limits("unguided rows", (budget.logit_rows,), ran_out),
         )

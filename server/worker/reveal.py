@@ -1,8 +1,5 @@
 """Which tokens a step reveals: confidences on the device, ranking on the host (algorithm.md, section 1, points 4 to 6).
 
-Two ways to the same answer. `choose` has every candidate's token and confidence. `walk` is for groups whose ranking is
-known before guidance ends: it finishes and draws only the rows that are about to be revealed.
-
 A confidence is of one of two distributions: the *base* one, unguided and unfiltered, or the filtered one that the token
 is drawn from (algorithm.md, section 1, point 5).
 """
@@ -17,19 +14,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.random import INNER_FINAL
 from kernels.transfer import upload
-from server.diffusion.sampler import (
-    adaptive_count,
-    rank,
-    reveal_adaptively,
-    reveal_independently,
-    reveal_most_confident,
-)
+from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
 from server.worker.group import FloatArray, Group, IntArray
 from server.worker.pack import Member
-
-FINISH_ROWS = 64  # that are finished at once, whatever share of all rows they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,90 +117,6 @@ def choose(
             )
         choices.append(Choice(positions[chosen], drawn[chosen]))
     return choices
-
-
-def walks(group: Group) -> bool:
-    """Whether every member's ranking is known before its logits are: it is by the base distribution, with nothing
-    random. A trace reads the reward once more after the last update, so it needs all rows."""
-    return group.guided and all(
-        confidence_kind(member) == "base"
-        and not member.trajectory.job.diffusion.algorithm_temperature
-        and not member.trajectory.job.trace
-        for member in group.members
-    )
-
-
-def walk(
-    group: Group,
-    candidates: IntArray | None,
-    state: kernels.Guided,
-    pending: Sequence[kernels.Term],
-    base: FloatArray,
-    eos_token_id: int,
-) -> list[Choice | None]:
-    """Walk down each member's ranking: finish and draw k rows, then, where EOS tokens came, as many more.
-
-    `pending` is the last update, not yet made; `base` (N,) the confidence of every row. A drawn EOS ranks after all
-    others, so rows are taken until k hold another token; if fewer do, the EOS rows fill up in ranking order. The
-    adaptive algorithms find k on the way: a row that their rule keeps out keeps out all rows behind it.
-    """
-    orders: list[IntArray] = []
-    first = 0
-    for member in group.members:
-        rows = first + np.arange(len(member.positions))
-        first += len(member.positions)
-        if candidates is not None:
-            rows = rows[(member.positions >= member.step.start) & (member.positions < member.step.stop)]
-        orders.append(rows[rank(base[rows], np.zeros(len(rows), dtype=np.bool_))])
-    tokens = np.full(len(base), -1, dtype=np.int64)  # of the rows drawn so far
-    while True:
-        known = [
-            _known(member, order, tokens, base, eos_token_id)
-            for member, order in zip(group.members, orders, strict=True)
-        ]
-        rows = np.concatenate([missing for _, missing in known])
-        if not len(rows):
-            break
-        tokens[rows] = _finish(group, state, pending, rows)
-    position_of = np.concatenate([member.positions for member in group.members])
-    choices: list[Choice | None] = []
-    for order, (chosen, _) in zip(orders, known, strict=True):
-        rows = np.sort(chosen)
-        choices.append(Choice(position_of[rows], tokens[rows]) if np.isfinite(base[order]).all() else None)
-    return choices
-
-
-def _finish(group: Group, state: kernels.Guided, pending: Sequence[kernels.Term], rows: IntArray) -> IntArray:
-    """Make the last update for some rows and draw their tokens, (n,). In blocks of at most a quarter of all rows: each
-    block is a copy of its rows' logits and gradients."""
-    block = max(FINISH_ROWS, state.rows // 4)
-    drawn: list[IntArray] = []
-    for start in range(0, len(rows), block):
-        part = rows[start : start + block]
-        index = upload(torch.from_numpy(part), group.device)
-        finished = state.select(index)
-        kernels.update(finished, [kernels.Term(term.g[index], term.table, term.soft[index]) for term in pending])
-        drawn.append(kernels.draw(finished, group.keys(INNER_FINAL, part)).cpu().numpy())
-    return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
-
-
-def _known(
-    member: Member, order: IntArray, tokens: IntArray, base: FloatArray, eos_token_id: int
-) -> tuple[IntArray, IntArray]:
-    """A member's rows to reveal if none of those not drawn yet is an EOS, and the rows to draw to be sure of it.
-
-    `order` ranks the member's candidates; `tokens` (N,) holds what was drawn, -1 where nothing was.
-    """
-    diffusion, step = member.trajectory.job.diffusion, member.step
-    drawn = tokens[order] >= 0  # true for the first rows of the ranking
-    is_eos = (tokens[order] == eos_token_id) & diffusion.deprioritize_eos
-    held, ended, rest = order[drawn & ~is_eos], order[is_eos], order[~drawn]
-    final = np.concatenate([held, rest, ended])
-    count = adaptive_count(base[final], step.least(len(order)), diffusion) if diffusion.adaptive else step.reveal
-    missing = rest[: max(0, count - len(held))]
-    if diffusion.adaptive and count == len(held) and len(ended):
-        missing = rest[:1]  # the rule keeps it out; but should all the rest be EOS, the rows in `ended` come next
-    return final[:count], missing
 
 
 def _candidate_positions(member: Member) -> IntArray:

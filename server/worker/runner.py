@@ -26,7 +26,6 @@ from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Star
 from server.wire.stats import RunnerStats
 from server.worker.memory import reward_tokens
 from server.worker.out_of_memory import OUT_OF_MEMORY, attempt
-from server.worker.overlap import Lanes
 from server.worker.pack import Trajectory
 from server.worker.savings import Savings
 from server.worker.scheduler import Scheduler, Ticket
@@ -61,14 +60,13 @@ class Runner:
         budget: Budget | None = None,
         largest: Budget | None = None,
         savings: Savings | None = None,
-        lanes: Lanes | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.loaded = model
         self.reward_models = dict(reward_models)
         self.scheduler = Scheduler(budget or Budget(), largest)
         self.savings = savings or Savings()
-        self.denoiser = Denoiser(model.model, model.info, self.savings, budget, lanes)
+        self.denoiser = Denoiser(model.model, model.info, self.savings, budget)
         self.clock = clock
         self._queued: dict[str, tuple[Job, float]] = {}
         self._running: dict[str, _Running] = {}

@@ -17,8 +17,6 @@ class Savings:
     head_on_masked_rows: the LM head runs on masked positions only.
     reward_prefix_cache: the conversation before the response goes through the reward model once a job.
     grow_reward_prefix: so does the answer's own beginning, as it is settled; needs `reward_prefix_cache`.
-    finish_revealed_rows_only: where the ranking is known before guidance (`entropy` with `base` confidence), the last
-        Adam step and the final draw are made for the rows about to be revealed.
     share_inner_steps: requests of different M go through their inner steps together; those of smaller M leave early.
     """
 
@@ -27,7 +25,6 @@ class Savings:
     head_on_masked_rows: bool = True
     reward_prefix_cache: bool = True
     grow_reward_prefix: bool = True
-    finish_revealed_rows_only: bool = True
     share_inner_steps: bool = True
 
     @classmethod

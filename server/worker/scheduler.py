@@ -13,7 +13,6 @@ micro-batches (worker/microbatch), as many as it takes.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from dataclasses import dataclass, field
 
 from server.budget import Budget, Cost
@@ -105,10 +104,6 @@ class Scheduler:
             dropped += 1
         self._forget(job_id)
         return dropped
-
-    def shares(self) -> Counter[str]:
-        """Running trajectories of each job."""
-        return Counter(job_id for job_id, _ in self._running)
 
     def _next(self) -> _Waiting | None:
         """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there

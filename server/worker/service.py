@@ -35,7 +35,6 @@ from server.wire.config import WorkerConfig
 from server.wire.messages import Failed, Finished
 from server.worker import memory
 from server.worker.allocator import keep_large_blocks
-from server.worker.overlap import Lanes
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.scoring import Scorer
@@ -131,7 +130,6 @@ def load(config: WorkerConfig) -> LoadedService:
     reward_device = resolve_reward_device(config.reward_device, device, config.rank)
     dtype = resolve_dtype(config.dtype, device)
     _note_slow_products(dtype, device)
-    lanes = _lanes(config, device)
     savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
     acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
@@ -155,7 +153,7 @@ def load(config: WorkerConfig) -> LoadedService:
         if config.reward_cuda_graphs:
             graph_passes(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
-    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, lanes=lanes)
+    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)
     runner.stats.reset()
     info = EngineInfo(
@@ -239,16 +237,6 @@ def _budgets(
     largest = replace(largest, **fixed)
     logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
     return shared, largest
-
-
-def _lanes(config: WorkerConfig, device: torch.device) -> Lanes | None:
-    if not config.overlap:
-        return None
-    if not config.reward_models:
-        raise ConfigurationError("overlap: there is no reward model to run beside the diffusion model")
-    if device.type != "cuda":
-        raise ConfigurationError(f"overlap: there are no streams on {device}")
-    return Lanes(device)
 
 
 def _note_slow_products(dtype: torch.dtype, device: torch.device) -> None:

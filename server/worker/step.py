@@ -6,11 +6,10 @@ trajectory's few dozen positions happens on the host.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial, reduce
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,9 +29,8 @@ from server.worker.group import FloatArray, Group, IntArray, groups
 from server.worker.inner import Cohort, Contexts, inner_steps, objectives_of
 from server.worker.memory import reward_tokens
 from server.worker.microbatch import StepLimits
-from server.worker.overlap import LANES, Lanes
 from server.worker.pack import Batch, Trajectory, pack
-from server.worker.reveal import Choice, base_confidence, choose, confidence, walk
+from server.worker.reveal import Choice, base_confidence, choose, confidence
 from server.worker.savings import Savings
 
 LogitsOf = Callable[[IntArray], Tensor]  # phi_0 (n, V) of some of a batch's distinct rows (n,)
@@ -46,12 +44,6 @@ class _Seconds:
     guidance: float = 0.0
     reward: Timings = field(default_factory=Timings)
     rows: int = 0
-
-    def plus(self, other: _Seconds) -> _Seconds:
-        """Of both. Lanes that ran at once took less time than that."""
-        mine, theirs = self.reward, other.reward
-        reward = Timings(*(getattr(mine, each.name) + getattr(theirs, each.name) for each in fields(Timings)))
-        return _Seconds(self.forward + other.forward, self.guidance + other.guidance, reward, self.rows + other.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +72,8 @@ class _Outcome:
     rewards: list[FloatArray]
 
 
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """Of some trajectories of a step: outcomes, those that memory ran out for, and what it took."""
-
-    outcomes: list[_Outcome]
-    lost: list[tuple[Trajectory, Step]]
-    seconds: _Seconds
-
-
 class Denoiser:
-    """Runs denoising steps with one diffusion model, in parts where `budget` (or memory) demands it, and with `lanes`
-    in two halves at once."""
+    """Runs denoising steps with one diffusion model, in parts where `budget` (or memory) demands it."""
 
     def __init__(
         self,
@@ -99,18 +81,14 @@ class Denoiser:
         info: ModelInfo,
         savings: Savings | None = None,
         budget: Budget | None = None,
-        lanes: Lanes | None = None,
     ) -> None:
         self.model, self.info = model, info
         self.savings = savings or Savings()
         self.device = model.device
         self.stats = RunnerStats()
-        budget = budget or Budget()
-        self.limits = StepLimits.of(budget, self._ran_out)
-        self.lanes = lanes
-        self.lane_limits = [StepLimits.of(budget, self._ran_out, share=LANES) for _ in range(LANES)]
-        self._counting = threading.Lock()
+        self.limits = StepLimits.of(budget or Budget(), self._ran_out)
 
+    @torch.no_grad()
     def step(
         self,
         trajectories: Sequence[tuple[Trajectory, Step]],
@@ -119,69 +97,24 @@ class Denoiser:
     ) -> list[Revealed]:
         """One step of every given trajectory. They are changed in place, and only when all else is done, so a part
         of the step that runs out of memory can run again."""
-        decide = partial(self._decide, contexts=contexts, reward_models=reward_models)
-        if self.lanes is None:
-            decided = [decide(trajectories, self.limits)]
-        elif (cut := self._cut(self.lanes, trajectories, contexts, reward_models)) is None:
-            decided = self.lanes.run([partial(decide, trajectories, self.limits)])
-        else:
-            halves = (trajectories[:cut], trajectories[cut:])
-            works = [partial(decide, half, limits) for half, limits in zip(halves, self.lane_limits, strict=True)]
-            decided = self.lanes.run(works)
-        revealed: list[Revealed] = []
-        for each in decided:
-            for outcome in each.outcomes:
-                revealed += self._commit(outcome)
-            revealed += [Revealed(trajectory, step, [], None, out_of_memory=True) for trajectory, step in each.lost]
-        self._count(trajectories, revealed, reduce(_Seconds.plus, (each.seconds for each in decided)))
-        return revealed
-
-    def _cut(
-        self,
-        lanes: Lanes,
-        trajectories: Sequence[tuple[Trajectory, Step]],
-        contexts: Contexts,
-        reward_models: Mapping[str, RewardModel],
-    ) -> int | None:
-        """How many trajectories are in the first half, or None for a step in one piece: without guidance there is
-        nothing to overlap, and a trajectory too large for half of a budget would break its bound."""
-        if not any(step.guided for _, step in trajectories):
-            return None
-        limits = self.lane_limits[0]
-        tokens, costs = [], []
-        for trajectory, step in trajectories:
-            of_step = limits.guided if step.guided else limits.unguided
-            taken = _size(trajectory, step, contexts, reward_models)
-            tokens.append(Cost.of(trajectory.job).tokens)
-            if tokens[-1] > limits.forwards.most[0] or any(a > b for a, b in zip(taken, of_step.most, strict=True)):
-                return None
-            passes = trajectory.job.guidance.gradient_steps if step.guided else 0
-            costs.append(tokens[-1] + passes * taken[-1])
-        return lanes.split(tokens, costs)
-
-    @torch.no_grad()  # which holds in the thread that it is called in
-    def _decide(
-        self,
-        trajectories: Sequence[tuple[Trajectory, Step]],
-        limits: StepLimits,
-        *,
-        contexts: Contexts,
-        reward_models: Mapping[str, RewardModel],
-    ) -> _Decided:
-        """What a step does to some trajectories, in as many forwards as the limits make it."""
         seconds = _Seconds()
-        parts, lost = limits.forwards.run(
+        parts, lost = self.limits.forwards.run(
             trajectories,
             [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories],
-            lambda part: self._decide_part(part, limits, contexts, reward_models, seconds),
+            lambda part: self._decide_part(part, contexts, reward_models, seconds),
         )
-        outcomes = [outcome for each, _ in parts for outcome in each]
-        return _Decided(outcomes, lost + [each for _, out_of_memory in parts for each in out_of_memory], seconds)
+        revealed: list[Revealed] = []
+        for outcomes, out_of_memory in parts:
+            lost += out_of_memory
+            for outcome in outcomes:
+                revealed += self._commit(outcome)
+        revealed += [Revealed(trajectory, step, [], None, out_of_memory=True) for trajectory, step in lost]
+        self._count(trajectories, revealed, seconds)
+        return revealed
 
     def _decide_part(
         self,
         trajectories: Sequence[tuple[Trajectory, Step]],
-        limits: StepLimits,
         contexts: Contexts,
         reward_models: Mapping[str, RewardModel],
         seconds: _Seconds,
@@ -197,7 +130,7 @@ class Denoiser:
         outcomes: list[_Outcome] = []
         lost: list[tuple[Trajectory, Step]] = []
         for group in groups(batch, self.device, share_inner_steps=self.savings.share_inner_steps):
-            of_group = limits.guided if group.guided else limits.unguided
+            of_group = self.limits.guided if group.guided else self.limits.unguided
             done, out_of_memory = of_group.run(
                 group.members,
                 [_size(member.trajectory, member.step, contexts, reward_models) for member in group.members],
@@ -217,7 +150,7 @@ class Denoiser:
         else:
             everywhere = torch.arange(len(batch.tokens), device=self.device)
             run, head = partial(self.model.masked_logits, batch.tokens, batch.layout, everywhere), torch.clone
-        kept = run() if self.lanes is None else self.lanes.trunk(run)
+        kept = run()
         if not self.savings.head_on_masked_rows:
             kept = kept[batch.rows]
 
@@ -266,8 +199,7 @@ class Denoiser:
             started = time.perf_counter()
             grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
             objectives = objectives_of(group, contexts, reward_models, self.info, seconds.reward, grows=grows)
-            lazy = self.savings.finish_revealed_rows_only
-            cohorts = inner_steps(group, state, objectives, self.info, seconds.reward, lazy=lazy)
+            cohorts = inner_steps(group, state, objectives, self.info, seconds.reward)
             seconds.guidance += time.perf_counter() - started
         return [self._choose(cohort, ranking[cohort.rows], base.entropy_1[cohort.rows]) for cohort in cohorts]
 
@@ -276,16 +208,11 @@ class Denoiser:
         group, state = cohort.group, cohort.state
         candidates, eos = group.candidates(), self.info.eos_token_id
         shown = entropy, cohort.first_w, *cohort.rewards
-        if cohort.pending:
-            base, *rest = download((ranking, *shown))
-            choices = walk(group, candidates, state, cohort.pending, base, eos)
-        else:
-            subset = None if candidates is None else upload(torch.from_numpy(candidates), self.device)
-            tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
-            ranked = confidence(group, state, ranking, tokens, subset)
-            drawn, confidences, uniforms, *rest = download((tokens, ranked, group.ranking_uniforms(candidates), *shown))
-            choices = choose(group, drawn, confidences, uniforms, eos)
-        return _Outcome(group, choices, rest[0], rest[1], rest[2:])
+        subset = None if candidates is None else upload(torch.from_numpy(candidates), self.device)
+        tokens = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset)
+        ranked = confidence(group, state, ranking, tokens, subset)
+        drawn, confidences, uniforms, *rest = download((tokens, ranked, group.ranking_uniforms(candidates), *shown))
+        return _Outcome(group, choose(group, drawn, confidences, uniforms, eos), rest[0], rest[1], rest[2:])
 
     def _commit(self, outcome: _Outcome) -> list[Revealed]:
         """Write the chosen tokens into the canvases."""
@@ -344,8 +271,7 @@ class Denoiser:
         stats.committed_tokens += sum(len(entry.tokens) for entry in revealed)
 
     def _ran_out(self) -> None:
-        with self._counting:  # by either lane
-            self.stats.out_of_memory += 1
+        self.stats.out_of_memory += 1
 
 
 def _size(

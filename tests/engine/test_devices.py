@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Messag
 from server.wire.config import WorkerConfig
 from server.wire.messages import Finished
 from server.worker import inner
-from server.worker.overlap import Lanes
 from server.worker.runner import Runner
 from server.worker.service import LoadedService, load, resolve_reward_device
 
@@ -196,39 +194,6 @@ def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:
             if isinstance(event, Finished):
                 tokens[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
     return tokens
-
-
-@gpu
-@pytest.mark.parametrize("rewards", ["cuda", "cpu"])
-def test_two_halves_at_once_give_the_tokens_of_the_cpu(rewards: str) -> None:
-    """In float64, several times: what one stream frees too early another overwrites only now and then."""
-    expected = crowd(load(CONFIG).runner)
-    service = load(replace(CONFIG, device="cuda", reward_device=rewards, overlap=True))
-    lanes = Lanes(service.device, least_tokens=1, least_trajectories=1)
-    for _ in range(5):
-        runner = Runner(service.runner.loaded, service.runner.reward_models, lanes=lanes)
-        assert crowd(runner) == expected
-
-
-@gpu
-@torch.no_grad()
-def test_lanes_may_share_recorded_graphs(dream: DreamModel) -> None:
-    """Recordings are made, replayed and dropped by both lanes in turn, and each gets its own states."""
-    accelerate(dream, Acceleration(), 2048)
-    expected = [dream.hidden(*batch).double() for batch in batches("cuda")]
-    dream.trunk = GraphedTrunk(dream.backbone.forward, most_graphs=2)
-    lanes = Lanes(dream.device)
-
-    @torch.no_grad()
-    def states() -> list[torch.Tensor]:
-        got = []
-        for _ in range(10):
-            got += [lanes.trunk(partial(dream.hidden, *batch)).double() for batch in batches("cuda")]
-        return got
-
-    for got in lanes.run((states, states)):
-        for state, exact in zip(got, expected * 10, strict=True):
-            assert (state - exact).norm() <= 0.01 * exact.norm()
 
 
 @pytest.fixture
