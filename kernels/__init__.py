@@ -53,15 +53,20 @@ def begin(logits: Tensor, params: RowParams, *, backend: str | None = None, upda
 
 
 @torch.no_grad()
-def draw(state: Guided, keys: Tensor, rows: Tensor | None = None) -> Tensor:
+def draw(state: Guided, keys: Tensor, rows: Tensor | None = None, *, never: int | None = None) -> Tensor:
     """One token a row from softmax(filter(phi / tau)), (n,) int64 (algorithm.md 1.4); the argmax for greedy rows.
 
-    `rows` (n,) int64 names a subset; `keys` (n, 4) int64 has one key a drawn row (`kernels.random.row_keys`).
+    `rows` (n,) int64 names a subset; `keys` (n, 4) int64 has one key a drawn row (`kernels.random.row_keys`). The id
+    `never` is rejected as a filtered token is: greedy rows, and rows whose filters keep nothing else, take the best
+    other token. The distribution that is drawn from, and every statistic, is the one without this rule. ValueError
+    where the vocabulary lacks the id or has no other.
     """
     state.check_rows(rows)
+    if never is not None and not (0 <= never < state.vocab_size > 1):
+        raise ValueError(f"never is {never}, which must be one id of several below {state.vocab_size}")
     if keys.shape != (_count(state, rows), 4):
         raise ValueError(f"keys must be ({_count(state, rows)}, 4), not {tuple(keys.shape)}")
-    return state._draw(keys, rows)
+    return state._draw(keys, rows, never)
 
 
 @torch.no_grad()

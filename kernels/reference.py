@@ -44,15 +44,26 @@ def kept_tokens(phi: Tensor, params: RowParams) -> Tensor:
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def draw(phi: Tensor, params: RowParams, keys: Tensor) -> Tensor:
+def best(phi: Tensor, never: int | None) -> Tensor:
+    """The lowest id of the largest value beside `never` in each row of phi (N, V), (N,) int64."""
+    if never is None:
+        return phi.argmax(-1)
+    place = torch.cat([phi[:, :never], phi[:, never + 1 :]], dim=-1).argmax(-1)
+    return place + (place >= never)
+
+
+def draw(phi: Tensor, params: RowParams, keys: Tensor, never: int | None = None) -> Tensor:
     """One token a row, (N,) int64, by the rejection rule of algorithm.md 1.4; phi (N, V), keys (N, 4).
 
     Round r draws the first id whose cumulative unfiltered probability exceeds u_r and accepts it when the filters
-    keep it. After 64 rejections, u_64 draws from the kept ids alone.
+    keep it and it is not `never`. After 64 rejections, u_64 draws from the ids that can be accepted. A greedy row,
+    and one of which the filters keep nothing but `never`, takes the best other token.
     """
     kept = kept_tokens(phi, params)
+    if never is not None:
+        kept[:, never] = False
     weights = torch.softmax(phi.double() / params.tau.double()[:, None], dim=-1)
-    tokens = phi.argmax(-1)
+    tokens = best(phi, never)
     pending = ~params.greedy & (kept.sum(-1) > 1)
     cumulative = weights.cumsum(-1)
     for round_ in range(MAX_REJECTIONS):
@@ -62,8 +73,11 @@ def draw(phi: Tensor, params: RowParams, keys: Tensor) -> Tensor:
         accepted = pending & kept.gather(-1, x[:, None])[:, 0]
         tokens = torch.where(accepted, x, tokens)
         pending = pending & ~accepted
-    x = first_exceeding((weights * kept).cumsum(-1), uniform(keys, MAX_REJECTIONS))
-    return torch.where(pending, x, tokens)
+    # Relative to the best of them, whose weight is 1: what `never` leaves to the others may be too small for a number.
+    z = (phi.double() - phi.double().gather(-1, tokens[:, None])) / params.tau.double()[:, None]
+    cumulative = z.masked_fill(~kept, -torch.inf).nan_to_num(-torch.inf, posinf=-torch.inf).exp().cumsum(-1)
+    pending &= cumulative[:, -1] > 0
+    return torch.where(pending, first_exceeding(cumulative, uniform(keys, MAX_REJECTIONS)), tokens)
 
 
 def first_exceeding(cumulative: Tensor, u: Tensor) -> Tensor:
@@ -119,8 +133,8 @@ class ReferenceState(Guided):
     def _params(self, rows: Tensor | None) -> RowParams:
         return self.params if rows is None else self.params.select(rows)
 
-    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
-        return draw(self._phi(rows), self._params(rows), keys)
+    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
+        return draw(self._phi(rows), self._params(rows), keys, never)
 
     def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
         return filtered_stats(self._phi(rows), self._params(rows), tokens)

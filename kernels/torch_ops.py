@@ -161,22 +161,39 @@ class TorchState(TiledState):
 
     # -- drawing --------------------------------------------------------------------------------------------------
 
-    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
+    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
         index = torch.arange(self.rows, device=keys.device) if rows is None else rows
         params = self.params.select(index)
         total = self.sums.s_tau[index]
-        first = self._stats.argmax[index]
+        first = self._stats.argmax[index] if never is None else self._best_other(never, index)
         # One kept token needs no draw: the second is cut when the first alone exceeds top_p.
         certain = params.greedy | (params.top_k == 1) | ((1 / total > params.top_p) & (params.top_p < 1))
         tokens = torch.where(certain, first, self._invert(uniform(keys, 0), index))
         mass, count = self._above(tokens, rows)
         limit = torch.where(params.top_p >= 1, torch.inf, params.top_p.double() * total)
-        accepted = certain | (((mass <= limit) | (count == 0)) & (count < params.top_k))
+        kept = ((mass <= limit) | (count == 0)) & (count < params.top_k)
+        accepted = certain | (kept if never is None else kept & (tokens != never))
         rejected = torch.nonzero(~accepted)[:, 0]  # the one read of the device
         for block in self._blocks(len(rejected), self.vocab_size, self.wide_block_elements):
             some = rejected[block]
-            tokens[some] = self._redraw(keys[some], index[some])
+            tokens[some] = self._redraw(keys[some], index[some], first[some], never)
         return tokens
+
+    def _best_other(self, never: int, index: Tensor) -> Tensor:
+        """The lowest id of the largest value beside `never` in rows `index` (n,): its own tile is looked at anew."""
+        lowest = torch.finfo(
+            self.dtype
+        ).min  # for -inf, so that a row of nothing else still has one that is not `never`
+
+        def look(tile: Tensor) -> Tensor:
+            phi, columns = self._tile_values(tile, index)
+            return phi.clamp_min(lowest).masked_fill(columns == never, -torch.inf)
+
+        maximum = self.tiles.maximum[index].clamp_min(lowest)
+        maximum[:, never // self.tile] = look(torch.full_like(index, never // self.tile)).amax(-1).to(maximum.dtype)
+        tile = maximum.argmax(-1)
+        # Only a row that is not numbers can point past the end.
+        return (tile * self.tile + look(tile).argmax(-1)).clamp_max(self.vocab_size - 1)
 
     def _invert(self, u: Tensor, index: Tensor) -> Tensor:
         """The first id (n,) whose cumulative unfiltered mass exceeds u (n,) times the total."""
@@ -208,11 +225,14 @@ class TorchState(TiledState):
                 count[block] += above.sum(-1)
         return mass, count
 
-    def _redraw(self, keys: Tensor, index: Tensor) -> Tensor:
-        """Rounds 1 and later of the rejection rule for rows whose first draw was rejected; (b,) tokens."""
+    def _redraw(self, keys: Tensor, index: Tensor, first: Tensor, never: int | None) -> Tensor:
+        """Rounds 1 and later of the rejection rule for rows whose first draw was rejected; (b,) tokens. `first` (b,)
+        is the best token that may be accepted."""
         phi = self._block(index, 0, self.vocab_size)
         value, token, weights = last_kept(phi, self.sums.maximum[index].to(self.dtype), self.params.select(index))
         kept = kept_mask(phi, value, token)
+        if never is not None:
+            kept[:, never] = False
         rounds = torch.arange(1, MAX_REJECTIONS, device=keys.device)
         u = uniform(keys[:, None, :], rounds)
         cumulative = weights.cumsum(-1)
@@ -220,9 +240,14 @@ class TorchState(TiledState):
         target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
         x = torch.searchsorted(cumulative, target, right=True).clamp_max(self.vocab_size - 1)
         accepted = kept.gather(-1, x)
-        first = accepted.to(torch.uint8).argmax(-1, keepdim=True)
-        fallback = first_exceeding((weights * kept).cumsum(-1), uniform(keys, MAX_REJECTIONS))
-        return torch.where(accepted.any(-1), x.gather(-1, first)[:, 0], fallback)
+        round_ = accepted.to(torch.uint8).argmax(-1, keepdim=True)
+        # What `never` leaves to the others may be too small for a number: relative to the best of them it is not.
+        z = (phi.gather(-1, first[:, None]) - phi) / self.params.tau[index][:, None]
+        z = z.double().masked_fill_(~kept, torch.inf).nan_to_num_(torch.inf, neginf=torch.inf)
+        cumulative = z.neg_().exp_().cumsum(-1)
+        fallback = first_exceeding(cumulative, uniform(keys, MAX_REJECTIONS))
+        fallback = torch.where(cumulative[:, -1] > 0, fallback, first)
+        return torch.where(accepted.any(-1), x.gather(-1, round_)[:, 0], fallback)
 
     def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
         index = torch.arange(self.rows, device=tokens.device) if rows is None else rows

@@ -32,7 +32,7 @@ _TYPES = {
     **dict.fromkeys(("top_k", "keys", "index", "tokens", "argmax"), "*i64"),
     **dict.fromkeys(("logits", "table", "g"), "*bf16"),
     **dict.fromkeys(("rows", "plane", "vocab", "row_stride", "tile_count", "first", "width", "blocks"), "i32"),
-    **dict.fromkeys(("count", "hidden", "table_stride", "part_width", "part_count", "drawn"), "i32"),
+    **dict.fromkeys(("count", "hidden", "table_stride", "part_width", "part_count", "drawn", "never"), "i32"),
     **dict.fromkeys(("m_correction", "v_correction"), "fp32"),
     "greedy": "*u8",
 }  # everything else is a pointer to float32

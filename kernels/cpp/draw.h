@@ -32,10 +32,25 @@ struct Cut {
 
 class Row {
  public:
-  Row(const State& state, int64_t row)
-      : s(state), row(row), maximum(float(state.row_maximum[row])), inverse_tau(1.0f / state.tau[row]),
+  Row(const State& state, int64_t row, int64_t never = -1)
+      : s(state), row(row), never(never), maximum(float(state.row_maximum[row])), inverse_tau(1.0f / state.tau[row]),
         total(state.row_s_tau[row]), top_k(state.top_k[row]),
         limit(state.top_p[row] >= 1 ? std::numeric_limits<double>::infinity() : double(state.top_p[row]) * total) {}
+
+  // The lowest id of the largest value beside `never`.
+  int64_t best() {
+    if (s.argmax[row] != never) return s.argmax[row];
+    int64_t best = never == 0;
+    float highest = -INFINITE;
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      if (!(s.maximum[row * s.tiles + tile] > highest)) continue;
+      const int64_t start = tile * TILE, width = tile_width(s, tile);
+      const float* phi = load(s, row, start, width, phi_);
+      for (int64_t i = 0; i < width; ++i)
+        if (phi[i] > highest && start + i != never) highest = phi[i], best = start + i;
+    }
+    return best;
+  }
 
   // One kept token needs no draw: the second is cut when the first alone exceeds top_p.
   bool certain() const { return s.greedy[row] || top_k == 1 || 1.0 > limit; }
@@ -69,6 +84,7 @@ class Row {
 
   // Whether the filters keep an id: the mass and the count of what ranks above it are small enough.
   bool keeps(int64_t id) {
+    if (id == never) return false;
     const float value = value_at(s, row, id);
     double mass = 0;
     int64_t count = 0;
@@ -142,34 +158,40 @@ class Row {
     return last;
   }
 
-  // Inverse CDF over the kept ids in ascending order.
+  // Inverse CDF over the kept ids in ascending order. Weights are relative to the best of them: what `never` leaves to
+  // the others may be too small for a number.
   int64_t invert_kept(const Cut& cut, double u) {
+    int64_t chosen = -1, last = best();
+    const float highest = value_at(s, row, last);
+    if (highest == -INFINITE) return last;
     double kept = 0;
-    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) kept += cut.keeps(phi[i], ids[i]) ? weights[i] : 0.0f;
-    });
+    auto each = [&](auto use) {
+      each_kept([&](const float* phi, const float*, const int64_t* ids, int64_t n) {
+        tile_weights(phi, n, highest, inverse_tau, weights_);
+        for (int64_t i = 0; i < n; ++i)
+          if (cut.keeps(phi[i], ids[i]) && ids[i] != never && weights_[i] > 0) use(weights_[i], ids[i]);
+      });
+    };
+    each([&](float weight, int64_t) { kept += weight; });
     const double target = u * kept;
     double before = 0;
-    int64_t chosen = -1, last = s.argmax[row];
-    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
-      for (int64_t i = 0; i < n && chosen < 0; ++i) {
-        if (!cut.keeps(phi[i], ids[i]) || weights[i] == 0.0f) continue;
-        before += weights[i];
-        last = ids[i];
-        if (before > target) chosen = last;
-      }
+    each([&](float weight, int64_t id) {
+      if (chosen >= 0) return;
+      before += weight;
+      last = id;
+      if (before > target) chosen = id;
     });
     return chosen < 0 ? last : chosen;
   }
 
   int64_t draw(const int64_t* key) {
-    if (certain()) return s.argmax[row];
+    if (certain()) return best();
     const int64_t first = invert(uniform(key, 0));
     if (keeps(first)) return first;
     const Cut cut = last_kept();
     for (uint32_t round = 1; round < MAX_REJECTIONS; ++round) {
       const int64_t x = invert(uniform(key, round));
-      if (cut.keeps(value_at(s, row, x), x)) return x;
+      if (x != never && cut.keeps(value_at(s, row, x), x)) return x;
     }
     return invert_kept(cut, uniform(key, MAX_REJECTIONS));
   }
@@ -252,7 +274,7 @@ class Row {
   }
 
   const State& s;
-  const int64_t row;
+  const int64_t row, never;  // -1 where every id may be drawn
   const float maximum, inverse_tau;
   const double total;
   const int64_t top_k;

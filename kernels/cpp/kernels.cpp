@@ -155,13 +155,14 @@ void step(const State* state, const Plan* plan, const float* slope, const float*
   }
 }
 
-// One token for each of `count` rows; keys (count, 4).
-void draw(const State* state, const int64_t* keys, const int64_t* index, int64_t count, int64_t* tokens) {
+// One token for each of `count` rows, none of them `never`; keys (count, 4).
+void draw(const State* state, const int64_t* keys, const int64_t* index, int64_t count, int64_t never,
+          int64_t* tokens) {
 #pragma omp parallel num_threads(state->threads)
   {
     FlushDenormals flush;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) tokens[i] = Row(*state, index ? index[i] : i).draw(keys + 4 * i);
+    for (int64_t i = 0; i < count; ++i) tokens[i] = Row(*state, index ? index[i] : i, never).draw(keys + 4 * i);
   }
 }
 

@@ -155,7 +155,7 @@ class CppState(TiledState):
             ctypes.c_int64(slope.shape[0]),
         )
 
-    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
+    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
         keys = keys.contiguous()
         rows = None if rows is None else rows.contiguous()
         tokens = torch.empty(len(keys), dtype=torch.long)
@@ -164,6 +164,7 @@ class CppState(TiledState):
             ctypes.c_void_p(keys.data_ptr()),
             ctypes.c_void_p(_pointer(rows)),
             ctypes.c_int64(len(keys)),
+            ctypes.c_int64(-1 if never is None else never),
             ctypes.c_void_p(tokens.data_ptr()),
         )
         return tokens

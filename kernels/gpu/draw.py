@@ -63,6 +63,23 @@ def _value(logits, g1, g2, phi, row, vocab, row_stride, column, eta, KIND: tl.co
 
 
 @triton.jit
+def _best_other(
+    never, logits, g1, g2, phi, row, vocab, row_stride, eta, KIND: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The lowest id of the largest value beside `never` (int64 scalar)."""
+    highest = tl.full([BLOCK], -INF, tl.float32)
+    found = tl.full([BLOCK], 0, tl.int64) + vocab
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK).to(tl.int64)
+        mask = (columns < vocab) & (columns != never)
+        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND)
+        better = mask & ((x > highest) | (found == vocab))
+        highest = tl.where(better, x, highest)
+        found = tl.where(better, columns, found)
+    return tl.minimum(tl.min(tl.where(highest == tl.max(highest, 0), found, vocab), 0), vocab - 1)
+
+
+@triton.jit
 def _above(
     value, token, logits, g1, g2, phi, row, vocab, row_stride, eta, maximum, inverse_tau,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -150,10 +167,10 @@ def _last_kept(
 @triton.jit
 def draw(
     logits, g1, g2, phi, tau, top_p, top_k, greedy, eta, row_maximum, row_s_tau, mass, argmax, keys, index, tokens,
-    vocab, row_stride, tile_count,
+    never, vocab, row_stride, tile_count,
     KIND: tl.constexpr, HAS_INDEX: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n,): row `index[i]` (or i) draws with key i."""
+    """Grid (n,): row `index[i]` (or i) draws with key i; an id `never` (-1: none) is not accepted."""
     i = tl.program_id(0).to(tl.int64)
     row = i
     if HAS_INDEX:
@@ -168,6 +185,8 @@ def draw(
     limit = tl.where(p >= 1.0, INF, p.to(tl.float64) * total)
     # One kept token needs no draw: the second is cut when the first alone (mass 1) exceeds top_p.
     done = ((tl.load(greedy + row) != 0) | (k == 1) | (limit < 1.0)).to(tl.int32)
+    if highest == never:
+        highest = _best_other(never, logits, g1, g2, phi, row, vocab, row_stride, step, KIND, BLOCK)
     token = highest
     bound_value = -INF + maximum * 0.0
     bound_token = highest * 0 + vocab
@@ -179,7 +198,7 @@ def draw(
             highest, KIND, TILE, TILES,
         )  # fmt: skip
         value = _value(logits, g1, g2, phi, row, vocab, row_stride, x, step, KIND)
-        if (value > bound_value) | ((value == bound_value) & (x < bound_token)):
+        if (x != never) & ((value > bound_value) | ((value == bound_value) & (x < bound_token))):
             above, count = _above(
                 value, x, logits, g1, g2, phi, row, vocab, row_stride, step, maximum, inverse_tau, KIND, BLOCK
             )
@@ -194,27 +213,30 @@ def draw(
         value, last = _last_kept(
             limit, k, logits, g1, g2, phi, row, vocab, row_stride, step, maximum, inverse_tau, KIND, BLOCK
         )
+        # Relative to the best of them: what `never` leaves to the others may be too small for a number.
+        best = _value(logits, g1, g2, phi, row, vocab, row_stride, highest, step, KIND)
+        best = tl.where(best == -INF, 0.0, best)
         kept = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK).to(tl.int64)
             x_block = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, step, KIND)
-            inside = (x_block > value) | ((x_block == value) & (columns <= last))
-            kept += tl.where(inside, tl.exp((x_block - maximum) * inverse_tau), 0.0)
+            inside = ((x_block > value) | ((x_block == value) & (columns <= last))) & (columns != never)
+            kept += tl.where(inside, tl.exp((x_block - best) * inverse_tau), 0.0)
         target = uniform(keys, i, rejections) * tl.sum(kept.to(tl.float64), 0)
         base = target * 0.0
         chosen = highest * 0 + vocab
-        fallback = highest * 0
+        fallback = highest * 0 - 1
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK).to(tl.int64)
             x_block = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, step, KIND)
-            inside = (x_block > value) | ((x_block == value) & (columns <= last))
-            weight = tl.where(inside, tl.exp((x_block - maximum) * inverse_tau), 0.0).to(tl.float64)
+            inside = ((x_block > value) | ((x_block == value) & (columns <= last))) & (columns != never)
+            weight = tl.where(inside, tl.exp((x_block - best) * inverse_tau), 0.0).to(tl.float64)
             cumulative = base + tl.cumsum(weight, 0)
             hit = (cumulative > target) & (weight > 0)
             chosen = tl.minimum(chosen, tl.min(tl.where(hit, columns, vocab), 0))
-            fallback = tl.maximum(fallback, tl.max(tl.where(weight > 0, columns, 0), 0))
+            fallback = tl.maximum(fallback, tl.max(tl.where(weight > 0, columns, -1), 0))
             base += tl.sum(weight, 0)
-        token = tl.where(chosen < vocab, chosen, fallback)
+        token = tl.where(chosen < vocab, chosen, tl.where(fallback < 0, highest, fallback))
     tl.store(tokens + i, token)
 
 

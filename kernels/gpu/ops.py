@@ -236,12 +236,12 @@ class TritonState(TiledState):
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, keys: Tensor, rows: Tensor | None) -> Tensor:
+    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
         tokens = torch.empty(len(keys), dtype=torch.long, device=keys.device)
         draw_kernels.draw[(len(keys),)](
             *self._source(), self._tau, self._top_p, self._top_k, self._greedy, self._eta,
             self.sums.maximum, self.sums.s_tau, self.sums.mass, self._stats.argmax, keys.contiguous(),
-            keys if rows is None else rows, tokens,
+            keys if rows is None else rows, tokens, -1 if never is None else never,
             self.vocab_size, self.logits.stride(0), self._tile_count,
             KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=128, BLOCK=1024, num_warps=8,
         )  # fmt: skip

@@ -5,7 +5,7 @@ import scipy.stats
 import torch
 
 import kernels
-from kernels.random import row_keys
+from kernels.random import row_keys, uniform
 
 
 def parameters(n, v, device, tau=1.0, top_p=1.0, top_k=None, greedy=False, dtype=torch.float32):
@@ -33,8 +33,9 @@ def row_of(kind: str, v: int) -> torch.Tensor:
     return (torch.randn(v, generator=g) * 2 + 8).bfloat16()
 
 
-def filtered(row, tau, top_p, top_k):
-    """One row's filtered distribution in float64, by the definition: sort by (value desc, id asc), cut, renormalise."""
+def filtered(row, tau, top_p, top_k, never=None):
+    """One row's filtered distribution in float64, by the definition: sort by (value desc, id asc), cut, leave `never`
+    out, renormalise."""
     q = (row.double() / tau).softmax(-1).tolist()
     ranked = sorted(range(len(q)), key=lambda i: (-float(row[i]), i))
     kept, before = [], 0.0
@@ -43,6 +44,7 @@ def filtered(row, tau, top_p, top_k):
             break
         kept.append(i)
         before += q[i]
+    kept = [i for i in kept if i != never] or [next(i for i in ranked if i != never)]
     result = torch.zeros(len(q), dtype=torch.float64)
     result[kept] = torch.tensor([q[i] for i in kept], dtype=torch.float64)
     return result / result.sum()
@@ -50,18 +52,21 @@ def filtered(row, tau, top_p, top_k):
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "bf16-tied"])
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, None), (0.9, None), (0.6, None), (1.0, 20), (0.8, 15), (0.3, 3)])
-def test_distribution(implementation, kind, top_p, top_k):
+@pytest.mark.parametrize("rank", [None, 0, 2])
+def test_distribution(implementation, kind, top_p, top_k, rank):
+    """With the token of some rank never drawn, or with none."""
     if implementation.interpreted:
         pytest.skip("too many rows for the interpreter, which compares tokens with the reference instead")
     v, n, tau = 96, 8000, 0.8
     row = row_of(kind, v)
-    expected = filtered(row, tau, top_p, top_k or v)
+    never = None if rank is None else int(row.float().sort(descending=True, stable=True).indices[rank])
+    expected = filtered(row, tau, top_p, top_k or v, never)
     logits = row.to(implementation.device).expand(n, v).contiguous()
     params = parameters(n, v, implementation.device, tau, top_p, top_k)
     state = kernels.begin(logits, params, backend=implementation.backend)
     position = torch.arange(n, device=implementation.device)
     zero = torch.zeros_like(position)
-    tokens = kernels.draw(state, row_keys(zero + 5, zero, zero, zero, zero, position)).cpu()
+    tokens = kernels.draw(state, row_keys(zero + 5, zero, zero, zero, zero, position), never=never).cpu()
     counts = torch.bincount(tokens, minlength=v)
     assert counts[expected == 0].sum() == 0  # nothing outside the nucleus, ever
     likely = expected * n >= 5
@@ -100,9 +105,9 @@ def test_same_tokens_as_the_reference(implementation, make_case):
         for dtype in implementation.dtypes:
             case = make_case(n, v, 2, dtype, implementation.device, seed=n + v)
             state, reference = case.begin(implementation.backend), case.begin("reference")
-            for inner in range(2):
-                actual = kernels.draw(state, case.keys(inner=inner))
-                expected = kernels.draw(reference, case.keys(inner=inner))
+            for inner, never in enumerate((None, int(reference.stats.argmax[0]))):
+                actual = kernels.draw(state, case.keys(inner=inner), never=never)
+                expected = kernels.draw(reference, case.keys(inner=inner), never=never)
                 different = int((actual != expected).sum())
                 assert different <= (0 if dtype == torch.float64 else 1)
 
@@ -123,6 +128,63 @@ def test_same_tokens_after_updates_in_float64(implementation, make_case):
             kernels.update(state, [kernels.Term(g, case.table, soft)])
 
 
+def test_a_token_that_is_never_drawn_leaves_the_rule_as_it_is(implementation):
+    """The rule of algorithm.md 1.4 written out for one row at a time, for every id of a small vocabulary."""
+    v, n = 5, 4 if implementation.interpreted else 40
+    row = torch.tensor([2.0, 1.0, 2.0, -1.0, 0.5])
+    for top_p, top_k in ((1.0, 5), (0.7, 5), (1.0, 2), (0.5, 1)):
+        params = parameters(n, v, implementation.device, 0.7, top_p, top_k)
+        state = kernels.begin(row.expand(n, v).to(implementation.device), params, backend=implementation.backend)
+        position = torch.arange(n, device=implementation.device)
+        zero = torch.zeros_like(position)
+        keys = row_keys(zero + 3, zero, zero, zero, zero, position)
+        cumulative = (row.double() / 0.7).softmax(-1).cumsum(-1).tolist()
+        for never in range(v):
+            accepted = filtered(row, 0.7, top_p, top_k, never) > 0
+            expected = []
+            for key in keys.cpu():
+                u = (float(uniform(key[None], round_)) for round_ in range(64))
+                drawn = (next(i for i in range(v) if cumulative[i] > each or i == v - 1) for each in u)
+                expected.append(next(x for x in drawn if accepted[x]))
+            assert kernels.draw(state, keys, never=never).tolist() == expected
+
+
+def test_where_a_token_that_is_never_drawn_is_all_there_is(implementation):
+    """The best other token is taken: by greedy rows, where nothing else is kept, where all others are impossible, and
+    (among equal ones, by the rule) where the others' mass is too small for a number. Statistics stay as they are."""
+    v = 1100
+    for never, best in ((0, 1), (7, 3), (v - 1, 1050)):
+        logits = torch.full((5, v), -30.0)
+        logits[:, best] = -20.0
+        logits[:, min(best + 20, v - 2)] = -20.0  # equal, with a higher id
+        logits[:, never] = 5.0
+        logits[3] = -torch.inf
+        logits[3, never] = 5.0
+        logits[4, :] -= 2000.0
+        logits[4, never] = 5.0
+        params = parameters(5, v, implementation.device, 0.9, 1.0)
+        params.greedy[0], params.top_k[1], params.top_p[2] = True, 1, 0.9
+        state = kernels.begin(logits.to(implementation.device), params, backend=implementation.backend)
+        reference = kernels.begin(logits.to(implementation.device), params, backend="reference")
+        position = torch.arange(5, device=implementation.device)
+        zero = torch.zeros_like(position)
+        keys = row_keys(zero + 1, zero, zero, zero, zero, position)
+        tokens = kernels.draw(state, keys, never=never).tolist()
+        assert tokens[:4] == [best, best, best, 1 if never == 0 else 0]
+        assert tokens[4] in (best, best + 20)
+        assert tokens == kernels.draw(reference, keys, never=never).tolist()
+        assert kernels.draw(state, keys)[:4].tolist() == [never] * 4
+        assert state.stats.argmax.tolist() == [never] * 5
+        assert kernels.filtered_stats(state, zero + never).token_probability[1] == 1
+
+
+@pytest.mark.parametrize("never", [-1, 9])
+def test_an_id_that_does_not_exist_cannot_be_ruled_out(make_case, never):
+    case = make_case(2, 9, 2, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="one id of several below 9"):
+        kernels.draw(case.begin("reference"), case.keys(), never=never)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k):
     """On flat rows two tokens of thousands are kept, so nearly every row spends its 64 rejections."""
@@ -131,10 +193,11 @@ def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k
     logits = (case.logits * 0.01).float()
     params = parameters(n, v, implementation.device, 0.9, 1.0, top_k)
     states = [kernels.begin(logits, params, backend=b) for b in (implementation.backend, "reference")]
-    actual, expected = (kernels.draw(state, case.keys()) for state in states)
-    assert int((actual != expected).sum()) <= 1
-    allowed = logits.topk(top_k, dim=-1).indices
-    assert (actual[:, None] == allowed).any(-1).all()
+    for never in (None, int(logits[0].argmax())):
+        actual, expected = (kernels.draw(state, case.keys(), never=never) for state in states)
+        assert int((actual != expected).sum()) <= 1
+        allowed = (actual[:, None] == logits.topk(top_k, dim=-1).indices).any(-1)
+        assert allowed[1 if never is not None else 0 :].all()  # the first row's may be the best other token
 
 
 def test_equal_values_are_ranked_by_id(implementation):
