@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
+.PHONY: help setup serve test test-slow check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -23,9 +23,15 @@ setup: $(DEV) ## Create .venv and install the locked dependencies, development t
 serve: $(RUNTIME) ## Serve the bundled models on 127.0.0.1:8000 (other models: ARGS="--model ... --reward-model ...")
 	$(PY) -m server $(ARGS)
 
-# One thread: the tests' tensors are tiny, and threads that wait for each other on busy cores cost ten times the work.
-test: $(DEV) ## Run the test suite
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(ARGS)
+# Two processes of one thread each: the tests' tensors are tiny, and threads that wait for each other on busy cores cost
+# ten times the work. A file is run by one process, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest
+
+test: $(DEV) ## Run the test suite, all but what takes long
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(DEV) ## Run the tests that take long: compilers, interpreters, thousands of generated cases
+	$(PYTEST) -n 2 --dist loadscope -m slow $(ARGS)
 
 check: $(DEV) ## Lint, formatting, types, and who may import whom
 	$(VENV)/bin/ruff check
