@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.checkpoints import SPECIAL, Shape, write_reward, write_tokenizer
+from benchmarks.workload import run_to_end
 from server.models.dream import DreamConfig, DreamModel
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.models.weights import stored_tensors
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
-from server.wire.messages import Failed, Finished
 from server.worker.runner import Runner
 
 DREAM_7B: dict[str, Any] = {
@@ -107,16 +107,10 @@ def step(loaded: LoadedDiffusionModel, reward: RewardModel) -> float:
         diffusion=DiffusionParams(steps=1),
         guidance=GuidanceParams("entrgi", (WeightedReward(reward.name),), gradient_steps=1),
     )
-    runner.add(job, now=time.time())
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Failed):
-                raise RuntimeError(event.message)
-            if isinstance(event, Finished):
-                value = event.result.trajectories[0].reward
-                if value is not None and math.isfinite(value):
-                    return value
-    raise RuntimeError("the guided step gave no finite reward")
+    value = run_to_end(runner, [job])[job.id].trajectories[0].reward
+    if value is None or not math.isfinite(value):
+        raise RuntimeError("the guided step gave no finite reward")
+    return value
 
 
 def memory_bytes() -> dict[str, int]:

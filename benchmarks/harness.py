@@ -8,7 +8,7 @@ is their median, and of times the least and the median.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,42 +19,13 @@ from tqdm import tqdm
 from benchmarks.checkpoints import LLADA_126K, write_llada, write_pair
 from benchmarks.flops import Flops
 from benchmarks.machine import Rate, gemm_rate
-from benchmarks.workload import Pair, Run, Workload, load, run_engine
+from benchmarks.report import Figure, Row
+from benchmarks.workload import Pair, Run, Workload, load, only_first_trajectory, run_engine, run_one_by_one, run_plain
+from server.types import Job
+from server.worker.savings import Savings
 
-Row = dict[str, Any]
 Measure = Callable[[int], Run]
 """One run of a variant on the request set of that number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One number that a case is run for, and the bound it should hold, if any: `at_least` or `at_most`."""
-
-    name: str
-    value: float
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bound holds; None without one."""
-        if self.at_least is not None:
-            return self.value >= self.at_least
-        return None if self.at_most is None else self.value <= self.at_most
-
-
-@dataclass(frozen=True, slots=True)
-class CaseResult:
-    """What one case found: rows for its table, and its figures."""
-
-    case: str
-    rows: list[Row]
-    figures: list[Figure] = field(default_factory=list)
-    gemm_gflops: float = 0.0
-
-    def to_json(self) -> Row:
-        """As plain values."""
-        return asdict(self) | {"figures": [asdict(figure) | {"met": figure.met} for figure in self.figures]}
 
 
 @dataclass(slots=True)
@@ -112,6 +83,26 @@ class Bench:
             progress.set_postfix_str(name)
             runs[name].append(variants[name](number))
         return runs
+
+
+def engine(pair: Pair, workload: Workload, savings: Savings | None = None) -> Measure:
+    """The engine, all of the workload's jobs at once."""
+    return lambda number: run_engine(pair, workload.jobs(pair, number), savings)
+
+
+def one_by_one(pair: Pair, workload: Workload) -> Measure:
+    """The engine, one job after the other."""
+    return lambda number: run_one_by_one(pair, workload.jobs(pair, number))
+
+
+def plain(pair: Pair, workload: Workload, sample: Callable[[list[Job]], list[Job]] = lambda jobs: jobs) -> Measure:
+    """The plain loop, on all jobs or a sample of them."""
+    return lambda number: run_plain(pair, sample(workload.jobs(pair, number)))
+
+
+def first_trajectory(jobs: list[Job]) -> list[Job]:
+    """A sample: the first job, with K = 1."""
+    return [only_first_trajectory(jobs[0])]
 
 
 def warm_up(pair: Pair, workload: Workload) -> None:

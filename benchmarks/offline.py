@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import cases, llada_case, sweeps
-from benchmarks.harness import Bench, CaseResult
+from benchmarks import cases, sweeps
+from benchmarks.harness import Bench
 from benchmarks.machine import describe
 from benchmarks.plots import draw
-from benchmarks.report import show, write
+from benchmarks.report import CaseResult, keep, show
+from demo import bundled_model_path, bundled_reward_models
 
 CASES: dict[str, Callable[[Bench], CaseResult]] = {
     case.__name__: case
@@ -35,7 +36,7 @@ CASES: dict[str, Callable[[Bench], CaseResult]] = {
         sweeps.method,
         sweeps.linear,
         sweeps.prefix_share,
-        llada_case.llada,
+        cases.llada,
     )
 }
 
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     made.add_argument("--dlm", type=Path, help="a diffusion checkpoint instead of the generated one")
     made.add_argument("--rm", type=Path, help="its reward model")
+    made.add_argument("--bundled", action="store_true", help="the bundled, trained pair instead of the generated one")
     made.add_argument("--dtype", default="float32", choices=["float64", "float32", "bfloat16", "float16"])
     made.add_argument("--device", default="cpu")
     made.add_argument("--out", type=Path, default=Path("build/bench"), help="for the JSON and the plots")
@@ -66,6 +68,10 @@ def main() -> None:
     args = made.parse_args()
     if (args.dlm is None) != (args.rm is None):
         made.error("--dlm and --rm go together")
+    if args.bundled and args.dlm:
+        made.error("--bundled names the checkpoints itself")
+    if args.bundled:
+        args.dlm, args.rm = bundled_model_path(), next(iter(bundled_reward_models().values()))
     if args.threads:
         torch.set_num_threads(args.threads)
     repetitions = args.repetitions or (3 if args.full else 1)
@@ -74,14 +80,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), device, dtype, not args.full, repetitions, args.request_set, args.dlm, args.rm)
         document = {"bench": "offline", "form": "full" if args.full else "quick"} | describe(device, dtype)
-        document["cases"] = []
+        results = []
         for name in args.case:
             console.print(f"[bold]{name}[/]: {CASES[name].__doc__}")
-            document["cases"].append(CASES[name](bench).to_json())
-    show(document, console)
-    for path in (write(document, args.out), *draw(document, args.out)):
+            results.append(CASES[name](bench))
+    show(results, console)
+    whole = keep(document, results, args.out)
+    for path in draw(whole, args.out):
         console.print(f"wrote {path}")
-    print(json.dumps(document))
+    print(json.dumps(whole))
 
 
 if __name__ == "__main__":

@@ -27,20 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.checkpoints import write_pair
 from benchmarks.overhead import overhead
-from benchmarks.processes import engine, served, write_models
+from benchmarks.processes import engine, served
+from benchmarks.report import CaseResult, Row, keep, show
 from clients.aio import AsyncClient
 from clients.errors import ClientError
 from clients.loadgen import PROMPTS, Report, arrivals, closed_loop, generate_load, load_client
 from clients.options import Diffusion, Guidance, Method, Options
 
-Row = dict[str, Any]
 CASES = ("closed", "open", "overhead")
-ONLY_JSON = {"method", "in_flight", "share", "rate"}
-"""Keys of a row that its table leaves out: its name says the same."""
 METHODS: tuple[Method, ...] = ("none", "entrgi")
 
 
@@ -141,63 +139,33 @@ async def capacities(client: AsyncClient, size: Size, rows: list[Row]) -> dict[s
     return found
 
 
-async def measure(given: argparse.Namespace, size: Size) -> list[Row]:
-    """All cases that were asked for; the document's `cases`."""
-    cases: list[Row] = []
+async def measure(given: argparse.Namespace, size: Size) -> list[CaseResult]:
+    """All cases that were asked for."""
+    cases: list[CaseResult] = []
     async with AsyncExitStack() as stack:
         url, alone = given.url, None
         if url is None:
             dlm, rm = given.dlm, given.rm
             if dlm is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                dlm, rm = await write_models(Path(folder))
-            models = ["--threads", str(given.threads)]
+                dlm, rm = write_pair(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            threads = ["--threads", str(given.threads)]
             server = ["--model", str(dlm), "--reward-model", f"rm={rm}", "--dtype", "float32", "--device", "cpu"]
             if "overhead" in given.case:
-                alone = await stack.enter_async_context(engine([*models, "--dlm", str(dlm), "--rm", str(rm)]))
-            url = await stack.enter_async_context(served([*models, *server, "--log-level", "WARNING"]))
+                alone = await stack.enter_async_context(engine([*threads, "--dlm", str(dlm), "--rm", str(rm)]))
+            url = await stack.enter_async_context(served([*threads, *server, "--log-level", "WARNING"]))
         client = await stack.enter_async_context(load_client(url, given.api_key))
         await closed_loop(client, PROMPTS, options("entrgi", size), requests=2, concurrency=2, stream=True, seed=9)
         rows: list[Row] = []
         if "closed" in given.case:
             rows = await closed(client, size)
-            cases.append({"case": "closed", "rows": rows, "figures": []})
+            cases.append(CaseResult("closed", rows))
         if "open" in given.case:
             capacity = await capacities(client, size, rows)
-            cases.append({"case": "open", "rows": await opened(client, size, capacity), "figures": []})
+            cases.append(CaseResult("open", await opened(client, size, capacity)))
         if "overhead" in given.case and alone is not None:
-            cases.append(
-                await overhead(client, url, alone, max_tokens=size.max_tokens, steps=size.steps, rounds=size.rounds)
-            )
+            steps, rounds = size.steps, size.rounds
+            cases.append(await overhead(client, url, alone, max_tokens=size.max_tokens, steps=steps, rounds=rounds))
     return cases
-
-
-def show(cases: list[Row]) -> None:
-    """A table a case, and one of the figures."""
-    console = Console(width=200, highlight=False)
-    for case in cases:
-        columns = [
-            key
-            for key in dict.fromkeys(key for each in case["rows"] for key in each)
-            if key not in ONLY_JSON and not key.endswith("_p99")
-        ]
-        table = Table(*(column.replace("_", " ") for column in columns), title=case["case"], title_justify="left")
-        for each in case["rows"]:
-            table.add_row(*(_cell(each.get(column, "")) for column in columns))
-        console.print(table)
-    figures = [figure for case in cases for figure in case["figures"]]
-    if figures:
-        table = Table("figure", "value", "bound", "met", title="Figures", title_justify="left")
-        for figure in figures:
-            bound = "" if figure["at_most"] is None else f"<= {_cell(figure['at_most'])}"
-            bound = bound if figure["at_least"] is None else f">= {_cell(figure['at_least'])}"
-            met = {True: "yes", False: "NO", None: ""}[figure["met"]]
-            table.add_row(figure["name"], _cell(figure["value"]), bound, met)
-        console.print(table)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,12 +208,9 @@ def main() -> int:
         "cpus": os.cpu_count(),
         "threads": given.threads,
         "load_average": round(os.getloadavg()[0], 2),
-        "cases": cases,
     }
-    show(cases)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "online.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    show(cases, Console(width=200, highlight=False))
+    print(json.dumps(keep(document, cases, given.out)))
     return 0
 
 

@@ -18,12 +18,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.processes import Engine, metrics
+from benchmarks.report import CaseResult, Figure, Row
 from clients.aio import AsyncClient
 from clients.errors import ClientError
 from clients.options import Diffusion, Options
 from clients.types import Completion
 
-Row = dict[str, Any]
 STEPS_METRIC = "entrgi:batch_trajectories_count"
 REQUESTS = 16
 LIMIT = 0.05
@@ -36,7 +36,7 @@ class Half:
 
     seconds: float
     engine_steps: int
-    token_ids: tuple[tuple[int, ...], ...]
+    token_ids: list[list[int]]
     outside: float = 0.0
 
     @property
@@ -47,32 +47,28 @@ class Half:
 
 async def overhead(
     client: AsyncClient, url: str, alone: Engine, *, max_tokens: int, steps: int, rounds: int
-) -> dict[str, Any]:
-    """Measure `rounds` rounds; the case of the benchmark's document. ClientError when the tokens differ."""
-    question = {"method": "none", "requests": REQUESTS, "max_tokens": max_tokens, "steps": steps}
+) -> CaseResult:
+    """Measure `rounds` rounds. ClientError when the tokens differ."""
+    work = {"method": "none", "prompts": REQUESTS, "best_of": 1, "max_tokens": max_tokens, "steps": steps}
     http: list[Half] = []
     process: list[Half] = []
     for number in tqdm(range(-1, rounds), desc="overhead", leave=False):
-        asked = question | {"set": 100 + number}
+        asked = work | {"set": 100 + number}
         requests = (await alone.ask(asked | {"run": False}))["requests"]
         halves = []
         for way in ("http", "process") if number % 2 else ("process", "http"):
             if way == "http":
                 halves.append((http, await over_http(client, url, requests, max_tokens, steps)))
             else:
-                halves.append((process, without_http(await alone.ask(asked))))
+                done = await alone.ask(asked)
+                tokens = [trajectories[0] for trajectories in done["token_ids"]]
+                halves.append((process, Half(done["seconds"], done["engine_steps"], tokens)))
         if halves[0][1].token_ids != halves[1][1].token_ids:
             raise ClientError(f"request set {number}: the server's tokens are not those of the engine without HTTP")
         if number >= 0:  # the first round is a warm-up
             for kept, half in halves:
                 kept.append(half)
-    return {"case": "overhead", "rows": rows(http, process), "figures": figures(http, process)}
-
-
-def without_http(answer: dict[str, Any]) -> Half:
-    """The engine's answer (`benchmarks.inprocess`) as one half."""
-    tokens = tuple(tuple(ids) for ids in answer["token_ids"])
-    return Half(answer["seconds"], answer["engine_steps"], tokens)
+    return CaseResult("overhead", rows(http, process), figures(http, process))
 
 
 async def over_http(
@@ -105,37 +101,33 @@ async def over_http(
         token_ids, report = completion.choices[0].token_ids, completion.guidance
         if token_ids is None or report is None:
             raise ClientError("the server left out token_ids or guidance, which were asked for")
-        tokens.append(tuple(token_ids))
+        tokens.append(list(token_ids))
         outside.append(latency - report.generation_ms / 1000)
-    return Half(seconds, engine_steps, tuple(tokens), sum(outside) / len(outside))
+    return Half(seconds, engine_steps, tokens, sum(outside) / len(outside))
 
 
 def rows(http: Sequence[Half], process: Sequence[Half]) -> list[Row]:
     """One line a way."""
-    found = []
-    for variant, halves in (("over HTTP", http), ("in process", process)):
-        found.append(
-            {
-                "variant": variant,
-                "rounds": len(halves),
-                "seconds": median(half.seconds for half in halves),
-                "least_seconds": min(half.seconds for half in halves),
-                "engine_steps": median(half.engine_steps for half in halves),
-                "step_ms": 1000 * median(half.step_seconds for half in halves),
-                "outside_steps_ms": 1000 * median(half.outside for half in halves),
-            }
-        )
-    return found
+    return [
+        {
+            "variant": variant,
+            "rounds": len(halves),
+            "seconds": median(half.seconds for half in halves),
+            "least_seconds": min(half.seconds for half in halves),
+            "engine_steps": median(half.engine_steps for half in halves),
+            "step_ms": 1000 * median(half.step_seconds for half in halves),
+            "outside_steps_ms": 1000 * median(half.outside for half in halves),
+        }
+        for variant, halves in (("over HTTP", http), ("in process", process))
+    ]
 
 
-def figures(http: Sequence[Half], process: Sequence[Half]) -> list[Row]:
+def figures(http: Sequence[Half], process: Sequence[Half]) -> list[Figure]:
     """What HTTP and scheduling add, as a share of the engine's own time: the median over the rounds, and of the least
     times."""
     share = median(a.seconds / b.seconds - 1 for a, b in zip(http, process, strict=True))
     least = min(a.seconds for a in http) / min(b.seconds for b in process) - 1
     return [
-        {"name": "overhead: share of the engine's time", "value": share, "at_least": None, "at_most": LIMIT}
-        | {"met": share <= LIMIT},
-        {"name": "overhead: the same of the least times", "value": least, "at_least": None, "at_most": None}
-        | {"met": None},
+        Figure("overhead: share of the engine's time", share, at_most=LIMIT),
+        Figure("overhead: the same of the least times", least),
     ]

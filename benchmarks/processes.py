@@ -23,16 +23,6 @@ START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 
 
-async def write_models(folder: Path) -> tuple[Path, Path]:
-    """The generated random-weight pair of the throughput benchmarks: diffusion model and reward model."""
-    process = await _start(["-m", "benchmarks.checkpoints", str(folder)], stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    paths = output.decode().splitlines()
-    if process.returncode or len(paths) != 2:
-        raise ClientError(f"writing the models failed with status {process.returncode}")
-    return Path(paths[0]), Path(paths[1])
-
-
 @asynccontextmanager
 async def served(arguments: Sequence[str]) -> AsyncIterator[str]:
     """Start `python -m server` with these arguments on a free port, wait until it is ready, yield its URL, stop it."""

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
-HIDDEN = {"repetitions", "tokens", "seconds_by_phase", "gflop_by_phase", "utilisation_by_phase"}
-"""Only in the JSON line, or in a table of their own."""
+HIDDEN = frozenset({"repetitions", "tokens", "seconds_by_phase", "gflop_by_phase", "utilisation_by_phase"})
+HIDDEN |= {"method", "in_flight", "share", "rate"}
+"""Keys of a row that are only in the JSON line: they have a table of their own, or the row's name says the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number that a case is run for, and the bound it should hold, if any: `at_least` or `at_most`."""
+
+    name: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bound holds; None without one."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """What one case found: rows for its table, its figures, and the machine's matrix-product rate where it matters."""
+
+    case: str
+    rows: list[Row]
+    figures: list[Figure] = field(default_factory=list)
+    gemm_gflops: float | None = None
+
+    def to_json(self) -> Row:
+        """As plain values."""
+        return asdict(self) | {"figures": [asdict(figure) | {"met": figure.met} for figure in self.figures]}
 
 
 def number(value: Any) -> str:
@@ -37,14 +70,14 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     return shown
 
 
-def phase_table(title: str, rows: Sequence[Row], label: str) -> Table | None:
+def phase_table(title: str, rows: Sequence[Row]) -> Table | None:
     """Share of the time by phase, and the utilisation inside it; None where no row has phases."""
     timed = [row for row in rows if row.get("seconds_by_phase")]
     if not timed:
         return None
     names = list(timed[0]["seconds_by_phase"])
     shown = Table(title=title, title_justify="left")
-    shown.add_column(label)
+    shown.add_column("variant")
     for name in names:
         shown.add_column(name, justify="right")
     for row in timed:
@@ -54,43 +87,39 @@ def phase_table(title: str, rows: Sequence[Row], label: str) -> Table | None:
         for name in names:
             share = f"{100 * seconds[name] / total:.0f}%"
             cells.append(f"{share} at {inside[name]:.2f}" if inside.get(name) else share)
-        shown.add_row(str(row[label]), *cells)
+        shown.add_row(str(row["variant"]), *cells)
     return shown
 
 
-def figure_table(figures: Sequence[Row]) -> Table:
+def figure_table(figures: Sequence[Figure]) -> Table:
     """What was to be shown, and whether it was."""
     shown = Table("figure", title="Figures", title_justify="left")
     shown.add_column("value", justify="right")
     shown.add_column("bound", justify="right")
     shown.add_column("met")
     for figure in figures:
-        bound = ""
-        if figure["at_least"] is not None:
-            bound = f">= {number(figure['at_least'])}"
-        elif figure["at_most"] is not None:
-            bound = f"<= {number(figure['at_most'])}"
-        met = {True: "yes", False: "NO", None: ""}[figure["met"]]
-        shown.add_row(figure["name"], number(figure["value"]), bound, met)
+        bound = "" if figure.at_most is None else f"<= {number(figure.at_most)}"
+        bound = bound if figure.at_least is None else f">= {number(figure.at_least)}"
+        shown.add_row(figure.name, number(figure.value), bound, {True: "yes", False: "NO", None: ""}[figure.met])
     return shown
 
 
-def show(document: Mapping[str, Any], console: Console) -> None:
-    """All tables of a benchmark's document (see `write`)."""
-    for case in document["cases"]:
-        console.print(table(f"{case['case']} (GEMM rate {case['gemm_gflops']:.0f} GFLOP/s)", case["rows"]))
-        label = "variant"
-        phases = phase_table(f"{case['case']}: time by phase, and utilisation inside it", case["rows"], label)
+def show(cases: Sequence[CaseResult], console: Console) -> None:
+    """All tables of a benchmark's cases."""
+    for case in cases:
+        rate = "" if case.gemm_gflops is None else f" (GEMM rate {case.gemm_gflops:.0f} GFLOP/s)"
+        console.print(table(case.case + rate, case.rows))
+        phases = phase_table(f"{case.case}: time by phase, and utilisation inside it", case.rows)
         if phases is not None:
             console.print(phases)
-    figures = [figure for case in document["cases"] for figure in case["figures"]]
+    figures = [figure for case in cases for figure in case.figures]
     if figures:
         console.print(figure_table(figures))
 
 
-def write(document: Mapping[str, Any], folder: Path) -> Path:
-    """Keep the document as `<bench>.json` in `folder`, for the plots."""
+def keep(document: Row, cases: Sequence[CaseResult], folder: Path) -> Row:
+    """`document` with its cases, which is also written to `<bench>.json` in `folder`, for the plots."""
+    whole = document | {"cases": [case.to_json() for case in cases]}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{document['bench']}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return path
+    (folder / f"{document['bench']}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return whole

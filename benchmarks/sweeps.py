@@ -11,9 +11,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import HEADLINE, SMALL
-from benchmarks.harness import Bench, CaseResult, Figure, Row, both_clocks, cpu_ratio, ratio, row, warm_up
+from benchmarks.harness import (
+    Bench,
+    both_clocks,
+    cpu_ratio,
+    engine,
+    first_trajectory,
+    plain,
+    ratio,
+    row,
+    warm_up,
+)
 from benchmarks.machine import Rate
-from benchmarks.variants import engine, first_trajectory, plain
+from benchmarks.report import CaseResult, Figure, Row
 from benchmarks.workload import Pair, Run, Workload, same_tokens
 from server.types import METHODS, Method
 from server.worker.savings import Savings

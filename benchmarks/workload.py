@@ -218,20 +218,26 @@ def engine_runner(pair: Pair, savings: Savings | None = None) -> Runner:
     return Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
 
 
+def run_to_end(runner: Runner, jobs: Sequence[Job]) -> dict[str, JobResult]:
+    """Queue the jobs and step until all are answered; results by job id. RuntimeError when one fails."""
+    results: dict[str, JobResult] = {}
+    for job in jobs:
+        runner.add(job, now=time.time())
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Finished):
+                results[event.job_id] = event.result
+    return results
+
+
 def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
     """All jobs submitted at once."""
     runner = engine_runner(pair, savings)
-    results: dict[str, JobResult] = {}
     with recording(pair.loaded.model, pair.reward) as recorder:
         watch = Stopwatch(pair.device)
-        for job in jobs:
-            runner.add(job, now=time.time())
-        while runner.has_work:
-            for event in runner.step():
-                if isinstance(event, Failed):
-                    raise RuntimeError(event.message)
-                if isinstance(event, Finished):
-                    results[event.job_id] = event.result
+        results = run_to_end(runner, jobs)
         seconds, cpu_seconds = watch.read()
     tokens = {job_id: tuple(t.token_ids for t in result.trajectories) for job_id, result in results.items()}
     return Run(seconds, cpu_seconds, tokens, runner.stats, recorder.count(), recorder.prefix_seconds)

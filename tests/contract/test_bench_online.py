@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from benchmarks import plots
-from benchmarks.online import Size, measure, parser, row, show
+from benchmarks import online, plots
+from benchmarks.online import Size, measure, parser, row
 from benchmarks.overhead import LIMIT, Half, figures, rows
 from benchmarks.processes import read_metrics, served
-from clients import online
+from benchmarks.report import keep
 from clients.errors import ClientError
 from clients.loadgen import Outcome, summarise
 
@@ -26,21 +26,19 @@ def given(*arguments: str) -> argparse.Namespace:
 
 
 @pytest.mark.slow
-async def test_every_case_against_a_real_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_every_case_against_a_real_server(tmp_path: Path) -> None:
     """The overhead's two halves compute the same tokens, or it raises."""
-    cases = {case["case"]: case for case in await measure(given(), TINY)}
-    assert set(cases) == set(online.CASES)
+    results = await measure(given(), TINY)
+    rows = {case.case: case.rows for case in results}
+    assert set(rows) == set(online.CASES)
     for case in ("closed", "open"):
-        assert all(entry["ok"] == entry["requests"] and entry["tokens_per_s"] > 0 for entry in cases[case]["rows"])
-        assert all(0 < entry["first_text_p50"] <= entry["latency_p95"] for entry in cases[case]["rows"])
-    assert [entry["in_flight"] for entry in cases["closed"]["rows"]] == [1, 2, 1, 2]
-    http, process = cases["overhead"]["rows"]
+        assert all(entry["ok"] == entry["requests"] and entry["tokens_per_s"] > 0 for entry in rows[case])
+        assert all(0 < entry["first_text_p50"] <= entry["latency_p95"] for entry in rows[case])
+    assert [entry["in_flight"] for entry in rows["closed"]] == [1, 2, 1, 2]
+    http, process = rows["overhead"]
     assert (http["rounds"], process["rounds"], process["engine_steps"]) == (2, 2, 2)
     assert http["engine_steps"] >= 2
-    show(list(cases.values()))
-    shown = capsys.readouterr().out
-    assert all(figure["name"] in shown for figure in cases["overhead"]["figures"])
-    drawn = plots.draw(json.loads(json.dumps({"cases": list(cases.values())})), tmp_path)
+    drawn = plots.draw(json.loads(json.dumps(keep({"bench": "online"}, results, tmp_path))), tmp_path)
     assert {path.name for path in drawn} == {f"online-{c}.{k}" for c in ("closed", "open") for k in ("png", "svg")}
 
 
@@ -51,14 +49,13 @@ async def test_a_server_that_cannot_start_says_why() -> None:
 
 
 def test_the_overhead_is_taken_round_by_round() -> None:
-    http = [Half(1.1, 33, ()), Half(2.04, 33, ()), Half(1.02, 33, ())]
-    process = [Half(1.0, 32, ()), Half(2.0, 32, ()), Half(1.0, 32, ())]
+    http = [Half(1.1, 33, []), Half(2.04, 33, []), Half(1.02, 33, [])]
+    process = [Half(1.0, 32, []), Half(2.0, 32, []), Half(1.0, 32, [])]
     share, least = figures(http, process)
-    assert share["value"] == pytest.approx(0.02)
-    assert share["met"] is True
-    assert least["value"] == pytest.approx(0.02)
-    worse, _ = figures([Half(1 + 2 * LIMIT, 33, ())], [Half(1.0, 32, ())])
-    assert worse["met"] is False
+    assert (share.value, least.value) == (pytest.approx(0.02), pytest.approx(0.02))
+    assert share.met is True
+    worse, _ = figures([Half(1 + 2 * LIMIT, 33, [])], [Half(1.0, 32, [])])
+    assert worse.met is False
     assert [entry["step_ms"] for entry in rows(http, process)] == pytest.approx([1000 * 1.1 / 33, 1000 / 32])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import xml.etree.ElementTree
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cases, llada_case, offline, plots, sweeps
+from benchmarks import cases, offline, plots, sweeps
 from benchmarks.checkpoints import Shape, write_llada
 from benchmarks.flops import Flops
-from benchmarks.harness import Bench, CaseResult, Figure, cpu_ratio, ratio, row, utilisation
+from benchmarks.harness import Bench, cpu_ratio, ratio, row, utilisation
 from benchmarks.machine import Rate, gemm_rate
-from benchmarks.report import number, show, write
+from benchmarks.report import CaseResult, Figure, keep, number, show
 from benchmarks.sweeps import Fit
 from benchmarks.workload import Pair, Run, Workload, load, only_first_trajectory, run_plain, same_tokens
 from server.wire.stats import RunnerStats
@@ -34,10 +34,9 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """All cases on tiny models and workloads."""
     for module, name in ((cases, "SMALL"), (sweeps, "SMALL"), (cases, "EXACT")):
         monkeypatch.setattr(module, name, TINY)
-    monkeypatch.setattr(llada_case, "SMALL", Workload(
-        method="none", prompts=2, best_of=1, max_tokens=4, steps=2, temperature=0.0, prompt_tokens=5,
-        algorithm="maskgit_plus"))  # fmt: skip
-    monkeypatch.setattr(llada_case, "LLADA_126K", Shape(400, 16, 2, 2, 32))
+    monkeypatch.setattr(cases, "AT_ONCE", (1, 2))
+    small = replace(cases.LLADA_SMALL, prompts=2, max_tokens=4, steps=2, prompt_tokens=5)
+    monkeypatch.setattr(cases, "LLADA_SMALL", small)
     monkeypatch.setattr("benchmarks.harness.LLADA_126K", Shape(400, 16, 2, 2, 32))
     monkeypatch.setattr(Bench, "rate", lambda self, dtype: Rate(1e9, 1e9))
     return Bench(tmp_path, torch.device("cpu"), torch.float32, True, 1, 0, DREAM / "dlm", DREAM / "rm")
@@ -168,11 +167,11 @@ def test_a_case_measures_and_its_report_and_plots_can_be_made(name: str, bench: 
     assert all(entry["seconds"] > 0 and entry["variant"] for entry in result.rows)
     assert all(entry["same_tokens"] == 1.0 for entry in result.rows if "same_tokens" in entry)
     if name == "ablation":
-        variants = {entry["variant"].split(",")[0] for entry in result.rows}
+        variants = {entry["variant"].split(",")[1].strip() for entry in result.rows}
         assert {f"no {saving.name}" for saving in fields(Savings)} <= variants
-    document = {"bench": "offline", "cases": [json.loads(json.dumps(result.to_json()))]}
+    document = json.loads(json.dumps(keep({"bench": "offline"}, [result], tmp_path)))
     console = Console(file=io.StringIO(), width=250)
-    show(document, console)
+    show([result], console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(figure.name in shown for figure in result.figures)
     drawn = plots.draw(document, tmp_path / "plots")
@@ -193,22 +192,19 @@ def test_numbers_are_short() -> None:
     ]  # fmt: skip
 
 
-def test_the_document_is_kept_and_drawn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_document_is_kept_and_drawn_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row([run(2.0)], Rate(1.0, 1.0), variant="one"), row([run(3.0)], Rate(1.0, 1.0), variant="two")]
     result = CaseResult("headline", rows, [Figure("f", 1.0, at_least=2.0)], 1.0)
-    path = write({"bench": "offline", "cases": [result.to_json()]}, tmp_path)
+    path = tmp_path / "offline.json"
+    assert keep({"bench": "offline"}, [result], tmp_path) == json.loads(path.read_text())
     assert json.loads(path.read_text())["cases"][0]["figures"][0]["met"] is False
-    monkeypatch.setattr("sys.argv", ["plots", str(path)])
-    plots.main()
-    assert capsys.readouterr().out.split() == [str(tmp_path / "phases.png"), str(tmp_path / "phases.svg")]
-
-
-def test_the_same_data_give_the_same_svg(tmp_path: Path) -> None:
-    rows = [row([run(2.0)], Rate(1.0, 1.0), variant="one")]
-    document = {"bench": "offline", "cases": [CaseResult("headline", rows).to_json()]}
-    first, second = (plots.draw(document, tmp_path / name)[1].read_bytes() for name in ("a", "b"))
-    assert first == second
+    for folder in (tmp_path, tmp_path / "again"):
+        monkeypatch.setattr("sys.argv", ["plots", str(path), "--out", str(folder)])
+        plots.main()
+        assert capsys.readouterr().out.split() == [str(folder / "phases.png"), str(folder / "phases.svg")]
+    assert (tmp_path / "phases.svg").read_bytes() == (tmp_path / "again" / "phases.svg").read_bytes()
 
 
 def test_a_llada_checkpoint_of_any_size_can_be_written_and_run(tmp_path: Path) -> None:
