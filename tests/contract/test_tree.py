@@ -110,15 +110,3 @@ def test_no_installed_distribution_owns_our_names(package: str) -> None:
     from importlib.metadata import packages_distributions
 
     assert package not in packages_distributions()
-
-
-def test_layers() -> None:
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"Contracts: [6-9]\d* kept, 0 broken", done.stdout)
