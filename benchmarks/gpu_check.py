@@ -1,5 +1,5 @@
-"""On a GPU: the device tests, then the diffusion trunk in every way that it can be run, guided steps with two halves at
-once and without, a reward model's passes in graphs and without, and the waits of a step.
+"""On a GPU: the device tests, then the diffusion trunk in every way that it can be run, a reward model's passes in
+graphs and without, and the waits of a step.
 
     python -m benchmarks.gpu_check [--output build] [--skip-tests] [--layers 28]
 
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.device_steps import load_bundled, run_job
-from benchmarks.reward_passes import Setup as PassesSetup
-from benchmarks.reward_passes import measure_passes
+from benchmarks.reward_passes import Setup, measure_passes
+from benchmarks.workload import Workload, engine_runner, load, run_to_end
+from demo import bundled_model_path, bundled_reward_models
 from server.errors import ConfigurationError
 from server.models.acceleration import Acceleration, accelerate, choose_attention
 from server.models.dream import DreamConfig, DreamModel
 from server.models.packing import PackedLayout
 from server.rewards.graphs import graph_passes
 
-TESTS = ("tests/engine", "tests/unit")
+TESTS = ("tests", "--ignore", "tests/kernel_ops")  # benchmarks.kernels.gpu_check runs those
 BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
 MASKED = 128
 """Rows a sequence."""
@@ -115,25 +115,30 @@ def measure(model: DreamModel, device: torch.device) -> list[dict[str, Any]]:
 
 def waits(device: torch.device) -> dict[str, Any]:
     """How often the host waits for the device in a job of the bundled models, and where, by torch's own report."""
-    runner = load_bundled(device)
+    rewards = bundled_reward_models()
+    pair = load(bundled_model_path(), next(iter(rewards.values())), torch.bfloat16, device)
+    runner = engine_runner(pair)
     found: dict[str, Any] = {}
-    for guided in (False, True):
-        run_job(runner, guided)  # what is made on first use
+    for name in ("unguided", "guided"):
+        work = Workload(method="none" if name == "unguided" else "entrgi", prompts=1, max_tokens=32, steps=32)
+        run_to_end(runner, work.jobs(pair))  # what is made on first use
+        before = runner.stats.denoising_steps
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                steps = run_job(runner, guided)
+                run_to_end(runner, work.jobs(pair, 1))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        steps = runner.stats.denoising_steps - before
         at = [f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
-        found["guided" if guided else "unguided"] = {"steps": steps, "waits": len(at), "places": dict(Counter(at))}
+        found[name] = {"steps": steps, "waits": len(at), "places": dict(Counter(at))}
     return found
 
 
 def passes(device: torch.device) -> dict[str, Any]:
     """A reward model's passes with `reward_cuda_graphs` and without, or why there are none."""
-    setup = PassesSetup()
+    setup = Setup()
     try:
         heads = setup.reward.hidden // setup.reward.heads
         backend = choose_attention("auto", device, getattr(torch, setup.dtype), heads)

@@ -128,6 +128,10 @@ def follow_a_guided_step() -> Followed:
     followed = Followed()
     with followed.following():
         runner.step()
+    if not followed.to_operation:
+        raise RuntimeError(
+            f"the step called none of {sorted(OPERATIONS)}: are the operations of kernels called so still?"
+        )
     return followed
 
 
