@@ -43,7 +43,8 @@ COPY deploy/healthcheck.py deploy/
 COPY kernels kernels/
 COPY clients clients/
 COPY server server/
-COPY demo demo/
+COPY demo/__init__.py demo/
+COPY demo/models demo/models/
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

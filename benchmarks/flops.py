@@ -71,15 +71,15 @@ def diffusion_attention(decoder: Decoder, lengths: Sequence[int], read: Sequence
 
 def causal_pairs(prefixes: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
     """(query, key) pairs of rows that continue cached prefixes: with the prefix, and among the rows' own tokens."""
-    behind = sum(prefix * length for prefix, length in zip(prefixes, lengths, strict=True))
-    return behind, sum(length * (length + 1) // 2 for length in lengths)
+    cached = sum(prefix * length for prefix, length in zip(prefixes, lengths, strict=True))
+    return cached, sum(length * (length + 1) // 2 for length in lengths)
 
 
 def reward_forward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
     """One number a row, read at its last token."""
-    behind, own = causal_pairs(prefixes, lengths)
+    cached, own = causal_pairs(prefixes, lengths)
     last = sum(prefixes) + sum(lengths)
-    pairs = (decoder.layers - 1) * (behind + own) + last
+    pairs = (decoder.layers - 1) * (cached + own) + last
     read = len(lengths)
     return decoder.products(sum(lengths), read) + decoder.attention(pairs) + 2 * read * decoder.hidden
 
@@ -87,17 +87,17 @@ def reward_forward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[
 def reward_backward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
     """From the reward to the rows' own embeddings: a product for each of the forward's; in attention two for every pair
     with a cached key (of the weights and of the query) and four for every other (of the key and the value as well)."""
-    behind, own = causal_pairs(prefixes, lengths)
+    cached, own = causal_pairs(prefixes, lengths)
     read = len(lengths)
     last_own = sum(lengths)
-    pairs = (decoder.layers - 1) * (behind + 2 * own) + sum(prefixes) + 2 * last_own
+    pairs = (decoder.layers - 1) * (cached + 2 * own) + sum(prefixes) + 2 * last_own
     return decoder.products(sum(lengths), read) + decoder.attention(pairs) + 2 * read * decoder.hidden
 
 
 def reward_prefix(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
     """Keys and values of every layer for tokens that no reward is read at."""
-    behind, own = causal_pairs(prefixes, lengths)
-    return decoder.products(sum(lengths), 0) + decoder.attention((decoder.layers - 1) * (behind + own))
+    cached, own = causal_pairs(prefixes, lengths)
+    return decoder.products(sum(lengths), 0) + decoder.attention((decoder.layers - 1) * (cached + own))
 
 
 def vocabulary_product(rows: int, vocab_size: int, width: int) -> int:

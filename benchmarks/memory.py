@@ -119,13 +119,13 @@ def predict(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case:
     """What the model of `worker/memory` says of it."""
     footprint = Footprint.of(loaded.model, rewards.values())
     tokens, rows = case.count * (case.prompt + case.canvas), case.count * case.canvas
-    behind, cached = rows * footprint.logit_row, 0
+    after, cached = rows * footprint.logit_row, 0
     if case.gradient_steps:
         (reward,) = rewards.values()
         cached = case.prompt + TEMPLATE_TOKENS
         passed = case.count * reward_tokens(reward, case.canvas + TEMPLATE_TOKENS, cached)
-        behind = rows * footprint.guided_row + passed * footprint.reward_token
-    step = max(tokens * footprint.token, behind) + tokens * footprint.hidden
+        after = rows * footprint.guided_row + passed * footprint.reward_token
+    step = max(tokens * footprint.token, after) + tokens * footprint.hidden
     return int(step + case.count * cached * footprint.cached_token) + FIXED_BYTES
 
 

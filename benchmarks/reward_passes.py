@@ -23,7 +23,7 @@ REWARD = Shape(32_768, 768, 8, 12, 2304)
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A random-weight model, and passes over `rows` rows of `tokens` tokens behind one conversation of `cached`."""
+    """A random-weight model, and passes over `rows` rows of `tokens` tokens that continue one cached conversation."""
 
     reward: Shape = REWARD
     dtype: str = "bfloat16"

@@ -51,7 +51,7 @@ SUBJECTS: dict[str, Subject] = _subjects()
 
 @dataclass
 class Review:
-    """A text under construction: its sentences and the tallies behind its grades."""
+    """A text under construction: its sentences and the tallies that its grades are made of."""
 
     sentences: list[str] = field(default_factory=list)
     grades: list[float] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """The demo tokenizers: one byte-level BPE, in two orders.
 
-The diffusion model's vocabulary is laid out as Dream's: bytes and merges first, special tokens behind them. The
+The diffusion model's vocabulary is laid out as Dream's: bytes and merges first, special tokens after them. The
 reward models' has the same merges but for the last few, its special tokens in front, no mask token, and everything
 sorted by string. So the two agree on how text is cut and on hardly any id, as Dream and Qwen3 do, and the
 vocabulary map by token string has real work to do, down to a handful of tokens that the reward side lacks.

@@ -1,7 +1,7 @@
 """Train the bundled reward models: small causal Qwen3 sequence classifiers, one label each.
 
 Two things matter for guidance that do not show in a test score. The server drops hidden response positions but keeps
-counting, so the template's last tokens may stand far behind the text: training opens such gaps at random. And the
+counting, so the template's last tokens may stand far after the text: training opens such gaps at random. And the
 reward is read through *mixed* embeddings while positions are still masked: training blends some of them too, with
 the grade unchanged.
 """
@@ -71,7 +71,7 @@ class RewardBatch:
 
 
 def encode(texts: list[Graded], tokenizer: Tokenizer, gaps: Tensor) -> RewardBatch:
-    """Render and tokenise; row b's template suffix stands `gaps[b]` positions behind its response."""
+    """Render and tokenise; row b's template suffix stands `gaps[b]` positions after its response."""
     pad = token_id(tokenizer, END_OF_TEXT)
     suffix = tokenizer.encode(f"{IM_END}\n").ids
     rows: list[tuple[list[int], int, int]] = []

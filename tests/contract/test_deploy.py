@@ -155,11 +155,15 @@ def test_hadolint_accepts_the_dockerfile() -> None:
 def test_everything_that_is_copied_exists_and_gets_past_dockerignore() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")]
     copies = [rest.split() for word, rest in instructions() if word == "COPY" and "--from" not in rest]
-    assert len(copies) == 6
-    for *sources, _ in copies:
-        for source in sources:
-            assert (ROOT / source).exists(), source
-            assert source in allowed
+    copied = [source for *sources, _ in copies for source in sources]
+    for source in copied:
+        assert (ROOT / source).exists(), source
+        assert source in allowed
+    modules = [path for folder in ("server", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    imported = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
+    roots = {name for path in modules for name in imported.findall(path.read_text("utf-8")) if (ROOT / name).is_dir()}
+    assert roots == {"server", "kernels", "demo"}
+    assert roots <= {source.partition("/")[0] for source in copied}
 
 
 def test_healthcheck_command_is_that_of_compose() -> None:
