@@ -24,7 +24,7 @@ from benchmarks.harness import (
 from benchmarks.machine import Rate
 from benchmarks.report import CaseResult, Figure, Row
 from benchmarks.workload import Run, Workload, run_engine, run_plain, same_tokens
-from server.types import METHODS
+from server.methods import METHODS
 from server.worker.savings import Savings
 
 HEADLINE = Workload()

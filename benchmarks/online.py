@@ -36,10 +36,10 @@ from benchmarks.report import CaseResult, Row, keep, show
 from clients.aio import AsyncClient
 from clients.errors import ClientError
 from clients.loadgen import PROMPTS, Report, arrivals, closed_loop, generate_load, load_client
-from clients.options import Diffusion, Guidance, Method, Options
+from clients.options import Diffusion, Guidance, Options
 
 CASES = ("closed", "open", "overhead")
-METHODS: tuple[Method, ...] = ("none", "entrgi")
+METHODS: tuple[str, ...] = ("none", "entrgi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ FULL = Size(64, 32, (1, 4, 16, 64), 2.0, 60, (0.25, 0.5, 0.75, 0.9), 5)
 QUICK = Size(16, 8, (1, 4, 16), 1.0, 16, (0.5, 0.9), 2)
 
 
-def options(method: Method, size: Size) -> Options:
+def options(method: str, size: Size) -> Options:
     """One request: a chat turn, `max_tokens` tokens whatever they are, K = 1 (entrgi: M = 3)."""
     asked: Options = {
         "max_tokens": size.max_tokens,

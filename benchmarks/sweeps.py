@@ -25,7 +25,7 @@ from benchmarks.harness import (
 from benchmarks.machine import Rate
 from benchmarks.report import CaseResult, Figure, Row
 from benchmarks.workload import Pair, Run, Workload, same_tokens
-from server.types import METHODS, Method
+from server.methods import METHODS
 from server.worker.savings import Savings
 
 
@@ -56,7 +56,7 @@ def concurrency(bench: Bench) -> CaseResult:
     base = replace(bench.choose(HEADLINE, SMALL), best_of=1)
     warm_up(pair, base)
     before = bench.rate(pair.dtype)
-    methods: tuple[Method, ...] = ("entrgi", "none")
+    methods: tuple[str, ...] = ("entrgi", "none")
     works = {(method, count): replace(base, method=method, prompts=count) for method in methods for count in counts}
     runs = bench.in_turn(
         {f"{method}, {count}": engine(pair, work) for (method, count), work in works.items()}, title="concurrency"

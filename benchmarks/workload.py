@@ -23,7 +23,6 @@ from server.types import (
     Job,
     JobResult,
     Message,
-    Method,
     SamplingParams,
     WeightedReward,
 )
@@ -67,7 +66,7 @@ class Workload:
     there on in turn.
     """
 
-    method: Method = "entrgi"
+    method: str = "entrgi"
     prompts: int = 4
     best_of: int = 4
     max_tokens: int = 64

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import get_args
 
 from rich.console import Console
 from rich.live import Live
@@ -23,7 +22,7 @@ from clients.canvas import CanvasView, printable
 from clients.client import Client, EventStream
 from clients.errors import ClientError
 from clients.events import CanvasFrame, ChoiceFinished, Summary, TextDelta
-from clients.options import Diffusion, Guidance, Method, Options, WeightedReward
+from clients.options import Diffusion, Guidance, Options, WeightedReward
 from clients.types import GuidanceReport
 
 _OUT = Console(highlight=False, markup=False, soft_wrap=True)
@@ -80,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="default: the served diffusion model")
-    parser.add_argument("--guidance", choices=get_args(Method), help="how rewards steer the generation")
+    parser.add_argument(
+        "--guidance",
+        metavar="METHOD",
+        help="how rewards steer the generation: none, or one of guidance_methods in `models --json`",
+    )
     parser.add_argument(
         "--reward-model",
         action="append",

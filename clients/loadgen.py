@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import httpx
 from rich.console import Console
@@ -30,7 +29,7 @@ from clients.aio import AsyncClient
 from clients.calls import DEFAULT_TIMEOUT
 from clients.errors import ApiError, ClientError
 from clients.events import ChoiceFinished, Summary, TextDelta
-from clients.options import Diffusion, Guidance, Method, Options
+from clients.options import Diffusion, Guidance, Options
 from clients.retry import RetryPolicy
 
 PROMPTS = (
@@ -195,7 +194,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and of the requests; default: %(default)s")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: four built in")
     parser.add_argument("--stream", action="store_true", help="stream, and report the time to the first text")
-    parser.add_argument("--guidance", choices=get_args(Method), default="none", help="default: %(default)s")
+    parser.add_argument(
+        "--guidance",
+        metavar="METHOD",
+        default="none",
+        help="a method of the server's, in /v1/models (default: %(default)s)",
+    )
     parser.add_argument("--reward-model")
     parser.add_argument("--best-of", type=int)
     parser.add_argument("--max-tokens", type=int)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
-Method = Literal["none", "bon", "expectation", "aps", "entrgi"]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -31,10 +30,11 @@ class WeightedReward:
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """How rewards steer the generation (arXiv 2602.05000): `gradient_steps` is the paper's M, `eta` Adam's step size.
+    """How rewards steer the generation (arXiv 2602.05000): `method` is one of the server's, which `/v1/models` lists;
+    `gradient_steps` is the paper's M, `eta` Adam's step size.
     Only the steps in [`start`, `stop`) of the run are guided, every `every`-th of them."""
 
-    method: Method
+    method: str
     reward_model: str | None = None
     reward_models: tuple[WeightedReward, ...] | None = None
     gradient_steps: int | None = None
@@ -74,7 +74,7 @@ class Options(TypedDict, total=False):
     n: int
     best_of: int
     stop: str | Sequence[str]
-    guidance: Method | Guidance
+    guidance: str | Guidance
     diffusion: Diffusion
     return_token_ids: bool
     ignore_eos: bool

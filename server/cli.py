@@ -32,6 +32,7 @@ from server.api.protocol import EXTRA_CONNECTIONS, Room, connection_class
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.errors import ConfigurationError
 from server.front.engine import Engine
+from server.methods import load_plugins
 from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
 from server.wire.config import BudgetSettings, EngineConfig, WorkerConfig
 from server.worker.savings import Savings
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config: Path | None = parsed.pop("config", None)
     try:
         settings = load(parsed, config)
+        load_plugins(settings.plugins)
         Savings.without(settings.disable_savings)  # a misspelt name is found now, not when the models are loaded
         tracer_provider = exporting_provider(settings.otlp_endpoint)
     except (SettingsError, ConfigurationError) as error:
@@ -189,6 +191,7 @@ def engine_config(settings: Settings) -> EngineConfig:
                 trajectories=settings.batch_trajectories,
                 memory_fraction=settings.memory_fraction,
             ),
+            plugins=tuple(settings.plugins),
             disable_savings=tuple(settings.disable_savings),
             log_level=settings.log_level,
             log_format=settings.log_format,

@@ -148,11 +148,16 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         None, description="collector for OpenTelemetry traces, as http://HOST:4318; none: OTEL_EXPORTER_OTLP_ENDPOINT"
     )
+    plugins: Annotated[list[str], NoDecode] = Field(
+        [], description="Python module that the server imports and that may register guidance methods; repeatable"
+    )
     disable_savings: Annotated[list[str], NoDecode] = Field(
         [], description="exact savings of the engine to do without, to measure or to debug; repeatable"
     )
 
-    @field_validator("reward_model", "cors_origins", "api_key", "served_model_name", "disable_savings", mode="before")
+    @field_validator(
+        "reward_model", "cors_origins", "api_key", "served_model_name", "plugins", "disable_savings", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         """Environment lists: JSON, or comma-separated."""
@@ -162,7 +167,7 @@ class Settings(BaseSettings):
             return json.loads(value)
         return _items(value)
 
-    @field_validator("served_model_name", "disable_savings", mode="before")
+    @field_validator("served_model_name", "plugins", "disable_savings", mode="before")
     @classmethod
     def _split_names(cls, value: object) -> object:
         """Names hold no commas, so a flag may list several as well."""

@@ -9,19 +9,17 @@ K `best_of`, M `gradient_steps`, eta `eta`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from server.budget import Budget
+from server.methods import METHODS
 
-Method = Literal["none", "bon", "expectation", "aps", "entrgi"]
 Algorithm = Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy_bound", "threshold"]
 Schedule = Literal["linear", "even"]
 Confidence = Literal["base", "guided"]
 FinishReason = Literal["stop", "length"]
 Role = Literal["system", "user", "assistant"]
 
-METHODS: tuple[Method, ...] = get_args(Method)
-GRADIENT_METHODS: frozenset[str] = frozenset({"expectation", "aps", "entrgi"})
 ADAPTIVE_ALGORITHMS: frozenset[str] = frozenset({"entropy_bound", "threshold"})
 """Those that choose at every step how many positions to reveal. Not exact: tokens revealed together do not see each
 other, and no schedule says how many they are."""
@@ -81,9 +79,10 @@ class WeightedReward:
 
 @dataclass(frozen=True, slots=True)
 class GuidanceParams:
-    """How the logits are steered (algorithm.md, section 2). `reward_models` is empty only for plain `none`."""
+    """How the logits are steered (algorithm.md, section 2). `method` is a name in `methods.METHODS`; `reward_models` is
+    empty only for plain `none`. Raises ValueError for an unknown method."""
 
-    method: Method = "none"
+    method: str = "none"
     reward_models: tuple[WeightedReward, ...] = ()
     gradient_steps: int = 3
     eta: float = 0.5
@@ -92,10 +91,14 @@ class GuidanceParams:
     stop: float = 1.0
     every: int = 1
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"there is no guidance method {self.method!r}")
+
     @property
     def uses_gradient(self) -> bool:
         """Whether the method moves logits along the reward's gradient."""
-        return self.method in GRADIENT_METHODS
+        return METHODS[self.method].weight is not None
 
 
 @dataclass(frozen=True, slots=True)

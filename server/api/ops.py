@@ -15,9 +15,9 @@ from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP
 from server.api.frontend import Frontend
 from server.api.openapi import errors, success
 from server.errors import EngineFailed, NotReady, UnknownModel, quote
+from server.methods import METHODS
 from server.metrics import CONTENT_TYPE
 from server.types import (
-    METHODS,
     Algorithm,
     DiffusionParams,
     EngineInfo,
@@ -175,7 +175,7 @@ async def model(request: Request, model_id: str) -> Response:
 
 async def _models(frontend: Frontend, created: int) -> list[Model]:
     info = frontend.info
-    methods: list[str] = [*METHODS] if info.reward_models else ["none"]
+    methods = [*METHODS] if info.reward_models else ["none"]
     chat = (await frontend.tokenizer()).has_chat_template
     model = _diffusion_model(info, methods, created, chat, frontend.limits)
     return [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from server.types import ADAPTIVE_ALGORITHMS, GRADIENT_METHODS, Algorithm
+from server.methods import gradient_methods
+from server.types import ADAPTIVE_ALGORITHMS, Algorithm
 
 Rule = dict[str, Any]
 
@@ -36,13 +37,14 @@ STREAM: Rule = {
 }
 """`stream_options` and `stream_canvas` belong to streams."""
 
-GUIDANCE: Rule = {
-    "allOf": [
-        {"anyOf": [_one_of("method", *sorted(GRADIENT_METHODS)), _absent(*GRADIENT_FIELDS)]},
+
+def guidance(schema: Rule) -> None:
+    """Add to a schema: without a gradient there is none to set, and rewards are named in one way."""
+    schema["allOf"] = [
+        {"anyOf": [_one_of("method", *gradient_methods()), _absent(*GRADIENT_FIELDS)]},
         {"anyOf": [_absent("reward_model"), _absent("reward_models")]},
     ]
-}
-"""Without a gradient there is none to set, and rewards are named in one way."""
+
 
 DIFFUSION: Rule = {
     "allOf": [

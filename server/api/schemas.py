@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema
 
 from server.api.fields import (
     INT64,
@@ -25,8 +26,10 @@ from server.api.fields import (
     ZeroInt,
     invalid,
 )
-from server.api.rules import DIFFUSION, GUIDANCE, PROMPT_OR_MESSAGES, STREAM, zero_or_more_than
-from server.types import Algorithm, Confidence, Method, Schedule
+from server.api.rules import DIFFUSION, PROMPT_OR_MESSAGES, STREAM, guidance, zero_or_more_than
+from server.errors import quote
+from server.methods import METHODS
+from server.types import Algorithm, Confidence, Schedule
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Name = Annotated[str, Field(min_length=1, max_length=500)]
@@ -35,6 +38,23 @@ Temperature = Annotated[float, Field(ge=0, le=2), WithJsonSchema(zero_or_more_th
 AlgorithmTemperature = Annotated[
     float, Field(ge=0, le=1000), WithJsonSchema(zero_or_more_than(LEAST_TEMPERATURE, 1000))
 ]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        names = [f"'{known}'" for known in METHODS]
+        raise invalid(f"must be {', '.join(names[:-1])} or {names[-1]} (got {quote(name)})")
+    return name
+
+
+class _MethodNames:
+    """The table as it is when the schema is made: plugins may have added to it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) | {"enum": [*METHODS]}
+
+
+Method = Annotated[str, AfterValidator(_known_method), _MethodNames()]
 
 
 class RewardTerm(Strict):
@@ -47,7 +67,7 @@ class RewardTerm(Strict):
 class Guidance(Strict):
     """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
 
-    model_config = ConfigDict(json_schema_extra=GUIDANCE)
+    model_config = ConfigDict(json_schema_extra=guidance)
 
     method: Method | None = None
     reward_model: Name | None = None

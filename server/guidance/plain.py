@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, unif
 from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
 from server.diffusion.schedule import Step, adapted, plan
 from server.guidance.best_of import choose
-from server.guidance.methods import WEIGHTS
+from server.methods import METHODS
 from server.models.base import DiffusionModel
 from server.models.packing import PackedLayout
 from server.text.response import finish_text
@@ -62,6 +62,16 @@ class PlainReward:
         with torch.no_grad():
             embeds = self.own(ids)
             return float(self.read(embeds, torch.ones(len(ids), dtype=torch.bool, device=embeds.device)))
+
+
+class PlainRows(NamedTuple):
+    """What a method's weight sees of one trajectory's rows (`methods.Rows`)."""
+
+    entropy_1: Tensor
+    entropy_tau: Tensor
+    vocab_size: int
+    step: Tensor
+    time: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +127,13 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits), (N,)."""
     logp = torch.log_softmax(logits, dim=-1)
     return -(logp.exp() * logp).sum(-1)
+
+
+def weighted_rows(phi: Tensor, tau: float, step: Step) -> PlainRows:
+    """The rows of phi (N, V) in a denoising step."""
+    entropy_1 = entropy(phi)
+    step_of_rows = torch.full_like(entropy_1, step.index, dtype=torch.int64)
+    return PlainRows(entropy_1, entropy(phi / tau), phi.shape[-1], step_of_rows, torch.full_like(entropy_1, step.time))
 
 
 class PlainLoop:
@@ -212,12 +229,11 @@ class PlainLoop:
         """M Adam steps on the logits along the reward's gradient (section 2); phi (N, V)."""
         sampling, guidance = job.sampling, job.guidance
         tau = sampling.temperature or 1.0
-        vocab_size = phi_0.shape[-1]
         phi = phi_0.detach().clone().requires_grad_()
         adam = torch.optim.Adam([phi], lr=guidance.eta, betas=(0.9, 0.999), eps=1e-8, maximize=True)
         for inner in range(guidance.gradient_steps):
             with torch.no_grad():
-                w = WEIGHTS[guidance.method](entropy(phi), vocab_size)[:, None]
+                w = METHODS[guidance.method].weigh(weighted_rows(phi, tau, step))[:, None]
                 q, filtered = filtered_distribution(phi, sampling.temperature, sampling.top_p, sampling.top_k)
                 keys = self.keys(job, trajectory, step, inner, rows)
                 x = draw(q, filtered, keys, greedy=sampling.temperature == 0)

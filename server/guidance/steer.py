@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import kernels
 from kernels.transfer import upload
+from server.diffusion.schedule import Step
 from server.guidance.assembly import Objective, Responses, Timings, assemble
-from server.guidance.methods import WEIGHTS, draws_hard_tokens
+from server.methods import METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,43 @@ def visible_positions(tokens: Tensor, first: Tensor, eos_token_id: int, pad_toke
     return (before == before[first]) & (tokens != pad_token_id)
 
 
-def weights(methods: Sequence[str], owner: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+@dataclass(frozen=True)
+class WeightedRows:
+    """`methods.Rows` of N packed rows: what is the same for all rows of a trajectory is made only when a method asks.
+
+    `owner` (N,) is each row's trajectory, `steps` the denoising step of each trajectory.
+    """
+
+    entropy_1: Tensor
+    entropy_tau: Tensor
+    vocab_size: int
+    owner: Tensor
+    steps: Sequence[Step]
+
+    @cached_property
+    def step(self) -> Tensor:
+        """The step's number, (N,) int64."""
+        return self.by_row(torch.tensor([step.index for step in self.steps]))
+
+    @cached_property
+    def time(self) -> Tensor:
+        """t of the step, (N,), in the entropies' dtype."""
+        return self.by_row(torch.tensor([step.time for step in self.steps], dtype=self.entropy_1.dtype))
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Values of the trajectories, on the host, as values of the rows."""
+        return upload(values, self.owner.device)[self.owner]
+
+
+def weights(methods: Sequence[str], rows: WeightedRows) -> Tensor:
     """w (N,) of every row by its trajectory's method."""
     present = sorted(set(methods))
     if len(present) == 1:
-        return WEIGHTS[present[0]](entropy, vocab_size)
-    codes = upload(torch.tensor([present.index(method) for method in methods]), owner.device)[owner]
-    w = torch.zeros_like(entropy)
+        return METHODS[present[0]].weigh(rows)
+    codes = rows.by_row(torch.tensor([present.index(method) for method in methods]))
+    w = torch.zeros_like(rows.entropy_1)
     for code, method in enumerate(present):
-        w = torch.where(codes == code, WEIGHTS[method](entropy, vocab_size), w)
+        w = torch.where(codes == code, METHODS[method].weigh(rows), w)
     return w
 
 
@@ -52,6 +82,7 @@ def steer(
     responses: Responses,
     objectives: Sequence[Objective],
     methods: Sequence[str],
+    steps: Sequence[Step],
     keys: Callable[[int], Tensor],
     gradient_steps: int,
     *,
@@ -64,16 +95,16 @@ def steer(
     """Move `state` (N rows) M = `gradient_steps` times along the rewards' gradient, less the first `first_step` times,
     which were made before.
 
-    `methods` names each trajectory's method; `keys(inner)` gives the random keys (N, 4) of an inner step. With
-    `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
+    `methods` and `steps` are each trajectory's method and denoising step; `keys(inner)` gives the random keys (N, 4) of
+    an inner step. With `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
     """
     assemblies = [assemble(objective, responses) for objective in objectives]
-    needs_draw = any(draws_hard_tokens(method) for method in methods)
+    needs_draw = any(METHODS[method].draws for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
     for inner in range(first_step, gradient_steps + read_after):
         stats = state.stats
-        w = weights(methods, responses.owner, stats.entropy_1, state.vocab_size)
+        w = weights(methods, WeightedRows(stats.entropy_1, stats.entropy_tau, state.vocab_size, responses.owner, steps))
         first_w = w if first_w is None else first_w
         hard = kernels.draw(state, keys(inner)) if needs_draw else stats.argmax
         # A masked position counts as EOS (or pad) when the argmax of the current, unfiltered phi says so.

@@ -32,7 +32,8 @@ class WorkerConfig:
     `server.models.acceleration`, `reward_cuda_graphs` in `server.rewards.graphs`.
     `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all
     cores but one. Of `data_parallel` workers this is number `rank`: it takes the CUDA devices that many after those
-    named, or its share of the CPU's threads. `disable_savings` names fields of `savings.Savings` to do without.
+    named, or its share of the CPU's threads. `plugins` are modules to import
+    before anything is loaded (`server.methods`). `disable_savings` names fields of `savings.Savings` to do without.
     """
 
     model: str
@@ -51,6 +52,7 @@ class WorkerConfig:
     threads: int = 0
     rank: int = 0
     data_parallel: int = 1
+    plugins: tuple[str, ...] = ()
     disable_savings: tuple[str, ...] = ()
     budget: BudgetSettings = BudgetSettings()
     heartbeat_seconds: float = 1.0

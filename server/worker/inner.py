@@ -92,6 +92,7 @@ def _steer(
         group.responses(info),
         objectives,
         [member.trajectory.job.guidance.method for member in group.members],
+        [member.step for member in group.members],
         lambda inner: group.keys(inner, None),
         stop,
         first_step=first,

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from server import log
 from server.errors import ConfigurationError, RequestError
+from server.methods import load_plugins
 from server.types import EngineInfo, Job
 from server.wire.channel import ChannelClosed, WorkerChannel
 from server.wire.config import WorkerConfig
@@ -270,6 +271,7 @@ def serve(channel: WorkerChannel, load: Load, prepare: Callable[[], None]) -> No
         target=beat, args=(channel, lambda: beats[-1](), config.heartbeat_seconds), name="heartbeat", daemon=True
     ).start()
     try:
+        load_plugins(config.plugins)
         service = load(config)
     except ConfigurationError as error:
         channel.send([WorkerError(str(error)[:MESSAGE_CHARACTERS], configuration=True)])

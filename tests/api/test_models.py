@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from server.api.schemas import CompletionRequest, Diffusion, Guidance
-from server.types import METHODS
+from server.methods import METHODS
 from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from server.api import reference
 from server.api.schemas import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,11 @@ def blocks(document: Path) -> list[str]:
 def commands(document: Path) -> list[str]:
     """The lines of code blocks, continued lines joined."""
     return [line for block in blocks(document) for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+
+
+def test_the_tables_of_the_contract_are_the_servers_own() -> None:
+    text = reference.DOCUMENT.read_text("utf-8")
+    assert reference.written(text) == text, "run `python -m server.api.reference`"
 
 
 def test_documents_are_there() -> None:

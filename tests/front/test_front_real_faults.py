@@ -13,7 +13,8 @@ import pytest
 import pytest_asyncio
 
 from server.front.engine import Engine
-from server.types import DiffusionParams, GuidanceParams, Job, Message, Method, SamplingParams, WeightedReward
+from server.methods import METHODS
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Started
 from tests.faults.faulty_worker import COMMAND, Fault
@@ -29,7 +30,6 @@ WORKER = WorkerConfig(
     heartbeat_seconds=0.2,
     log_level="CRITICAL",
 )
-METHODS: tuple[Method, ...] = ("none", "bon", "expectation", "aps", "entrgi")
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,7 +43,7 @@ async def engine() -> AsyncIterator[Engine]:
 
 
 def make_job(name: str, number: int, seed: int | None = None) -> Job:
-    method = METHODS[number % 5]
+    method = [*METHODS][number % 5]
     return Job(
         name,
         prompt_ids=tuple(5 + (number * 7 + index) % 400 for index in range(4 + number % 3)),

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import kernels
+from server.diffusion.schedule import plan
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
-from server.types import Message
+from server.types import DiffusionParams, GuidanceParams, Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = range(16)
@@ -104,6 +105,7 @@ def test_gradients_rewards_and_steered_logits(
         given["responses"],
         [given["objective"]],
         [case["method"]],
+        plan(1, DiffusionParams(1), GuidanceParams()),
         lambda inner: torch.zeros(len(params.tau), 4, dtype=torch.long),
         case["gradient_steps"],
         eos_token_id=pair64.loaded.info.eos_token_id,

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import kernels
+from server.diffusion.schedule import plan
 from server.guidance.assembly import Objective, Responses, Timings
-from server.guidance.methods import WEIGHTS
-from server.guidance.plain import entropy, filtered_distribution
+from server.guidance.plain import filtered_distribution, weighted_rows
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import steer
+from server.methods import METHODS, gradient_methods
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
@@ -26,6 +27,7 @@ from server.wire.messages import Finished
 from server.worker.runner import Runner
 
 PROMPT = (Message("user", "Explain the copyright notice."),)
+STEP = plan(1, DiffusionParams(1), GuidanceParams())[0]
 
 
 @pytest.fixture
@@ -89,6 +91,7 @@ class Problem:
                 self.responses,
                 [self.objective],
                 [self.method],
+                [STEP],
                 lambda inner: torch.zeros(count, 4, dtype=torch.long),
                 1,
                 eos_token_id=self.pair.loaded.info.eos_token_id,
@@ -114,7 +117,7 @@ class Problem:
     def finite_difference(self, direction: Tensor, step: float = 3e-6) -> float:
         """Central difference of the reward along a direction of phi."""
         plain = self.pair.plain.rewards["rm"]
-        w = WEIGHTS[self.method](entropy(self.phi), self.phi.shape[-1])[:, None]
+        w = METHODS[self.method].weigh(weighted_rows(self.phi, self.tau, STEP))[:, None]
         hard = plain.table[self.phi.argmax(-1)]
         soft = torch.softmax(self.phi / self.tau, dim=-1) @ plain.table
         up = self.reward(self.phi + step * direction, w, hard, soft)
@@ -123,7 +126,7 @@ class Problem:
 
 
 @pytest.mark.usefixtures("_exact_norms")
-@pytest.mark.parametrize("method", ["expectation", "aps", "entrgi"])
+@pytest.mark.parametrize("method", gradient_methods())
 def test_gradient_agrees_with_finite_differences(pair64: Any, method: str) -> None:
     problem = Problem(pair64, method)
     gradient = problem.closed_form_gradient()

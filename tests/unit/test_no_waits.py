@@ -20,14 +20,16 @@ import kernels
 from kernels import varlen
 from kernels.random import row_keys
 from kernels.transfer import upload
+from server.diffusion.schedule import plan
 from server.guidance.assembly import HiddenLeftOut, Objective, Responses, Timings, assemble
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import Steered, steer, visible_positions
+from server.methods import gradient_methods
 from server.rewards.graphs import GraphedPasses, Pass
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.template import split_at_response
 from server.text.tokenizer import Tokenizer
-from server.types import Message
+from server.types import DiffusionParams, GuidanceParams, Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EOS, PAD = 7, 9
@@ -209,13 +211,14 @@ def rewards() -> list[RewardModel]:
     return models
 
 
-METHODS = ("entrgi", "aps", "expectation")
+METHODS = gradient_methods()
 
 
 def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     """Inner steps of three trajectories, each with its own method."""
     rng = np.random.default_rng(5)
     canvases = [rng.integers(20, 500, 12) for _ in METHODS]
+    places = plan(12, DiffusionParams(3), GuidanceParams())
     positions = [np.arange(3 * index, 12) for index in range(3)]
     canvases[0][2] = EOS  # revealed: all behind it is hidden
     canvases[1][1] = PAD
@@ -240,8 +243,8 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
         return row_keys(*(upload(torch.from_numpy(x), CPU) for x in (*columns, np.arange(count))))
 
     return lambda: steer(
-        state, responses, objectives, METHODS, keys, steps, eos_token_id=EOS, pad_token_id=PAD, timings=Timings(),
-        read_after=True,
+        state, responses, objectives, METHODS, places, keys, steps, eos_token_id=EOS, pad_token_id=PAD,
+        timings=Timings(), read_after=True,
     )  # fmt: skip
 
 
