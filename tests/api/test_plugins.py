@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from server.cli import main
 from server.errors import ConfigurationError
 from server.methods import METHODS, Method, load_plugins, register
-
-HERE = Path(__file__).parent
-REWARD = HERE.parent / "golden" / "dream-tiny" / "rm"
+from tests.support.serving import Launch, golden_flags
 
 
-def test_a_method_of_ones_own_is_served(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    server = launch("--plugins", "fading_method", "--reward-model", f"rm={REWARD}")
+def test_a_method_of_ones_own_is_served(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    server = launch("--plugins", "fading_method", *golden_flags(), model=None)
     server.wait_ready()
     assert "fading" not in METHODS  # only the server imported it
     listed = server.client.get("/v1/models").json()["data"][0]
