@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from clients.quality import prompts as prompt_file
 from clients.quality import shortcuts, shortcuts_report
-from clients.quality.compare import METHODS, Comparison, Settings, compare
+from clients.quality.compare import Comparison, Settings, compare
 from clients.quality.fluency import calibrate, judge, measure
 from clients.quality.judges import SmolLM
 from clients.quality.report import (
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--count", type=int, help="only the first prompts, for a quick look")
     group = top.add_argument_group("compare and shortcuts")
     group.add_argument("--reward-model", action="append", help="repeatable; default: every one that is served")
-    group.add_argument("--method", action="append", choices=METHODS, help="compare; repeatable; default: all")
+    group.add_argument("--method", action="append", help="compare; repeatable; default: every one that is served")
     group.add_argument("--trajectories", type=int, default=4, help="K")
     for name, kind in (("--max-tokens", int), ("--steps", int), ("--gradient-steps", int), ("--eta", float)):
         group.add_argument(name, type=kind, help="default: the server's")
@@ -53,42 +55,37 @@ def parser() -> argparse.ArgumentParser:
 async def run_compare(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
     """Compare the methods under every reward model."""
     prompts = prompt_file.load(options.prompts).compare[: options.count]
-    served = [entry["id"] for entry in await models(client) if is_reward_model(entry)]
-    settings = settings_of(options)
-    comparison = await compare(client, prompts, options.reward_model or served, options.method or METHODS, settings)
+    diffusion, rewards = await served(client)
+    methods = options.method or diffusion["guidance_methods"]
+    comparison = await compare(client, prompts, options.reward_model or rewards, methods, settings_of(options))
     print(comparison_text(comparison))
     if options.report is not None:
         write_report(options.report, comparison, [prompt.text for prompt in prompts])
     print(json.dumps(comparison_json(comparison)))
 
 
+async def served(client: httpx.AsyncClient) -> tuple[dict[str, Any], list[str]]:
+    """The diffusion model's entry of /v1/models, and the reward models' names."""
+    entries = await models(client)
+    diffusion = next(entry for entry in entries if entry["type"] != "reward")
+    return diffusion, [entry["id"] for entry in entries if entry["type"] == "reward"]
+
+
 def settings_of(options: argparse.Namespace) -> Settings:
     """What is asked of the server, from the command line."""
-    return Settings(
-        trajectories=options.trajectories,
-        max_tokens=options.max_tokens,
-        steps=options.steps,
-        gradient_steps=options.gradient_steps,
-        eta=options.eta,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        concurrency=options.concurrency,
-    )
+    return Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
 
 
 async def run_shortcuts(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
     """Measure what is not exact, under every reward model. The judge comes last, when the server is idle."""
     found = prompt_file.load(options.prompts)
     prompts = found.compare[: options.count]
-    entries = await models(client)
-    served = [str(entry["id"]) for entry in entries if is_reward_model(entry)]
+    diffusion, rewards = await served(client)
     settings = settings_of(options)
-    defaults = next(entry["defaults"] for entry in entries if not is_reward_model(entry))
-    chosen = shortcuts.options(settings.steps or settings.max_tokens or defaults["steps"])
+    chosen = shortcuts.options(settings.steps or settings.max_tokens or diffusion["defaults"]["steps"])
     asked = {
         name: await shortcuts.ask_all(client, prompts, chosen, name, settings)
-        for name in options.reward_model or served
+        for name in options.reward_model or rewards
     }
     smol = SmolLM()
     limit = calibrate(smol, found.references).threshold
@@ -108,11 +105,6 @@ def write_report(folder: Path, comparison: Comparison, prompts: list[str]) -> No
     (folder / "report.md").write_text(comparison_markdown(comparison, prompts, "report.svg"), encoding="utf-8")
     (folder / "report.svg").write_text(comparison_svg(comparison), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(comparison_json(comparison)) + "\n", encoding="utf-8")
-
-
-def is_reward_model(entry: dict[str, object]) -> bool:
-    """Whether an entry of /v1/models is a reward model."""
-    return entry.get("type") == "reward"
 
 
 async def run_fluency(options: argparse.Namespace, client: httpx.AsyncClient) -> None:

@@ -15,8 +15,6 @@ from clients.quality.judges import SmolLM, Vader
 from clients.quality.prompts import Prompt
 from clients.quality.requests import Answer, ask
 
-METHODS = ("none", "bon", "expectation", "aps", "entrgi")
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from clients.quality import prompts as prompt_file
-from clients.quality.compare import METHODS, Comparison, Row, Settings, paired_differences
+from clients.quality.compare import Comparison, Row, Settings, paired_differences
 from clients.quality.fluency import Calibration, FluencyReport, Verdict, form_faults, subject_faults
 from clients.quality.intervals import Interval, share_interval, t_quantile
 from clients.quality.prompts import Prompt
@@ -24,6 +24,7 @@ from clients.quality.report import (
 )
 from clients.quality.requests import Answer, ServerError, ask
 from demo.prompts import build
+from server.methods import METHODS
 
 
 def test_t_quantiles_and_intervals_agree_with_scipy():
