@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.workload import Workload, engine_runner, load
 from demo import bundled_model_path, bundled_reward_models
-from server.settings import Settings
+from server.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = ("server", "kernels")
@@ -148,7 +148,7 @@ def measures(followed: Followed) -> list[Measure]:
         Measure("lines of the longest file", max(files.values()), 400),
         Measure("lines of serving code's median file", median(serving.values()), 120),
         Measure("files of serving code", len(serving)),
-        Measure("settings", len(Settings.model_fields), 40),
+        Measure("settings", len(SETTINGS), 40),
         Measure("frames from Runner.step to an operation of kernels", len(followed.to_operation), 9),
         Measure("frames from Runner.step to the deepest function of kernels", len(followed.inside)),
         Measure("files that a guided step runs through, without networks and kernels", len(step)),

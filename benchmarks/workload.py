@@ -26,7 +26,7 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
-from server.wire.config import BudgetSettings
+from server.wire.config import WorkerSettings
 from server.wire.messages import Failed, Finished
 from server.wire.stats import RunnerStats
 from server.worker.allocator import keep_large_blocks
@@ -34,7 +34,7 @@ from server.worker.memory import Footprint, free_bytes
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 
-MEMORY_FRACTION = BudgetSettings().memory_fraction
+MEMORY_FRACTION = WorkerSettings().memory_fraction
 SUBJECTS = ("hotel", "book", "phone", "film", "bakery", "museum", "train", "camera")
 
 

@@ -17,25 +17,30 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from server import __version__, log
 from server.api.app import create_app
-from server.api.middleware import QUIET_PATHS
+from server.api.middleware import MAX_HEADER_BYTES, QUIET_PATHS
 from server.api.protocol import EXTRA_CONNECTIONS, Room, connection_class
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.errors import ConfigurationError
 from server.front.engine import Engine
 from server.methods import load_plugins
-from server.settings import ENV_PREFIX, Settings, SettingsError, load, reward_models, unknown_variables
-from server.wire.config import BudgetSettings, EngineConfig, WorkerConfig
-from server.worker.savings import Savings
+from server.settings import (
+    ENV_PREFIX,
+    SETTINGS,
+    Setting,
+    Settings,
+    SettingsError,
+    load,
+    reward_models,
+    unknown_variables,
+)
+from server.wire.config import EngineConfig, FrontSettings, WorkerConfig, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load(parsed, config)
         load_plugins(settings.plugins)
-        Savings.without(settings.disable_savings)  # a misspelt name is found now, not when the models are loaded
         tracer_provider = exporting_provider(settings.otlp_endpoint)
     except (SettingsError, ConfigurationError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -139,8 +143,8 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        http=connection_class(settings.receive_seconds, settings.stalled_client_seconds, room),
-        h11_max_incomplete_event_size=settings.max_header_bytes + 1024,
+        http=connection_class(settings.slow_client_seconds, settings.slow_client_seconds, room),
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES + 1024,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -148,9 +152,7 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         server_header=False,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
-        ssl_keyfile_password=None
-        if settings.ssl_keyfile_password is None
-        else settings.ssl_keyfile_password.get_secret_value(),
+        timeout_keep_alive=settings.idle_connection_seconds,
         timeout_graceful_shutdown=LAST_WRITES_SECONDS,
         backlog=2048,
     )
@@ -167,40 +169,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         model, name = str(bundled_model_path()), name or BUNDLED_NAME
         if not rewards:
             rewards = {name: str(path) for name, path in bundled_reward_models().items()}
-    return EngineConfig(
-        worker=WorkerConfig(
-            model=model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=settings.device,
-            reward_device=settings.reward_device,
-            attention_backend=settings.attention_backend,
-            compile=settings.compile,
-            cuda_graphs=settings.cuda_graphs,
-            reward_cuda_graphs=settings.reward_cuda_graphs,
-            reward_models=rewards,
-            vocab_fallback=settings.vocab_fallback,
-            max_model_len=settings.max_model_len,
-            served_model_name=name,
-            threads=settings.threads,
-            data_parallel=settings.data_parallel,
-            budget=BudgetSettings(
-                tokens=settings.batch_tokens,
-                guided_rows=settings.batch_guided_rows,
-                reward_tokens=settings.batch_reward_tokens,
-                trajectories=settings.batch_trajectories,
-                memory_fraction=settings.memory_fraction,
-            ),
-            plugins=tuple(settings.plugins),
-            disable_savings=tuple(settings.disable_savings),
-            log_level=settings.log_level,
-            log_format=settings.log_format,
-        ),
-        max_jobs=settings.max_queue,
-        watchdog_seconds=settings.watchdog_seconds,
-        start_limit_seconds=settings.start_limit_seconds,
-        spare_worker=settings.spare_worker,
-    )
+    worker = WorkerConfig(model, rewards, name, **settings.of(WorkerSettings))
+    return EngineConfig(worker, **settings.of(FrontSettings))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -216,24 +186,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("command", nargs="?", choices=("serve",), default="serve", help="serve (may be left out)")
     made.add_argument("--version", action="version", version=__version__)
     made.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file of settings ({ENV_PREFIX}CONFIG)")
-    for name, field in Settings.model_fields.items():
-        _add_flag(made, name, field)
+    for name, setting in SETTINGS.items():
+        _add_flag(made, name, setting)
     return made
 
 
-def _add_flag(made: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+def _add_flag(made: argparse.ArgumentParser, name: str, setting: Setting) -> None:
     flag = "--" + name.replace("_", "-")
-    text = f"{field.description} (default: {_shown(field)})".replace("%", "%%")
-    kind = field.annotation
-    if kind is bool:
+    default = "none" if setting.default in (None, (), "") else setting.default
+    text = f"{setting.description} (default: {default})".replace("%", "%%")
+    if setting.kind is bool:
         made.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    elif get_origin(kind) is list:
-        made.add_argument(flag, dest=name, action="append", metavar="VALUE", help=text)
     else:
-        choices = [value for value in get_args(kind) if isinstance(value, str)]
-        made.add_argument(flag, dest=name, metavar="|".join(choices) or "VALUE", help=text)
-
-
-def _shown(field: FieldInfo) -> str:
-    default = field.default
-    return "none" if default is None or default in ([], "", PydanticUndefined) else str(default)
+        action = "append" if setting.is_list else "store"
+        made.add_argument(flag, dest=name, action=action, metavar="|".join(setting.choices) or "VALUE", help=text)

@@ -61,15 +61,14 @@ def create_app(
     frontend = Frontend(
         engine=engine,
         limits=Limits(
-            max_prompts=settings.max_prompts,
             max_trajectories=settings.max_trajectories,
             max_score_pairs=settings.max_score_pairs,
             max_score_characters=2 * settings.max_body_bytes,
             request_timeout=settings.request_timeout,
-            aliases=tuple(settings.served_model_name[1:]),
+            aliases=settings.served_model_name[1:],
         ),
         # Our own connections give up first (`api/protocol`); other servers may have no such limit.
-        times=StreamTimes(settings.keep_alive_seconds, 1.5 * settings.stalled_client_seconds),
+        times=StreamTimes(settings.stream_comment_seconds, 1.5 * settings.slow_client_seconds),
         metrics=metrics,
         tracer=telemetry.tracer_of(tracer_provider),
     )
@@ -112,10 +111,7 @@ def create_app(
     for each in (routes, rewards, ops):
         app.include_router(each.router)
     errors.install(app)
-    keys = [key.get_secret_value() for key in settings.api_key]
-    open_paths = frozenset(
-        path for path, is_open in (("/metrics", settings.public_metrics), ("/", settings.public_playground)) if is_open
-    )
+    open_paths = frozenset(settings.public_paths)
 
     def narrow(document: openapi.Document) -> bool:
         try:
@@ -125,16 +121,11 @@ def create_app(
         openapi_served.narrow(document, info, frontend.limits)
         return True
 
-    openapi.install(app, DESCRIBED, keyed=bool(keys), open_paths=ALWAYS_OPEN | open_paths, narrow=narrow)
+    openapi.install(app, DESCRIBED, keyed=bool(settings.api_key), open_paths=ALWAYS_OPEN | open_paths, narrow=narrow)
 
     # Added last is outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.receive_seconds)
-    app.add_middleware(
-        Guard,
-        api_keys=keys,
-        open_paths=open_paths,
-        max_header_bytes=settings.max_header_bytes,
-    )
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.slow_client_seconds)
+    app.add_middleware(Guard, api_keys=settings.api_key, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(
             Cors,

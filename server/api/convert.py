@@ -35,7 +35,6 @@ SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
 class Limits:
     """What one request may ask for. `aliases` are the diffusion model's names besides its id."""
 
-    max_prompts: int = 128
     max_trajectories: int = 128
     max_score_pairs: int = 1024
     max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
@@ -97,9 +96,9 @@ def completion_plan(
 ) -> Plan:
     """Jobs of a completion request. Raises InvalidRequest and UnknownModel."""
     check_model(request.model, info, limits.aliases)
-    if len(request.prompt) > limits.max_prompts:
+    if len(request.prompt) > limits.max_trajectories:  # each has one at least
         raise InvalidRequest(
-            f"`prompt` holds {len(request.prompt)} prompts; the limit is {limits.max_prompts}", "prompt"
+            f"`prompt` holds {len(request.prompt)} prompts; the limit is {limits.max_trajectories}", "prompt"
         )
     contexts = [_completion_context(request, prompt, info.model, tokenizer) for prompt in request.prompt]
     return _plan(request, request.max_tokens, contexts, info, limits, f"cmpl-{identity}", "prompt")

@@ -58,7 +58,7 @@ class Frontend:
 
     async def aside(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
         """Run text work in the one thread that is for it. Raises QueueFull when too much of it waits."""
-        if self._waiting >= self.engine.config.max_jobs:
+        if self._waiting >= self.engine.config.max_queue:
             raise QueueFull(f"the texts of {self._waiting} requests are being read; try again later")
         self._waiting += 1
         try:
@@ -72,7 +72,7 @@ class Frontend:
 
     def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
         """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""
-        places = self.engine.config.max_jobs
+        places = self.engine.config.max_queue
         if len(jobs) > places:  # waiting would not help
             raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
         self.engine.check_room(len(jobs))

@@ -29,6 +29,7 @@ access = logging.getLogger("server.access")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
 MAX_HEADERS = 256
+MAX_HEADER_BYTES = 65_536
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
 
 
@@ -101,12 +102,10 @@ class Guard:
         app: ASGIApp,
         api_keys: Iterable[str],
         open_paths: frozenset[str],
-        max_header_bytes: int,
     ) -> None:
         self.app = app
         self._digests = [_kept(key) for key in api_keys]
         self._open_paths = ALWAYS_OPEN | open_paths
-        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer it."""
@@ -126,8 +125,8 @@ class Guard:
         if len(scope["headers"]) > MAX_HEADERS:
             raise HeadersTooLarge(f"the header has more than {MAX_HEADERS} fields")
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-        if size > self._max_header_bytes:
-            raise HeadersTooLarge(f"the header takes more than {self._max_header_bytes} bytes")
+        if size > MAX_HEADER_BYTES:
+            raise HeadersTooLarge(f"the header takes more than {MAX_HEADER_BYTES} bytes")
         if not self._digests or local_path(scope) in self._open_paths:
             return
         credentials = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -34,7 +34,7 @@ def narrow(document: Document, info: EngineInfo, limits: Limits) -> None:
     for form in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         _tokens(form, last)
         if form.get("items", {}).get("type") in ("string", "array"):
-            form["maxItems"] = limits.max_prompts
+            form["maxItems"] = limits.max_trajectories
     _tokens(schemas["DetokenizeRequest"]["properties"]["tokens"], last)
     if not rewards:
         _enum(schemas["Guidance"], "method", ["none"])

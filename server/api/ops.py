@@ -205,7 +205,6 @@ def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat:
         guidance_methods=methods,
         chat=chat,
         limits={
-            "prompts": limits.max_prompts,
             "trajectories": limits.max_trajectories,
             "score_pairs": limits.max_score_pairs,
             "canvas_tokens": engine.largest.tokens,

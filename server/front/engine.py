@@ -224,9 +224,9 @@ class Engine:
         if self._info is None or self._nobody_will_come():
             wait = min(replica.supervisor.backoff_seconds for replica in self._replicas)
             raise NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
-        if len(self._pending) + jobs > self.config.max_jobs:
+        if len(self._pending) + jobs > self.config.max_queue:
             raise QueueFull(
-                f"{len(self._pending)} requests are in flight; the server takes {self.config.max_jobs}",
+                f"{len(self._pending)} requests are in flight; the server takes {self.config.max_queue}",
                 retry_after=self._throughput.retry_after_seconds(len(self._pending), time.monotonic(), jobs),
             )
 
@@ -282,7 +282,7 @@ class Engine:
             raise InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
         pending = Pending(identity, data, isinstance(message, Submit), deadline, cost)
         self._pending[identity] = pending
-        self._throughput.taken(len(self._pending), self.config.max_jobs, time.monotonic())
+        self._throughput.taken(len(self._pending), self.config.max_queue, time.monotonic())
         self._idle.clear()
         self._arm(pending)
         self._dispatcher.add(pending)
@@ -358,7 +358,7 @@ class Engine:
         pending = self._pending.pop(subject(answer) or "")
         now = time.monotonic()
         self._throughput.finished(now)
-        self._throughput.taken(len(self._pending), self.config.max_jobs, now)
+        self._throughput.taken(len(self._pending), self.config.max_queue, now)
         if pending.deaths and pending.worker is not None:
             logger.info("request %s has run alone", pending.id)
         self._dispatcher.remove(pending)

@@ -1,83 +1,120 @@
-"""Plain values for the engine and its worker. The composition root fills them from the settings."""
+"""What the processes are told at their start.
+
+A setting of the user's has one home: a field with its type, bounds, description and default. Those that a process takes
+as they stand are declared here, and `server.settings.Settings` inherits them; the configurations below inherit them too
+and add what the composition root works out, and what only tests and measurements set.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
 
-
-@dataclass(frozen=True, slots=True)
-class BudgetSettings:
-    """What is fixed of the budgets of a denoising step (`types.Budget` has the units); 0 leaves it to be computed from
-    the memory that is free after loading, of which the engine may take `memory_fraction`."""
-
-    tokens: int = 0
-    guided_rows: int = 0
-    reward_tokens: int = 0
-    trajectories: int = 256
-    memory_fraction: float = 0.8
+Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?)$")]
+AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """What the worker process needs to load the models and run; it crosses the wire as the first message.
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Settings for the worker processes. The descriptions are those of `--help`; `attention_backend`, `compile` and
+    `cuda_graphs` are explained in `server.models.acceleration`, the three about batches in `server.worker.memory`."""
 
-    `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local
-    folders or hub ids; `revision` pins a hub id of the diffusion model. `dtype` is bfloat16, float16, float32
-    or float64, `device` as torch names it; `auto` is a GPU in bfloat16 where there is one, else the CPU in
-    float32. `reward_device` None is `device`; `attention_backend`, `compile` and `cuda_graphs` are explained in
-    `server.models.acceleration`, `reward_cuda_graphs` in `server.rewards.graphs`.
-    `max_model_len` (tokens) lowers the model's context length. `threads` 0: on the CPU all
-    cores but one. Of `data_parallel` workers this is number `rank`: it takes the CUDA devices that many after those
-    named, or its share of the CPU's threads. `plugins` are modules to import
-    before anything is loaded (`server.methods`). `disable_savings` names fields of `savings.Savings` to do without.
+    device: Annotated[Device, Meta(description="auto, cpu, cuda or cuda:N")] = "auto"
+    reward_device: Annotated[
+        Device | None,
+        Meta(description="device of the reward models, as cuda:1 or cpu; none: that of the diffusion model"),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32", "float64"],
+        Meta(description="weights' type; auto: bfloat16 on a GPU, float32 on a CPU"),
+    ] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "varlen", "flash", "cpp", "sdpa"],
+        Meta(description="attention over packed sequences: torch's varlen kernel, flash-attn's, C++, or one a length"),
+    ] = "auto"
+    compile: Annotated[
+        bool, Meta(description="torch.compile of the diffusion model's blocks; a minute or more at start")
+    ] = False
+    cuda_graphs: Annotated[
+        bool,
+        Meta(
+            description="CUDA graphs of the diffusion model's blocks and the reward models' passes, for small batches"
+        ),
+    ] = False
+    max_model_len: Annotated[AtLeastOne | None, Meta(description="lower the context length to this many tokens")] = None
+    vocab_fallback: Annotated[
+        Literal["unk", "zero"], Meta(description="reward embedding of a token that the reward vocabulary lacks")
+    ] = "unk"
+    threads: Annotated[
+        int,
+        Meta(ge=0, le=1024, description="CPU threads of each worker; 0: all cores but one, shared by the workers"),
+    ] = 0
+    data_parallel: Annotated[
+        int, Meta(ge=1, le=64, description="worker processes: with `device` cuda one a GPU, from the named one on")
+    ] = 1
+    batch_tokens: Annotated[
+        int, Meta(ge=0, description="canvas tokens in one denoising step; 0: computed from the free memory")
+    ] = 0
+    batch_trajectories: Annotated[int, Meta(ge=1, description="trajectories in one denoising step")] = 256
+    memory_fraction: Annotated[
+        float, Meta(gt=0, le=1, description="share of the memory that is free after loading that batches may take")
+    ] = 0.8
+    plugins: Annotated[
+        tuple[str, ...],
+        Meta(description="Python module that server and workers import, and that may register guidance methods"),
+    ] = ()
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="least level logged")] = "INFO"
+    log_format: Annotated[Literal["auto", "json", "console"], Meta(description="auto: console on a terminal")] = "auto"
+
+
+@dataclass(frozen=True)
+class WorkerConfig(WorkerSettings):
+    """What one worker process needs to load the models and run; it crosses the wire as the first message.
+
+    `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local folders or
+    hub ids, which `@REVISION` pins. Of `data_parallel` workers this one is number `rank`: on a GPU it takes the device
+    `rank` places after the named one, on a CPU its share of the threads. `disable_savings` names fields of
+    `savings.Savings` to do without, for measurements.
     """
 
     model: str
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    reward_device: str | None = None
-    attention_backend: str = "auto"
-    compile: bool = False
-    cuda_graphs: bool = False
-    reward_cuda_graphs: bool = False
     reward_models: dict[str, str] = field(default_factory=dict)
-    vocab_fallback: Literal["unk", "zero"] = "unk"
-    max_model_len: int | None = None
     served_model_name: str | None = None
-    threads: int = 0
     rank: int = 0
-    data_parallel: int = 1
-    plugins: tuple[str, ...] = ()
     disable_savings: tuple[str, ...] = ()
-    budget: BudgetSettings = BudgetSettings()
     heartbeat_seconds: float = 1.0
-    log_level: str = "INFO"
-    log_format: Literal["auto", "json", "console"] = "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+@dataclass(frozen=True, kw_only=True)
+class FrontSettings:
+    """Settings for the process that keeps the workers."""
+
+    max_queue: Annotated[int, Meta(ge=1, le=100_000, description="prompts in flight, waiting ones included")] = 256
+    watchdog_seconds: Annotated[
+        float, Meta(gt=0, le=86_400, description="a worker without progress for this long is killed and replaced")
+    ] = 120.0
+    spare_worker: Annotated[
+        bool, Meta(description="keep one more process at hand (about 300 MB), so that a restart skips the imports")
+    ] = True
+
+
+@dataclass(frozen=True)
+class EngineConfig(FrontSettings):
     """How the HTTP process keeps its workers, `worker.data_parallel` of them.
 
-    `max_jobs` bounds the jobs in flight, waiting ones included. A worker whose last sign of progress is older
-    than `watchdog_seconds` is killed and restarted. `start_limit_seconds` bounds loading and warm-up. A
-    restart after a death before ready waits `backoff_seconds`, doubled each time up to `max_backoff_seconds`.
-    `stop_grace_seconds` is how long a worker may take to leave by itself. With `spare_worker` one more
-    process that has imported its code, but loaded nothing, stands by for all workers: a restart is quicker by those
-    seconds, for some hundred MB of memory. `worker_command` gets the socket's number as its last argument.
+    Loading and warming up may take `start_limit_seconds`. A restart after a death before ready waits `backoff_seconds`,
+    doubled each time up to `max_backoff_seconds`. `stop_grace_seconds` is how long a worker may take to leave by
+    itself. `worker_command` gets the socket's number as its last argument.
     """
 
     worker: WorkerConfig
-    max_jobs: int = 256
-    watchdog_seconds: float = 120.0
     start_limit_seconds: float = 3600.0
     backoff_seconds: float = 0.5
     max_backoff_seconds: float = 30.0
     stop_grace_seconds: float = 5.0
-    spare_worker: bool = False
     worker_command: tuple[str, ...] = WORKER_COMMAND

@@ -131,7 +131,7 @@ def load(config: WorkerConfig) -> LoadedService:
     dtype = resolve_dtype(config.dtype, device)
     _note_slow_products(dtype, device)
     savings = Savings.without(config.disable_savings)
-    model = _fit(load_diffusion_model(config.model, revision=config.revision, dtype=dtype, device=device), config)
+    model = _fit(load_diffusion_model(config.model, dtype=dtype, device=device), config)
     acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
     accelerate(model.model, acceleration, model.info.context_length)
     reward_models = {
@@ -150,7 +150,7 @@ def load(config: WorkerConfig) -> LoadedService:
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
-        if config.reward_cuda_graphs:
+        if config.cuda_graphs:
             graph_passes(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
@@ -223,18 +223,17 @@ def _budgets(
     if device.type != "cuda":
         free //= config.data_parallel
     if device.type == "cpu":
-        keep_large_blocks(free * (1 - config.budget.memory_fraction))
+        keep_large_blocks(free * (1 - config.memory_fraction))
     shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
         free,
-        config.budget.memory_fraction,
+        config.memory_fraction,
         device.type,
         rewards=len(reward_models),
         context_length=model.info.context_length,
     )
-    names = ("tokens", "guided_rows", "reward_tokens")
-    fixed = {name: value for name in names if (value := getattr(config.budget, name))}
-    shared = replace(shared, trajectories=config.budget.trajectories, **fixed)
-    largest = replace(largest, **fixed)
+    shared = replace(shared, trajectories=config.batch_trajectories)
+    if config.batch_tokens:
+        shared, largest = replace(shared, tokens=config.batch_tokens), replace(largest, tokens=config.batch_tokens)
     logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
     return shared, largest
 

@@ -37,7 +37,7 @@ LONG: dict[str, Any] = {
 def abused(launch: Launch) -> Served:
     """A server with limits of a second."""
     rewards = (flag for name in ("sentiment", "concrete") for flag in ("--reward-model", f"{name}={RM}"))
-    short = ("--receive-seconds", "1", "--stalled-client-seconds", "1", "--request-timeout", "200")
+    short = ("--slow-client-seconds", "1", "--idle-connection-seconds", "5", "--request-timeout", "200")
     served = launch(*rewards, *short, "--batch-trajectories", "16")
     served.wait_ready()
     return served

@@ -137,8 +137,8 @@ async def test_far_past_the_limit_connections_are_cut_off() -> None:
 
 
 async def test_who_says_nothing_past_the_limit_soon_makes_room_for_probes() -> None:
-    """Within seconds, whatever time `receive_seconds` gives to others."""
-    settings = load({"port": 0, "max_connections": LIMIT, "receive_seconds": 3000})
+    """Within seconds, whatever time `slow_client_seconds` gives to others."""
+    settings = load({"port": 0, "max_connections": LIMIT, "slow_client_seconds": 3000})
     async with serving(settings) as port, asking(port) as client, idle(port, LIMIT + EXTRA_CONNECTIONS):
         async with asyncio.timeout(60):
             while True:

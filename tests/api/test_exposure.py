@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 def test_loopback_is_the_default() -> None:
     settings = load({})
     assert settings.host == "127.0.0.1"
-    assert settings.cors_origins == []
-    assert not settings.public_metrics
-    assert not settings.public_playground
+    assert settings.cors_origins == settings.public_paths == ()
 
 
 @pytest.mark.parametrize(

@@ -54,14 +54,14 @@ async def test_keys_may_be_given_as_hashes() -> None:
 async def test_keys_from_a_file_guard_the_server(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{KEYS[0]}\n{KEYS[1]}\n")
-    async with open_client(make(api_key_file=str(file))) as client:
+    async with open_client(make(api_key=[f"file:{file}"])) as client:
         assert (await client.get("/version")).status_code == 401
         for key in KEYS:
             assert (await client.get("/version", headers={"Authorization": f"Bearer {key}"})).status_code == 200
 
 
 async def test_open_by_flag() -> None:
-    async with open_client(make(api_key=KEYS, public_metrics=True, public_playground=True)) as client:
+    async with open_client(make(api_key=KEYS, public_paths=["/metrics", "/"])) as client:
         assert (await client.get("/metrics")).status_code == 200
         assert (await client.get("/")).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401

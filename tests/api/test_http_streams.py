@@ -51,7 +51,7 @@ async def test_keep_alive_comments() -> None:
         await release.wait()
         yield finished(job)
 
-    app = make(ScriptedEngine(slow), keep_alive_seconds=0.01)
+    app = make(ScriptedEngine(slow), stream_comment_seconds=0.01)
     sent: list[bytes] = []
 
     async def send(message: Message) -> None:
@@ -66,7 +66,7 @@ async def test_keep_alive_comments() -> None:
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
     engine = ScriptedEngine(never)
-    app = make(engine, keep_alive_seconds=0.01, stalled_client_seconds=0.1)
+    app = make(engine, stream_comment_seconds=0.01, slow_client_seconds=0.1)
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.body":

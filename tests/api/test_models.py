@@ -40,11 +40,11 @@ async def test_a_model_answers_to_all_its_names() -> None:
 
 async def test_defaults_are_those_of_a_request_that_names_none() -> None:
     """Sent back explicitly, each of them changes nothing."""
-    async with open_client(make(max_prompts=5, max_trajectories=6, max_score_pairs=7, request_timeout=9)) as client:
+    async with open_client(make(max_trajectories=6, max_score_pairs=7, request_timeout=9)) as client:
         model, reward = ok(await client.get("/v1/models"))["data"]
     assert model["chat"] is True
     sizes = {"canvas_tokens": 16_384, "guided_rows": 8_192, "reward_tokens": 65_536}
-    assert model["limits"] == {"prompts": 5, "trajectories": 6, "score_pairs": 7} | sizes
+    assert model["limits"] == {"trajectories": 6, "score_pairs": 7} | sizes
     assert reward["defaults"] is reward["limits"] is reward["chat"] is None
     defaults = model["defaults"]
     assert defaults["timeout"] == 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -46,12 +45,9 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-@pytest.mark.parametrize("key", ["key", "encrypted"])
-async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str], key: str) -> None:
-    flags: dict[str, Any] = {"port": 0, "ssl_certfile": files["certificate"], "ssl_keyfile": files[key]}
-    if key == "encrypted":
-        flags["ssl_keyfile_password"] = "open sesame"
-    async with serving(load(flags)) as port:
+async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str]) -> None:
+    settings = load({"port": 0, "ssl_certfile": files["certificate"], "ssl_keyfile": files["key"]})
+    async with serving(settings) as port:
         async with httpx.AsyncClient(verify=trusting(authority), base_url=f"https://localhost:{port}") as client:
             assert (await client.get("/health")).json() == {"status": "ok"}
             answer = await client.post("/v1/completions", json={"prompt": "Hi"})
@@ -68,7 +64,7 @@ async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str], k
 
 def test_tls_settings_that_cannot_work_are_refused(files: dict[str, str], tmp_path: Path) -> None:
     good = {"ssl_certfile": files["certificate"], "ssl_keyfile": files["key"]}
-    assert load(good).ssl_keyfile == Path(files["key"])
+    assert load(good).ssl_keyfile == files["key"]
     other = tmp_path / "other.pem"
     other.write_bytes(trustme.CA().issue_cert("localhost").private_key_pem.bytes())
     for wrong, key in (
@@ -76,11 +72,9 @@ def test_tls_settings_that_cannot_work_are_refused(files: dict[str, str], tmp_pa
         ({"ssl_certfile": str(tmp_path / "absent.pem")}, "ssl_certfile"),
         ({"ssl_keyfile": str(other)}, "ssl_certfile"),
         ({"ssl_keyfile": files["encrypted"]}, "ssl_certfile"),
-        ({"ssl_keyfile": files["encrypted"], "ssl_keyfile_password": "wrong-word"}, "ssl_certfile"),
     ):
-        with pytest.raises(SettingsError, match=rf"^{key}\b") as caught:
+        with pytest.raises(SettingsError, match=rf"^{key}\b"):
             load({**good, **wrong})
-        assert "wrong-word" not in str(caught.value)
 
 
 async def test_behind_a_prefix_on_a_real_socket() -> None:

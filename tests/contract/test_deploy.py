@@ -19,7 +19,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import HELP, Metrics, WorkerSnapshot
-from server.settings import Settings
+from server.settings import SETTINGS, Settings
 from server.wire.stats import RunnerStats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,11 +100,11 @@ def test_servers_run_without_privileges_and_longer_than_their_drain(name: str) -
     service = compose()["services"][name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
-    assert int(service["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_seconds"].default
+    assert int(service["stop_grace_period"].removesuffix("s")) > Settings().drain_seconds
 
 
 def test_the_variables_are_settings_of_the_server() -> None:
-    known = {f"ENTRGI_{name.upper()}" for name in Settings.model_fields}
+    known = {f"ENTRGI_{name.upper()}" for name in SETTINGS}
     variables = {name for service in compose()["services"].values() for name in service.get("environment", {})} | set(
         re.findall(r"\bENTRGI_[A-Z_]+", (ROOT / "Dockerfile").read_text("utf-8"))
     )
@@ -294,7 +294,7 @@ def test_prometheus_scrapes_whichever_server_runs() -> None:
         service = compose()["services"][name]
         assert host in service["networks"]["default"]["aliases"]
         assert service["ports"][0].endswith(f":{port}")
-        assert service["environment"]["ENTRGI_PUBLIC_METRICS"] == "true"
+        assert service["environment"]["ENTRGI_PUBLIC_PATHS"] == "/metrics"
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus's own checker is not installed")

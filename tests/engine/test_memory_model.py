@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
-from server.wire.config import BudgetSettings, WorkerConfig
+from server.wire.config import WorkerConfig
 from server.worker.memory import CAPS, Footprint, free_bytes
 from server.worker.service import load
 
@@ -114,11 +114,12 @@ def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_requ
             config.model,
             device="cpu",
             reward_models=config.reward_models,
-            budget=BudgetSettings(tokens=300, guided_rows=40, reward_tokens=90, trajectories=7),
+            batch_tokens=300,
+            batch_trajectories=7,
         )
     )
     for budget in (fixed.runner.scheduler.budget, fixed.info.largest):
-        assert (budget.tokens, budget.guided_rows, budget.reward_tokens) == (300, 40, 90)
+        assert budget.tokens == 300
     assert fixed.runner.scheduler.budget.trajectories == 7
 
 

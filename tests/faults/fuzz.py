@@ -31,7 +31,7 @@ from tests.faults.mutations import mutant
 
 # Short limits, so that a request that is not whole, or that is valid and large by chance, is soon over.
 FLAGS = (
-    *("--receive-seconds", "2", "--request-timeout", "5", "--max-model-len", "256", "--batch-tokens", "2048"),
+    *("--slow-client-seconds", "2", "--request-timeout", "5", "--max-model-len", "256", "--batch-tokens", "2048"),
     *("--max-trajectories", "32", "--log-level", "WARNING"),
 )
 HANG_SECONDS = 60.0

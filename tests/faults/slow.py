@@ -38,7 +38,7 @@ from tests.faults.harness import (
 )
 
 LIMIT_SECONDS = 5.0
-FLAGS = ("--receive-seconds", str(LIMIT_SECONDS), "--stalled-client-seconds", str(LIMIT_SECONDS))
+FLAGS = ("--slow-client-seconds", str(LIMIT_SECONDS), "--idle-connection-seconds", "5")
 # Twice a look apart, plus the grace that lets the application answer, plus a busy machine.
 CUT_SECONDS = 4 * LIMIT_SECONDS
 LAST_SECONDS = 60.0  # for an answer that is still being made

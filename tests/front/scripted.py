@@ -24,6 +24,7 @@ CONFIG = EngineConfig(
     watchdog_seconds=30.0,
     backoff_seconds=0.05,
     stop_grace_seconds=2.0,
+    spare_worker=False,
     worker_command=(sys.executable, "-P", str(SCRIPT)),
 )
 

@@ -103,7 +103,7 @@ async def test_a_cancelled_wait_loses_no_event() -> None:
 
 
 async def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
-    async with running(configured(max_jobs=3)) as engine:
+    async with running(configured(max_queue=3)) as engine:
         streams = [engine.submit(job(f"job-{index}", steps=5, step_ms=5)) for index in range(3)]
         with pytest.raises(QueueFull) as refused:
             engine.submit(job("one too many"))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(EngineConfig(WORKER, worker_command=COMMAND, spare_worker=True))
+    engine = Engine(EngineConfig(WORKER, worker_command=COMMAND))
     await engine.start()
     yield engine
     await engine.stop()

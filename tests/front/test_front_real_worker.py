@@ -41,7 +41,8 @@ CONFIG = EngineConfig(
         threads=1,
         heartbeat_seconds=0.2,
         log_level="WARNING",
-    )
+    ),
+    spare_worker=False,
 )
 CONVERSATION = (Message("user", "Hi"),)
 

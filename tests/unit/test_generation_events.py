@@ -48,7 +48,7 @@ def test_a_client_that_leaves_while_its_request_fails_leaves_nothing_behind(turn
     streams = [Stream(Failed("job-0", "deadline", "too late", "timeout")), Stream()]
 
     class Engine:
-        config = type("Config", (), {"max_jobs": 8})
+        config = type("Config", (), {"max_queue": 8})
 
         def check_room(self, jobs: int = 1) -> None: ...
 
