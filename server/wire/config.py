@@ -68,7 +68,9 @@ class WorkerSettings:
         tuple[str, ...],
         Meta(description="Python module that server and workers import, and that may register guidance methods"),
     ] = ()
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Meta(description="least level logged")] = "INFO"
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Meta(description="least level logged")
+    ] = "INFO"
     log_format: Annotated[Literal["auto", "json", "console"], Meta(description="auto: console on a terminal")] = "auto"
 
 

@@ -150,7 +150,7 @@ def load(config: WorkerConfig) -> LoadedService:
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
-        if config.cuda_graphs:
+        if config.cuda_graphs and reward.written_out and reward.device.type == "cuda":
             graph_passes(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)

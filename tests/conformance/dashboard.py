@@ -153,7 +153,10 @@ def load(url: str, requests: int) -> None:
 
 def measure(requests: int) -> tuple[list[Answer], list[str]]:
     """The answers, and what is wrong with the rules as Prometheus itself evaluates them."""
-    with served("--public-paths", "/metrics", "--threads", "1") as server, prometheus(f"127.0.0.1:{server.port}") as asked:
+    with (
+        served("--public-paths", "/metrics", "--threads", "1") as server,
+        prometheus(f"127.0.0.1:{server.port}") as asked,
+    ):
         load(server.url, requests)
         interval = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text("utf-8"))["global"]["scrape_interval"]
         time.sleep(SCRAPES * float(interval.removesuffix("s")))

@@ -65,7 +65,6 @@ def test_reward_models_are_where_the_diffusion_model_is_unless_named() -> None:
         ({"reward_device": "cuda:99"}, "reward_device"),
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here"),
         ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
-        ({"reward_cuda_graphs": True}, "reward_cuda_graphs: there are none on cpu"),
     ],
 )
 def test_what_this_device_cannot_do_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
@@ -150,7 +149,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     config = replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
     if reason := unavailable("varlen", torch.device("cuda"), torch.bfloat16, 24):
         pytest.skip(f"varlen: {reason}")
-    service = load(replace(config, attention_backend="varlen", reward_cuda_graphs=graphs))
+    service = load(replace(config, attention_backend="varlen", cuda_graphs=graphs))
     model = service.runner.reward_models["rm"]
     answered(service)  # kernels, workspaces, page-locked memory, recordings
     if graphs:
