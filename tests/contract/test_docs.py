@@ -71,12 +71,17 @@ def test_links_lead_to_files(document: Path) -> None:
             assert (document.parent / link).exists(), link
 
 
+FOLDERS = "|".join(path.name for path in (ROOT / "server").iterdir() if path.is_dir())
+NAMED = re.compile(rf"`((?:server|kernels|clients|deploy|tests|docs|demo|benchmarks|{FOLDERS})/[\w./-]+)`")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
 def test_files_named_in_code_quotes_exist(document: Path) -> None:
-    for name in re.findall(r"`((?:server|kernels|clients|deploy|tests|docs)/[\w./-]+)`", document.read_text("utf-8")):
-        if "NAME" not in name:
-            path = ROOT / name.rstrip("/")
-            assert path.exists() or path.with_suffix(".py").exists(), name
+    """By their path from the root, or, in the server, from its own folder and perhaps without `.py`."""
+    for name in NAMED.findall(document.read_text("utf-8")):
+        if "NAME" not in name and name != "text/event-stream":
+            places = [folder / name.rstrip("/") for folder in (ROOT, ROOT / "server", document.parent)]
+            assert any(path.exists() or path.with_suffix(".py").exists() for path in places), name
 
 
 def test_the_readmes_requests_are_valid() -> None:
