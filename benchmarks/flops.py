@@ -42,7 +42,7 @@ class Decoder:
 
     @classmethod
     def of(cls, shape: DecoderShape) -> Decoder:
-        """From what a diffusion or reward model says of itself."""
+        """The sizes that a diffusion or reward model says it has."""
         return cls(shape.hidden, shape.layers, shape.heads, shape.key_heads, shape.head_size, shape.intermediate)
 
     def queries(self, tokens: int) -> int:
@@ -76,7 +76,7 @@ def causal_pairs(prefixes: Sequence[int], lengths: Sequence[int]) -> tuple[int, 
 
 
 def reward_forward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
-    """One number a row, read at its last token."""
+    """Operations of a pass that reads one number from each row, at its last token."""
     cached, own = causal_pairs(prefixes, lengths)
     last = sum(prefixes) + sum(lengths)
     pairs = (decoder.layers - 1) * (cached + own) + last
@@ -85,8 +85,9 @@ def reward_forward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[
 
 
 def reward_backward(decoder: Decoder, prefixes: Sequence[int], lengths: Sequence[int]) -> int:
-    """From the reward to the rows' own embeddings: a product for each of the forward's; in attention two for every pair
-    with a cached key (of the weights and of the query) and four for every other (of the key and the value as well)."""
+    """Operations of the way back, from the reward to the rows' own embeddings: a product for each of the forward's; in
+    attention two for every pair with a cached key (of the weights and of the query) and four for every other (of the
+    key and the value as well)."""
     cached, own = causal_pairs(prefixes, lengths)
     read = len(lengths)
     last_own = sum(lengths)
@@ -121,7 +122,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The operations of all kinds together."""
         return sum(asdict(self).values())
 
     def plus(self, other: Flops) -> Flops:
@@ -130,7 +131,7 @@ class Flops:
         return Flops(**{name: value + theirs[name] for name, value in asdict(self).items()})
 
     def by_phase(self) -> dict[str, int]:
-        """Under the names of the phases that the engine times."""
+        """The operations under the names of the phases that the engine times."""
         return {
             "diffusion": self.trunk + self.attention + self.head,
             "vocabulary": self.mix + self.update,

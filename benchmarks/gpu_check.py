@@ -32,7 +32,7 @@ from server.rewards.graphs import graph_passes
 TESTS = ("tests", "--ignore", "tests/kernel_ops")  # benchmarks.kernels.gpu_check runs those
 BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
 MASKED = 128
-"""Rows a sequence."""
+"""How many rows of each sequence are masked."""
 
 WAYS = {
     "plain, sdpa": Acceleration("sdpa"),
@@ -99,7 +99,7 @@ def milliseconds(model: DreamModel, lengths: list[int], device: torch.device) ->
 
 
 def measure(model: DreamModel, device: torch.device) -> list[dict[str, Any]]:
-    """Every way on every batch; one that cannot run says why."""
+    """The time of every way on every batch; a way that cannot run says why."""
     results: list[dict[str, Any]] = []
     for name, options in WAYS.items():
         model.trunk = model.backbone.forward

@@ -153,7 +153,7 @@ def utilisation(runs: Iterable[Run], rate: Rate) -> float:
 
 
 def cpu_utilisation(runs: Iterable[Run], rate: Rate) -> float:
-    """The same by CPU time: of the work and of the rate."""
+    """`utilisation` by CPU time, of the work as well as of the rate."""
     return median(counted(run).total / run.cpu_seconds for run in runs) / rate.cpu
 
 
@@ -171,5 +171,5 @@ def both_clocks(name: str, slower: Sequence[Run], faster: Sequence[Run], at_leas
 
 
 def cpu_ratio(slower: Sequence[Run], faster: Sequence[Run]) -> float:
-    """The same by CPU time."""
+    """`ratio` by CPU time."""
     return median((a.cpu_seconds / a.tokens) / (b.cpu_seconds / b.tokens) for a, b in zip(slower, faster, strict=False))

@@ -50,7 +50,7 @@ class Rate:
     cpu: float
 
     def max(self, other: Rate) -> Rate:
-        """The better of both, figure by figure."""
+        """The higher rate of the two, by each clock."""
         return Rate(max(self.wall, other.wall), max(self.cpu, other.cpu))
 
 

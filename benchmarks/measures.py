@@ -78,7 +78,7 @@ class Followed:
         return len(lines)
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        """For `sys.setprofile`."""
+        """What `sys.setprofile` calls at every call and return."""
         if event != "call" or not _path(frame.f_code).startswith(SERVING):
             return
         self.functions.add(frame.f_code)
@@ -136,7 +136,7 @@ def follow_a_guided_step() -> Followed:
 
 
 def measures(followed: Followed) -> list[Measure]:
-    """All of them, in the order of the table."""
+    """All measures, in the order of the table."""
     serving, tests = lines_of(*SERVING), lines_of("tests")
     files = lines_of(*SERVING, "clients", "benchmarks", "demo", "tests")
     read = {path: serving[path] for path in followed.files}

@@ -38,7 +38,7 @@ class Case:
     least_steps: int = 0
 
     def gradient_steps_of(self, index: int) -> int:
-        """M of one of its trajectories."""
+        """M of the trajectory with this index."""
         least = self.least_steps or self.gradient_steps
         return least + index % (self.gradient_steps - least + 1)
 
@@ -85,7 +85,7 @@ class Meter:
         self._cuda = device if device.type == "cuda" else None
 
     def reset(self) -> int:
-        """What is taken now."""
+        """Start over. Returns the bytes that are taken now."""
         gc.collect()
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
@@ -94,7 +94,7 @@ class Meter:
         return _status("VmRSS")
 
     def peak(self) -> int:
-        """The most since then."""
+        """The most bytes that were taken since `reset`."""
         return _status("VmHWM") if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
 
 
@@ -116,7 +116,7 @@ def measure(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case:
 
 
 def predict(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case: Case) -> int:
-    """What the model of `worker/memory` says of it."""
+    """The bytes that `worker/memory` says the case takes at most."""
     footprint = Footprint.of(loaded.model, rewards.values())
     tokens, rows = case.count * (case.prompt + case.canvas), case.count * case.canvas
     after, cached = rows * footprint.logit_row, 0

@@ -74,7 +74,7 @@ async def overhead(
 async def over_http(
     client: AsyncClient, url: str, requests: Sequence[dict[str, Any]], max_tokens: int, steps: int
 ) -> Half:
-    """Send them all at once and wait for the last answer."""
+    """Send the requests all at once and wait for the last answer."""
 
     async def one(request: dict[str, Any]) -> tuple[Completion, float]:
         asked: Options = {
@@ -107,7 +107,7 @@ async def over_http(
 
 
 def rows(http: Sequence[Half], process: Sequence[Half]) -> list[Row]:
-    """One line a way."""
+    """The rows of the table, one for each way."""
     return [
         {
             "variant": variant,

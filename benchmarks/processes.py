@@ -73,7 +73,7 @@ class Engine:
         self.about = about
 
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One line to it, one line back."""
+        """Send it one line and read its answer, one line too."""
         if self._process.stdin is None:
             raise ClientError("the engine's process has no input")
         self._process.stdin.write(json.dumps(question).encode() + b"\n")

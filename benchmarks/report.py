@@ -45,7 +45,7 @@ class CaseResult:
     gemm_gflops: float | None = None
 
     def to_json(self) -> Row:
-        """As plain values."""
+        """The case as plain values."""
         return asdict(self) | {"figures": [asdict(figure) | {"met": figure.met} for figure in self.figures]}
 
 

@@ -130,7 +130,7 @@ def linear(bench: Bench) -> CaseResult:
 
 
 def steps_figures(steps: Sequence[int], seconds: Sequence[float], length: int, clock: str) -> list[Figure]:
-    """T: a straight line up to L, nothing more to pay beyond."""
+    """Figures for T: time is a straight line up to L, and steps beyond L cost nothing."""
     upto = [(t, s) for t, s in zip(steps, seconds, strict=True) if t <= length]
     beyond = [s for t, s in zip(steps, seconds, strict=True) if t > length]
     fit = Fit.of([t for t, _ in upto], [s for _, s in upto])

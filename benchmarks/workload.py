@@ -48,7 +48,7 @@ class Pair:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return self.loaded.model.device
 
     @property
@@ -163,7 +163,7 @@ class Run:
         }
 
     def plus(self, other: Run) -> Run:
-        """Both, one after the other."""
+        """The run that is this one and then the other."""
         stats = self.stats.plus(other.stats) if self.stats and other.stats else None
         flops = self.flops.plus(other.flops) if self.flops and other.flops else None
         return Run(
@@ -232,7 +232,7 @@ def run_to_end(runner: Runner, jobs: Sequence[Job]) -> dict[str, JobResult]:
 
 
 def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) -> Run:
-    """All jobs submitted at once."""
+    """A run of all jobs, submitted at once to a fresh queue."""
     runner = engine_runner(pair, savings)
     with recording(pair.loaded.model, pair.reward) as recorder:
         watch = Stopwatch(pair.device)

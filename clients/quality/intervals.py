@@ -17,7 +17,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Raises ValueError without values."""
+        """The mean of the values and its interval. Raises ValueError without values."""
         if not values:
             raise ValueError("an interval needs at least one value")
         if len(values) == 1:
@@ -26,12 +26,12 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end."""
+        """The lower end."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
-        """Upper end."""
+        """The upper end."""
         return self.mean + self.half
 
     def __str__(self) -> str:
