@@ -111,21 +111,17 @@ def answer_of(body: dict[str, Any]) -> Any:
     ]
 
 
-def joined(chunks: str) -> list[tuple[str, list[int] | None]]:
+def joined(text: str) -> list[tuple[str, list[int] | None]]:
     """The same of a stream's text; raises ValueError when it does not end as it must, or ends with an error."""
-    events = [event for event in chunks.split("\n\n") if event and not event.startswith(":")]
-    if not events or events[-1] != "data: [DONE]":
-        raise ValueError("the stream has no end")
     texts: dict[int, str] = {}
     tokens: dict[int, list[int] | None] = {}
-    for event in events[:-1]:
-        data = json.loads(event.removeprefix("data: "))
+    for data in serving.chunks_of(text):
         if "error" in data:
             raise ValueError(data["error"]["message"])
         for choice in data["choices"]:
-            text = choice.get("text") or choice.get("delta", {}).get("content") or ""
-            texts[choice["index"]] = texts.get(choice["index"], "") + text
-            tokens[choice["index"]] = choice.get("token_ids") or tokens.get(choice["index"])
+            index, delta = choice["index"], choice.get("text") or choice.get("delta", {}).get("content") or ""
+            texts[index] = texts.get(index, "") + delta
+            tokens[index] = choice.get("token_ids") or tokens.get(index)
     return [(texts[index], tokens[index]) for index in sorted(texts)]
 
 
@@ -191,6 +187,17 @@ class Bystander:
     latencies: list[float] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     _first: Any = None
+
+    @property
+    def report(self) -> dict[str, float]:
+        """Figures for the verdict."""
+        return {
+            "answers": self.answers,
+            "wrong": self.wrong,
+            "refused": self.refused,
+            "p99_seconds": round(percentile(self.latencies, 99), 2),
+            "health_p99_seconds": round(percentile(self.health, 99), 3),
+        }
 
     async def ask(self, http: httpx.AsyncClient) -> None:
         """One request, compared with the first answer."""
@@ -271,8 +278,18 @@ class Verdict:
         """Record whether a promise was kept, and what was seen."""
         self._promises.append((text, kept, str(seen)))
 
-    def close(self) -> int:
-        """Print the table and the JSON line. Returns the exit status."""
+    def bystander(self, what: str, seen: Bystander) -> None:
+        """Promise that who did nothing wrong got the right answers."""
+        self.promise(what, seen.answers > 0 and not seen.wrong, seen.report)
+
+    def close(self, server: Server | None = None, idle: float = 0.0) -> int:
+        """Print the table and the JSON line; with a server, first promise that it logged no error and was idle after
+        `idle` seconds, at most ten. Returns the exit status."""
+        if server is not None:
+            errors = server.errors_logged()
+            self.figures |= {"idle_after_seconds": round(idle, 2), "errors_logged": errors[:5]}
+            self.promise("slots are free within 10 s", idle <= 10, f"{idle:.1f} s")
+            self.promise("no error logged", not errors, errors[:1])
         table = Table("promise", "seen", "kept", title=self.program)
         for text, kept, seen in self._promises:
             table.add_row(text, seen, "yes" if kept else "[bold red]NO[/]")
@@ -283,6 +300,13 @@ class Verdict:
         return 1 if broken else 0
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """An argument parser with the module's first line as its description."""
-    return argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
+    """The program's options: of each default's name and type (False: a switch; Path(): a file, none by default). The
+    module's first line is the description."""
+    arguments = argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for name, default in defaults.items():
+        how: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
+        arguments.add_argument(f"--{name.replace('_', '-')}", default=default, help=" ", **how)
+    return arguments.parse_args()

@@ -2,9 +2,9 @@
 
 First every request of a catalogue is answered by an undisturbed server. Then a dozen clients send them over and over
 while workers are killed. Promised: every request gets exactly one answer, and it is the undisturbed one to the token
-(or, after the second death of a worker that was computing for it, a 503); the server is ready again within ten seconds
-each time. A kill costs at most one request, and all together no more than chance makes unavoidable at such a rate of
-kills (`tests/faults/kill_exposure.py` has the arithmetic, and why the share of all requests says little).
+(or a 503, when two workers died while they computed for it alone); the server is ready again within ten seconds each
+time. Kills from outside cost nearly nothing: a request is lost only when two of them hit it while it runs alone, for
+which one kill in ten is allowed to be the second.
 
 The models run in float64: there the batch around a request cannot tip a near tie, so "the same tokens" means just that.
 """
@@ -27,13 +27,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults.harness import Server, Verdict, client, parser, percentile, seconds_until_idle, served
-from tests.faults.kill_exposure import expected_losses, exposure, seconds_alone
-from tests.faults.kill_load import Load, catalogue
+from tests.faults.harness import Server, Verdict, client, options, percentile, seconds_until_idle, served
+from tests.faults.load import Load, catalogue
 
 READY_SECONDS = 10.0
-DEVIATIONS = 2.0  # by which losses may exceed their expectation
-SLOWER = 1.5  # than on the undisturbed server a suspect may be, beside a spare worker that starts
+KILLS_A_LOSS = 10  # for every so many kills one request may be lost
 LIMIT_SECONDS = 120.0
 
 
@@ -106,7 +104,7 @@ async def attack(server: Server, load: Load, kills: int, gap: float, workers: in
             console.print(
                 f"kill {number + 1} of {kills}: ready again in {done[-1].server_ready:.2f} s, {load.outcomes}"
             )
-    load.stop()
+    load.stopped = True
     await running
     return done
 
@@ -124,35 +122,23 @@ def show(kills: list[Kill]) -> None:
 
 def main() -> int:
     """Run it; 0 when every promise was kept."""
-    arguments = parser(__doc__)
-    arguments.add_argument("--kills", type=int, default=20)
-    arguments.add_argument("--clients", type=int, default=12)
-    arguments.add_argument("--cases", type=int, default=60, help="different requests; default: %(default)s")
-    arguments.add_argument("--longest", type=int, default=32, help="most tokens of a request; default: %(default)s")
-    arguments.add_argument("--gap", type=float, default=20.0, help="most seconds between ready and the next kill")
-    arguments.add_argument("--data-parallel", type=int, default=1)
-    arguments.add_argument("--no-spare", action="store_true", help="without a spare worker")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--log", type=Path, help="where to keep the server's log")
-    given = arguments.parse_args()
+    given = options(__doc__, kills=20, clients=12, gap=20.0, data_parallel=1, no_spare=False, seed=0, log=Path())
     flags = ["--dtype", "float64", "--device", "cpu", "--data-parallel", str(given.data_parallel)]
     flags += ["--no-spare-worker" if given.no_spare else "--spare-worker"]
     verdict = Verdict("kill_worker")
     with served(*flags) as server:
-        load = Load(server, catalogue(given.cases, given.seed, given.longest), given.clients, given.seed)
+        load = Load(server, catalogue(4, given.seed, fates=(1, 0, 0)), given.clients, given.seed)
 
-        async def run() -> tuple[list[Kill], float, float]:
+        async def run() -> tuple[list[Kill], float]:
             await load.learn()
-            alone = seconds_alone(await load.alone())
             kills = await attack(server, load, given.kills, given.gap, given.data_parallel, given.seed)
-            return kills, await seconds_until_idle(server), alone
+            return kills, await seconds_until_idle(server)
 
         started = time.monotonic()
-        kills, idle_after, alone = asyncio.run(run())
+        kills, idle_after = asyncio.run(run())
         seconds = time.monotonic() - started
-        if given.log:
+        if given.log.name:
             given.log.write_bytes(server.log.read_bytes())
-        exposed = exposure(server.log.read_text("utf-8").splitlines())
         killed = sum("ended with signal 9" in line for line in server.errors_logged())
         alive = server.process.poll() is None
     show(kills)
@@ -163,25 +149,9 @@ def main() -> int:
     answered = sum(count for name, count in outcomes.items() if name in ("right", "wrong") or " " in name)
     verdict.promise("every request got exactly one answer", answered == load.sent, f"{load.sent} sent, {outcomes}")
     verdict.promise("every answer is the undisturbed one, to the token", not load.wrong, load.wrong[:3])
-    verdict.promise("no failure but 503 after a second death", not other, other)
-    worst, convicted = max(exposed.convicted, default=0), sum(exposed.convicted)
-    verdict.promise(
-        "a kill costs at most one request, and only requests in a second death",
-        worst <= 1 and lost == convicted,
-        f"{lost} of {load.sent} lost, {convicted} convicted",
-    )
-    after = exposed.suspects[:-1]
-    expected, deviation = expected_losses(after, exposed.seconds_a_suspect, given.gap, given.data_parallel)
-    verdict.promise(
-        f"as few as chance allows, within {DEVIATIONS:g} standard deviations",
-        lost <= expected + DEVIATIONS * deviation,
-        f"{lost}, expected {expected:.1f} +- {deviation:.1f}",
-    )
-    verdict.promise(
-        f"suspects run at most {SLOWER:g} times as long as undisturbed ones alone",
-        exposed.ran > 0 and exposed.seconds_a_suspect <= SLOWER * alone,
-        f"{exposed.ran} ran {exposed.seconds_a_suspect:.2f} s each, undisturbed {alone:.2f} s",
-    )
+    verdict.promise("no failure but 503", not other, other)
+    allowed = given.kills // KILLS_A_LOSS
+    verdict.promise(f"at most {allowed} lost to {given.kills} kills", lost <= allowed, f"{lost} of {load.sent} lost")
     verdict.promise(f"ready again within {READY_SECONDS:g} s", slowest <= READY_SECONDS, f"{slowest:.2f} s at most")
     verdict.promise("as many deaths as kills", killed == given.kills, killed)
     verdict.promise("the server lives and is idle afterwards", alive and idle_after < math.inf, f"{idle_after:.1f} s")
@@ -189,10 +159,7 @@ def main() -> int:
         "kills": [asdict(kill) for kill in kills],
         "sent": load.sent,
         "outcomes": dict(outcomes),
-        "suspects": after,
-        "seconds_alone": alone,
-        "seconds_a_suspect": exposed.seconds_a_suspect,
-        "lost": {"seen": lost, "expected": expected, "deviation": deviation, "share": lost / load.sent},
+        "lost": lost,
         "ready_seconds": {f"p{q}": percentile([kill.server_ready for kill in kills], q) for q in (50, 90, 100)},
         "latency_seconds": {f"p{q}": percentile(load.latencies, q) for q in (50, 90, 99, 100)},
         "clients": given.clients,

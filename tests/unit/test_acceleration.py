@@ -103,7 +103,6 @@ def test_one_compiled_graph_serves_ragged_batches(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler's
 def test_compiled_logits_equal_plain_ones() -> None:
     model = model_of("dream-tiny", torch.float32)
     torch._dynamo.reset()
@@ -148,7 +147,6 @@ def test_what_cannot_work_here_is_refused(options: Acceleration, message: str) -
         accelerate(model_of("dream-tiny"), options, 64)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
