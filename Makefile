@@ -31,7 +31,7 @@ test: $(DEV) ## Run the test suite, all but what takes long
 	$(PYTEST) -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(DEV) ## Run the tests that take long: compilers, interpreters, thousands of generated cases
-	$(PYTEST) -n 2 --dist loadscope -m slow $(ARGS)
+	$(PYTEST) -n 2 -m slow $(ARGS)
 
 check: $(DEV) ## Lint, formatting, types, and who may import whom
 	$(VENV)/bin/ruff check
