@@ -12,12 +12,9 @@ from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 
 from server import __version__
-from server.api import errors, openapi, openapi_served, ops, rewards, routes, telemetry
+from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.chunks import ChatCompletionChunk, CompletionChunk
-from server.api.convert import Limits
-from server.api.frontend import Frontend, StreamTimes
-from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
-from server.api.schemas import (
+from server.api.fields import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -25,7 +22,9 @@ from server.api.schemas import (
     ScoreRequest,
     TokenizeRequest,
 )
-from server.errors import NotReady
+from server.api.frontend import Frontend, StreamTimes
+from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
+from server.api.rules import Limits
 from server.front.engine import Engine
 from server.metrics import Metrics, WorkerSnapshot
 from server.settings import Settings
@@ -113,15 +112,13 @@ def create_app(
     errors.install(app)
     open_paths = frozenset(settings.public_paths)
 
-    def narrow(document: openapi.Document) -> bool:
-        try:
-            info = frontend.info
-        except NotReady:
-            return False
-        openapi_served.narrow(document, info, frontend.limits)
-        return True
-
-    openapi.install(app, DESCRIBED, keyed=bool(settings.api_key), open_paths=ALWAYS_OPEN | open_paths, narrow=narrow)
+    openapi.install(
+        app,
+        DESCRIBED,
+        keyed=bool(settings.api_key),
+        open_paths=ALWAYS_OPEN | open_paths,
+        served=lambda: frontend.served,
+    )
 
     # Added last is outermost.
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.slow_client_seconds)

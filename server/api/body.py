@@ -21,8 +21,8 @@ MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown 
 
 
 async def read(request: Request, schema: type[Model]) -> Model:
-    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, ClientGone, and what `LimitBody`
-    raises from below."""
+    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, UnknownModel, ClientGone, and what
+    `LimitBody` raises from below."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType(f"the body must be application/json, not {quote(content_type)}")
@@ -33,10 +33,10 @@ async def read(request: Request, schema: type[Model]) -> Model:
         data = await request.body()
     except ClientDisconnect:
         raise ClientGone("the client closed the connection") from None
-    if len(data) <= SMALL_BYTES:
-        return validate(schema, parse(data))
     frontend: Frontend = request.app.state.frontend
-    return await frontend.aside(lambda: validate(schema, parse(data)))
+    if len(data) <= SMALL_BYTES:
+        return validate(schema, parse(data), frontend.served)
+    return await frontend.aside(lambda: validate(schema, parse(data), frontend.served))
 
 
 def parse(body: bytes) -> object:

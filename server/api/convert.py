@@ -1,4 +1,5 @@
-"""From validated schemas to the engine's jobs: defaults, limits, and every rule that spans fields or needs the models.
+"""From a validated request to the engine's jobs: defaults that depend on the models, and every rule that spans fields
+which no one row of `fields` can see.
 
 Pure functions of the request, the models' descriptions and the limits; the tokenizer is the only thing called.
 """
@@ -7,39 +8,36 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from server.api.fields import ChatMessage, Prompt
-from server.api.guidance import diffusion_params, guidance_params
-from server.api.schemas import LEAST_TEMPERATURE, ChatCompletionRequest, CompletionRequest, GenerationRequest
+from server.api.fields import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Diffusion,
+    GenerationRequest,
+    Guidance,
+    StreamOptions,
+)
+from server.api.rules import Limits
+from server.api.values import ChatMessage, Prompt
 from server.budget import Cost
-from server.errors import InvalidRequest, UnknownModel, quote
+from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
 from server.types import (
+    ADAPTIVE_ALGORITHMS,
+    DiffusionParams,
     EngineInfo,
     GuidanceParams,
     Job,
     Message,
     ModelInfo,
     SamplingParams,
+    WeightedReward,
 )
 
-DEFAULT_TEMPERATURE = 0.7
-DEFAULT_TOP_P = 0.95
 DEFAULT_BEST_OF = 4
 SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask for. `aliases` are the diffusion model's names besides its id."""
-
-    max_trajectories: int = 128
-    max_score_pairs: int = 1024
-    max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
-    request_timeout: float | None = None
-    aliases: tuple[str, ...] = ()
+RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +92,15 @@ class _Context:
 def completion_plan(
     request: CompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
 ) -> Plan:
-    """Jobs of a completion request. Raises InvalidRequest and UnknownModel."""
-    check_model(request.model, info, limits.aliases)
-    if len(request.prompt) > limits.max_trajectories:  # each has one at least
-        raise InvalidRequest(
-            f"`prompt` holds {len(request.prompt)} prompts; the limit is {limits.max_trajectories}", "prompt"
-        )
-    contexts = [_completion_context(request, prompt, info.model, tokenizer) for prompt in request.prompt]
+    """Jobs of a completion request. Raises InvalidRequest."""
+    contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
     return _plan(request, request.max_tokens, contexts, info, limits, f"cmpl-{identity}", "prompt")
 
 
 def chat_plan(
     request: ChatCompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
 ) -> Plan:
-    """The job of a chat completion request. Raises InvalidRequest and UnknownModel."""
-    check_model(request.model, info, limits.aliases)
+    """The job of a chat completion request. Raises InvalidRequest."""
     conversation = messages(request.messages)
     context = _Context(tuple(tokenizer.render_chat(conversation)), conversation)
     max_tokens = request.max_completion_tokens or request.max_tokens
@@ -122,22 +114,8 @@ def messages(turns: list[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message("system" if turn.role == "developer" else turn.role, turn.content) for turn in turns)
 
 
-def check_model(name: str | None, info: EngineInfo, aliases: Sequence[str] = ()) -> None:
-    """Raises UnknownModel unless `name` is the diffusion model's id or an alias of it (or left out)."""
-    if name is None or name == info.model.id or name in aliases:
-        return
-    if any(name == reward.id for reward in info.reward_models):
-        raise UnknownModel(f"{quote(name)} is a reward model; it scores text and generates none")
-    raise UnknownModel(f"there is no model {quote(name)}; this server has {info.model.id}")
-
-
-def new_seed() -> int:
-    """A seed for a request that brings none; reported in its answer."""
-    return secrets.randbits(SEED_BITS)
-
-
-def _completion_context(request: CompletionRequest, prompt: Prompt, model: ModelInfo, tokenizer: Tokenizer) -> _Context:
-    suffix = request.suffix or ""
+def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> _Context:
+    suffix = request.suffix
     if request.chat_template:
         if not isinstance(prompt, str):
             raise InvalidRequest("`chat_template` needs a text prompt, not token ids", "chat_template")
@@ -154,10 +132,6 @@ def _completion_context(request: CompletionRequest, prompt: Prompt, model: Model
     if isinstance(prompt, str):
         text, ids = prompt, tokenizer.encode(prompt)
     else:
-        if (wrong := next((token for token in prompt if token >= model.vocab_size), None)) is not None:
-            raise InvalidRequest(
-                f"`prompt`: token id {wrong} is outside the vocabulary of {model.vocab_size}", "prompt"
-            )
         text, ids = tokenizer.decode(prompt, skip_special_tokens=False), prompt
     if not ids:
         raise InvalidRequest("`prompt` must not be empty", "prompt")
@@ -175,10 +149,10 @@ def _plan(
     source: str,
 ) -> Plan:
     """The common half. `source` names the field that the contexts came from."""
-    guidance = guidance_params(request.guidance, info)
-    canvas = max_tokens if max_tokens is not None else info.model.default_max_tokens
-    _check_length(canvas, max_tokens, contexts, info.model, source)
-    diffusion = diffusion_params(request.diffusion, canvas, info.model.context_length, request.guidance)
+    guidance = _guidance(request.guidance, info)
+    canvas = max_tokens or info.model.default_max_tokens
+    _check_length(canvas, contexts, info.model, source)
+    diffusion = _diffusion(request.diffusion, canvas, request.guidance)
     sampling = _sampling(request, canvas, guidance, len(contexts), limits)
     timeout = request.timeout if request.timeout is not None else limits.request_timeout
     now = time.time()
@@ -197,7 +171,7 @@ def _plan(
             deadline=None if timeout is None else now + timeout,
             stream_tokens=stream is not None and stream.live,
             stream_canvas=stream is not None and stream.canvas,
-            trace=bool(request.trace),
+            trace=request.trace,
         )
         for index, context in enumerate(contexts)
     )
@@ -210,17 +184,45 @@ def _plan(
         model=info.model.id,
         chat=isinstance(request, ChatCompletionRequest),
         jobs=jobs,
-        return_token_ids=bool(request.return_token_ids),
-        trace=bool(request.trace),
+        return_token_ids=request.return_token_ids,
+        trace=request.trace,
         stream=stream,
     )
 
 
-def _check_length(canvas: int, asked: int | None, contexts: list[_Context], model: ModelInfo, source: str) -> None:
-    if canvas > model.context_length and asked is not None:
-        raise InvalidRequest(
-            f"`max_tokens` is {canvas}; the model's context is {model.context_length} tokens", "max_tokens"
-        )
+def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
+    loaded = [reward.id for reward in info.reward_models]
+    if asked.method != "none" and not loaded:
+        raise InvalidRequest(f"`guidance` {asked.method} needs a reward model, and none is loaded", "guidance")
+    if asked.start >= asked.stop:
+        field = "guidance.stop" if "stop" in asked.model_fields_set else "guidance.start"
+        raise InvalidRequest("`guidance.start` must be less than `guidance.stop`", field)
+    terms = tuple(WeightedReward(term.model, term.weight) for term in asked.reward_models or ())
+    names = [term.model for term in terms]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidRequest(f"reward model {name} is named twice", f"guidance.reward_models.{index}.model")
+    if asked.reward_model is not None:
+        terms = (WeightedReward(asked.reward_model),)
+    elif not terms and asked.method != "none":
+        terms = (WeightedReward(loaded[0]),)
+    own = {each.name: getattr(asked, each.name) for each in fields(GuidanceParams)}
+    return GuidanceParams(**own | {"reward_models": terms})
+
+
+def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance) -> DiffusionParams:
+    if "confidence" in guidance.model_fields_set and asked.algorithm not in RANKED_BY_ENTROPY:
+        message = f"`guidance.confidence` has no effect with algorithm {asked.algorithm}"
+        raise InvalidRequest(message, "guidance.confidence")
+    if asked.block_length is not None and asked.block_length > canvas:
+        message = f"`diffusion.block_length` is {asked.block_length}, more than the {canvas} tokens to fill"
+        raise InvalidRequest(message, "diffusion.block_length")
+    own = {each.name: getattr(asked, each.name) for each in fields(DiffusionParams)}
+    made_up = {"steps": asked.steps or canvas, "algorithm_temperature": asked.algorithm_temperature or None}
+    return DiffusionParams(**own | made_up)
+
+
+def _check_length(canvas: int, contexts: list[_Context], model: ModelInfo, source: str) -> None:
     for context in contexts:
         given = len(context.prompt_ids) + len(context.suffix_ids)
         if given + canvas > model.context_length:
@@ -234,8 +236,7 @@ def _check_length(canvas: int, asked: int | None, contexts: list[_Context], mode
 def _sampling(
     request: GenerationRequest, canvas: int, guidance: GuidanceParams, prompts: int, limits: Limits
 ) -> SamplingParams:
-    n = request.n or 1
-    best_of = request.best_of
+    n, best_of = request.n, request.best_of
     if best_of is None:
         best_of = n if guidance.method == "none" else max(n, DEFAULT_BEST_OF)
     if best_of < n:
@@ -243,38 +244,31 @@ def _sampling(
     if guidance.method == "none" and best_of != n:
         raise InvalidRequest("`best_of` must equal `n` unless `guidance` names a method that chooses", "best_of")
     if best_of * prompts > limits.max_trajectories:
-        field = "best_of" if request.best_of is not None else "n" if request.n is not None else "prompt"
+        field = next((name for name in ("best_of", "n") if name in request.model_fields_set), "prompt")
         raise InvalidRequest(
             f"`best_of` x prompts is {best_of * prompts}; the limit is {limits.max_trajectories}", field
         )
-    temperature = request.temperature if request.temperature is not None else DEFAULT_TEMPERATURE
-    if 0 < temperature < LEAST_TEMPERATURE:
-        raise InvalidRequest(f"`temperature` must be 0 or at least {LEAST_TEMPERATURE:g}", "temperature")
     return SamplingParams(
         max_tokens=canvas,
-        temperature=temperature,
-        top_p=request.top_p if request.top_p is not None else DEFAULT_TOP_P,
+        temperature=request.temperature,
+        top_p=request.top_p,
         top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
-        seed=request.seed if request.seed is not None else new_seed(),
+        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
         n=n,
         best_of=best_of,
-        stop=tuple(request.stop or ()),
-        ignore_eos=bool(request.ignore_eos),
+        stop=tuple(request.stop),
+        ignore_eos=request.ignore_eos,
     )
 
 
 def _stream_mode(request: GenerationRequest, sampling: SamplingParams, guidance: GuidanceParams) -> StreamMode | None:
     if not request.stream:
-        if request.stream_options is not None:
-            raise InvalidRequest("`stream_options` needs `stream`", "stream_options")
-        if request.stream_canvas:
-            raise InvalidRequest("`stream_canvas` needs `stream`", "stream_canvas")
         return None
-    options = request.stream_options
+    options = request.stream_options or StreamOptions()
     return StreamMode(
         # With several answers in the order of their rewards, whose text is which choice is known only at the end.
         live=sampling.best_of == 1 or guidance.method == "none",
-        canvas=bool(request.stream_canvas),
-        include_usage=options is not None and bool(options.include_usage),
-        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        canvas=request.stream_canvas,
+        include_usage=options.include_usage,
+        continuous_usage=options.continuous_usage_stats,
     )

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from server.api.fields import UNSUPPORTED
+from server.api.rules import Served
 from server.errors import (
     EngineFailed,
     InvalidRequest,
@@ -135,10 +136,11 @@ def explain(details: Sequence[Any]) -> InvalidRequest:
     return InvalidRequest(f"{where} {_in_our_words(message)}{shown}", param)
 
 
-def validate(schema: type[Model], data: object) -> Model:
-    """`data` as `schema`. Raises InvalidRequest that names the first wrong field."""
+def validate(schema: type[Model], data: object, served: Served | None = None) -> Model:
+    """`data` as `schema`, within what this server takes where that is known. Raises InvalidRequest that names the
+    first wrong field, and UnknownModel."""
     try:
-        return schema.model_validate(data)
+        return schema.model_validate(data, context=served)
     except ValidationError as error:
         raise explain(error.errors(include_url=False, include_context=False)) from None
 

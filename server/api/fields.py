@@ -1,162 +1,316 @@
-"""Field types of the request schemas: what pydantic's own types cannot say in one line.
+"""The table of request fields: one row a field, with its type, bounds and default, what it does and when it applies.
 
-All fields are strict (no "5" for 5, no true for 1) and nullable: an explicit null means what leaving it out means.
-Fields of OpenAI's that a masked diffusion model cannot honour are declared with the values that ask for nothing, so
-that clients which always send them work and any real value is refused by name (`UNSUPPORTED`).
+From these rows come the schema that validates requests, the checks between fields, the OpenAPI document, the defaults
+that `/v1/models` lists and the tables of docs/api.md. A new parameter is a row here, and its use. Rows are strict (no
+"5" for 5, no true for 1), and null is what leaving out is. Defaults that the engine knows are its own (`server.types`).
+
+OpenAI's fields that a masked diffusion model cannot honour are rows with the values that ask for nothing, so that
+clients which always send them work; any real value is refused by name, with the reason in `UNSUPPORTED`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, ConfigDict, Field
 
-from server.errors import quote
-
-INT64 = 2**63
-MAX_COUNT = 2**20  # no canvas is longer; the model's own context is checked later
-MAX_PROMPTS = 1024  # of any server; its own limit is checked later
-STOP_CHARACTERS = 1000
-
-Prompt: TypeAlias = str | list[int]
-
-
-class Strict(BaseModel):
-    """Base of all request objects: no coercion, no unknown fields, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
-
-    def given(self) -> set[str]:
-        """Names of the fields that were sent with a value other than null."""
-        return {name for name in self.model_fields_set if getattr(self, name) is not None}
-
-
-def invalid(message: str) -> PydanticCustomError:
-    """An error whose text pydantic takes as it stands."""
-    return PydanticCustomError("invalid", "{message}", {"message": message})
-
-
-def _is_token(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _check_text(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise invalid("holds a lone surrogate, which is not text") from None
-    return text
-
-
-def _prompts(value: object) -> list[Prompt]:
-    """The four prompt forms as one: a list of texts and of token id lists."""
-    if isinstance(value, str):
-        return [_check_text(value)]
-    if not isinstance(value, list):
-        raise invalid("must be a string, a list of strings, a list of token ids or a list of such lists")
-    if not value:
-        raise invalid("must not be empty")
-    if len(value) > MAX_PROMPTS and not _is_token(value[0]):
-        raise invalid(f"must not hold more than {MAX_PROMPTS} prompts")
-    if all(_is_token(item) for item in value):
-        return [value]
-    if all(isinstance(item, str) for item in value):
-        return [_check_text(item) for item in value]
-    if all(isinstance(item, list) for item in value):
-        for item in value:
-            for token in item:
-                if not _is_token(token):
-                    raise invalid(f"{quote(token)} is not a token id")
-        return list(value)
-    raise invalid("must hold only strings, only token ids (integers from 0) or only lists of token ids")
-
-
-TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
-_PromptText: TypeAlias = Annotated[str, Field(min_length=1)]
-_PromptTokens: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
-_PromptForms: TypeAlias = (
-    _PromptText
-    | Annotated[list[_PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | _PromptTokens
-    | Annotated[list[_PromptTokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+from server.api.rules import Only, Strict, Within, invalid
+from server.api.values import (
+    MAX_PAIRS,
+    Conversation,
+    Count,
+    Documents,
+    GuidingModel,
+    MethodName,
+    ModelName,
+    No,
+    NoDict,
+    NoList,
+    One,
+    Prompts,
+    Queries,
+    Query,
+    RankingTemperature,
+    Responses,
+    ScoringModel,
+    Share,
+    Stops,
+    Temperature,
+    Text,
+    TokenId,
+    Yes,
+    Zero,
+    ZeroInt,
 )
-Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptForms)]
+from server.methods import gradient_methods
+from server.types import (
+    ADAPTIVE_ALGORITHMS,
+    Algorithm,
+    Confidence,
+    DiffusionParams,
+    GuidanceParams,
+    SamplingParams,
+    Schedule,
+)
+
+_SAMPLING, _DIFFUSION, _GUIDANCE = SamplingParams(1), DiffusionParams(1), GuidanceParams()
+_INT64 = 2**63
 
 
-def _stops(value: object) -> object:
-    if not isinstance(value, str | list):
-        raise invalid("must be a string or a list of strings")
-    return [value] if isinstance(value, str) else value
+def _algorithms(*names: str, but: bool = False) -> Any:
+    chosen = [name for name in get_args(Algorithm) if (name in names) != but]
+    return lambda: chosen
 
 
-Text: TypeAlias = Annotated[str, AfterValidator(_check_text)]
-StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS), AfterValidator(_check_text)]
-StopList: TypeAlias = Annotated[list[StopString], Field(max_length=4)]
-Stops: TypeAlias = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=StopString | StopList)]
+GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
+STREAM = Only("stream", lambda: [True], message="needs `stream`")
 
 
-class TextPart(Strict):
-    """One text part of a message's content."""
+class RewardTerm(Strict):
+    """One reward model of a weighted sum."""
+
+    model: GuidingModel = Field(description="A loaded reward model, once in the sum")
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Its factor in the objective")
+
+
+class Guidance(Strict):
+    """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
+
+    method: MethodName = Field(_GUIDANCE.method, description="How rewards steer: see the methods below")
+    reward_model: GuidingModel | None = Field(None, description="A loaded reward model; none named: the first loaded")
+    reward_models: Annotated[
+        Annotated[list[RewardTerm], Field(min_length=1, max_length=16), Within("terms")] | None,
+        Only("reward_model", lambda: [None], message="and `guidance.reward_model` exclude each other"),
+    ] = Field(None, description="Several: the objective is the weighted sum of their rewards")
+    gradient_steps: Annotated[int, Field(ge=0, le=16), GRADIENT] = Field(
+        _GUIDANCE.gradient_steps, description="M, the Adam steps along the reward's gradient in a guided step"
+    )
+    eta: Annotated[float, Field(ge=0, le=10), GRADIENT] = Field(_GUIDANCE.eta, description="Adam's step size")
+    confidence: Annotated[Confidence, GRADIENT] = Field(
+        _GUIDANCE.confidence,
+        description="Whether positions are ranked by the distribution before guidance or after it; only with "
+        "algorithms that rank by a distribution: `entropy`, `entropy_bound`, `threshold`",
+    )
+    start: Annotated[Share, GRADIENT] = Field(
+        _GUIDANCE.start, description="Guide only the steps from this share of the run on"
+    )
+    stop: Annotated[Share, GRADIENT] = Field(_GUIDANCE.stop, description="and before this one")
+    every: Annotated[Count, GRADIENT] = Field(_GUIDANCE.every, description="and of these every so many")
+
+
+def _guidance(value: object) -> object:
+    """`"entrgi"` is short for `{"method": "entrgi"}`."""
+    if not isinstance(value, str | dict):
+        raise invalid("must be a method's name or an object")
+    return {"method": value} if isinstance(value, str) else value
+
+
+class Diffusion(Strict):
+    """How the canvas is filled. `block_length` is at most `max_tokens`."""
+
+    steps: Annotated[Count, Within("context")] | None = Field(
+        None, description="T, the denoising steps; left out: `max_tokens`. Adaptive algorithms take at most these"
+    )
+    algorithm: Algorithm = Field(_DIFFUSION.algorithm, description="Which positions are revealed first")
+    algorithm_temperature: Annotated[
+        RankingTemperature, Only("algorithm", _algorithms("origin", *ADAPTIVE_ALGORITHMS, but=True), idle=0)
+    ] = Field(0.0, description="Draws the revealed positions by confidence; 0: takes the most confident")
+    entropy_bound: Annotated[float, Field(ge=0, le=1000), Only("algorithm", _algorithms("entropy_bound"))] = Field(
+        _DIFFUSION.entropy_bound, description="Nats that the positions revealed at once may hold beyond the largest"
+    )
+    confidence_threshold: Annotated[Share, Only("algorithm", _algorithms("threshold"))] = Field(
+        _DIFFUSION.confidence_threshold, description="Probability above which a position is revealed"
+    )
+    deprioritize_eos: Annotated[bool, Only("algorithm", _algorithms("origin", but=True), idle=False)] = Field(
+        _DIFFUSION.deprioritize_eos, description="Ranks positions whose drawn token ends the text after all others"
+    )
+    block_length: Annotated[Count, Within("context")] | None = Field(
+        None, description="Fills the canvas block by block from the left; left out: at once"
+    )
+    schedule: Annotated[Schedule, Only("algorithm", _algorithms("origin", but=True), idle="linear")] = Field(
+        _DIFFUSION.schedule, description="How many positions each step reveals"
+    )
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] = Field(
+        _DIFFUSION.cfg_scale, description="Classifier-free guidance against a masked prompt; 0: none, and half the cost"
+    )
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: No = False
+
+
+class GenerationRequest(Strict):
+    """What completions and chat completions share."""
+
+    model: ModelName | None = Field(None, description="The diffusion model; left out: the one that is served")
+    max_tokens: Annotated[Count, Within("canvas")] | None = Field(
+        None, description="L, the canvas; with the prompt and the suffix within the model's context"
+    )
+    temperature: Temperature = Field(_SAMPLING.temperature, description="0 takes the most probable token")
+    top_p: Share = Field(_SAMPLING.top_p, description="Keeps the most probable tokens up to this mass")
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="Keeps this many tokens; 0, -1 or null: all"
+    )
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(
+        None, description="The same seed gives the same answer, whatever else runs; left out: drawn, and reported"
+    )
+    n: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] = Field(_SAMPLING.n, description="Answers a prompt")
+    best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = Field(
+        None,
+        description="K trajectories, of which the `n` best come back: at least `n`, equal to it with method `none`; "
+        "with all prompts within the server's limit",
+    )
+    stop: Stops = Field([], description="Up to four strings, each of which ends the text before it")
+    stream: bool = Field(False, description="Server-sent events as the text grows")
+    stream_options: Annotated[StreamOptions | None, STREAM] = Field(
+        None, description="`include_usage` and `continuous_usage_stats`, as vLLM has them"
+    )
+    stream_canvas: Annotated[bool, Only("stream", lambda: [True], False, "needs `stream`")] = Field(
+        False, description="Also sends the canvas after every step"
+    )
+    return_token_ids: bool = Field(
+        False, description="`choices[].token_ids`: the L canvas tokens, special ones included"
+    )
+    ignore_eos: bool = Field(False, description="The text and usage are all L tokens, whatever they hold")
+    trace: bool = Field(False, description="Every step of every trajectory in the final object")
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+        None, description="Seconds for the whole request; left out: the server's own limit, if it has one"
+    )
+    guidance: Annotated[Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | Guidance)] = Field(
+        default_factory=lambda: Guidance.model_validate({}), description="A method's name, or an object: see below"
+    )
+    diffusion: Diffusion = Field(
+        default_factory=lambda: Diffusion.model_validate({}), description="An object: see below"
+    )
+
+    # Accepted without effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool = False
+    # Accepted with the values that ask for nothing.
+    frequency_penalty: Zero = 0
+    presence_penalty: Zero = 0
+    logit_bias: NoDict | None = None
+    min_p: Zero = 0
+    min_tokens: ZeroInt = 0
+    repetition_penalty: One = 1
+    skip_special_tokens: Yes = True
+    prompt_logprobs: None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    suffix: Text = Field("", description="The text after the canvas (infilling)")
+    chat_template: bool = Field(False, description="Wraps each prompt as one user turn")
+    echo: No = False
+    logprobs: None = None
+
+
+class ResponseFormat(Strict):
+    """Only text."""
 
     type: Literal["text"]
-    text: str
 
 
-def _content(value: object) -> object:
-    """Text parts joined by line breaks, as vLLM joins them; anything but text is refused."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise invalid("must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise invalid('must be a string or a list of {"type": "text", "text": string}; only text is understood')
-        if unknown := set(part) - {"type", "text"}:
-            raise invalid(f"a text part has no field {quote(min(unknown))}")
-        texts.append(part["text"])
-    if not texts:
-        raise invalid("must not be an empty list")
-    return "\n".join(texts)
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
 
-
-_Parts: TypeAlias = Annotated[list[TextPart], Field(min_length=1)]
-Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | _Parts)]
-
-
-def _boolean(value: object) -> object:
-    """`Literal` compares, and 0 equals False."""
-    if type(value) is not bool:
-        raise invalid("must be a boolean")
-    return value
-
-
-# Values that ask for nothing.
-No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
-Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
-Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
-One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
-ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
-NoList: TypeAlias = Annotated[list[Any], Field(max_length=0)]
-NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
-
-
-class ChatMessage(Strict):
-    """One turn. `developer` is OpenAI's newer word for `system`."""
-
-    role: Literal["system", "user", "assistant", "developer"]
-    content: Content
-    name: None = None
-    refusal: None = None
+    messages: Conversation
+    max_completion_tokens: Annotated[Count, Within("canvas")] | None = Field(
+        None, description="The newer name of `max_tokens`; both must agree"
+    )
+    logprobs: No = False
+    top_logprobs: ZeroInt = 0
+    tools: NoList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: NoList | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     audio: None = None
-    annotations: NoList | None = None
-    function_call: None = None
-    tool_calls: NoList | None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+
+class ScoreRequest(Strict):
+    """`POST /v1/score`: a query is a prompt or a conversation, a document is a response to it. One query goes with all
+    documents; otherwise there are as many of the one as of the other."""
+
+    model: ScoringModel | None = None
+    queries: Queries
+    documents: Responses
+    user: str | None = None
+
+
+class RerankRequest(Strict):
+    """`POST /v1/rerank`, `/v2/rerank` and `/rerank`: documents as responses to one query, best first."""
+
+    model: ScoringModel | None = None
+    query: Query
+    documents: Documents
+    top_n: Annotated[int, Field(ge=0, le=MAX_PAIRS)] = Field(0, description="How many come back; 0 or null: all")
+    return_documents: bool = Field(True, description="Whether results hold their documents")
+    user: str | None = None
+    rank_fields: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    priority: ZeroInt = 0
+    max_chunks_per_doc: None = None
+    max_tokens_per_doc: None = None
+    max_tokens_per_query: None = None
+    truncate_prompt_tokens: None = None
+    instruction: None = None
+    relevant_spans: None = None
+
+
+_PROMPT_OR_MESSAGES: dict[str, Any] = {
+    "anyOf": [
+        {
+            "required": ["prompt"],
+            "properties": {
+                "prompt": {"type": "string"},
+                "messages": {"type": "null"},
+                "add_generation_prompt": {"type": "null"},
+            },
+        },
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+    ]
+}
+
+
+class TokenizeRequest(Strict):
+    """`POST /tokenize`: either a raw prompt or messages in the chat template."""
+
+    model_config = ConfigDict(json_schema_extra=_PROMPT_OR_MESSAGES)
+
+    model: ModelName | None = None
+    prompt: Text | None = None
+    messages: Conversation | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: No = False
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    """`POST /detokenize`."""
+
+    model: ModelName | None = None
+    tokens: list[TokenId]
 
 
 _NO_LIKELIHOOD = "a masked diffusion model has no left-to-right token probabilities"
 _NO_TOOLS = "the model calls nothing, it only writes text"
+_WHOLE = "texts are read whole, and what does not fit the reward model's context is refused"
 _SAMPLER = "the sampler has no such filter"
 UNSUPPORTED = {
     "echo": f"{_NO_LIKELIHOOD} to give with the prompt",
@@ -184,5 +338,13 @@ UNSUPPORTED = {
     "web_search_options": "a request never makes the server fetch anything",
     "service_tier": "there is only one tier",
     "name": "participants' names are not shown to the model",
+    "max_chunks_per_doc": _WHOLE,
+    "max_tokens_per_doc": _WHOLE,
+    "max_tokens_per_query": _WHOLE,
+    "truncate_prompt_tokens": _WHOLE,
+    "rank_fields": "a document is its `text` alone",
+    "instruction": "a reward model reads a conversation; put what it shall know into `query`",
+    "relevant_spans": "a reward model has one number for a document, and none for its parts",
+    "priority": "requests are taken in the order of their arrival",
 }
 """Why a real value of a field is refused, by the last part of its path."""

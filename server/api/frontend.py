@@ -11,8 +11,8 @@ from typing import ParamSpec, TypeVar
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
-from server.api.convert import Limits
-from server.errors import InvalidRequest, QueueFull, RequestError
+from server.api.rules import Limits, Served
+from server.errors import InvalidRequest, NotReady, QueueFull, RequestError
 from server.front.engine import Engine, JobStream
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
@@ -49,6 +49,14 @@ class Frontend:
     def info(self) -> EngineInfo:
         """The loaded models. Raises NotReady before there are any."""
         return self.engine.info
+
+    @property
+    def served(self) -> Served | None:
+        """What this server takes, as far as it is known: nothing before the models are loaded."""
+        try:
+            return Served.of(self.info, self.limits)
+        except NotReady:
+            return None
 
     async def tokenizer(self) -> Tokenizer:
         """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""

@@ -1,5 +1,5 @@
 """The OpenAPI document, made to be true: bodies that routes read by themselves, every status they answer, streams,
-headers, who needs a key, and, once the models are loaded, what they can take (`openapi_served`)."""
+headers, who needs a key, and, once the models are loaded, what they can take (`rules.narrow`)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from server.api.chunks import event_schema
 from server.api.errors import ErrorEnvelope
 from server.api.examples import EXAMPLES
+from server.api.rules import Served, narrow
 
 STATUSES = {
     400: "A field is wrong; `param` is its path",
@@ -82,16 +83,18 @@ def install(
     *,
     keyed: bool,
     open_paths: Collection[str] = (),
-    narrow: Callable[[Document], bool] = lambda _: True,
+    served: Callable[[], Served | None] = lambda: None,
 ) -> None:
-    """Make `app.openapi` give the complete document. `keyed`: API keys are in force, except on `open_paths`. `narrow`
-    adds what the models can take and says whether it could; until then the document is made anew each time."""
+    """Make `app.openapi` give the complete document. `keyed`: API keys are in force, except on `open_paths`. Until
+    `served` knows what the models can take, the document is made anew each time."""
 
     def document() -> Document:
         if app.openapi_schema is not None:
             return app.openapi_schema
         made = _build(app, schemas, keyed, open_paths)
-        if narrow(made):
+        known = served()
+        narrow(made, known)
+        if known is not None:
             app.openapi_schema = made
         return made
 

@@ -11,17 +11,17 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server import __version__
 from server.api.answers import Answer
-from server.api.convert import DEFAULT_BEST_OF, DEFAULT_TEMPERATURE, DEFAULT_TOP_P, Limits
+from server.api.convert import DEFAULT_BEST_OF
+from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
 from server.api.openapi import errors, success
+from server.api.rules import Limits
 from server.errors import EngineFailed, NotReady, UnknownModel, quote
 from server.methods import METHODS
 from server.metrics import CONTENT_TYPE
 from server.types import (
     Algorithm,
-    DiffusionParams,
     EngineInfo,
-    GuidanceParams,
     RewardModelInfo,
 )
 
@@ -187,7 +187,6 @@ async def _models(frontend: Frontend, created: int) -> list[Model]:
 
 def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat: bool, limits: Limits) -> Model:
     info = engine.model
-    guidance, diffusion = GuidanceParams(), DiffusionParams(info.default_max_tokens)
     return Model(
         id=info.id,
         object="model",
@@ -212,31 +211,25 @@ def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat:
             "reward_tokens": engine.largest.reward_tokens,
         },
         algorithms=list(get_args(Algorithm)),
-        defaults={
-            "max_tokens": info.default_max_tokens,
-            "steps": info.default_max_tokens,
-            "temperature": DEFAULT_TEMPERATURE,
-            "top_p": DEFAULT_TOP_P,
-            "best_of": {method: 1 if method == "none" else DEFAULT_BEST_OF for method in methods},
-            "guidance": guidance.method,
-            "reward_model": engine.reward_models[0].id if engine.reward_models else None,
-            "gradient_steps": guidance.gradient_steps,
-            "eta": guidance.eta,
-            "confidence": guidance.confidence,
-            "start": guidance.start,
-            "stop": guidance.stop,
-            "every": guidance.every,
-            "algorithm": diffusion.algorithm,
-            "schedule": diffusion.schedule,
-            "deprioritize_eos": diffusion.deprioritize_eos,
-            "cfg_scale": diffusion.cfg_scale,
-            "timeout": limits.request_timeout,
-            "entropy_bound": diffusion.entropy_bound,
-            "confidence_threshold": diffusion.confidence_threshold,
-        },
+        defaults=_defaults(engine, methods, limits),
         vocab_coverage=None,
         vocab_fallback=None,
     )
+
+
+def _defaults(engine: EngineInfo, methods: list[str], limits: Limits) -> dict[str, Any]:
+    """Every field's value when it is left out, by the field's own name; none for fields that are then not there."""
+    rows = {**CompletionRequest.model_fields, **Diffusion.model_fields, **Guidance.model_fields}
+    values = {name: row.default for name, row in rows.items() if row.description}
+    values["guidance"] = values.pop("method")
+    values["max_tokens"] = values["steps"] = engine.model.default_max_tokens
+    values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in methods}
+    values["reward_model"] = engine.reward_models[0].id if engine.reward_models else None
+    values["timeout"] = limits.request_timeout
+    known = ("reward_model", "timeout")
+    return {
+        name: value for name, value in values.items() if name in known or isinstance(value, int | float | str | dict)
+    }
 
 
 def _reward_model(info: RewardModelInfo, created: int) -> Model:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.api import body
 from server.api.answers import Answer
-from server.api.convert import check_model, messages
+from server.api.convert import messages
 from server.api.disconnect import unless_disconnected
+from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
 from server.api.frontend import Frontend
 from server.api.openapi import body as documented_body
 from server.api.openapi import errors, success
 from server.api.ops import frontend_of
-from server.api.schemas import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
-from server.errors import InvalidRequest, UnknownModel, quote
+from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Message
 
@@ -59,20 +60,21 @@ class Document(Answer):
 
 
 class RankedDocument(Answer):
-    """A document's place: `relevance_score` is its reward as a response to the query."""
+    """A document's place: `relevance_score` is its reward as a response to the query, of any size."""
 
     index: int
-    document: Document
     relevance_score: float
+    document: Document | str = ""
 
 
 class RerankResponse(Answer):
-    """Answer to `POST /v1/rerank`."""
+    """Answer to `POST /v1/rerank`. `meta` counts the tokens once more, where Cohere's clients look for them."""
 
     id: str
     model: str
     results: list[RankedDocument]
     usage: ReadUsage
+    meta: dict[Literal["tokens", "billed_units"], dict[str, int]]
 
 
 class TokenizeResponse(Answer):
@@ -99,7 +101,6 @@ async def score(request: Request) -> Response:
     """Reward of each response to its prompt."""
     frontend = frontend_of(request)
     asked = await body.read(request, ScoreRequest)
-    name = _reward_model(asked.model, frontend.info)
     queries = [messages(query) for query in asked.queries]
     if len(queries) == 1:
         queries *= len(asked.documents)
@@ -109,7 +110,7 @@ async def score(request: Request) -> Response:
             "the one as of the other",
             "documents",
         )
-    rewards, usage = await _rewards(request, frontend, name, list(zip(queries, asked.documents, strict=True)))
+    name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
     answer = ScoreResponse(
         id=f"score-{uuid.uuid4().hex}",
         object="list",
@@ -121,27 +122,42 @@ async def score(request: Request) -> Response:
     return JSONResponse(answer.to_json())
 
 
-@router.post(
-    "/v1/rerank",
-    responses=success(RerankResponse, "Documents, best first") | errors(*STATUSES),
-    openapi_extra=documented_body(RerankRequest),
-)
+_RERANK: dict[str, Any] = {
+    "responses": success(RerankResponse, "Documents, best first") | errors(*STATUSES),
+    "openapi_extra": documented_body(RerankRequest),
+}
+
+
+@router.post("/v1/rerank", **_RERANK)
+@router.post("/v2/rerank", **_RERANK)
+@router.post("/rerank", **_RERANK)
 async def rerank(request: Request) -> Response:
     """Responses to one prompt, best first; equal ones in the order given."""
+    return await _rerank(request, lambda text: Document(text=text))
+
+
+@router.post("/infinity/rerank", **_RERANK)
+async def infinity_rerank(request: Request) -> Response:
+    """The same for clients of Infinity, which read each result's document as a string."""
+    return await _rerank(request, lambda text: text)
+
+
+async def _rerank(request: Request, shown: Callable[[str], Document | str]) -> Response:
     frontend = frontend_of(request)
     asked = await body.read(request, RerankRequest)
-    name = _reward_model(asked.model, frontend.info)
-    query = messages(asked.query)
-    rewards, usage = await _rewards(request, frontend, name, [(query, document) for document in asked.documents])
-    order = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))
+    queries = [messages(asked.query)] * len(asked.documents)
+    name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
+    best = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))[: asked.top_n or None]
+    results = [RankedDocument(index=index, relevance_score=rewards[index]) for index in best]
+    if asked.return_documents:
+        for result in results:
+            result.document = shown(asked.documents[result.index])
     answer = RerankResponse(
         id=f"rerank-{uuid.uuid4().hex}",
         model=name,
-        results=[
-            RankedDocument(index=index, document=Document(text=asked.documents[index]), relevance_score=rewards[index])
-            for index in order[: asked.top_n or len(order)]
-        ],
+        results=results,
         usage=usage,
+        meta={"tokens": {"input_tokens": usage.total_tokens}, "billed_units": {"input_tokens": usage.total_tokens}},
     )
     return JSONResponse(answer.to_json())
 
@@ -155,7 +171,6 @@ async def tokenize(request: Request) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
     frontend = frontend_of(request)
     asked = await body.read(request, TokenizeRequest)
-    check_model(asked.model, frontend.info, frontend.limits.aliases)
     tokenizer = await frontend.tokenizer()
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
@@ -166,7 +181,7 @@ async def tokenize(request: Request) -> Response:
         raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
     else:
         tokens = await frontend.aside(tokenizer.encode, asked.prompt or "")
-    return await frontend.aside(_tokens, tokens, tokenizer, frontend.info, bool(asked.return_token_strs))
+    return await frontend.aside(_tokens, tokens, tokenizer, frontend.info, asked.return_token_strs)
 
 
 def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
@@ -189,41 +204,30 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids, special tokens included."""
     frontend = frontend_of(request)
     asked = await body.read(request, DetokenizeRequest)
-    check_model(asked.model, frontend.info, frontend.limits.aliases)
-    vocab_size = frontend.info.model.vocab_size
-    for index, token in enumerate(asked.tokens):
-        if token >= vocab_size:
-            raise InvalidRequest(f"token id {token} is outside the vocabulary of {vocab_size}", f"tokens.{index}")
     tokenizer = await frontend.tokenizer()
     text = await frontend.aside(tokenizer.decode, asked.tokens, skip_special_tokens=False)
     return JSONResponse(DetokenizeResponse(prompt=text).to_json())
 
 
-def _reward_model(name: str | None, info: EngineInfo) -> str:
-    """The reward model to use: the named one, else the first loaded."""
-    loaded = [reward.id for reward in info.reward_models]
-    if name is None:
-        if not loaded:
-            raise InvalidRequest("no reward model is loaded", "model")
-        return loaded[0]
-    if name not in loaded:
-        raise UnknownModel(f"there is no reward model {quote(name)}; loaded: {', '.join(loaded) or 'none'}")
-    return name
-
-
 async def _rewards(
-    request: Request, frontend: Frontend, name: str, pairs: list[tuple[tuple[Message, ...], str]]
-) -> tuple[list[float], ReadUsage]:
-    if len(pairs) > frontend.limits.max_score_pairs:
-        limit = frontend.limits.max_score_pairs
-        raise InvalidRequest(f"there are {len(pairs)} documents; the limit is {limit}", "documents")
+    request: Request,
+    frontend: Frontend,
+    model: str | None,
+    queries: Sequence[tuple[Message, ...]],
+    documents: Sequence[str],
+) -> tuple[str, list[float], ReadUsage]:
+    """The reward model (the named one, else the first loaded), its reward of each pair, and the tokens it read."""
+    if model is None and not frontend.info.reward_models:
+        raise InvalidRequest("no reward model is loaded", "model")
+    name = model or frontend.info.reward_models[0].id
+    pairs = list(zip(queries, documents, strict=True))
     characters = sum(len(text) + sum(len(turn.content) for turn in query) for query, text in pairs)
-    if characters > frontend.limits.max_score_characters:
-        limit = frontend.limits.max_score_characters
+    limits = frontend.limits
+    if characters > limits.max_score_characters:
         raise InvalidRequest(
-            f"all pairs of query and document hold {characters} characters; the limit is {limit}", "documents"
+            f"all pairs of query and document hold {characters} characters; the limit is {limits.max_score_characters}",
+            "documents",
         )
-    timeout = frontend.limits.request_timeout
-    deadline = None if timeout is None else time.time() + timeout
+    deadline = None if limits.request_timeout is None else time.time() + limits.request_timeout
     scored = await unless_disconnected(request.receive, frontend.engine.scored(name, pairs, deadline=deadline))
-    return scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)
+    return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

@@ -12,14 +12,15 @@ from starlette.responses import JSONResponse, Response
 from server.api import body
 from server.api.answers import ChatCompletionResponse, CompletionResponse, response
 from server.api.chunks import ChatCompletionChunk, CompletionChunk
-from server.api.convert import Limits, Plan, chat_plan, completion_plan
+from server.api.convert import Plan, chat_plan, completion_plan
 from server.api.disconnect import unless_disconnected
+from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.frontend import Frontend
 from server.api.generation import results
 from server.api.openapi import body as documented_body
 from server.api.openapi import errors, success
 from server.api.ops import frontend_of
-from server.api.schemas import ChatCompletionRequest, CompletionRequest
+from server.api.rules import Limits
 from server.api.stream import open_stream
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo

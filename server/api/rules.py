@@ -1,90 +1,217 @@
-"""Rules between the fields of one object, as JSON Schema, so that the OpenAPI document is no wider than the server.
+"""What a field's annotation may say beyond pydantic's own. The object that enforces a rule also writes it into the JSON
+schema, so that the OpenAPI document is as wide as the server.
 
-They are enforced in `convert` and `guidance`, whose messages explain them. What JSON Schema cannot say (that `best_of`
-is at least `n`, that the prompt and `max_tokens` fit the context) stands in the fields' descriptions.
+What JSON Schema cannot say (that `best_of` is at least `n`, that prompt and `max_tokens` fit the context together) is
+checked in `convert` and stands in the fields' descriptions.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from server.methods import gradient_methods
-from server.types import ADAPTIVE_ALGORITHMS, Algorithm
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-Rule = dict[str, Any]
+from server.errors import UnknownModel, quote
+from server.methods import METHODS
+from server.types import EngineInfo
 
-GRADIENT_FIELDS = ("gradient_steps", "eta", "confidence", "start", "stop", "every")
-
-
-def _absent(*names: str) -> Rule:
-    return {"properties": {name: {"type": "null"} for name in names}}
-
-
-def _one_of(name: str, *values: object) -> Rule:
-    """The field has one of these values; without a null among them it must be there."""
-    return {"properties": {name: {"enum": list(values)}}, **({} if None in values else {"required": [name]})}
+Schema = dict[str, Any]
+SERVED = "x-served"
+"""Keyword of a schema whose bound is the named attribute of `Served`, until that is known."""
 
 
-def _algorithms_but(*names: str) -> Rule:
-    return _one_of("algorithm", *(name for name in get_args(Algorithm) if name not in names), None)
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for. `aliases` are the diffusion model's names besides its id."""
+
+    max_trajectories: int = 128
+    max_score_pairs: int = 1024
+    max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
+    request_timeout: float | None = None
+    aliases: tuple[str, ...] = ()
 
 
-STREAM: Rule = {
-    "anyOf": [
-        _one_of("stream", True),
-        {"properties": {"stream_options": {"type": "null"}, "stream_canvas": {"enum": [False, None]}}},
-    ]
-}
-"""`stream_options` and `stream_canvas` belong to streams."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What the loaded models and this server's limits make of the fields' bounds. Validation takes it as its context;
+    without one (before the models are loaded) those bounds are not checked."""
+
+    models: tuple[str, ...]
+    reward_models: tuple[str, ...]
+    methods: tuple[str, ...]
+    context: int
+    canvas: int
+    vocabulary: int
+    trajectories: int
+    pairs: int
+    terms: int
+
+    @classmethod
+    def of(cls, info: EngineInfo, limits: Limits) -> Served:
+        """Of one server."""
+        rewards = tuple(reward.id for reward in info.reward_models)
+        return cls(
+            models=(info.model.id, *limits.aliases),
+            reward_models=rewards,
+            methods=tuple(METHODS) if rewards else ("none",),
+            context=info.model.context_length,
+            canvas=info.model.context_length - 1,  # there is a prompt
+            vocabulary=info.model.vocab_size - 1,
+            trajectories=limits.max_trajectories,
+            pairs=limits.max_score_pairs,
+            terms=max(1, len(rewards)),
+        )
 
 
-def guidance(schema: Rule) -> None:
-    """Add to a schema: without a gradient there is none to set, and rewards are named in one way."""
-    schema["allOf"] = [
-        {"anyOf": [_one_of("method", *gradient_methods()), _absent(*GRADIENT_FIELDS)]},
-        {"anyOf": [_absent("reward_model"), _absent("reward_models")]},
-    ]
+def invalid(message: str) -> PydanticCustomError:
+    """An error whose text pydantic takes as it stands; the field's path comes before it."""
+    return PydanticCustomError("invalid", "{message}", {"message": message})
 
 
-DIFFUSION: Rule = {
-    "allOf": [
-        {"anyOf": [_one_of("algorithm", "entropy_bound"), _absent("entropy_bound")]},
-        {"anyOf": [_one_of("algorithm", "threshold"), _absent("confidence_threshold")]},
-        {
-            "anyOf": [
-                _algorithms_but("origin", *ADAPTIVE_ALGORITHMS),
-                {"properties": {"algorithm_temperature": {"enum": [0, None]}}},
-            ]
-        },
-        {
-            "anyOf": [
-                _algorithms_but("origin"),
-                {"properties": {"deprioritize_eos": {"enum": [False, None]}, "schedule": {"enum": ["linear", None]}}},
-            ]
-        },
-    ]
-}
-"""A number of one algorithm means nothing to another."""
+class Strict(BaseModel):
+    """Base of all request objects: no coercion, no unknown fields, no NaN or infinity; null is what leaving out is."""
 
-PROMPT_OR_MESSAGES: Rule = {
-    "anyOf": [
-        {
-            "required": ["prompt"],
-            "properties": {
-                "prompt": {"type": "string"},
-                "messages": {"type": "null"},
-                "add_generation_prompt": {"type": "null"},
-            },
-        },
-        {
-            "required": ["messages"],
-            "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}},
-        },
-    ]
-}
-"""Either a raw prompt or a conversation."""
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        """The object's schema, with null for every field that may be left out, and the rules between its fields."""
+        made = handler.resolve_ref_schema(handler(schema))
+        required = made.get("required", ())
+        for name, field in made.get("properties", {}).items():
+            if name not in required and field.get("type") != "null":
+                kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+                branches = field.pop("anyOf", None) or [dict(field)]
+                null = [] if {"type": "null"} in branches else [{"type": "null"}]
+                field.clear()
+                field.update({"anyOf": [*branches, *null], **kept})
+        rules: dict[Only, list[str]] = {}
+        for name, each in cls.model_fields.items():
+            for rule in each.metadata:
+                if isinstance(rule, Only):
+                    rules.setdefault(rule, []).append(name)
+        if rules:
+            made["allOf"] = [rule.schema(names, cls.model_fields[rule.field].default) for rule, names in rules.items()]
+        return made
 
 
-def zero_or_more_than(least: float, most: float) -> Rule:
-    """A number that is 0, or lies between both bounds."""
-    return {"type": "number", "anyOf": [{"const": 0}, {"minimum": least, "maximum": most}]}
+@dataclass(frozen=True, slots=True)
+class Only:
+    """The field has an effect only where the one named `field`, which stands before it, has one of `values`. Elsewhere
+    it is refused, unless it is `idle`: a value that asks for nothing."""
+
+    field: str
+    values: Callable[[], Sequence[object]]
+    idle: object = None
+    message: str = "has no effect with {field} {value}"
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: object, info: ValidationInfo) -> object:
+        if value == self.idle or self.field not in info.data:  # not there: it is wrong itself
+            return value
+        other = info.data[self.field]
+        if other not in self.values():
+            raise invalid(self.message.format(field=self.field, value=other))
+        return value
+
+    def schema(self, names: list[str], default: object) -> Schema:
+        """The rule for some fields; `default` is what the other field is when it is left out."""
+        values = [*self.values()]
+        there: Schema = {"required": [self.field]}
+        if default in values:
+            values, there = [*values, None] if None not in values else values, {}
+        idle = {"type": "null"} if self.idle is None else {"enum": [self.idle, None]}
+        idles = {"properties": dict.fromkeys(names, idle)}
+        return {"anyOf": [{"properties": {self.field: {"enum": values}}, **there}, idles]}
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A bound of this server: the largest number, or the most items, is the attribute `most` of `Served`."""
+
+    most: str
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return handler(schema) | {SERVED: self.most}
+
+    def check(self, value: Any, info: ValidationInfo) -> Any:
+        """`value` itself, a number or a list, unless it is too large."""
+        if info.context is not None:
+            most = getattr(info.context, self.most)
+            if isinstance(value, int) and value > most:
+                raise invalid(f"must be at most {most} on this server (got {value})")
+            if isinstance(value, list) and len(value) > most:
+                raise invalid(f"must have at most {most} items on this server, not {len(value)}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name: one of the attribute `names` of `Served`, or `refuse` raises."""
+
+    names: str
+    refuse: Callable[[str, Served], Exception]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return handler(schema) | {SERVED: self.names}
+
+    def _check(self, value: str, info: ValidationInfo) -> str:
+        if info.context is not None and value not in getattr(info.context, self.names):
+            raise self.refuse(value, info.context)
+        return value
+
+
+def no_such_model(name: str, served: Served) -> Exception:
+    """Why a diffusion model of this name does not answer."""
+    if name in served.reward_models:
+        return UnknownModel(f"{quote(name)} is a reward model; it scores text and generates none")
+    return UnknownModel(f"there is no model {quote(name)}; this server has {served.models[0]}")
+
+
+def no_such_reward_model(name: str, served: Served) -> Exception:
+    """Why a reward model of this name does not score."""
+    loaded = ", ".join(served.reward_models) or "none"
+    return UnknownModel(f"there is no reward model {quote(name)}; loaded: {loaded}")
+
+
+def not_loaded(name: str, served: Served) -> Exception:
+    """Why a reward model of this name does not guide: the request's own field is wrong."""
+    return invalid(f"names {quote(name)}, which is not loaded; loaded: {', '.join(served.reward_models) or 'none'}")
+
+
+def narrow(document: Any, served: Served | None) -> None:
+    """Put this server's bounds into a document's schemas, in place; without any, only take out their names."""
+    if isinstance(document, list):
+        for each in document:
+            narrow(each, served)
+    elif isinstance(document, dict):
+        for each in document.values():
+            narrow(each, served)
+        name = document.pop(SERVED, None)
+        if name is not None and served is not None:
+            bound = getattr(served, name)
+            for branch in document.get("anyOf", [document]):
+                keyword = {"array": "maxItems", "integer": "maximum"}.get(branch.get("type"))
+                if isinstance(bound, tuple):
+                    branch |= {"enum": [*bound]} if bound else {}
+                elif keyword is not None:
+                    branch.pop("exclusiveMaximum", None)
+                    branch[keyword] = min(bound, branch.get(keyword, bound))

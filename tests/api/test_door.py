@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from server.api.convert import Limits, chat_plan, completion_plan
-from server.api.schemas import ChatCompletionRequest, CompletionRequest
+from server.api.convert import chat_plan, completion_plan
+from server.api.fields import ChatCompletionRequest, CompletionRequest
+from server.api.rules import Limits
 from server.budget import Budget
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer

@@ -306,6 +306,35 @@ def test_score_and_rerank_agree_with_bon(server: Served) -> None:
         assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read}
 
 
+def test_rerank_as_its_clients_call_it(server: Served) -> None:
+    texts = ["The film was bad.", "The film was good.", "Yes"]
+    body = {
+        "query": "Tell me",
+        "documents": [texts[0], {"text": texts[1]}, {"text": texts[2]}],
+        "rank_fields": ["text"],
+    }
+    whole = ok(server.post("/v1/rerank", {"query": "Tell me", "documents": texts}))
+    for path in ("/v2/rerank", "/rerank"):
+        answer = ok(server.post(path, body))
+        assert {**answer, "id": ""} == {**whole, "id": ""}
+        assert [each["document"] for each in answer["results"]] == [
+            {"text": texts[i["index"]]} for i in answer["results"]
+        ]
+        assert answer["meta"]["tokens"]["input_tokens"] == answer["usage"]["total_tokens"]
+        bare = ok(server.post(path, {**body, "return_documents": False, "top_n": 2}))["results"]
+        assert bare == [{key: each[key] for key in ("index", "relevance_score")} for each in answer["results"][:2]]
+    strings = ok(server.post("/infinity/rerank", body))["results"]
+    assert [each["document"] for each in strings] == [texts[each["index"]] for each in whole["results"]]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 9e-7])
+def test_a_temperature_of_nearly_nothing_is_zero(server: Served, temperature: float) -> None:
+    fields = {"return_token_ids": True, "guidance": "entrgi", "best_of": 1, "max_tokens": 6}
+    cold = complete(server, temperature=0, **fields)
+    nearly = complete(server, temperature=temperature, diffusion={"algorithm_temperature": temperature}, **fields)
+    assert nearly["choices"] == cold["choices"]
+
+
 def test_models(server: Served) -> None:
     listed = ok(server.client.get("/v1/models"))["data"]
     assert [model["type"] for model in listed] == ["diffusion", "reward", "reward"]

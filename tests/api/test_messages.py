@@ -10,6 +10,8 @@ from tests.api.scripted_engine import check_envelope, make, open_client
 
 COMPLETIONS, CHAT, SCORE, RERANK = "/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/rerank"
 
+TEXT = {"type": "text", "text": "Hi"}
+
 CASES: list[tuple[str, dict[str, Any], str, str]] = [
     (COMPLETIONS, {"temperature": 3}, "temperature", "`temperature` must be less than or equal to 2 (got 3)"),
     (COMPLETIONS, {"temperature": "hot"}, "temperature", "`temperature` must be a number (got 'hot')"),
@@ -29,16 +31,44 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
         COMPLETIONS,
         {"guidance": {"method": "bon", "reward_model": "zz"}},
         "guidance.reward_model",
-        "`guidance.reward_model`: 'zz' is not loaded; loaded: rm",
+        "`guidance.reward_model` names 'zz', which is not loaded; loaded: rm",
     ),
     (COMPLETIONS, {"diffusion": []}, "diffusion", "`diffusion` must be an object"),
     (COMPLETIONS, {"frobnicate": 1}, "frobnicate", "`frobnicate` is not a field of this request"),
     (CHAT, {"messages": []}, "messages", "`messages` must have at least 1 item, not 0"),
     (
         CHAT,
-        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user", "content": 5}]},
         "messages.0.content",
         "`messages.0.content` must be a string or a list of text parts",
+    ),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "`messages.0.content` is required"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [TEXT, TEXT | {"cache_control": {"type": "ephemeral"}}]}]},
+        "messages.0.content",
+        "`messages.0.content` holds 'cache_control' in part 1; a text part has `type` and `text` only",
+    ),
+    (
+        RERANK,
+        {"documents": ["a", {"text": "b", "title": "c"}]},
+        "documents.1",
+        "`documents.1` holds 'title', which would not be read: a document is a string or its `text` alone",
+    ),
+    (COMPLETIONS, {"best_of": 200}, "best_of", "`best_of` must be at most 128 on this server (got 200)"),
+    (COMPLETIONS, {"prompt": ["Hi"] * 129}, "prompt", "`prompt` must have at most 128 items on this server, not 129"),
+    (COMPLETIONS, {"stream_canvas": True}, "stream_canvas", "`stream_canvas` needs `stream`"),
+    (
+        COMPLETIONS,
+        {"guidance": {"method": "bon", "eta": 1}},
+        "guidance.eta",
+        "`guidance.eta` has no effect with method bon, which uses no gradient",
+    ),
+    (
+        COMPLETIONS,
+        {"diffusion": {"entropy_bound": 1}},
+        "diffusion.entropy_bound",
+        "`diffusion.entropy_bound` has no effect with algorithm entropy",
     ),
     (SCORE, {"queries": 5}, "queries", "`queries` must be a prompt, a list of messages, or a list of those"),
     (SCORE, {"documents": 5}, "documents", "`documents` must be a string or a list of strings"),

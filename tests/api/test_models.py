@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from server.api.schemas import CompletionRequest, Diffusion, Guidance
+from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.methods import METHODS
 from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client
 

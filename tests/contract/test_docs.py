@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.api import reference
-from server.api.schemas import ChatCompletionRequest, CompletionRequest
+from server.api.fields import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]

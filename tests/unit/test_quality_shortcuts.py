@@ -17,7 +17,7 @@ from clients.quality.prompts import Prompt
 from clients.quality.requests import Answer
 from clients.quality.shortcuts import EXACT, Option, Run, ask_all, options, rows_of
 from clients.quality.shortcuts_report import shortcuts_json, shortcuts_text, write
-from server.api.schemas import ChatCompletionRequest
+from server.api.fields import ChatCompletionRequest
 
 PROMPTS = [Prompt(f"Review hotel {number}.", "hotel") for number in range(10)]
 

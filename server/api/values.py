@@ -1,0 +1,254 @@
+"""The types of request fields that pydantic's own cannot say in one line: forms that mean the same, texts, names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, PlainValidator, ValidationInfo
+from pydantic_core import CoreSchema
+
+from server.api.rules import (
+    SERVED,
+    Listed,
+    Schema,
+    Strict,
+    Within,
+    invalid,
+    no_such_model,
+    no_such_reward_model,
+    not_loaded,
+)
+from server.errors import quote
+from server.methods import METHODS
+
+MAX_COUNT = 2**20  # no canvas is longer, whatever the model's context
+MAX_PROMPTS = 1024  # of any server
+MAX_PAIRS = 65_536
+STOP_CHARACTERS = 1000
+LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave float32's range
+
+Count: TypeAlias = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=500)]
+ModelName: TypeAlias = Annotated[Name, Listed("models", no_such_model)]
+ScoringModel: TypeAlias = Annotated[Name, Listed("reward_models", no_such_reward_model)]
+GuidingModel: TypeAlias = Annotated[Name, Listed("reward_models", not_loaded)]
+
+
+def _nearly_zero(temperature: float) -> float:
+    """Clients that cannot send 0 send the smallest number that they have."""
+    return 0.0 if temperature < LEAST_TEMPERATURE else temperature
+
+
+Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2), AfterValidator(_nearly_zero)]
+RankingTemperature: TypeAlias = Annotated[float, Field(ge=0, le=1000), AfterValidator(_nearly_zero)]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        *first, last = (f"'{known}'" for known in METHODS)
+        raise invalid(f"must be {', '.join(first)} or {last} (got {quote(name)})")
+    return name
+
+
+class _MethodNames:
+    """The table as it is when the schema is made, since plugins may have added to it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return handler(schema) | {"enum": [*METHODS], SERVED: "methods"}
+
+
+MethodName: TypeAlias = Annotated[str, AfterValidator(_known_method), _MethodNames()]
+
+Prompt: TypeAlias = str | list[int]
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise invalid("holds a lone surrogate, which is not text") from None
+    return text
+
+
+def _prompts(value: object, info: ValidationInfo) -> list[Prompt]:
+    """The four prompt forms as one: a list of texts and of token id lists."""
+    prompts = _listed(value)
+    Within("trajectories").check(prompts, info)
+    if info.context is not None:
+        for prompt in prompts:
+            if not isinstance(prompt, str) and (largest := max(prompt, default=0)) > info.context.vocabulary:
+                raise invalid(f"holds token id {largest}; the last of the vocabulary is {info.context.vocabulary}")
+    return prompts
+
+
+def _listed(value: object) -> list[Prompt]:
+    if isinstance(value, str):
+        return [_check_text(value)]
+    if not isinstance(value, list):
+        raise invalid("must be a string, a list of strings, a list of token ids or a list of such lists")
+    if not value:
+        raise invalid("must not be empty")
+    if len(value) > MAX_PROMPTS and not _is_token(value[0]):
+        raise invalid(f"must not hold more than {MAX_PROMPTS} prompts")
+    if all(_is_token(item) for item in value):
+        return [value]
+    if all(isinstance(item, str) for item in value):
+        return [_check_text(item) for item in value]
+    if all(isinstance(item, list) for item in value):
+        for item in value:
+            for token in item:
+                if not _is_token(token):
+                    raise invalid(f"{quote(token)} is not a token id")
+        return list(value)
+    raise invalid("must hold only strings, only token ids (integers from 0) or only lists of token ids")
+
+
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31), Within("vocabulary")]
+_PromptText: TypeAlias = Annotated[str, Field(min_length=1)]
+_PromptTokens: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+_PromptForms: TypeAlias = (
+    _PromptText
+    | Annotated[list[_PromptText], Field(min_length=1, max_length=MAX_PROMPTS), Within("trajectories")]
+    | _PromptTokens
+    | Annotated[list[_PromptTokens], Field(min_length=1, max_length=MAX_PROMPTS), Within("trajectories")]
+)
+Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptForms)]
+
+
+def _stops(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of strings")
+    return [value] if isinstance(value, str) else value
+
+
+Text: TypeAlias = Annotated[str, AfterValidator(_check_text)]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS), AfterValidator(_check_text)]
+StopList: TypeAlias = Annotated[list[StopString], Field(max_length=4)]
+Stops: TypeAlias = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=StopString | StopList)]
+
+
+class TextPart(Strict):
+    """One text part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _content(value: object) -> object:
+    """Text parts joined by line breaks, as vLLM joins them; anything but text is refused."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise invalid("must be a string or a list of text parts")
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise invalid('must be a string or a list of {"type": "text", "text": string}; only text is understood')
+        if unknown := sorted(set(part) - {"type", "text"}):
+            raise invalid(f"holds {quote(unknown[0])} in part {index}; a text part has `type` and `text` only")
+        texts.append(part["text"])
+    if not texts:
+        raise invalid("must not be an empty list")
+    return "\n".join(texts)
+
+
+_Parts: TypeAlias = Annotated[list[TextPart], Field(min_length=1)]
+Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | _Parts)]
+
+
+def _boolean(value: object) -> object:
+    """`Literal` compares, and 0 equals False."""
+    if type(value) is not bool:
+        raise invalid("must be a boolean")
+    return value
+
+
+# Values that ask for nothing.
+No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
+Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
+One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
+ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
+NoList: TypeAlias = Annotated[list[Any], Field(max_length=0)]
+NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+class ChatMessage(Strict):
+    """One turn. `developer` is OpenAI's newer word for `system`."""
+
+    role: Literal["system", "user", "assistant", "developer"]
+    content: Content
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    annotations: NoList | None = None
+    function_call: None = None
+    tool_calls: NoList | None = None
+
+
+Conversation: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+
+
+def _turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _query(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a prompt or a list of messages")
+    return _turn(value) if isinstance(value, str) else value
+
+
+Query: TypeAlias = Annotated[Conversation, BeforeValidator(_query, json_schema_input_type=str | Conversation)]
+
+
+def _queries(value: object) -> object:
+    """One text or one conversation is a list of one."""
+    if isinstance(value, str):
+        return [_turn(value)]
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return [value]
+    if isinstance(value, list):
+        return [_turn(item) if isinstance(item, str) else item for item in value]
+    raise invalid("must be a prompt, a list of messages, or a list of those")
+
+
+_QueryList: TypeAlias = Annotated[list[str | Conversation], Field(min_length=1, max_length=MAX_PAIRS), Within("pairs")]
+Queries: TypeAlias = Annotated[
+    list[Conversation],
+    BeforeValidator(_queries, json_schema_input_type=str | Conversation | _QueryList),
+    Field(min_length=1, max_length=MAX_PAIRS),
+]
+
+
+def _responses(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise invalid("must be a string or a list of strings")
+    return [value] if isinstance(value, str) else value
+
+
+_ResponseList: TypeAlias = Annotated[list[Content], Field(min_length=1, max_length=MAX_PAIRS), Within("pairs")]
+Responses: TypeAlias = Annotated[_ResponseList, BeforeValidator(_responses, json_schema_input_type=str | _ResponseList)]
+
+
+class TextDocument(Strict):
+    """A document as an object, as Cohere's and vLLM's clients may send it."""
+
+    text: Text
+
+
+def _document(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    if unknown := sorted(set(value) - {"text"}):
+        raise invalid(f"holds {quote(unknown[0])}, which would not be read: a document is a string or its `text` alone")
+    return value.get("text")
+
+
+Document: TypeAlias = Annotated[Content, BeforeValidator(_document, json_schema_input_type=str | TextDocument | _Parts)]
+Documents: TypeAlias = Annotated[list[Document], Field(min_length=1, max_length=MAX_PAIRS), Within("pairs")]
