@@ -102,10 +102,14 @@ def filtered_distribution(phi: Tensor, temperature: float, top_p: float, top_k: 
     return q, filtered / filtered.sum(-1, keepdim=True)
 
 
-def draw(q: Tensor, filtered: Tensor, keys: Tensor, greedy: bool) -> Tensor:
-    """One token a row (section 1.4): rejection from the unfiltered q until the filters keep it; (N,) int64."""
+def draw(phi: Tensor, q: Tensor, filtered: Tensor, keys: Tensor, *, greedy: bool, never: int | None = None) -> Tensor:
+    """One token a row (section 1.4): rejection from the unfiltered q until the filters keep it; (N,) int64. The id
+    `never` is rejected too: greedy rows, and those whose filters keep nothing else, take the best other token."""
+    if never is not None:
+        other = torch.arange(phi.shape[-1], device=phi.device) != never
+        phi, filtered = phi.masked_fill(~other, -torch.inf), filtered * other
     kept = filtered > 0
-    tokens = filtered.argmax(-1)
+    tokens = phi.argmax(-1)
     pending = (kept.sum(-1) > 1) & (not greedy)
     cumulative = q.cumsum(-1)
     for round_ in range(MAX_REJECTIONS):
@@ -118,7 +122,8 @@ def draw(q: Tensor, filtered: Tensor, keys: Tensor, greedy: bool) -> Tensor:
         pending = pending & ~accepted
     if pending.any():
         u = uniform(keys, MAX_REJECTIONS).to(q)[:, None]
-        x = torch.searchsorted(filtered.cumsum(-1), u, right=True)[:, 0].clamp_max(q.shape[-1] - 1)
+        cumulative = filtered.cumsum(-1)
+        x = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp_max(q.shape[-1] - 1)
         tokens = torch.where(pending, x, tokens)
     return tokens
 
@@ -194,16 +199,18 @@ class PlainLoop:
         return [int(token) for token in response]
 
     def logits(self, job: Job, canvas: Tensor, rows: Tensor, prompt_length: int, length: int) -> Tensor:
-        """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1)."""
+        """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1); in float32 at least, in
+        which a 16-bit model's logits are exact, and what is computed of them is not rounded to 16 bits again."""
         layout = PackedLayout.of((len(canvas),), self.device)
         conditional = self.model.masked_logits(canvas, layout, rows + prompt_length)
         scale = job.diffusion.cfg_scale
         if scale == 0.0:
-            return conditional
+            return conditional.to(torch.promote_types(conditional.dtype, torch.float32))
         blind = torch.full_like(canvas, self.info.mask_token_id)
         blind[prompt_length : prompt_length + length] = canvas[prompt_length : prompt_length + length]
         unconditional = self.model.masked_logits(blind, layout, rows + prompt_length)
-        return unconditional + (scale + 1.0) * (conditional - unconditional)
+        logits = unconditional + (scale + 1.0) * (conditional - unconditional)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def keys(self, job: Job, trajectory: int, step: Step, inner: int, positions: Tensor) -> Tensor:
         """The random keys (N, 4) of section 1.4: (seed, prompt, trajectory, step, inner step, position)."""
@@ -236,7 +243,7 @@ class PlainLoop:
                 w = METHODS[guidance.method].weigh(weighted_rows(phi, tau, step))[:, None]
                 q, filtered = filtered_distribution(phi, sampling.temperature, sampling.top_p, sampling.top_k)
                 keys = self.keys(job, trajectory, step, inner, rows)
-                x = draw(q, filtered, keys, greedy=sampling.temperature == 0)
+                x = draw(phi, q, filtered, keys, greedy=sampling.temperature == 0)
                 current = response.clone()
                 current[rows] = phi.argmax(-1)
                 visible = self.visible(current)
@@ -272,7 +279,8 @@ class PlainLoop:
         candidates, phi, phi_0 = rows[in_block], phi[in_block], phi_0[in_block]
         q, filtered = filtered_distribution(phi, sampling.temperature, sampling.top_p, sampling.top_k)
         keys = self.keys(job, trajectory, step, INNER_FINAL, candidates)
-        tokens = draw(q, filtered, keys, greedy=sampling.temperature == 0)
+        never = self.info.mask_token_id
+        tokens = draw(phi, q, filtered, keys, greedy=sampling.temperature == 0, never=never)
         if diffusion.algorithm == "origin":
             u = uniform(self.keys(job, trajectory, step, INNER_ORIGIN, candidates), 0).cpu().numpy()
             chosen = reveal_independently(u, step.probability)

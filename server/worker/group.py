@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +17,7 @@ from kernels.transfer import upload
 from server.guidance.assembly import Responses
 from server.types import ModelInfo
 from server.worker.pack import Batch, Member
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.floating]
+from server.worker.trajectory import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +30,6 @@ class Group:
     device: torch.device
 
     @property
-    def guided(self) -> bool:
-        """Whether the reward's gradient moves these rows."""
-        return bool(self.rewards)
-
-    @property
     def count(self) -> int:
         """N."""
         return sum(len(member.rows) for member in self.members)
@@ -44,16 +37,16 @@ class Group:
     @property
     def gradient_steps(self) -> int:
         """The largest M of its members; 0 when unguided."""
-        return _gradient_steps(self.members[0]) if self.guided else 0
+        return self.members[0].gradient_steps
 
-    def part(self, members: slice) -> Group:
-        """Some of its members."""
-        return replace(self, members=self.members[members])
+    def of(self, members: Sequence[Member]) -> Group:
+        """Some of its members, in their order."""
+        return replace(self, members=tuple(members))
 
     def by_gradient_steps(self) -> list[Group]:
         """One group for each M of its members, the largest first."""
-        parts = itertools.groupby(self.members, key=_gradient_steps)
-        return [replace(self, members=tuple(members)) for _, members in parts]
+        parts = itertools.groupby(self.members, key=lambda member: member.gradient_steps)
+        return [self.of(tuple(members)) for _, members in parts]
 
     def rows(self) -> IntArray:
         """Places of the group's rows among the batch's logits, (N,)."""
@@ -63,32 +56,30 @@ class Group:
         """One value a member -> one a row, (N,)."""
         return np.repeat(np.asarray(values), [len(member.rows) for member in self.members])
 
+    def column(self, values: Sequence[float | int | bool], dtype: torch.dtype | None = None) -> Tensor:
+        """One value a member -> one a row, (N,), on the device."""
+        return upload(torch.from_numpy(self.repeat(values)), self.device, dtype)
+
     def candidates(self) -> IntArray | None:
         """Indices among the group's rows that this step may reveal, or None for all (no blocks)."""
-        inside = np.concatenate(
-            [(member.positions >= member.step.start) & (member.positions < member.step.stop) for member in self.members]
-        )
-        return None if inside.all() else np.flatnonzero(inside).astype(np.int64)
+        starts = np.cumsum([0, *(len(member.rows) for member in self.members)])
+        chosen = np.concatenate([s + member.candidates for s, member in zip(starts, self.members, strict=False)])
+        return None if len(chosen) == starts[-1] else chosen
 
     def row_params(self, logits: Tensor) -> kernels.RowParams:
         """Per-row parameters (N,); temperature 0 is argmax with softmax temperature 1."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         sampling = [member.trajectory.job.sampling for member in self.members]
-        guidance = [member.trajectory.job.guidance for member in self.members]
         vocab_size = logits.shape[-1]
-
-        def column(values: Sequence[float | int | bool], kind: torch.dtype) -> Tensor:
-            return upload(torch.from_numpy(self.repeat(values)), self.device, kind)
-
         return kernels.RowParams(
-            tau=column([s.temperature or 1.0 for s in sampling], dtype),
-            top_p=column([s.top_p for s in sampling], dtype),
-            top_k=column([min(s.top_k or vocab_size, vocab_size) for s in sampling], torch.long),
-            greedy=column([s.temperature == 0 for s in sampling], torch.bool),
-            eta=column([g.eta for g in guidance], dtype),
+            tau=self.column([s.temperature or 1.0 for s in sampling], dtype),
+            top_p=self.column([s.top_p for s in sampling], dtype),
+            top_k=self.column([min(s.top_k or vocab_size, vocab_size) for s in sampling], torch.long),
+            greedy=self.column([s.temperature == 0 for s in sampling], torch.bool),
+            eta=self.column([member.trajectory.job.guidance.eta for member in self.members], dtype),
         )
 
-    def keys(self, inner: int, subset: IntArray | None) -> Tensor:
+    def keys(self, inner: int, subset: IntArray | None = None) -> Tensor:
         """Random keys (n, 4) of the group's rows, or of some of them."""
         jobs = [member.trajectory.job for member in self.members]
         positions = np.concatenate([member.positions for member in self.members])
@@ -109,11 +100,13 @@ class Group:
         diffusion = [member.trajectory.job.diffusion for member in self.members]
         if not any(d.algorithm == "origin" or d.algorithm_temperature for d in diffusion):
             return None
-        origin = uniform(self.keys(INNER_ORIGIN, candidates), 0)
-        ranking = uniform(self.keys(INNER_RANK, candidates), 0)
-        is_origin = self.repeat([d.algorithm == "origin" for d in diffusion]).astype(bool)
+        is_origin = self.repeat([d.algorithm == "origin" for d in diffusion])
         is_origin = is_origin if candidates is None else is_origin[candidates]
-        return torch.where(upload(torch.from_numpy(is_origin), self.device), origin, ranking)
+        return torch.where(
+            upload(torch.from_numpy(is_origin), self.device),
+            uniform(self.keys(INNER_ORIGIN, candidates), 0),
+            uniform(self.keys(INNER_RANK, candidates), 0),
+        )
 
     def responses(self, info: ModelInfo) -> Responses:
         """The members' canvases as the steering loop takes them."""
@@ -126,21 +119,13 @@ class Group:
         )
 
 
-def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> list[Group]:
+def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> Iterator[Group]:
     """Members by reward models, or by reward models and M; the unguided ones are one group."""
     split: dict[tuple[tuple[str, ...], int], list[Member]] = {}
     for member in batch.members:
-        key: tuple[tuple[str, ...], int] = ((), 0)
+        names: tuple[str, ...] = ()
         if member.step.guided:
-            weighted = member.trajectory.job.guidance.reward_models
-            names = tuple(sorted(each.model for each in weighted))
-            key = (names, 0 if share_inner_steps else _gradient_steps(member))
-        split.setdefault(key, []).append(member)
+            names = tuple(sorted(weighted.model for weighted in member.trajectory.job.guidance.reward_models))
+        split.setdefault((names, 0 if share_inner_steps else member.gradient_steps), []).append(member)
     for (rewards, _), members in split.items():
-        if rewards:
-            members.sort(key=_gradient_steps, reverse=True)
-    return [Group(tuple(members), rewards, device) for (rewards, _), members in split.items()]
-
-
-def _gradient_steps(member: Member) -> int:
-    return member.trajectory.job.guidance.gradient_steps
+        yield Group(tuple(sorted(members, key=lambda member: -member.gradient_steps)), rewards, device)

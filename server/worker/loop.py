@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from server import log
-from server.errors import ConfigurationError, RequestError
+from server.errors import ConfigurationError
 from server.methods import load_plugins
 from server.types import EngineInfo, Job
 from server.wire.channel import ChannelClosed, WorkerChannel
@@ -49,47 +49,43 @@ from server.wire.messages import (
     subject,
 )
 from server.wire.stats import RunnerStats
-from server.worker.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
+from server.worker.failures import failed
 
 logger = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 2000
+SUSPICIOUS = ("internal", "out_of_memory")
+"""Kinds of failure for which the device may be to blame."""
 
 
-class Runner(Protocol):
-    """What the loop needs of worker/runner.Runner."""
+class Part(Protocol):
+    """What the loop needs of a Runner and of a Scorer. An exception in `step` that can be laid to some requests ends
+    these with a Failed event; one that passes ends the worker."""
 
     @property
     def has_work(self) -> bool: ...
+
+    def cancel(self, request_id: str, /) -> bool: ...
+
+    def step(self) -> list[Event]: ...
+
+
+class Runner(Part, Protocol):
+    """What the loop needs of worker/runner.Runner."""
 
     @property
     def stats(self) -> RunnerStats: ...
 
     def add(self, job: Job, now: float) -> None: ...
 
-    def cancel(self, job_id: str) -> bool: ...
-
-    def step(self) -> list[Event]: ...
-
-    def abort_running(self) -> list[str]: ...
-
     begin: Callable[[str], None]
     """Called with a job's id before anything is computed for it."""
 
 
-class Scorer(Protocol):
+class Scorer(Part, Protocol):
     """What the loop needs of worker/scoring.Scorer."""
 
-    @property
-    def has_work(self) -> bool: ...
-
     def add(self, request: Score) -> None: ...
-
-    def cancel(self, request_id: str) -> bool: ...
-
-    def step(self) -> list[Event]: ...
-
-    def abort_running(self) -> list[str]: ...
 
 
 class Service(Protocol):
@@ -169,10 +165,12 @@ class Loop:
                 if isinstance(message, Shutdown):
                     return
                 self._send(self._take(message))
-            if scorer.has_work:
-                self._send(self._attempt(scorer))
-            if runner.has_work:
-                self._send(self._attempt(runner))
+            for part in (scorer, runner):
+                if part.has_work:
+                    events = part.step()
+                    self._send(events)
+                    if any(isinstance(event, Failed) and event.kind in SUSPICIOUS for event in events):
+                        self._service.check_device()
 
     def heartbeat(self) -> Heartbeat:
         """The state of this moment. Safe to call from another thread."""
@@ -188,39 +186,18 @@ class Loop:
                 try:
                     self._service.runner.add(job, time.time())
                 except Exception as error:
-                    self._service.runner.cancel(job.id)
-                    return self._failed([job.id], error)
+                    return failed([job.id], error)
             case Score():
                 try:
                     self._service.scorer.add(message)
                 except Exception as error:
-                    self._service.scorer.cancel(message.id)
-                    return self._failed([message.id], error)
+                    return failed([message.id], error)
             case Cancel(id=identity):
                 self._service.runner.cancel(identity)
                 self._service.scorer.cancel(identity)
             case _:
                 raise ChannelClosed(f"unexpected {type(message).__name__}")
         return []
-
-    def _attempt(self, part: Runner | Scorer) -> list[Event]:
-        """One step. One that raises fails the jobs that took part, and no others."""
-        try:
-            return part.step()
-        except Exception as error:
-            self._send(self._failed(part.abort_running(), error))
-            self._service.check_device()
-            return []
-
-    def _failed(self, job_ids: list[str], error: Exception) -> list[Event]:
-        if isinstance(error, RequestError):
-            return [Failed(job_id, error.kind, error.message, error.param) for job_id in job_ids]
-        out_of_memory = is_out_of_memory(error)
-        logger.error("a step failed; jobs %s are dropped", job_ids, exc_info=error)
-        kind = "out_of_memory" if out_of_memory else "internal"
-        # The text of an unforeseen exception may hold anything; it goes to the log, not to the client.
-        message = OUT_OF_MEMORY if out_of_memory else "an internal error ended this request"
-        return [Failed(job_id, kind, message) for job_id in job_ids]
 
     def _send(self, events: list[Event]) -> None:
         if not events:

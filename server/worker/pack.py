@@ -7,77 +7,17 @@ Equal canvases share one forward: the K trajectories of a prompt at their first 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernels.transfer import upload
-from server.diffusion.schedule import Step, adapted, plan
-from server.guidance.prefixes import RewardContext
+from server.diffusion.schedule import Step
 from server.models.packing import PackedLayout
-from server.types import Job, StepTrace
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.floating]
-
-
-@dataclass(slots=True)
-class Trajectory:
-    """One denoising run: response tokens (L,), which of them are still masked (L,), and the place in the plan."""
-
-    job: Job
-    index: int
-    steps: tuple[Step, ...]
-    tokens: IntArray
-    masked: BoolArray
-    cursor: int = 0
-    model_calls: int = 0
-    reward_calls: int = 0
-    last_reward: float | None = None
-    trace: list[StepTrace] = field(default_factory=list)
-    reward_contexts: dict[str, RewardContext] = field(default_factory=dict)  # by reward model, as far as it is settled
-
-    @classmethod
-    def start(cls, job: Job, index: int, mask_token_id: int) -> Trajectory:
-        """An all-masked canvas at the first step."""
-        length = job.sampling.max_tokens
-        return cls(
-            job,
-            index,
-            plan(length, job.diffusion, job.guidance),
-            np.full(length, mask_token_id, dtype=np.int64),
-            np.ones(length, dtype=np.bool_),
-        )
-
-    def next_step(self, *, skip_empty: bool = True) -> Step | None:
-        """The next step that can reveal something, or None at the end. Steps that reveal nothing change nothing
-        (the model is not told the time), so they are passed over whole: an exact saving."""
-        while self.cursor < len(self.steps):
-            step = self.steps[self.cursor]
-            can_reveal = step.reveal > 0 or self.job.diffusion.algorithm == "origin" or not skip_empty
-            if self.masked[step.start : step.stop].any() and can_reveal:
-                return self._as_met(step)
-            if self.job.trace and not self.job.diffusion.adaptive:
-                self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
-            self.cursor += 1
-        return None
-
-    def _as_met(self, step: Step) -> Step:
-        if not self.job.diffusion.adaptive:
-            return step
-        return adapted(step, int(self.masked.sum()), len(self.masked), self.model_calls, self.job.guidance)
-
-    def positions(self, step: Step) -> IntArray:
-        """Response positions whose logits this step needs: all masked ones when guided, else those of the block."""
-        positions = np.flatnonzero(self.masked)
-        if not step.guided:
-            positions = positions[(positions >= step.start) & (positions < step.stop)]
-        return positions.astype(np.int64)
+from server.worker.trajectory import FloatArray, IntArray, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +29,17 @@ class Member:
     step: Step
     positions: IntArray
     rows: IntArray
+
+    @property
+    def candidates(self) -> IntArray:
+        """Which of its rows (n,) this step may reveal: those of the block."""
+        inside = (self.positions >= self.step.start) & (self.positions < self.step.stop)
+        return np.flatnonzero(inside).astype(np.int64)
+
+    @property
+    def gradient_steps(self) -> int:
+        """M, or 0 in a step without guidance."""
+        return self.trajectory.gradient_steps(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +54,65 @@ class Batch:
     tokens: Tensor
     layout: PackedLayout
     rows: Tensor
-    count: int
     blind: IntArray
     cfg_scale: FloatArray
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A batch that has been through the diffusion model. Of it `states` (U + C, d) are kept, which `head` turns into
+    logits, V / d times as large, for as many rows at a time as memory takes."""
+
+    batch: Batch
+    states: Tensor
+    head: Callable[[Tensor], Tensor]
+
+    def logits(self, rows: IntArray) -> Tensor:
+        """phi_0 (N, V) of some of the U rows, any of them more than once: `rows` (N,)."""
+        distinct, places = np.unique(rows, return_inverse=True)
+        if len(distinct) == len(rows):
+            return self._distinct(rows)
+        return self._distinct(distinct)[self._there(places)]
+
+    def _distinct(self, rows: IntArray) -> Tensor:
+        """With classifier-free guidance applied, in place: u + (c + 1) (l - u)."""
+        twins = np.flatnonzero(self.batch.blind[rows] >= 0)
+        if not len(twins):
+            return self._plain(rows)
+        logits = self._plain(np.concatenate([rows, self.batch.blind[rows[twins]]]))
+        where = self._there(twins)
+        scale = upload(torch.from_numpy(self.batch.cfg_scale[rows[twins]]), logits.device, logits.dtype)[:, None]
+        without = logits[len(rows) :]
+        guided = logits[where].sub_(without).mul_(scale.add_(1.0)).add_(without)
+        return logits[: len(rows)].index_copy_(0, where, guided)
+
+    def _plain(self, rows: IntArray) -> Tensor:
+        whole = len(rows) == len(self.states) and bool((rows == np.arange(len(rows))).all())
+        return self.head(self.states if whole else self.states[self._there(rows)])
+
+    def _there(self, values: IntArray) -> Tensor:
+        return upload(torch.from_numpy(values), self.states.device)
+
+
 @dataclass(slots=True)
 class _Canvas:
+    """Tokens (S',) of one sequence, the same with a blind prompt for classifier-free guidance, and the indices (n,) of
+    the wanted rows. `first_row` is the place of the first of these in the batch."""
+
     tokens: IntArray
     blind: IntArray | None
-    rows: IntArray  # canvas indices of the wanted rows
+    rows: IntArray
     cfg_scale: float
     first_row: int = 0
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, positions: IntArray, mask_token_id: int) -> _Canvas:
+        job, tokens, blind = trajectory.job, trajectory.tokens, None
+        prompt, suffix = (np.asarray(ids, dtype=np.int64) for ids in (job.prompt_ids, job.suffix_ids))
+        if job.diffusion.cfg_scale:
+            blind = np.concatenate([np.full_like(prompt, mask_token_id), tokens, np.full_like(suffix, mask_token_id)])
+        canvas = np.concatenate([prompt, tokens, suffix])
+        return cls(canvas, blind, positions + len(prompt), job.diffusion.cfg_scale)
 
 
 def pack(
@@ -126,61 +124,42 @@ def pack(
 ) -> Batch:
     """Pack the next step of each trajectory. Sequences are ordered by length, so that equal lengths are neighbours."""
     canvases: dict[tuple[object, ...], _Canvas] = {}
-    keys = []
-    wanted = []
+    placed: list[tuple[IntArray, _Canvas]] = []
     for trajectory, step in trajectories:
-        job = trajectory.job
-        positions = trajectory.positions(step)
-        key = (
-            job.prompt_ids, job.suffix_ids, trajectory.tokens.tobytes(), positions.tobytes(), job.diffusion.cfg_scale,
-            None if share_equal else (job.id, trajectory.index),
-        )  # fmt: skip
+        job, positions = trajectory.job, trajectory.positions(step)
+        key: tuple[object, ...] = (job.id, trajectory.index)
+        if share_equal:
+            canvas = trajectory.tokens.tobytes(), positions.tobytes()
+            key = (job.prompt_ids, job.suffix_ids, *canvas, job.diffusion.cfg_scale)
         if key not in canvases:
-            canvases[key] = _canvas(trajectory, positions, mask_token_id)
-        keys.append(key)
-        wanted.append(positions)
+            canvases[key] = _Canvas.of(trajectory, positions, mask_token_id)
+        placed.append((positions, canvases[key]))
 
     ordered = sorted(canvases.values(), key=lambda canvas: len(canvas.tokens))
-    sequences: list[tuple[IntArray, IntArray]] = []  # (tokens, wanted rows), blind ones after all others
     count = 0
-    for canvas in ordered:
-        canvas.first_row = count
-        count += len(canvas.rows)
-        sequences.append((canvas.tokens, canvas.rows))
-    with_cfg = [canvas for canvas in ordered if canvas.blind is not None]
-    sequences += [(canvas.blind, canvas.rows) for canvas in ordered if canvas.blind is not None]
+    for each in ordered:
+        each.first_row = count
+        count += len(each.rows)
+    sequences = [(each.tokens, each.rows) for each in ordered]
+    blind = np.full(count, -1, dtype=np.int64)
+    next_blind = count
+    for each in ordered:
+        if each.blind is not None:
+            sequences.append((each.blind, each.rows))
+            blind[each.first_row : each.first_row + len(each.rows)] = next_blind + np.arange(len(each.rows))
+            next_blind += len(each.rows)
 
     lengths = [len(tokens) for tokens, _ in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    rows = np.concatenate([start + wanted_ for start, (_, wanted_) in zip(starts, sequences, strict=True)])
-    members = tuple(
-        Member(trajectory, step, positions, canvases[key].first_row + np.arange(len(positions)))
-        for (trajectory, step), positions, key in zip(trajectories, wanted, keys, strict=True)
-    )
-    blind = np.full(count, -1, dtype=np.int64)
-    next_blind = count
-    for canvas in with_cfg:
-        blind[canvas.first_row : canvas.first_row + len(canvas.rows)] = next_blind + np.arange(len(canvas.rows))
-        next_blind += len(canvas.rows)
+    wanted = np.concatenate([start + rows for start, (_, rows) in zip(starts, sequences, strict=True)])
     return Batch(
-        members=members,
+        members=tuple(
+            Member(trajectory, step, positions, canvas.first_row + np.arange(len(positions)))
+            for (trajectory, step), (positions, canvas) in zip(trajectories, placed, strict=True)
+        ),
         tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences])), device),
         layout=PackedLayout.of(tuple(lengths), device),
-        rows=upload(torch.from_numpy(rows.astype(np.int64)), device),
-        count=count,
+        rows=upload(torch.from_numpy(wanted.astype(np.int64)), device),
         blind=blind,
-        cfg_scale=np.concatenate([np.full(len(canvas.rows), canvas.cfg_scale) for canvas in ordered]),
+        cfg_scale=np.concatenate([np.full(len(each.rows), each.cfg_scale) for each in ordered]),
     )
-
-
-def _canvas(trajectory: Trajectory, positions: IntArray, mask_token_id: int) -> _Canvas:
-    job = trajectory.job
-    prompt = np.asarray(job.prompt_ids, dtype=np.int64)
-    suffix = np.asarray(job.suffix_ids, dtype=np.int64)
-    blind = None
-    if job.diffusion.cfg_scale:
-        blind = np.concatenate(
-            [np.full_like(prompt, mask_token_id), trajectory.tokens, np.full_like(suffix, mask_token_id)]
-        )
-    canvas = np.concatenate([prompt, trajectory.tokens, suffix])
-    return _Canvas(canvas, blind, positions + len(prompt), job.diffusion.cfg_scale)

@@ -1,31 +1,58 @@
-"""Which tokens a step reveals: confidences on the device, ranking on the host (algorithm.md, section 1, points 4 to 6).
+"""Which tokens a step reveals: draws and confidences on the device, ranking on the host (algorithm.md, section 1,
+points 4 to 6).
 
 A confidence is of one of two distributions: the *base* one, unguided and unfiltered, or the filtered one that the token
-is drawn from (algorithm.md, section 1, point 5).
+is drawn from (point 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import kernels
-from kernels.transfer import upload
+from kernels.random import INNER_FINAL
+from kernels.transfer import download, upload
 from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
-from server.worker.group import FloatArray, Group, IntArray
+from server.diffusion.schedule import Step
+from server.types import ModelInfo
+from server.worker.group import Group
+from server.worker.inner import Cohort
 from server.worker.pack import Member
+from server.worker.trajectory import BoolArray, FloatArray, IntArray, Trajectory
+
+
+def _nothing() -> IntArray:
+    return np.zeros(0, dtype=np.int64)
+
+
+def _no_numbers() -> FloatArray:
+    return np.zeros(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Response positions that one trajectory reveals, ascending, and their tokens; both (k,) int64."""
+class Decision:
+    """What a step does to one trajectory, on the host: the response positions that it reveals, ascending, and their
+    tokens, both (k,) int64.
 
-    positions: IntArray
-    tokens: IntArray
+    `entropy` (n,) in nats is that of softmax(phi_0) at the step's `positions` (n,); `mean_w` and `rewards`, before
+    each inner step and where it is traced once more after the last, are of a guided step. With a `failure` it reveals
+    nothing, and the trajectory cannot go on: a number was not finite, or memory ran out.
+    """
+
+    trajectory: Trajectory
+    step: Step
+    chosen: IntArray = field(default_factory=_nothing)
+    tokens: IntArray = field(default_factory=_nothing)
+    positions: IntArray = field(default_factory=_nothing)
+    entropy: FloatArray = field(default_factory=_no_numbers)
+    mean_w: float | None = None
+    rewards: tuple[float, ...] = ()
+    failure: Literal["", "not_finite", "out_of_memory"] = ""
 
 
 def confidence_kind(member: Member) -> str:
@@ -40,29 +67,29 @@ def confidence_kind(member: Member) -> str:
     return "top_probability" if algorithm == "threshold" else "neg_entropy"
 
 
-def base_confidence(group: Group, phi_0: Tensor, stats: kernels.RowStats) -> Tensor:
-    """Confidence (N,) of every row in the base distribution softmax(phi_0 / tau), of which `stats` are: the largest
-    probability for `threshold`, minus the entropy for all others."""
-    entropies = -stats.entropy_tau
+def base_confidence(group: Group, phi_0: Tensor, state: kernels.Guided) -> Tensor:
+    """Confidence (N,) of every row in the base distribution softmax(phi_0 / tau), for which `state` has just begun: the
+    largest probability for `threshold`, minus the entropy for all others."""
+    stats = state.stats
     threshold = [member.trajectory.job.diffusion.algorithm == "threshold" for member in group.members]
     if not any(threshold):
-        return entropies
+        return -stats.entropy_tau
     largest = phi_0.gather(1, stats.argmax[:, None])[:, 0].to(stats.lse_tau.dtype)
-    tau = group.row_params(phi_0).tau
-    return torch.where(_by_row(group, threshold, None, phi_0), (largest / tau - stats.lse_tau).exp(), entropies)
+    probability = (largest / state.params.tau - stats.lse_tau).exp()
+    return torch.where(group.column(threshold), probability, -stats.entropy_tau)
 
 
 def confidence(group: Group, state: kernels.Guided, base: Tensor, tokens: Tensor, subset: Tensor | None) -> Tensor:
     """Confidence (n,) of each candidate by its own request's algorithm; `base` (N,) is of all rows in the base
     distribution, `tokens` (n,) are the drawn ones."""
     kinds = [confidence_kind(member) for member in group.members]
-    base = base if subset is None else base[subset]
+    base = _of(base, subset)
     if set(kinds) <= {"base", "origin"}:
         return base
     asked = tokens
     if "top_probability" in kinds:
-        top = state.stats.argmax if subset is None else state.stats.argmax[subset]
-        asked = torch.where(_by_row(group, [kind == "top_probability" for kind in kinds], subset, top), top, tokens)
+        highest = _of(group.column([kind == "top_probability" for kind in kinds]), subset)
+        asked = torch.where(highest, _of(state.stats.argmax, subset), tokens)
     stats = kernels.filtered_stats(state, asked, rows=subset)
     choices = {
         "base": base,
@@ -75,50 +102,63 @@ def confidence(group: Group, state: kernels.Guided, base: Tensor, tokens: Tensor
     if len(set(kinds)) == 1:
         return choices[kinds[0]]
     names = list(choices)
-    code = _by_row(group, [names.index(kind) for kind in kinds], subset, base)
-    return torch.stack([choices[name] for name in names]).gather(0, code[None])[0]
+    code = _of(group.column([names.index(kind) for kind in kinds]), subset)
+    return torch.stack(list(choices.values())).gather(0, code[None])[0]
 
 
-def _by_row(group: Group, values: Sequence[int | bool], subset: Tensor | None, like: Tensor) -> Tensor:
-    """One value a member -> one a candidate row, (n,), on the device of `like`."""
-    column = upload(torch.from_numpy(group.repeat(values)), like.device)
-    return column if subset is None else column[subset]
-
-
-def choose(
-    group: Group, tokens: IntArray, ranked: FloatArray, uniforms: FloatArray | None, eos_token_id: int
-) -> list[Choice | None]:
-    """Each member's choice among its candidates, or None where a confidence is not finite.
-
-    `tokens`, `ranked` (the confidences) and `uniforms` have one entry a candidate, in the order of the group's rows.
-    """
-    choices: list[Choice | None] = []
-    stop = 0
-    for member in group.members:
-        positions = _candidate_positions(member)
-        start, stop = stop, stop + len(positions)
-        drawn, conf = tokens[start:stop], ranked[start:stop]
-        if not np.isfinite(conf).all():
-            choices.append(None)
+def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> list[Decision]:
+    """Draw, rank and choose for a cohort, whose N rows have the confidence `base` (N,) in the base distribution and
+    the entropy `entropy` (N,). The mask token is never drawn. This is where a step reads the device, once."""
+    group, state = cohort.group, cohort.state
+    candidates = group.candidates()
+    subset = None if candidates is None else upload(torch.from_numpy(candidates), group.device)
+    drawn = kernels.draw(state, group.keys(INNER_FINAL, candidates), rows=subset, never=info.mask_token_id)
+    ranked = confidence(group, state, base, drawn, subset)
+    wanted = drawn, ranked, group.ranking_uniforms(candidates), entropy, cohort.first_w, *cohort.rewards
+    tokens, confidences, uniforms, entropies, w, *rewards = download(wanted)
+    decisions = []
+    stop = row = 0
+    for index, member in enumerate(group.members):
+        start, stop = stop, stop + len(member.candidates)
+        rows, row = slice(row, row + len(member.rows)), row + len(member.rows)
+        if not np.isfinite(confidences[start:stop]).all():
+            decisions.append(Decision(member.trajectory, member.step, failure="not_finite"))
             continue
-        diffusion = member.trajectory.job.diffusion
-        if diffusion.algorithm == "origin" and uniforms is not None:
-            chosen = reveal_independently(uniforms[start:stop], member.step.probability)
-        elif diffusion.adaptive:
-            chosen = reveal_adaptively(conf, drawn == eos_token_id, member.step.least(len(conf)), diffusion)
-        else:
-            chosen = reveal_most_confident(
-                conf,
-                drawn == eos_token_id,
-                member.step.reveal,
-                deprioritize_eos=diffusion.deprioritize_eos,
-                algorithm_temperature=diffusion.algorithm_temperature,
-                uniforms=None if uniforms is None else uniforms[start:stop],
+        uniform = None if uniforms is None else uniforms[start:stop]
+        chosen = choose(member, tokens[start:stop] == info.eos_token_id, confidences[start:stop], uniform)
+        # Rewards after the last inner step are read for traced members; a neighbour's answer does not show it.
+        read = group.gradient_steps + member.trajectory.job.trace
+        decisions.append(
+            Decision(
+                member.trajectory,
+                member.step,
+                member.positions[member.candidates[chosen]],
+                tokens[start:stop][chosen],
+                member.positions,
+                entropies[rows],
+                None if w is None else float(w[rows].mean()),
+                tuple(float(reward[index]) for reward in rewards[:read]),
             )
-        choices.append(Choice(positions[chosen], drawn[chosen]))
-    return choices
+        )
+    return decisions
 
 
-def _candidate_positions(member: Member) -> IntArray:
-    inside = (member.positions >= member.step.start) & (member.positions < member.step.stop)
-    return member.positions[inside]
+def choose(member: Member, is_eos: BoolArray, confidence: FloatArray, uniforms: FloatArray | None) -> IntArray:
+    """Which of a member's candidates are revealed, ascending; all arguments (n,), in the candidates' order."""
+    diffusion = member.trajectory.job.diffusion
+    if diffusion.algorithm == "origin" and uniforms is not None:
+        return reveal_independently(uniforms, member.step.probability)
+    if diffusion.adaptive:
+        return reveal_adaptively(confidence, is_eos, member.step.least(len(confidence)), diffusion)
+    return reveal_most_confident(
+        confidence,
+        is_eos,
+        member.step.reveal,
+        deprioritize_eos=diffusion.deprioritize_eos,
+        algorithm_temperature=diffusion.algorithm_temperature,
+        uniforms=uniforms,
+    )
+
+
+def _of(values: Tensor, subset: Tensor | None) -> Tensor:
+    return values if subset is None else values[subset]

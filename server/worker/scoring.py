@@ -6,34 +6,28 @@ only then, so a long list of documents does not hold up the jobs that are being 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.errors import InvalidRequest, quote
 from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids
-from server.types import Message
-from server.wire.messages import Event, Failed, Score, Scored
+from server.wire.messages import Event, Score, Scored
+from server.worker.failures import failed, free_memory
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
-    """Scores as they come in; None where an item has not been scored. `tokens` of all items."""
+    """A request as far as it is done: `scores` of its first items, `tokens` of all that have been tokenised, and the
+    ids of one that has been and did not fit into the last pack."""
 
-    id: str
-    scores: list[float | None] = field(default_factory=list)
+    message: Score
+    scores: list[float] = field(default_factory=list)
     tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Item:
-    request: _Request
-    index: int
-    reward_model: str
-    conversation: tuple[Message, ...]
-    response: str
-    token_ids: list[int] | None = None  # once it has been read
+    read_ahead: list[int] | None = None
 
 
 class Scorer:
@@ -43,14 +37,12 @@ class Scorer:
     def __init__(self, reward_models: Mapping[str, RewardModel], step_tokens: int) -> None:
         self._reward_models = reward_models
         self._step_tokens = step_tokens
-        self._items: deque[_Item] = deque()
-        self._empty: list[str] = []
-        self._in_step: list[_Item] = []
+        self._requests: dict[str, _Request] = {}  # by id, in order of arrival
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._items or self._empty)
+        return bool(self._requests)
 
     def add(self, request: Score) -> None:
         """Queue a request. Raises InvalidRequest for an unknown reward model; an item that it cannot hold fails the
@@ -58,82 +50,79 @@ class Scorer:
         if request.reward_model not in self._reward_models:
             names = ", ".join(sorted(self._reward_models)) or "none"
             raise InvalidRequest(f"reward model {quote(request.reward_model)} is not loaded; loaded: {names}", "model")
-        pending = _Request(request.id, [None] * len(request.items))
-        self._items.extend(
-            _Item(pending, index, request.reward_model, conversation, response)
-            for index, (conversation, response) in enumerate(request.items)
-        )
-        if not request.items:
-            self._empty.append(request.id)
+        self._requests[request.id] = _Request(request)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request. Returns whether it was known."""
-        known = any(item.request.id == request_id for item in self._items)
-        self._items = deque(item for item in self._items if item.request.id != request_id)
-        return known
-
-    def abort_running(self) -> list[str]:
-        """Drop the requests of the step that failed; returns their ids."""
-        ids = list(dict.fromkeys(item.request.id for item in self._in_step))
-        self._in_step = []
-        for request_id in ids:
-            self.cancel(request_id)
-        return ids
+        return self._requests.pop(request_id, None) is not None
 
     def step(self) -> list[Event]:
-        """Score one pack of items; the answers of the requests that are complete with it."""
-        events: list[Event] = [Scored(request_id, [], 0) for request_id in self._empty]
-        self._empty = []
-        if not self._items:
-            return events
-        events += self._pack()
-        if not self._in_step:
-            return events
-        model = self._reward_models[self._in_step[0].reward_model]
-        rewards = model.score([item.token_ids or [] for item in self._in_step]).tolist()
-        touched: dict[str, _Request] = {}
-        for item, reward in zip(self._in_step, rewards, strict=True):
-            item.request.scores[item.index] = float(reward)
-            touched[item.request.id] = item.request
-        self._in_step = []
-        for request in touched.values():
-            scores = [score for score in request.scores if score is not None]
-            if len(scores) == len(request.scores):
-                events.append(Scored(request.id, scores, request.tokens))
+        """Score one pack of items; the answers of the requests that are complete with it, and the failures of those
+        with an item that cannot be scored."""
+        events: list[Event] = []
+        pack = self._pack(events)
+        if pack:
+            self._score(pack, events)
+        for request in list(self._requests.values()):
+            if len(request.scores) == len(request.message.items):
+                self.cancel(request.message.id)
+                events.append(Scored(request.message.id, request.scores, request.tokens))
         return events
 
-    def _pack(self) -> list[Event]:
-        """Move the next items for one reward model into the step, up to `step_tokens` tokens. A request with an item
-        that cannot be scored leaves; its failure is returned."""
-        failures: list[Event] = []
-        tokens = 0
-        while self._items and (not self._in_step or self._items[0].reward_model == self._in_step[0].reward_model):
-            item = self._items.popleft()
-            self._in_step.append(item)
-            try:
-                length = self._read(item)
-            except InvalidRequest as error:
-                failures.append(Failed(item.request.id, error.kind, error.message, error.param))
-                self._in_step = [each for each in self._in_step if each.request is not item.request]
-                self.cancel(item.request.id)
-                continue
-            if len(self._in_step) > 1 and tokens + length > self._step_tokens:
-                self._items.appendleft(self._in_step.pop())
+    def _pack(self, events: list[Event]) -> list[tuple[_Request, list[int]]]:
+        """The next items for one reward model, up to `step_tokens` tokens."""
+        pack: list[tuple[_Request, list[int]]] = []
+        room = self._step_tokens
+        for request in list(self._requests.values()):
+            if pack and request.message.reward_model != pack[0][0].message.reward_model:
                 break
-            tokens += length
-        return failures
+            try:
+                for index in range(len(request.scores), len(request.message.items)):
+                    ids = self._read(request, index)
+                    if pack and len(ids) > room:
+                        request.read_ahead = ids
+                        return pack
+                    pack.append((request, ids))
+                    room -= len(ids)
+            except Exception as error:
+                self._fail(request, error, events)
+                pack = [each for each in pack if each[0] is not request]
+        return pack
 
-    def _read(self, item: _Item) -> int:
-        """Tokenise an item unless that has been done; returns its length. Raises InvalidRequest."""
-        if item.token_ids is None:
-            model = self._reward_models[item.reward_model]
-            token_ids = conversation_ids(model.tokenizer, item.conversation, item.response)
-            if len(token_ids) > model.info.context_length:
-                raise InvalidRequest(
-                    f"item {item.index} takes {len(token_ids)} tokens; the context of the reward model is "
-                    f"{model.info.context_length}",
-                    "documents",
-                )
-            item.token_ids = token_ids
-            item.request.tokens += len(token_ids)
-        return len(item.token_ids)
+    def _read(self, request: _Request, index: int) -> list[int]:
+        """Tokenise an item, unless that has been done. Raises InvalidRequest for one that is too long."""
+        if (ids := request.read_ahead) is not None:
+            request.read_ahead = None
+            return ids
+        model = self._reward_models[request.message.reward_model]
+        ids = conversation_ids(model.tokenizer, *request.message.items[index])
+        if len(ids) > model.info.context_length:
+            raise InvalidRequest(
+                f"item {index} takes {len(ids)} tokens; the context of the reward model is {model.info.context_length}",
+                "documents",
+            )
+        request.tokens += len(ids)
+        return ids
+
+    def _score(self, pack: Sequence[tuple[_Request, list[int]]], events: list[Event]) -> None:
+        """Score a pack at once, or, if that raises, item by item: one that cannot be scored fails its own request."""
+        model = self._reward_models[pack[0][0].message.reward_model]
+        try:
+            rewards = model.score([ids for _, ids in pack]).tolist()
+        except Exception as error:
+            if len(pack) == 1:
+                self._fail(pack[0][0], error, events)
+                return
+            logger.warning("a pack of %d items broke; they are scored one by one", len(pack), exc_info=error)
+        else:
+            for (request, _), reward in zip(pack, rewards, strict=True):
+                request.scores.append(float(reward))
+            return
+        free_memory()  # it may be what the pack lacked
+        for each in pack:
+            if each[0].message.id in self._requests:  # no item before it has failed
+                self._score([each], events)
+
+    def _fail(self, request: _Request, error: Exception, events: list[Event]) -> None:
+        self.cancel(request.message.id)
+        events += failed([request.message.id], error)

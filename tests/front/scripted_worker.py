@@ -19,6 +19,7 @@ from server.types import EngineInfo, Job, JobResult, ModelInfo, TrajectoryResult
 from server.wire.config import WorkerConfig
 from server.wire.messages import Canvas, Event, Finished, Progress, Score, Scored, Started
 from server.wire.stats import RunnerStats
+from server.worker.failures import failed
 from server.worker.loop import main
 
 
@@ -82,18 +83,17 @@ class ScriptedRunner:
         self.stats.running = len(self.jobs) - (job_id in self.jobs)
         return self.jobs.pop(job_id, None) is not None
 
-    def abort_running(self) -> list[str]:
-        ids = list(self.jobs)
-        for job_id in ids:
-            self.cancel(job_id)
-        return ids
-
     def step(self) -> list[Event]:
         events: list[Event] = []
         time.sleep(max(job.prompt_ids[1] for job in self.jobs.values()) / 1000)
         self.stats.running = len(self.jobs)
-        for job in list(self.jobs.values()):
-            events += self.advance(job)
+        try:
+            for job in list(self.jobs.values()):
+                events += self.advance(job)
+        except Exception as error:
+            events += failed(self.jobs, error)
+            for job_id in list(self.jobs):
+                self.cancel(job_id)
         return events
 
     def advance(self, job: Job) -> list[Event]:
@@ -155,11 +155,6 @@ class ScriptedScorer:
         before = len(self.requests)
         self.requests = [request for request in self.requests if request.id != request_id]
         return len(self.requests) < before
-
-    def abort_running(self) -> list[str]:
-        ids = [request.id for request in self.requests]
-        self.requests = []
-        return ids
 
     def step(self) -> list[Event]:
         request = self.requests.pop(0)

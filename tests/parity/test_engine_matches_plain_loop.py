@@ -17,10 +17,10 @@ from server.types import (
     WeightedReward,
 )
 from server.wire.messages import Canvas
-from server.worker.pack import Trajectory
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.step import Denoiser
+from server.worker.trajectory import Trajectory
 from tests.support import jobs as support
 from tests.support.jobs import run
 
@@ -200,7 +200,8 @@ class Shaken:
 
 def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int, before: list[int]) -> tuple[Any, ...]:
     """What one step reveals from a given canvas, `taken` steps into the run."""
-    trajectory = Trajectory.start(job, index, pair.loaded.info.mask_token_id)
+    contexts = Runner(pair.loaded, pair.rewards)._contexts(job)
+    trajectory = Trajectory.start(job, index, pair.loaded.info.mask_token_id, contexts)
     for position, token in enumerate(before):
         if token >= 0:
             trajectory.tokens[position], trajectory.masked[position] = token, False
@@ -208,10 +209,8 @@ def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int
     planned = trajectory.next_step()
     assert planned is not None
     assert planned.index == step
-    contexts = Runner(pair.loaded, pair.rewards)._contexts(job)
-    denoiser = Denoiser(model, pair.loaded.info)
-    (revealed,) = denoiser.step([(trajectory, planned)], {job.id: contexts}, pair.rewards)
-    return tuple(revealed.tokens)
+    (decision,) = Denoiser(model, pair.loaded.info, pair.rewards).step([(trajectory, planned)])
+    return tuple(zip(decision.chosen.tolist(), decision.tokens.tolist(), strict=True))
 
 
 def test_float32_differs_from_float64_only_after_near_ties(pair32: Any, pair64: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
 from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
 from server.wire.messages import Failed, Finished
@@ -44,10 +45,13 @@ def make_job(name: str = "job", prompt: str = "Hi", tokenizer: Tokenizer | None 
 def finish(runner: Runner, jobs: Iterable[Job]) -> tuple[dict[str, JobResult], dict[str, Failed]]:
     """All jobs at once, until nothing is left: each one's result or failure, by its id. Afterwards nothing may be
     queued or running."""
-    for job in jobs:
-        runner.add(job, now=0.0)
     finished: dict[str, JobResult] = {}
     failed: dict[str, Failed] = {}
+    for job in jobs:
+        try:
+            runner.add(job, now=0.0)
+        except InvalidRequest as error:
+            failed[job.id] = Failed(job.id, error.kind, error.message, error.param)
     while runner.has_work:
         for event in runner.step():
             if isinstance(event, Finished):

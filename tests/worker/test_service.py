@@ -10,7 +10,7 @@ import torch
 
 from server.errors import ConfigurationError
 from server.wire.config import WorkerConfig
-from server.worker.out_of_memory import is_out_of_memory
+from server.worker.failures import is_out_of_memory
 from server.worker.savings import Savings
 from server.worker.service import load, resolve_device, resolve_dtype
 

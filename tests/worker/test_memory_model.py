@@ -107,7 +107,7 @@ def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
 def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_request_may_take() -> None:
     config = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")})
     computed = load(config)
-    assert computed.runner.scheduler.budget == CAPS["cpu"]  # so small a model fits in any memory
+    assert computed.runner.book.budget == CAPS["cpu"]  # so small a model fits in any memory
     assert computed.info.largest.tokens > CAPS["cpu"].tokens
     fixed = load(
         WorkerConfig(
@@ -118,9 +118,9 @@ def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_requ
             batch_trajectories=7,
         )
     )
-    for budget in (fixed.runner.scheduler.budget, fixed.info.largest):
+    for budget in (fixed.runner.book.budget, fixed.info.largest):
         assert budget.tokens == 300
-    assert fixed.runner.scheduler.budget.trajectories == 7
+    assert fixed.runner.book.budget.trajectories == 7
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's count of resident memory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,71 +12,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.budget import Budget
-from server.models.loading import LoadedDiffusionModel, load_diffusion_model
-from server.rewards.reward_model import RewardModel, load_reward_model
-from server.types import (
-    DiffusionParams,
-    GuidanceParams,
-    Job,
-    Message,
-    SamplingParams,
-    WeightedReward,
-)
-from server.worker.microbatch import RECOVERY_PARTS, Limits
+from server.models.loading import LoadedDiffusionModel
+from server.rewards.reward_model import RewardModel
+from server.types import Job, Message, SamplingParams
+from server.worker.failures import Attempt
+from server.worker.parts import RECOVERY_PARTS, Limits
 from server.worker.runner import Runner
-from tests.support.jobs import answers
+from tests.support.jobs import answers, make_job
+from tests.support.models import diffusion, reward, tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
+
+def jobs() -> list[Job]:
+    """Guided, unguided, of different M, with classifier-free guidance, with shared and different prompts."""
+    guided: dict[str, Any] = {"method": "entrgi", "gradient_steps": 2}
+    kinds: list[dict[str, Any]] = [
+        {"best_of": 2, "n": 2},
+        {**guided, "best_of": 3},
+        {**guided, "method": "aps", "gradient_steps": 3, "best_of": 2, "algorithm": "maskgit_plus"},
+        {**guided, "cfg_scale": 0.7},
+        {**guided, "confidence": "guided", "temperature": 0.0, "block_length": 4},
+        {"cfg_scale": 1.5, "algorithm": "topk_margin"},
+    ]
+    return [
+        make_job(f"job-{index}", "Hi" if index % 2 else "Tell me more", tokenizer("llada"), seed=index, **kind)
+        for index, kind in enumerate(kinds)
+    ]
 
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedDiffusionModel:
-    return load_diffusion_model(str(GOLDEN / "dlm"), dtype=torch.float64)
+    return diffusion("llada")
 
 
 @pytest.fixture(scope="module")
-def rewards(loaded: LoadedDiffusionModel) -> dict[str, RewardModel]:
-    model = load_reward_model(
-        "rm",
-        str(GOLDEN / "rm"),
-        diffusion_tokenizer=loaded.tokenizer,
-        diffusion_vocab_size=loaded.model.vocab_size,
-        dtype=torch.float64,
-        device=torch.device("cpu"),
-    )
-    return {"rm": model}
-
-
-def jobs(loaded: LoadedDiffusionModel) -> list[Job]:
-    """Guided, unguided, of different M, with classifier-free guidance, with shared and different prompts."""
-    guided = GuidanceParams("entrgi", (WeightedReward("rm"),), gradient_steps=2)
-    kinds = [
-        (GuidanceParams(), {"best_of": 2, "n": 2}, {}),
-        (guided, {"best_of": 3}, {}),
-        (replace(guided, method="aps", gradient_steps=3), {"best_of": 2}, {"algorithm": "maskgit_plus"}),
-        (guided, {}, {"cfg_scale": 0.7}),
-        (replace(guided, confidence="guided"), {"temperature": 0.0}, {"block_length": 4}),
-        (GuidanceParams(), {}, {"cfg_scale": 1.5, "algorithm": "topk_margin"}),
-    ]
-    made = []
-    for index, (guidance, sampling, diffusion) in enumerate(kinds):
-        conversation = (Message("user", "Hi" if index % 2 else "Tell me more"),)
-        made.append(
-            Job(
-                id=f"job-{index}",
-                prompt_ids=tuple(loaded.tokenizer.render_chat(conversation)),
-                sampling=SamplingParams(max_tokens=8, seed=index, **sampling),  # type: ignore[arg-type]
-                diffusion=DiffusionParams(steps=8, **diffusion),  # type: ignore[arg-type]
-                guidance=guidance,
-                conversation=conversation,
-            )
-        )
-    return made
+def rewards() -> dict[str, RewardModel]:
+    return {"rm": reward("llada")}
 
 
 @pytest.fixture(scope="module")
 def expected(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]) -> dict[str, Any]:
-    finished, failed = answers(Runner(loaded, rewards), jobs(loaded))
+    finished, failed = answers(Runner(loaded, rewards), jobs())
     assert not failed
     return finished
 
@@ -123,7 +97,7 @@ def test_any_budget_gives_the_same_tokens_and_holds(
 ) -> None:
     model = Watched(loaded.model)
     runner = Runner(replace(loaded, model=model), rewards, budget=budget, largest=Budget())
-    assert answers(runner, jobs(loaded)) == (expected, {})
+    assert answers(runner, jobs()) == (expected, {})
     assert max(model.sizes["head"]) <= max(budget.guided_rows, budget.logit_rows, 16)
     assert max(model.sizes["forward"]) <= max(budget.tokens, 0)
     assert runner.stats.out_of_memory == 0
@@ -136,7 +110,7 @@ def test_memory_that_runs_out_once_costs_a_second_try_and_no_token(
         failures = iter([False, False, True])
         model = Watched(loaded.model, lambda seen, _, what=what, left=failures: seen == what and next(left, False))  # type: ignore[misc]
         runner = Runner(replace(loaded, model=model), rewards)
-        assert answers(runner, jobs(loaded)) == (expected, {}), what
+        assert answers(runner, jobs()) == (expected, {}), what
         assert runner.stats.out_of_memory == 1
 
 
@@ -145,13 +119,13 @@ def test_parts_shrink_until_they_fit_and_stay_small(
 ) -> None:
     model = Watched(loaded.model, lambda what, size: what == "head" and size > 24)
     runner = Runner(replace(loaded, model=model), rewards)
-    finished, failed = answers(runner, jobs(loaded))
+    finished, failed = answers(runner, jobs())
     # The first step may give up what did not fit in halves either; from then on everything fits.
     assert finished == {name: tokens for name, tokens in expected.items() if name not in failed}
     assert all(event.kind == "out_of_memory" for event in failed.values())
     assert runner.stats.out_of_memory <= 6
-    assert runner.denoiser.limits.guided.now[0] <= 24
-    again, failed = answers(runner, jobs(loaded))
+    assert runner.denoiser.guided.now[0] <= 24
+    again, failed = answers(runner, jobs())
     assert (again, failed) == (expected, {})
 
 
@@ -159,12 +133,12 @@ def test_only_the_jobs_that_memory_cannot_hold_fail(
     loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
 ) -> None:
     """A lone trajectory too large for memory is tried twice; its neighbours do not notice."""
-    big = replace(jobs(loaded)[1], id="big", sampling=SamplingParams(max_tokens=40, seed=9))
+    big = replace(jobs()[1], id="big", sampling=SamplingParams(max_tokens=40, seed=9))
     model = Watched(loaded.model, lambda what, size: what == "head" and size >= 30)
     runner = Runner(
         replace(loaded, model=model), rewards, budget=Budget(guided_rows=24, logit_rows=24), largest=Budget()
     )
-    finished, failed = answers(runner, [*jobs(loaded), big])
+    finished, failed = answers(runner, [*jobs(), big])
     assert finished == expected
     assert {name: (event.kind, event.message) for name, event in failed.items()} == {
         "big": ("out_of_memory", "the device ran out of memory")
@@ -197,38 +171,39 @@ def test_final_rewards_are_read_one_by_one_when_memory_is_short(
 ) -> None:
     scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "score" and size > 1)
     runner = Runner(loaded, {"rm": scarce})
-    assert answers(runner, jobs(loaded)[:3]) == ({f"job-{index}": expected[f"job-{index}"] for index in range(3)}, {})
+    assert answers(runner, jobs()[:3]) == ({f"job-{index}": expected[f"job-{index}"] for index in range(3)}, {})
     assert runner.stats.out_of_memory == 2  # of the two jobs with several guided answers
 
 
 def test_a_conversation_that_memory_cannot_hold_fails_alone(
     loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
 ) -> None:
-    longest = len(loaded.tokenizer.render_chat(jobs(loaded)[1].conversation))
+    longest = len(loaded.tokenizer.render_chat(jobs()[1].conversation))
     scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "prefill" and size > 2 * longest)
     long = (Message("user", "Hello " * 40),)
-    big = replace(jobs(loaded)[1], id="big", conversation=long)
+    big = replace(jobs()[1], id="big", conversation=long)
     runner = Runner(loaded, {"rm": scarce})
-    finished, failed = answers(runner, [big, *jobs(loaded)[:3]])
+    finished, failed = answers(runner, [big, *jobs()[:3]])
     assert finished == {f"job-{index}": expected[f"job-{index}"] for index in range(3)}
     assert {name: event.kind for name, event in failed.items()} == {"big": "out_of_memory"}
 
 
-def test_an_error_that_is_not_about_memory_passes(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]
-) -> None:
-    class Broken(Watched):
-        def _note(self, what: str, size: int) -> None:
-            raise RuntimeError("something else")
-
-    runner = Runner(replace(loaded, model=Broken(loaded.model)), rewards)
-    runner.add(jobs(loaded)[0], now=0.0)
-    with pytest.raises(RuntimeError, match="something else"):
-        runner.step()
-    assert runner.stats.out_of_memory == 0
-
-
 # -- the parts by themselves -----------------------------------------------------------------------------------------
+
+
+def work_through(
+    limits: Limits, items: Sequence[int], sizes: Sequence[tuple[int, ...]], work: Callable[[Sequence[int]], None]
+) -> tuple[list[list[int]], list[int]]:
+    """The parts that went well, and the items that were given up."""
+    done, lost = [], []
+    for part in limits.parts(items, sizes):
+        with part:
+            work(part.items)
+        if not part.ran_out:
+            done.append(list(part.items))
+        if part.lost:
+            lost += part.items
+    return done, lost
 
 
 @settings(deadline=None)
@@ -240,42 +215,76 @@ def test_an_error_that_is_not_about_memory_passes(
 def test_parts_keep_the_order_and_the_limits_whatever_memory_there_is(
     sizes: list[tuple[int, int]], most: tuple[int, int], memory: int
 ) -> None:
-    limits = Limits("parts", most)
+    shortages: list[None] = []
+    limits = Limits("parts", most, lambda: shortages.append(None))
     tries: list[list[int]] = []
 
-    def work(part: Sequence[int]) -> list[int]:
+    def work(part: Sequence[int]) -> None:
         tries.append(list(part))
         total = [sum(column) for column in zip(*(sizes[item] for item in part), strict=True)]
         assert len(part) == 1 or all(a <= b for a, b in zip(total, most, strict=True))
         if sum(total) > memory:
             raise MemoryError
-        return list(part)
 
-    done, lost = limits.run(range(len(sizes)), sizes, work)
+    done, lost = work_through(limits, range(len(sizes)), sizes, work)
     kept = [item for part in done for item in part]
     assert sorted(kept + lost) == list(range(len(sizes)))
     assert kept == sorted(kept)
     assert all(limit >= 1 for limit in limits.now)
+    assert len(tries) == len(done) + len(shortages)
     for item in lost:
         assert sum(item in part for part in tries) == 2
     if all(sum(size) <= memory for size in sizes) and sum(most) <= memory:
-        assert len(tries) == len(done)  # nothing was tried twice
+        assert not shortages
 
 
 def test_shrunken_limits_recover_slowly() -> None:
-    limits = Limits("parts", (64,))
+    limits = Limits("parts", (64,), lambda: None)
     memory = 40
 
-    def work(part: Sequence[int]) -> int:
+    def work(part: Sequence[int]) -> None:
         if len(part) > memory:
             raise MemoryError
-        return len(part)
 
-    assert limits.run(range(64), [(1,)] * 64, work) == ([32, 32], [])
+    def sizes_of_parts(count: int) -> list[int]:
+        done, lost = work_through(limits, range(count), [(1,)] * count, work)
+        assert not lost
+        return [len(part) for part in done]
+
+    assert sizes_of_parts(64) == [32, 32]
     for _ in range(RECOVERY_PARTS - 3):
-        limits.run([0], [(1,)], work)
+        sizes_of_parts(1)
     assert limits.now == (32,)
-    limits.run([0], [(1,)], work)
+    sizes_of_parts(1)
     assert limits.now == (64,)
     memory = 64
-    assert limits.run(range(64), [(1,)] * 64, work) == ([64], [])
+    assert sizes_of_parts(64) == [64]
+
+
+class Held:
+    """Something that notes when it is let go, even from a cycle."""
+
+    def __init__(self, gone: list[str]) -> None:
+        self.gone, self.itself = gone, self
+
+    def __del__(self) -> None:
+        self.gone.append("gone")
+
+
+def test_a_failed_try_lets_go_of_what_it_held_before_the_next_one() -> None:
+    gone: list[str] = []
+
+    def allocate() -> None:
+        held = Held(gone)
+        assert held.itself is held
+        torch.empty(2**60, dtype=torch.uint8)
+
+    with Attempt() as attempt:
+        allocate()
+    assert attempt.ran_out
+    assert gone == ["gone"]
+
+
+def test_other_exceptions_pass() -> None:
+    with pytest.raises(RuntimeError, match="something else"), Attempt():
+        raise RuntimeError("something else")

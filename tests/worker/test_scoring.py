@@ -3,36 +3,24 @@ that touch nobody else."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from server.errors import InvalidRequest
-from server.rewards.reward_model import RewardModel, load_reward_model
-from server.text.tokenizer import Tokenizer
+from server.rewards.reward_model import RewardModel
 from server.types import Message
 from server.wire.messages import Event, Failed, Score, Scored
 from server.worker.scoring import Scorer
+from tests.support.models import reward
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 QUESTION = (Message("user", "Is it good?"),)
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, RewardModel]:
-    tokenizer = Tokenizer.load(GOLDEN / "dream-tiny" / "dlm")
-    return {
-        name: load_reward_model(
-            name,
-            str(GOLDEN / folder / "rm"),
-            diffusion_tokenizer=tokenizer,
-            diffusion_vocab_size=tokenizer.vocab_size,
-            dtype=torch.float64,
-            device=torch.device("cpu"),
-        )
-        for name, folder in (("one", "dream-tiny"), ("other", "llada-tiny"))
-    }
+    return {"one": reward("dream"), "other": reward("llada", name="other", beside="dream")}
 
 
 def run(scorer: Scorer) -> tuple[dict[str, Event], int]:
@@ -101,12 +89,51 @@ def test_an_unknown_reward_model_is_refused_at_once(models: dict[str, RewardMode
         Scorer(models, 100).add(request("a", "Yes.", model="none"))
 
 
-def test_a_step_that_breaks_takes_only_its_own_requests_along(models: dict[str, RewardModel]) -> None:
-    scorer = Scorer(models, step_tokens=1)
-    scorer.add(Score("broken", "one", [((None,), "Yes.")]))  # type: ignore[list-item]
-    scorer.add(request("good", "Yes."))
-    with pytest.raises(AttributeError):
-        scorer.step()
-    assert scorer.abort_running() == ["broken"]
-    answers, _ = run(scorer)
-    assert set(answers) == {"good"}
+def test_an_item_that_cannot_be_read_fails_its_request_alone(models: dict[str, RewardModel]) -> None:
+    for step_tokens in (1, 10_000):
+        scorer = Scorer(models, step_tokens)
+        scorer.add(request("before", "Yes."))
+        scorer.add(Score("broken", "one", [(QUESTION, "Yes."), ((None,), "Yes.")]))  # type: ignore[list-item]
+        scorer.add(request("after", "Yes."))
+        answers, _ = run(scorer)
+        assert isinstance(answers["broken"], Failed)
+        assert answers["broken"].kind == "internal"
+        assert isinstance(answers["before"], Scored)
+        assert isinstance(answers["after"], Scored)
+
+
+class Fragile:
+    """A reward model that breaks on one token, and notes how many sequences it was given each time."""
+
+    def __init__(self, model: RewardModel, token: int, error: Exception) -> None:
+        self.model, self.token, self.error = model, token, error
+        self.packs: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def score(self, sequences: list[list[int]]) -> torch.Tensor:
+        self.packs.append(len(sequences))
+        if any(self.token in ids for ids in sequences):
+            raise self.error
+        return self.model.score(sequences)
+
+
+@pytest.mark.parametrize("error", [IndexError("out of range"), MemoryError()], ids=repr)
+def test_an_item_that_breaks_a_pack_fails_its_request_alone(models: dict[str, RewardModel], error: Exception) -> None:
+    model = models["one"]
+    (bad,) = set(model.tokenizer.encode("Z")) - set(model.tokenizer.encode("Yes. No. Perhaps."))
+    fragile: Any = Fragile(model, bad, error)
+    scorer = Scorer({"one": fragile}, 10_000)
+    for identity, texts in {"a": ["Yes.", "No."], "bad": ["No.", "Z", "Yes."], "c": ["Perhaps."]}.items():
+        scorer.add(request(identity, *texts))
+    answers, steps = run(scorer)
+    failed = answers.pop("bad")
+    assert isinstance(failed, Failed)
+    assert failed.kind == ("out_of_memory" if isinstance(error, MemoryError) else "internal")
+    for identity, texts in {"a": ["Yes.", "No."], "c": ["Perhaps."]}.items():
+        answer = answers[identity]
+        assert isinstance(answer, Scored)
+        assert answer.scores == pytest.approx([model.score_text(QUESTION, text) for text in texts], abs=1e-9)
+    assert steps == 1
+    assert fragile.packs == [6, 1, 1, 1, 1, 1]  # the request's last item is not tried any more

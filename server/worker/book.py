@@ -1,0 +1,139 @@
+"""The book of jobs: the only place that knows which jobs are here, and who runs in the next denoising step. It counts
+tokens and never sees a tensor.
+
+First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
+one as room allows, so a job may run in parts. Strict order means no starvation: when the head of the queue does not
+fit, nothing behind it overtakes, and running trajectories leave after a bounded number of steps. A trajectory larger
+than the budget, but not larger than what memory takes, runs alone.
+
+What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the
+reward models' cached conversations. Rows of logits and reward-model tokens do not: that part of a step runs in as many
+parts as it takes (worker/parts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from server.budget import Budget, Cost
+from server.types import Job
+
+if TYPE_CHECKING:
+    from server.guidance.prefixes import RewardContext
+    from server.worker.trajectory import Trajectory
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A job from its arrival to its answer. `cost` is that of each of its trajectories.
+
+    Trajectories below `admitted` have been given a share of the budget, and hold it until they are `finished`; the
+    runner keeps them, by index, in `running` and then in `finished`. `contexts` is what its reward models read around
+    the response, by name, and `stopped` why it ends early (its deadline).
+    """
+
+    job: Job
+    cost: Cost
+    queued_at: float
+    admitted: int = 0
+    running: dict[int, Trajectory] = field(default_factory=dict)
+    finished: dict[int, Trajectory] = field(default_factory=dict)
+    started_at: float | None = None
+    contexts: dict[str, RewardContext] = field(default_factory=dict)
+    stopped: str | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many of its trajectories wait for room."""
+        return self.job.sampling.best_of - self.admitted
+
+    @property
+    def holding(self) -> int:
+        """How many of them hold a share of the budget."""
+        return self.admitted - len(self.finished)
+
+    @property
+    def caches(self) -> bool:
+        """Whether its cached conversation counts: from its first trajectory's beginning to its last one's end."""
+        return bool(self.admitted and (self.holding or self.waiting))
+
+
+class Book:
+    """Every job that is queued or running, under a budget for what runs together. `largest` bounds a single
+    trajectory; by default it is the budget itself."""
+
+    def __init__(self, budget: Budget, largest: Budget | None = None) -> None:
+        self.budget = budget
+        self.largest = largest or budget
+        self._entries: dict[str, Entry] = {}  # by job id, in the order of the queue
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries, in the order of the queue. They may be dropped meanwhile."""
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._entries
+
+    @property
+    def running(self) -> int:
+        """Trajectories that hold a share of the budget."""
+        return sum(entry.holding for entry in self)
+
+    @property
+    def waiting(self) -> int:
+        """Trajectories that wait for room."""
+        return sum(entry.waiting for entry in self)
+
+    def add(self, job: Job, cost: Cost | None = None, now: float = 0.0) -> None:
+        """Queue a job. Raises InvalidRequest when one trajectory alone could never run."""
+        cost = cost or Cost.of(job)
+        cost.check(self.largest)
+        self._entries[job.id] = Entry(job, cost, now)
+        if any(entry.job.priority > job.priority for entry in self):
+            self._entries = dict(sorted(self._entries.items(), key=_priority))  # stable: in order of arrival
+
+    def drop(self, job_id: str) -> bool:
+        """Forget a job and what it holds. Returns whether it was here."""
+        return self._entries.pop(job_id, None) is not None
+
+    def admit(self) -> tuple[Entry, int] | None:
+        """Give the next trajectory its share of the budget: its entry and index, or None while there is no room."""
+        begun = [entry for entry in self if entry.admitted]
+        entry = self._next(begun)
+        if entry is None or not self._fits(entry, begun):
+            return None
+        index = entry.admitted
+        entry.admitted += 1
+        return entry, index
+
+    def _next(self, begun: list[Entry]) -> Entry | None:
+        """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there
+        already, and it must end for the cache to be given back."""
+        head = next((entry for entry in self if entry.waiting), None)
+        if head is None or self._cache_fits(head, begun) or not any(entry.caches for entry in begun):
+            return head
+        return next((entry for entry in begun if entry.waiting), None)
+
+    def _fits(self, entry: Entry, begun: list[Entry]) -> bool:
+        running = sum(each.holding for each in begun)
+        held = sum(each.holding * each.cost.tokens for each in begun)
+        return not running or (
+            running < self.budget.trajectories
+            and held + entry.cost.tokens <= self.budget.tokens
+            and self._cache_fits(entry, begun)
+        )
+
+    def _cache_fits(self, entry: Entry, begun: list[Entry]) -> bool:
+        more = entry.cost.grown_tokens + (0 if entry.caches else entry.cost.cached_tokens)
+        shared = sum(each.cost.cached_tokens for each in begun if each.caches)
+        grown = sum(each.holding * each.cost.grown_tokens for each in begun)
+        return not more or shared + grown + more <= self.budget.cached_tokens
+
+
+def _priority(item: tuple[str, Entry]) -> int:
+    return item[1].job.priority
