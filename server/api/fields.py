@@ -92,10 +92,14 @@ class Guidance(Strict):
         "algorithms that rank by a distribution: `entropy`, `entropy_bound`, `threshold`",
     )
     start: Annotated[Share, GRADIENT] = Field(
-        _GUIDANCE.start, description="Guide only the steps from this share of the run on"
+        _GUIDANCE.start, description="The share of the run before the first guided step"
     )
-    stop: Annotated[Share, GRADIENT] = Field(_GUIDANCE.stop, description="and before this one")
-    every: Annotated[Count, GRADIENT] = Field(_GUIDANCE.every, description="and of these every so many")
+    stop: Annotated[Share, GRADIENT] = Field(
+        _GUIDANCE.stop, description="The share of the run from which on no step is guided"
+    )
+    every: Annotated[Count, GRADIENT] = Field(
+        _GUIDANCE.every, description="Of the steps between the two, every so many are guided"
+    )
 
 
 def _guidance(value: object) -> object:

@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from server.api.fields import UNSUPPORTED, CompletionRequest, Diffusion, Guidance
+from server.api.rules import Only, Strict
 from server.methods import METHODS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "api.md"
@@ -25,7 +30,51 @@ def methods() -> str:
     return table(("method", "what it does", "source"), *rows)
 
 
-TABLES = {"methods": methods}
+def fields(request: type[Strict]) -> str:
+    """The described rows of a request object: what each may be, is when it is left out, does, and needs."""
+    schemas = request.model_json_schema()["properties"]
+    rows = [("field", "values", "default", "what it does", "only with")]
+    for name, field in request.model_fields.items():
+        if field.description:
+            default = "" if field.default is None or field.default_factory else f"`{json.dumps(field.default)}`"
+            needs = [rule for rule in field.metadata if isinstance(rule, Only)]
+            only = "; ".join(f"`{rule.field}` {', '.join(map(_word, rule.values()))}" for rule in needs)
+            rows.append((f"`{name}`", _values(schemas[name]), default, field.description, only))
+    return table(*rows)
+
+
+def refused() -> str:
+    """Fields that are refused, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in UNSUPPORTED.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    return table(("field", "why not"), *((", ".join(names), reason) for reason, names in reasons.items()))
+
+
+def _word(value: object) -> str:
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """A field's type and bounds in words."""
+    if "anyOf" in schema:
+        return " or ".join(_values(branch) for branch in schema["anyOf"] if branch.get("type") != "null")
+    if "enum" in schema:
+        return ", ".join(map(_word, schema["enum"]))
+    kind = schema.get("type", "object")
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    if low is None or high is None or high >= 2**20:  # those are no bounds that anybody meets
+        return f"{kind} from {low}" if low is not None and low > -(2**20) else kind
+    return f"{kind} {'above ' if 'exclusiveMinimum' in schema else ''}{low} to {high}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "request": partial(fields, CompletionRequest),
+    "guidance": partial(fields, Guidance),
+    "diffusion": partial(fields, Diffusion),
+    "methods": methods,
+    "refused": refused,
+}
 
 
 def written(text: str) -> str:

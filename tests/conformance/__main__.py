@@ -43,11 +43,12 @@ class Client:
 
 # Schemathesis sends thousands of requests with the largest values that the document allows: the limits bound the work
 # of each, and the document shows them, so no route has to be left out.
-SMALL = ("--max-model-len", "128", "--max-prompts", "4", "--max-trajectories", "4", "--max-score-pairs", "8")
+SMALL = ("--max-model-len", "128", "--max-trajectories", "4", "--max-score-pairs", "8")
 CLIENTS = (
     Client("openai"),
     Client("langchain"),
     Client("litellm"),
+    Client("cohere"),
     Client("lm_eval", 900),
     Client("guidellm", 900),
     Client("schemathesis", 1800, SMALL),

@@ -1,4 +1,4 @@
-"""LiteLLM as a library: completion, chat, streams, and how it maps our errors."""
+"""LiteLLM as a library: completion, chat, streams, rerank by four providers, and how it maps our errors."""
 
 from __future__ import annotations
 
@@ -60,6 +60,26 @@ def completion() -> None:
     true(whole.usage.completion_tokens > 0, whole.usage)
     stream = litellm.text_completion(**TEXT, seed=4, stop=["!"], stream=True)
     equal("".join(chunk.choices[0].text or "" for chunk in stream if chunk.choices), whole.choices[0].text)
+
+
+@check
+def rerank() -> None:
+    """rerank: hosted_vllm, jina_ai, cohere, infinity"""
+    documents = ["It was very bad.", "It was very good.", "Yes."]
+    orders = []
+    # Infinity's clients read a document as a string, where all others read an object: it has a path of its own.
+    for provider, base in (("hosted_vllm", URL), ("hosted_vllm", f"{URL}/v1"), ("jina_ai", URL), ("cohere", URL),
+                           ("infinity", f"{URL}/infinity")):  # fmt: skip
+        asked = {"model": f"{provider}/{REWARD}", "query": PROMPT, "api_base": base, "api_key": KEY}
+        answer = litellm.rerank(**asked, documents=documents)
+        for result in answer.results:
+            equal(result["document"]["text"], documents[result["index"]])
+        orders.append([(result["index"], result["relevance_score"]) for result in answer.results])
+        objects = [{"text": text} for text in documents]
+        bare = litellm.rerank(**asked, documents=objects, top_n=2, return_documents=False).results
+        equal([(result["index"], result["relevance_score"]) for result in bare], orders[-1][:2])
+        true("document" not in bare[0] or bare[0]["document"] is None, bare)
+    equal(orders, orders[:1] * len(orders))
 
 
 @check
