@@ -8,7 +8,6 @@ that fails is told by its number: `--first N --requests 1` repeats it.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 from collections import Counter
 
@@ -21,7 +20,6 @@ from tests.faults.harness import (
     Server,
     Verdict,
     growth_percent,
-    is_envelope,
     options,
     seconds_until_idle,
     served,
@@ -53,23 +51,14 @@ class Fuzz:
         case = mutant(self.seed, index)
         self.kinds[case.kind] += 1
         try:
-            reply = await hostile.exchange(self.server.host, self.server.port, case.data, HANG_SECONDS)
+            reply = await hostile.exchange(self.server.port, case.data, HANG_SECONDS)
         except TimeoutError:
-            self.fail(index, "hang", "")
-            return
-        head = case.data.startswith(b"HEAD ")
-        self.outcomes[str(reply.status or "closed without an answer")] += 1
-        if reply.status >= 500:
-            self.fail(index, "5xx", f"{reply.status} {reply.body[:200]!r}")
-        elif reply.status >= 400 and not head and not is_envelope(reply.body.decode("utf-8", "replace")):
-            self.fail(index, "not the error object", f"{reply.status} {reply.body[:200]!r}")
-        elif reply.status and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", reply.headers.get("x-request-id", "")):
-            self.fail(index, "request id", repr(reply.headers.get("x-request-id")))
-
-    def fail(self, index: int, what: str, detail: str) -> None:
-        """Note a broken promise."""
-        self.outcomes[what] += 1
-        self.failed.append(f"case {index}: {what} {detail}")
+            wrong: str | None = "hang"
+        else:
+            self.outcomes[str(reply.status or "closed without an answer")] += 1
+            wrong = hostile.fault(reply, with_body=not case.data.startswith(b"HEAD "))
+        if wrong is not None:
+            self.failed.append(f"case {index}: {wrong}")
 
 
 async def run(server: Server, requests: int, at_once: int, seed: int, first: int) -> int:
@@ -103,9 +92,7 @@ async def run(server: Server, requests: int, at_once: int, seed: int, first: int
         "growth_percent": {name: round(percent, 2) for name, percent in growth.items()},
         "failed": fuzz.failed[:20],
     }
-    for what in ("5xx", "hang", "not the error object", "request id"):
-        examples = [text for text in fuzz.failed if what in text][:3]
-        verdict.promise(f"no case: {what}", fuzz.outcomes[what] == 0, examples or requests)
+    verdict.promise("no case got a wrong answer, or none", not fuzz.failed, fuzz.failed[:3] or requests)
     verdict.bystander("the known request got its answer each time", known)
     for name, percent in growth.items():
         verdict.promise(f"memory of the {name} process flat within {GROWTH_PERCENT:g}%", percent <= GROWTH_PERCENT,

@@ -125,23 +125,6 @@ def joined(text: str) -> list[tuple[str, list[int] | None]]:
     return [(texts[index], tokens[index]) for index in sorted(texts)]
 
 
-def is_envelope(text: str) -> bool:
-    """Whether a body is exactly OpenAI's error object."""
-    try:
-        data = json.loads(text)
-    except ValueError:
-        return False
-    if not isinstance(data, dict) or set(data) != {"error"} or not isinstance(data["error"], dict):
-        return False
-    error = data["error"]
-    return (
-        set(error) == {"message", "type", "param", "code"}
-        and isinstance(error["message"], str)
-        and isinstance(error["type"], str)
-        and all(error[name] is None or isinstance(error[name], str) for name in ("param", "code"))
-    )
-
-
 async def gauges(http: httpx.AsyncClient) -> float:
     """Requests that the server says are running or waiting."""
     text = (await http.get("/metrics")).text

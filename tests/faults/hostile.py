@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -145,10 +146,41 @@ class Reply:
     closed: bool
 
 
-async def exchange(host: str, port: int, data: bytes, seconds: float = 30.0, linger: float = 0.0) -> Reply:
+def fault(reply: Reply, *, with_body: bool = True) -> str | None:
+    """What is wrong with an answer to any request whatever, or None."""
+    identity, text = reply.headers.get("x-request-id", ""), reply.body.decode("utf-8", "replace")
+    if reply.status >= 500:
+        return f"5xx: {reply.status} {text[:200]!r}"
+    if reply.status and not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", identity):
+        return f"request id: {identity!r}"
+    if "set-cookie" in reply.headers:
+        return "a header of the client's"
+    if reply.status >= 400 and with_body and not (is_envelope(text) and len(text) < 2000):
+        return f"not the error object: {reply.status} {text[:200]!r}"
+    return None
+
+
+def is_envelope(text: str) -> bool:
+    """Whether a body is exactly OpenAI's error object."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(data, dict) or set(data) != {"error"} or not isinstance(data["error"], dict):
+        return False
+    error = data["error"]
+    return (
+        set(error) == {"message", "type", "param", "code"}
+        and isinstance(error["message"], str)
+        and isinstance(error["type"], str)
+        and all(error[name] is None or isinstance(error[name], str) for name in ("param", "code"))
+    )
+
+
+async def exchange(port: int, data: bytes, seconds: float = 30.0, linger: float = 0.0) -> Reply:
     """Send bytes and read one answer. With `linger`, then wait that long for the server to close. Raises TimeoutError
     when nothing comes within `seconds`, neither an answer nor the end."""
-    reader, writer = await asyncio.open_connection(host, port, limit=2**24)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     try:
         sending = asyncio.create_task(_send(writer, data))
         async with asyncio.timeout(seconds):

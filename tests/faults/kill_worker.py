@@ -25,7 +25,6 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.table import Table
 
 from tests.faults.harness import Server, Verdict, client, options, percentile, seconds_until_idle, served
 from tests.faults.load import Load, catalogue
@@ -101,23 +100,10 @@ async def attack(server: Server, load: Load, kills: int, gap: float, workers: in
             pause = generator.uniform(0.0, gap)
             await asyncio.sleep(pause)
             done.append(await kill_one(server, http, load, generator.randrange(workers), pause))
-            console.print(
-                f"kill {number + 1} of {kills}: ready again in {done[-1].server_ready:.2f} s, {load.outcomes}"
-            )
+            console.print(f"kill {number + 1} of {kills}: {done[-1]}, {load.outcomes}")
     load.stopped = True
     await running
     return done
-
-
-def show(kills: list[Kill]) -> None:
-    """The table of kills."""
-    columns = ("kill", "worker", "s after ready", "in flight", "server ready (s)", "worker ready (s)", "load average")
-    table = Table(*columns, title="kills")
-    for number, kill in enumerate(kills, 1):
-        values = (kill.after_ready, kill.server_ready, kill.worker_ready, kill.load1)
-        after, server, worker, load1 = (f"{value:.2f}" for value in values)
-        table.add_row(str(number), str(kill.worker), after, str(kill.in_flight), server, worker, load1)
-    Console(highlight=False, width=140).print(table)
 
 
 def main() -> int:
@@ -141,7 +127,6 @@ def main() -> int:
             given.log.write_bytes(server.log.read_bytes())
         killed = sum("ended with signal 9" in line for line in server.errors_logged())
         alive = server.process.poll() is None
-    show(kills)
     outcomes = load.outcomes
     slowest = max(kill.server_ready for kill in kills)
     lost = outcomes["503 unavailable"] + outcomes["stream unavailable"]

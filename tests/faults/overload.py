@@ -34,7 +34,6 @@ from tests.faults.harness import (
     Server,
     Verdict,
     chat,
-    is_envelope,
     options,
     percentile,
     seconds_until_idle,
@@ -66,7 +65,7 @@ class Traffic:
         self.lateness.append(departed - due if due is not None else 0.0)
         request = hostile.post(json.dumps(chat(seed)).encode(), "Connection: close", path=CHAT)
         try:
-            reply = await hostile.exchange(self.server.host, self.server.port, request, seconds=300)
+            reply = await hostile.exchange(self.server.port, request, seconds=300)
         except (OSError, TimeoutError) as error:
             self.statuses[0] += 1
             self.malformed.append(repr(error))
@@ -78,7 +77,7 @@ class Traffic:
             self.completions.append(now)
             return None
         wait = reply.headers.get("retry-after", "")
-        if reply.status == 429 and wait.isdigit() and is_envelope(reply.body.decode()):
+        if reply.status == 429 and wait.isdigit() and hostile.fault(reply) is None:
             self.refusals.append((now, float(wait)))
             return self.refusals[-1][1]
         self.malformed.append(f"{reply.status} {reply.body[:200]!r}")
