@@ -1,5 +1,5 @@
-// Attention of packed rows of different lengths behind cached prefixes, float32, and its gradient. Called by
-// kernels/attention.py, which documents the layout.
+// Attention of packed rows of different lengths that continue cached prefixes, and its gradient. Tensors are float32 or
+// bfloat16, arithmetic is float32. Called by kernels/attention.py, which documents the layout.
 //
 // A task is one row and one key head: its keys and values are laid out once (keys also transposed), then blocks of
 // queries pass by: scores, softmax, mix. Scores of one block stay in the cache; the products between them are small
@@ -76,7 +76,7 @@ extern "C" {
 
 // Cached keys and values of `length` tokens, (key_heads, length, size) each. Mirrored in kernels/attention.py.
 struct Piece {
-  const float *keys, *values;
+  const void *keys, *values;
   int64_t length;
 };
 
@@ -86,18 +86,19 @@ struct Sequence {
 };
 
 struct Attention {
-  const float *q, *k, *v;  // packed: (queries, heads, size), (keys, key_heads, size) twice
+  const void *q, *k, *v;  // packed: (queries, heads, size), (keys, key_heads, size) twice
   const Sequence* rows;
   const Piece* pieces;
   int64_t row_count, heads, key_heads, size;
   float scale;
-  int32_t causal, threads;
+  int32_t causal, dtype, threads;  // the dtype of all but `log_sums`
 };
 }
 
 namespace {
 
-// One row and key head: sizes, and its keys and values in one piece.
+// One row and key head: sizes, and its keys and values in one piece. T is what tensors hold; all work is in float32.
+template <class T>
 struct Task {
   const Attention& x;
   const Sequence& row;
@@ -127,15 +128,17 @@ struct Task {
     int64_t index = 0;
     for (int64_t p = 0; p < row.pieces; ++p) {
       const Piece& piece = x.pieces[row.first_piece + p];
-      use(index, piece.length, (values ? piece.values : piece.keys) + head * piece.length * x.size, x.size);
+      use(index, piece.length, static_cast<const T*>(values ? piece.values : piece.keys) + head * piece.length * x.size,
+          x.size);
       index += piece.length;
     }
-    use(index, row.k_count, (values ? x.v : x.k) + (row.k_start * x.key_heads + head) * x.size, x.key_heads * x.size);
+    use(index, row.k_count, static_cast<const T*>(values ? x.v : x.k) + (row.k_start * x.key_heads + head) * x.size,
+        x.key_heads * x.size);
   }
 
   // Keys or values (keys, width), or transposed (size, wide), padded with zeros.
   void lay_out(bool values, float* to) const {
-    each_run(values, [&](int64_t index, int64_t count, const float* from, int64_t step) {
+    each_run(values, [&](int64_t index, int64_t count, const T* from, int64_t step) {
       for (int64_t i = 0; i < count; ++i) {
         float* target = to + (index + i) * width;
         std::copy(from + i * step, from + i * step + x.size, target);
@@ -145,7 +148,7 @@ struct Task {
   }
 
   void lay_out_transposed(bool values, float* to) const {
-    each_run(values, [&](int64_t index, int64_t count, const float* from, int64_t step) {
+    each_run(values, [&](int64_t index, int64_t count, const T* from, int64_t step) {
       int64_t i = 0;
       for (; i + LANES <= count; i += LANES)
         for (int64_t c = 0; c < x.size; ++c) {
@@ -160,9 +163,9 @@ struct Task {
   }
 
   // Queries (or what lies like them) first .. first + count as rows of `width`, times `factor`.
-  void gather(const float* from, int64_t first, int64_t count, float factor, float* to) const {
+  void gather(const void* tensor, int64_t first, int64_t count, float factor, float* to) const {
     for (int64_t i = 0; i < count; ++i) {
-      const float* source = from + at(first + i);
+      const T* source = static_cast<const T*>(tensor) + at(first + i);
       float* target = to + i * width;
 #pragma omp simd
       for (int64_t c = 0; c < x.size; ++c) target[c] = source[c] * factor;
@@ -171,10 +174,10 @@ struct Task {
   }
 
   // The other way round, a factor a query.
-  void scatter(const float* from, int64_t first, int64_t count, const float* factors, float* to) const {
+  void scatter(const float* from, int64_t first, int64_t count, const float* factors, void* tensor) const {
     for (int64_t i = 0; i < count; ++i) {
       const float* source = from + i * width;
-      float* target = to + at(first + i);
+      T* target = static_cast<T*>(tensor) + at(first + i);
 #pragma omp simd
       for (int64_t c = 0; c < x.size; ++c) target[c] = source[c] * factors[i];
     }
@@ -185,7 +188,7 @@ struct Longest {
   int64_t wide = 0, width = 0, own = 0;
   explicit Longest(const Attention& x) {
     for (int64_t i = 0; i < x.row_count; ++i) {
-      const Task task(x, i * x.key_heads);
+      const Task<float> task(x, i * x.key_heads);
       wide = std::max(wide, task.wide);
       width = task.width;
       own = std::max(own, task.row.k_count);
@@ -218,7 +221,8 @@ inline Exponentials exponentials(float* scores, int64_t seen, int64_t end) {
   return {maximum, sum};
 }
 
-void forward_task(const Task& task, float* buffer, float* out, float* log_sums) {
+template <class T>
+void forward_task(const Task<T>& task, float* buffer, void* out, float* log_sums) {
   const Attention& x = task.x;
   float* keys = buffer;                               // (size, wide)
   float* values = keys + task.width * task.wide;      // (keys, width)
@@ -244,10 +248,11 @@ void forward_task(const Task& task, float* buffer, float* out, float* log_sums) 
 }
 
 struct Gradients {
-  float *q, *k, *v;
+  void *q, *k, *v;
 };
 
-void backward_task(const Task& task, float* buffer, const float* g, const float* out, const float* log_sums,
+template <class T>
+void backward_task(const Task<T>& task, float* buffer, const void* g, const void* out, const float* log_sums,
                    const Gradients& to) {
   const Attention& x = task.x;
   float* keys = buffer;                                // (size, wide)
@@ -279,7 +284,8 @@ void backward_task(const Task& task, float* buffer, const float* g, const float*
       const float log_sum = log_sums[at / x.size];
       float along = 0;
 #pragma omp simd reduction(+ : along)
-      for (int64_t c = 0; c < x.size; ++c) along += g[at + c] * out[at + c];
+      for (int64_t c = 0; c < x.size; ++c)
+        along += float(static_cast<const T*>(g)[at + c]) * float(static_cast<const T*>(out)[at + c]);
       std::fill(w + seen, w + end, -INFINITE);
       for (int64_t j = 0; j < end; j += COLUMNS)
 #pragma omp simd
@@ -296,8 +302,20 @@ void backward_task(const Task& task, float* buffer, const float* g, const float*
   }
   for (int64_t i = 0; i < task.row.k_count; ++i) {
     const int64_t at = ((task.row.k_start + i) * x.key_heads + task.head) * x.size;
-    std::copy(d_k + i * task.width, d_k + i * task.width + x.size, to.k + at);
-    std::copy(d_v + i * task.width, d_v + i * task.width + x.size, to.v + at);
+    std::copy(d_k + i * task.width, d_k + i * task.width + x.size, static_cast<T*>(to.k) + at);
+    std::copy(d_v + i * task.width, d_v + i * task.width + x.size, static_cast<T*>(to.v) + at);
+  }
+}
+
+// work(task, buffer) for every row and key head, each thread with a buffer of so many floats.
+template <class T, class Work>
+void each_task(const Attention& x, int64_t floats, Work work) {
+#pragma omp parallel num_threads(x.threads)
+  {
+    const FlushDenormals guard;
+    std::vector<float> buffer(floats);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t number = 0; number < x.row_count * x.key_heads; ++number) work(Task<T>(x, number), buffer.data());
   }
 }
 
@@ -306,32 +324,26 @@ void backward_task(const Task& task, float* buffer, const float* g, const float*
 extern "C" {
 
 // out (queries, heads, size); log_sums (queries, heads) or null.
-void attention(const Attention* x, float* out, float* log_sums) {
+void attention(const Attention* x, void* out, float* log_sums) {
   const Longest most(*x);
   const int64_t floats = 2 * most.width * most.wide + QUERIES * (2 * most.width + most.wide);
-#pragma omp parallel num_threads(x->threads)
-  {
-    const FlushDenormals guard;
-    std::vector<float> buffer(floats);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t number = 0; number < x->row_count * x->key_heads; ++number)
-      forward_task(Task(*x, number), buffer.data(), out, log_sums);
-  }
+  typed(x->dtype, [&](auto zero) {
+    using T = decltype(zero);
+    each_task<T>(*x, floats, [&](const Task<T>& task, float* buffer) { forward_task(task, buffer, out, log_sums); });
+  });
 }
 
-// Gradients of q, k and v behind g (queries, heads, size); those of the pieces are not wanted by anybody.
-void attention_gradient(const Attention* x, const float* g, const float* out, const float* log_sums, float* d_q,
-                        float* d_k, float* d_v) {
+// The gradients of q, k and v that follow from g (queries, heads, size). The pieces are frozen and have none.
+void attention_gradient(const Attention* x, const void* g, const void* out, const float* log_sums, void* d_q,
+                        void* d_k, void* d_v) {
   const Longest most(*x);
   const int64_t floats =
       3 * most.width * most.wide + QUERIES * (3 * most.width + 2 * most.wide) + 2 * most.own * most.width;
-#pragma omp parallel num_threads(x->threads)
-  {
-    const FlushDenormals guard;
-    std::vector<float> buffer(floats);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t number = 0; number < x->row_count * x->key_heads; ++number)
-      backward_task(Task(*x, number), buffer.data(), g, out, log_sums, {d_q, d_k, d_v});
-  }
+  typed(x->dtype, [&](auto zero) {
+    using T = decltype(zero);
+    each_task<T>(*x, floats, [&](const Task<T>& task, float* buffer) {
+      backward_task(task, buffer, g, out, log_sums, {d_q, d_k, d_v});
+    });
+  });
 }
 }

@@ -1,28 +1,52 @@
-// The passes of a decoder block between its matrix products, fused, float32: norm, rotation, SwiGLU, softmax; and
-// their gradients with respect to the input alone (weights are frozen). Called by kernels/blocks.py.
+// The passes of a decoder block between its matrix products, fused: norm, rotation, SwiGLU; and their gradients with
+// respect to the input alone, since weights are frozen. Tensors are float32 or bfloat16 (`dtype`), cosines and sines
+// float32, arithmetic float32. Called by kernels/blocks.py.
 #pragma once
 
 #include "tiles.h"
 
 namespace {
 
+constexpr int64_t MAX_HEAD = 1024;  // channels; checked by the caller
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(std::min(-x, 88.0f))); }
 
-inline float inverse_rms(const float* x, int64_t width, float epsilon) {
+template <class T>
+inline float inverse_rms(const T* x, int64_t width, float epsilon) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) sum += x[i] * x[i];
+  for (int64_t i = 0; i < width; ++i) sum += float(x[i]) * float(x[i]);
   return 1.0f / std::sqrt(sum / float(width) + epsilon);
 }
 
-// The gradient behind y = x inv w, for one row: inv (g w - x inv^2 mean(g w x)).
-inline void rms_gradient(const float* g, const float* x, const float* w, float inverse, int64_t width, float* out) {
+// The gradient of y = x inv w for one row: inv (g w - x inv^2 mean(g w x)).
+template <class G, class T>
+inline void rms_gradient(const G* g, const T* x, const T* w, float inverse, int64_t width, T* out) {
   float dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < width; ++i) dot += g[i] * w[i] * x[i];
+  for (int64_t i = 0; i < width; ++i) dot += float(g[i]) * float(w[i]) * float(x[i]);
   const float mean = dot * inverse * inverse / float(width);
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) out[i] = inverse * (g[i] * w[i] - x[i] * mean);
+  for (int64_t i = 0; i < width; ++i) out[i] = inverse * (float(g[i]) * float(w[i]) - float(x[i]) * mean);
+}
+
+// use(row, x) for each row, with x of the tensors' type.
+template <class Use>
+inline void each_row(int64_t rows, int32_t dtype, int32_t threads, Use use) {
+  typed(dtype, [&](auto zero) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; ++row) use(row, zero);
+  });
+}
+
+template <class T>
+inline const T* at(const void* tensor, int64_t place, T) {
+  return static_cast<const T*>(tensor) + place;
+}
+
+template <class T>
+inline T* at(void* tensor, int64_t place, T) {
+  return static_cast<T*>(tensor) + place;
 }
 
 }  // namespace
@@ -30,107 +54,104 @@ inline void rms_gradient(const float* g, const float* x, const float* w, float i
 extern "C" {
 
 // y = x / sqrt(mean(x^2) + epsilon) * w, rows of `width`; the inverse root is kept for the gradient.
-void rms_norm(const float* x, const float* w, float* y, float* inverse, int64_t rows, int64_t width, float epsilon,
-              int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = x + row * width;
-    float* to = y + row * width;
+void rms_norm(const void* x, const void* w, void* y, float* inverse, int64_t rows, int64_t width, float epsilon,
+              int32_t dtype, int32_t threads) {
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
+    const auto *from = at(x, row * width, type), *weight = at(w, 0, type);
+    auto* to = at(y, row * width, type);
     const float inv = inverse[row] = inverse_rms(from, width, epsilon);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) to[i] = from[i] * inv * w[i];
-  }
+    for (int64_t i = 0; i < width; ++i) to[i] = float(from[i]) * inv * float(weight[i]);
+  });
 }
 
-void rms_norm_gradient(const float* g, const float* x, const float* w, const float* inverse, float* out, int64_t rows,
-                       int64_t width, int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row)
-    rms_gradient(g + row * width, x + row * width, w, inverse[row], width, out + row * width);
+void rms_norm_gradient(const void* g, const void* x, const void* w, const float* inverse, void* out, int64_t rows,
+                       int64_t width, int32_t dtype, int32_t threads) {
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
+    const int64_t place = row * width;
+    rms_gradient(at(g, place, type), at(x, place, type), at(w, 0, type), inverse[row], width, at(out, place, type));
+  });
 }
 
-// y = silu(gate) * up; gate and up have rows `stride` floats apart.
-void swiglu(const float* gates, const float* ups, int64_t stride, float* y, int64_t rows, int64_t width,
+// y = silu(gate) * up; gate and up have rows `stride` elements apart.
+void swiglu(const void* gates, const void* ups, int64_t stride, void* y, int64_t rows, int64_t width, int32_t dtype,
             int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *gate = gates + row * stride, *up = ups + row * stride;
-    float* to = y + row * width;
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
+    const auto *gate = at(gates, row * stride, type), *up = at(ups, row * stride, type);
+    auto* to = at(y, row * width, type);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
-  }
+    for (int64_t i = 0; i < width; ++i) to[i] = float(gate[i]) * sigmoid(gate[i]) * float(up[i]);
+  });
 }
 
-// The gradient behind swiglu, where a row of x holds gate and up, `width` each; out likewise.
-void swiglu_gradient(const float* g, const float* x, float* out, int64_t rows, int64_t width, int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *gate = x + 2 * row * width, *up = gate + width, *from = g + row * width;
-    float *d_gate = out + 2 * row * width, *d_up = d_gate + width;
+// The gradient of swiglu, where a row of x holds gate and up, `width` each; out likewise.
+void swiglu_gradient(const void* g, const void* x, void* out, int64_t rows, int64_t width, int32_t dtype,
+                     int32_t threads) {
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
+    const auto *gates = at(x, 2 * row * width, type), *ups = gates + width, *from = at(g, row * width, type);
+    auto *d_gate = at(out, 2 * row * width, type), *d_up = d_gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float s = sigmoid(gate[i]), silu = gate[i] * s;
-      d_up[i] = from[i] * silu;
-      d_gate[i] = from[i] * up[i] * (s + silu * (1.0f - s));
+      const float gate = gates[i], slope = from[i], s = sigmoid(gate), silu = gate * s;
+      d_up[i] = slope * silu;
+      d_gate[i] = slope * float(ups[i]) * (s + silu * (1.0f - s));
     }
-  }
+  });
 }
 
-// Heads of `size` channels, `heads` a token, `stride` floats from token to token in x: each is normalised (where w is
-// not null), multiplied by w, and rotated by (rows, size / 2) cosines and sines, channel i with channel i + size / 2.
-// y is packed, (rows, heads, size).
-void rotate_heads(const float* x, int64_t stride, const float* w, float epsilon, const float* cosines,
-                  const float* sines, float* y, int64_t rows, int64_t heads, int64_t size, int32_t threads) {
+// Heads of `size` channels, `heads` a token, `stride` elements from token to token in x: each is normalised and
+// multiplied by w (where w is not null), and rotated by (rows, size / 2) cosines and sines, channel i with channel
+// i + size / 2. y is packed, (rows, heads, size).
+void rotate_heads(const void* x, int64_t stride, const void* w, float epsilon, const float* cosines,
+                  const float* sines, void* y, int64_t rows, int64_t heads, int64_t size, int32_t dtype,
+                  int32_t threads) {
   const int64_t half = size / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const float *c = cosines + row * half, *s = sines + row * half;
+    float a[MAX_HEAD];
     for (int64_t head = 0; head < heads; ++head) {
-      const float* a = x + row * stride + head * size;
-      const float* b = a + half;
-      float *ya = y + (row * heads + head) * size, *yb = ya + half;
+      const auto* from = at(x, row * stride + head * size, type);
+      auto* to = at(y, (row * heads + head) * size, type);
+      convert(from, size, a);
       if (w) {
-        const float inv = inverse_rms(a, size, epsilon);
-        const float *wa = w, *wb = w + half;
+        const float inv = inverse_rms(from, size, epsilon);
+        const auto* weight = at(w, 0, type);
 #pragma omp simd
-        for (int64_t i = 0; i < half; ++i) {
-          const float p = a[i] * inv * wa[i], q = b[i] * inv * wb[i];
-          ya[i] = p * c[i] - q * s[i];
-          yb[i] = q * c[i] + p * s[i];
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) {
-          ya[i] = a[i] * c[i] - b[i] * s[i];
-          yb[i] = b[i] * c[i] + a[i] * s[i];
-        }
+        for (int64_t i = 0; i < size; ++i) a[i] = a[i] * inv * float(weight[i]);
       }
-    }
-  }
-}
-
-// The gradient behind rotate_heads: g (rows, heads, size) into out, strided like x.
-void rotate_heads_gradient(const float* g, const float* x, int64_t stride, const float* w, float epsilon,
-                           const float* cosines, const float* sines, float* out, int64_t rows, int64_t heads,
-                           int64_t size, int32_t threads) {
-  const int64_t half = size / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *c = cosines + row * half, *s = sines + row * half;
-    float turned[1024];  // checked by the caller
-    for (int64_t head = 0; head < heads; ++head) {
-      const float *ga = g + (row * heads + head) * size, *gb = ga + half;
-      const float* from = x + row * stride + head * size;
-      float* to = out + row * stride + head * size;
-      float* back = w ? turned : to;
+      const float* b = a + half;
 #pragma omp simd
       for (int64_t i = 0; i < half; ++i) {
-        back[i] = ga[i] * c[i] + gb[i] * s[i];
-        back[i + half] = gb[i] * c[i] - ga[i] * s[i];
+        to[i] = a[i] * c[i] - b[i] * s[i];
+        to[i + half] = b[i] * c[i] + a[i] * s[i];
       }
-      if (w) rms_gradient(turned, from, w, inverse_rms(from, size, epsilon), size, to);
     }
-  }
+  });
+}
+
+// The gradient of rotate_heads: g (rows, heads, size) into out, strided like x.
+void rotate_heads_gradient(const void* g, const void* x, int64_t stride, const void* w, float epsilon,
+                           const float* cosines, const float* sines, void* out, int64_t rows, int64_t heads,
+                           int64_t size, int32_t dtype, int32_t threads) {
+  const int64_t half = size / 2;
+  each_row(rows, dtype, threads, [=](int64_t row, auto type) {
+    const float *c = cosines + row * half, *s = sines + row * half;
+    float turned[MAX_HEAD];
+    for (int64_t head = 0; head < heads; ++head) {
+      const auto *a = at(g, (row * heads + head) * size, type), *b = a + half;
+      const auto* from = at(x, row * stride + head * size, type);
+      auto* to = at(out, row * stride + head * size, type);
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        turned[i] = float(a[i]) * c[i] + float(b[i]) * s[i];
+        turned[i + half] = float(b[i]) * c[i] - float(a[i]) * s[i];
+      }
+      if (w)
+        rms_gradient(turned, from, at(w, 0, type), inverse_rms(from, size, epsilon), size, to);
+      else
+        std::copy(turned, turned + size, to);
+    }
+  });
 }
 
 }  // extern "C"

@@ -35,7 +35,7 @@ struct State {
   double *row_maximum, *row_s_1, *row_s_tau, *mass;  // rows, (rows,); mass (rows, tiles)
   int64_t* argmax;
   int64_t rows, vocab, tiles, row_stride;
-  int32_t dtype;  // of the logits: 0 float32, 1 bfloat16, 2 float16
+  int32_t dtype;  // of the logits
   int32_t threads;
 };
 
@@ -94,14 +94,43 @@ inline float exponential(float x) {
   return x < -87.33f ? 0.0f : p * scale;
 }
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-  const uint32_t magnitude = h & 0x7fffu;
-  // Shifting the exponent by 2^112 in float arithmetic also normalises half denormals.
-  const float scaled = bits<float>(magnitude << 13) * bits<float>(uint32_t(0x77800000u));
-  const uint32_t finite = bits<uint32_t>(scaled) | sign;
-  const uint32_t special = sign | 0x7f800000u | (magnitude << 13);  // infinity, or NaN with its payload
-  return bits<float>(magnitude >= 0x7c00u ? special : finite);
+// 16-bit floats as they lie in memory: arithmetic widens them, and what is stored is rounded to the nearest (ties to
+// even).
+struct bfloat16 {
+  uint16_t word;
+  bfloat16() = default;
+  bfloat16(float x) {
+    const uint32_t u = bits<uint32_t>(x);
+    word = uint16_t(x == x ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : (u >> 16) | 0x40u);
+  }
+  operator float() const { return bits<float>(uint32_t(word) << 16); }
+};
+
+struct half {  // read only
+  uint16_t word;
+  operator float() const {
+    const uint32_t sign = uint32_t(word & 0x8000u) << 16;
+    const uint32_t magnitude = word & 0x7fffu;
+    // Shifting the exponent by 2^112 in float arithmetic also normalises half denormals.
+    const float scaled = bits<float>(magnitude << 13) * bits<float>(uint32_t(0x77800000u));
+    const uint32_t finite = bits<uint32_t>(scaled) | sign;
+    const uint32_t special = sign | 0x7f800000u | (magnitude << 13);  // infinity, or NaN with its payload
+    return bits<float>(magnitude >= 0x7c00u ? special : finite);
+  }
+};
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };  // as kernels/cpp/build.py numbers them
+
+// use(x) with x of the type in which tensors of a pass are stored.
+template <class Use>
+inline void typed(int32_t dtype, Use use) {
+  dtype == BFLOAT16 ? use(bfloat16()) : use(0.0f);
+}
+
+template <class T>
+inline void convert(const T* from, int64_t count, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
 inline float direction_1(float g) { return g / (std::fabs(g) + EPSILON); }
@@ -127,19 +156,14 @@ const float* load(const State& s, int64_t row, int64_t start, int64_t width, flo
   const int64_t at = row * s.vocab + start;
   if (s.phi) return s.phi + at;
   const int64_t from = row * s.row_stride + start;
-  if (s.dtype == 0) {
+  if (s.dtype == FLOAT32) {
     const float* x = static_cast<const float*>(s.logits) + from;
     if (!s.g1) return x;
     std::copy(x, x + width, buffer);
+  } else if (s.dtype == BFLOAT16) {
+    convert(static_cast<const bfloat16*>(s.logits) + from, width, buffer);
   } else {
-    const uint16_t* x = static_cast<const uint16_t*>(s.logits) + from;
-    if (s.dtype == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) buffer[i] = bits<float>(uint32_t(x[i]) << 16);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) buffer[i] = half_to_float(x[i]);
-    }
+    convert(static_cast<const half*>(s.logits) + from, width, buffer);
   }
   if (!s.g1) return buffer;
   const float* g1 = s.g1 + at;
@@ -162,7 +186,8 @@ float value_at(const State& s, int64_t row, int64_t column) {
   return *load(s, row, column, 1, buffer);
 }
 
-void tile_weights(const float* phi, int64_t width, float maximum, float inverse_tau, float* out) {
+template <class T>
+void tile_weights(const float* phi, int64_t width, float maximum, float inverse_tau, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) out[i] = exponential((phi[i] - maximum) * inverse_tau);
 }
