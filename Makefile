@@ -53,7 +53,7 @@ bench-online: $(DEV) ## Measure a server over HTTP: throughput, latencies by arr
 	$(PY) -m benchmarks.online $(ARGS)
 	$(PY) -m benchmarks.plots build/bench/online.json
 
-bench-kernels: $(DEV) ## Measure the kernels against the research code's operations (on a GPU, ARGS=--tune chooses variants)
+bench-kernels: $(DEV) ## Measure the kernels against the research code's operations
 	$(PY) -m benchmarks.kernels $(ARGS)
 
 gpu-check: $(DEV) ## On a GPU: every test that needs one, the kernels' and the models' benchmarks, and reports in build/

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import BACKENDS, available_backends, backend_info, open_state
-from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term
+from kernels.dispatch import available_backends, backend_info, open_state
+from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term, check_rows
+from kernels.settings import BACKENDS
 
 __all__ = [
     "BACKENDS",
@@ -61,7 +62,7 @@ def draw(state: Guided, keys: Tensor, rows: Tensor | None = None, *, never: int 
     other token. The distribution that is drawn from, and every statistic, is the one without this rule. ValueError
     where the vocabulary lacks the id or has no other.
     """
-    state.check_rows(rows)
+    check_rows(rows)
     if never is not None and not (0 <= never < state.vocab_size > 1):
         raise ValueError(f"never is {never}, which must be one id of several below {state.vocab_size}")
     if keys.shape != (_count(state, rows), 4):
@@ -72,7 +73,7 @@ def draw(state: Guided, keys: Tensor, rows: Tensor | None = None, *, never: int 
 @torch.no_grad()
 def filtered_stats(state: Guided, tokens: Tensor, rows: Tensor | None = None) -> FilteredStats:
     """Entropy, the given tokens' probability and the top-two margin of softmax(filter(phi / tau)), each (n,)."""
-    state.check_rows(rows)
+    check_rows(rows)
     if tokens.shape != (_count(state, rows),):
         raise ValueError(f"tokens must be ({_count(state, rows)},), not {tuple(tokens.shape)}")
     return state._filtered_stats(tokens, rows)
@@ -84,7 +85,6 @@ def mix(state: Guided, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
 
     soft = softmax(phi / tau) @ table;  embeds = soft + w (table[tokens] - soft)    with table (V, D), tokens and w (N,)
     """
-    state.check_rows(None)
     if table.ndim != 2 or table.shape[0] != state.vocab_size:
         raise ValueError(f"table must be ({state.vocab_size}, D), not {tuple(table.shape)}")
     if tokens.shape != (state.rows,) or w.shape != (state.rows,):
@@ -93,16 +93,11 @@ def mix(state: Guided, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
 
 
 @torch.no_grad()
-def update(state: Guided, terms: Sequence[Term], rows: Tensor | None = None) -> None:
+def update(state: Guided, terms: Sequence[Term]) -> None:
     """One Adam step (betas .9 / .999, eps 1e-8, bias-corrected, rate eta) that moves phi up the gradient
 
-        dr/dphi = (1 / tau) q (sum of g @ table.T - sum of dot(g, soft)),    q = softmax(phi / tau)
-
-    With `rows` (n,) int64 only these rows need be valid afterwards; it must be the step's last update.
+    dr/dphi = (1 / tau) q (sum of g @ table.T - sum of dot(g, soft)),    q = softmax(phi / tau)
     """
-    state.check_rows(None)
-    if rows is not None:
-        state.check_rows(rows)
     if not terms:
         raise ValueError("an update needs at least one term")
     for term in terms:
@@ -111,9 +106,8 @@ def update(state: Guided, terms: Sequence[Term], rows: Tensor | None = None) -> 
             raise ValueError(f"a term must hold g and soft {shape} and a table ({state.vocab_size}, D)")
     if state.expected_updates is not None and state.updates >= state.expected_updates:
         raise ValueError(f"begin() was told of {state.expected_updates} updates only")
-    state._update(terms, rows)
+    state._update(terms)
     state.updates += 1
-    state.partial = rows is not None
 
 
 def _count(state: Guided, rows: Tensor | None) -> int:

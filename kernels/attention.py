@@ -1,9 +1,9 @@
-"""Attention of packed rows of different lengths behind cached prefixes, in one C++ pass, for float32 on a CPU.
+"""Attention of packed rows of different lengths that continue cached prefixes, in one C++ pass on a CPU.
 
 scaled_dot_product_attention wants rectangles: rows of one length, prefixes of one length, and masks where they differ.
 Here every row says where its queries, its own keys and the pieces of its prefix lie, and nothing is padded, gathered or
-computed behind a causal row's diagonal. The gradient of queries, own keys and own values is another pass; prefixes have
-none. It is what `kernels.varlen` calls "cpp".
+computed past a causal row's diagonal. The gradient of queries, own keys and own values is another pass; prefixes have
+none. Tensors are float32 or bfloat16, arithmetic is float32. It is what `kernels.varlen` calls "cpp".
 
 Shapes: H query heads, Hkv key heads (a divisor), `size` channels a head.
 """
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpp import library
-from kernels.cpp.build import threads
-from kernels.dispatch import settings
+from kernels.cpp.build import DTYPES, PASS_DTYPES, call
+from kernels.cpp.build import runs as runs
 
 Piece = tuple[Tensor, Tensor]
 """Cached keys and values of n tokens, (Hkv, n, size) each, contiguous."""
@@ -46,18 +45,8 @@ class _Attention(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "rows", "pieces")]
         + [(name, ctypes.c_int64) for name in ("row_count", "heads", "key_heads", "size")]
         + [("scale", ctypes.c_float)]
-        + [("causal", ctypes.c_int32), ("threads", ctypes.c_int32)]
+        + [(name, ctypes.c_int32) for name in ("causal", "dtype", "threads")]
     )
-
-
-def available() -> bool:
-    """Whether there is a compiled library."""
-    return library() is not None
-
-
-def runs() -> bool:
-    """The same, unless KERNELS_BACKEND=reference or torch turns it off with the other kernels."""
-    return settings().backend not in ("reference", "torch") and available()
 
 
 class Rows:
@@ -89,12 +78,7 @@ class Rows:
                 raise ValueError(f"{q_count} queries for {k_count} keys behind pieces {list(own)}")
             q_start, k_start, first = q_start + q_count, k_start + k_count, first + len(own)
 
-    @property
-    def count(self) -> int:
-        """B."""
-        return len(self._rows)
-
-    def call(
+    def arguments(
         self, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], causal: bool, scale: float
     ) -> tuple[_Attention, Any]:
         """The C++ arguments, and what must stay alive as long as they."""
@@ -104,7 +88,8 @@ class Rows:
             entry.keys, entry.values, entry.length = keys.data_ptr(), values.data_ptr(), length
         arguments = _Attention(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), ctypes.addressof(self._rows), ctypes.addressof(table),
-            self.count, q.shape[1], k.shape[1], q.shape[2], scale, causal, threads(),
+            len(self._rows), q.shape[1], k.shape[1], q.shape[2], scale, causal,
+            DTYPES[q.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return arguments, table
 
@@ -119,8 +104,8 @@ def attend(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v in each row: q (queries, H, size), k and v (keys, Hkv, size), all float32 on the CPU ->
-    (queries, H, size), differentiable with respect to the three.
+    """softmax(scale q k^T) v in each row: q (queries, H, size), k and v (keys, Hkv, size) -> (queries, H, size),
+    differentiable with respect to the three. All of them, and the pieces, are on the CPU and in one of `PASS_DTYPES`.
 
     With `causal` a row's last query sees all of its keys, the one before all but the last, and so on. `scale` None is
     1 / sqrt(size). `pieces` is what the rows' indices mean. ValueError where shapes or dtypes do not fit.
@@ -129,21 +114,19 @@ def attend(
     if q.shape[0] != rows.queries or k.shape != (rows.keys, key_heads, size) or v.shape != k.shape or heads % key_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for {rows.queries} queries")
     for x in (q, k, v, *(x for piece in pieces for x in piece)):
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"float32 on the CPU is wanted, not {x.dtype} on {x.device}")
+        if x.dtype != q.dtype or x.dtype not in PASS_DTYPES or x.device.type != "cpu":
+            raise ValueError(f"one of {PASS_DTYPES} on the CPU is wanted, not {x.dtype} on {x.device}")
     for keys, values in pieces:
-        if keys.shape[::2] != (key_heads, size) or values.shape != keys.shape or not _lies_plain(keys, values):
+        if keys.shape[::2] != (key_heads, size) or values.shape != keys.shape:
             raise ValueError(f"a piece of keys {tuple(keys.shape)} and values {tuple(values.shape)}")
+        if not (keys.is_contiguous() and values.is_contiguous()):
+            raise ValueError("a piece of keys or values that is not contiguous")
     for index, length in zip(rows.order, rows.lengths, strict=True):
         if pieces[index][0].shape[1] != length:
             raise ValueError(f"piece {index} has {pieces[index][0].shape[1]} tokens, not {length}")
     scale = size**-0.5 if scale is None else scale
     out: Tensor = _Attend.apply(q, k, v, rows, pieces, causal, scale)  # type: ignore[no-untyped-call]
     return out
-
-
-def _lies_plain(keys: Tensor, values: Tensor) -> bool:
-    return keys.is_contiguous() and values.is_contiguous()
 
 
 class _Attend(torch.autograd.Function):
@@ -154,10 +137,8 @@ class _Attend(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(q)
         log_sums = torch.empty(q.shape[:2]) if any(ctx.needs_input_grad[:3]) else None
-        arguments, _table = rows.call(q, k, v, pieces, causal, scale)
-        library().attention(  # type: ignore[union-attr]
-            ctypes.byref(arguments), ctypes.c_void_p(out.data_ptr()), _address(log_sums)
-        )
+        arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
+        call("attention", ctypes.byref(arguments), out, log_sums)
         if log_sums is not None:
             ctx.save_for_backward(q, k, v, out, log_sums)
             ctx.others = rows, pieces, causal, scale
@@ -169,12 +150,6 @@ class _Attend(torch.autograd.Function):
         rows, pieces, causal, scale = ctx.others
         g = gradients[0].contiguous()
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        arguments, _table = rows.call(q, k, v, pieces, causal, scale)
-        library().attention_gradient(  # type: ignore[union-attr]
-            ctypes.byref(arguments), *(_address(x) for x in (g, out, log_sums, d_q, d_k, d_v))
-        )
+        arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
+        call("attention_gradient", ctypes.byref(arguments), g, out, log_sums, d_q, d_k, d_v)
         return d_q, d_k, d_v, None, None, None, None
-
-
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())

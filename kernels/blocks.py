@@ -1,7 +1,8 @@
-"""What a decoder block does between its matrix products, for float32 on a CPU: RMS norm, SwiGLU, heads.
+"""What a decoder block does between its matrix products, on a CPU: RMS norm, SwiGLU, heads.
 
 Each is one pass over memory in C++, and its gradient with respect to the input another; weights are frozen here, so
-there is no other gradient. Where `runs(x)` says no (another device or dtype, no compiler), callers keep the plain
+there is no other gradient. Tensors are float32 or bfloat16, all of a call in one dtype; arithmetic is float32, and
+what is stored is rounded once. Where `runs(x)` says no (another device or dtype, no compiler), callers keep the plain
 expression of their model, with the rounding of the published one.
 
 Shapes: S tokens, width d, H heads of `size` channels.
@@ -9,24 +10,21 @@ Shapes: S tokens, width d, H heads of `size` channels.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.cpp import library
-from kernels.cpp.build import threads
-from kernels.dispatch import settings
+from kernels.cpp.build import PASS_DTYPES, call, number, threads
+from kernels.cpp.build import runs as cpp_runs
 
 MAX_HEAD_SIZE = 1024  # of the C++ gradient's buffer
 
 
 def runs(x: Tensor) -> bool:
     """Whether the passes below take x. KERNELS_BACKEND=reference or torch turns them off with the other kernels."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    return settings().backend not in ("reference", "torch") and library() is not None and x.numel() > 0
+    fits = x.device.type == "cpu" and x.dtype in PASS_DTYPES and x.numel() > 0
+    return fits and not torch.compiler.is_compiling() and cpp_runs()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -71,24 +69,16 @@ def split_heads(
     return q, k, v
 
 
-def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a C++ pass: tensors by address, integers as int64, floats as float, the number of threads last."""
-    converted: list[Any] = []
-    for value in arguments:
-        if isinstance(value, Tensor):
-            converted.append(ctypes.c_void_p(value.data_ptr()))
-        elif isinstance(value, float):
-            converted.append(ctypes.c_float(value))
-        else:
-            converted.append(ctypes.c_void_p(None) if value is None else ctypes.c_int64(value))
-    getattr(library(), name)(*converted, ctypes.c_int32(threads()))
+def _call(name: str, x: Tensor, *arguments: Tensor | int | float | None) -> None:
+    """Calls a C++ pass on x and the others, which are in its dtype."""
+    call(name, x, *arguments, number(x.dtype), threads())
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         x = x.contiguous()
-        out, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])
+        out, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])  # float32
         _call("rms_norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(epsilon))
         ctx.save_for_backward(x, weight, inverse)
         return out
@@ -106,7 +96,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
-        out = torch.empty(x.shape[0], x.shape[1] // 2)
+        out = x.new_empty(x.shape[0], x.shape[1] // 2)
         _call("swiglu", x, x[:, out.shape[1] :], x.shape[1], out, *out.shape)
         ctx.save_for_backward(x)
         return out
@@ -135,16 +125,14 @@ class _Heads(torch.autograd.Function):
         cosines: Tensor,
         sines: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
+        x, cosines, sines = x.contiguous(), cosines.float().contiguous(), sines.float().contiguous()
         ctx.shape = rows, heads, key_heads, size = len(x), heads, key_heads, 2 * cosines.shape[1]
         ctx.epsilon = float(epsilon)
-        q, k = torch.empty(rows, heads, size), torch.empty(rows, key_heads, size)
+        q, k = x.new_empty(rows, heads, size), x.new_empty(rows, key_heads, size)
         for weight, part, first in ((query_weight, q, 0), (key_weight, k, heads)):
             if part.numel():
                 here = x[:, first * size :]
-                _call(
-                    "rotate_heads", here, x.shape[1], weight, ctx.epsilon, cosines, sines, part, *part.shape
-                )  # fmt: skip
+                _call("rotate_heads", here, x.shape[1], weight, ctx.epsilon, cosines, sines, part, *part.shape)
         ctx.save_for_backward(x, query_weight, key_weight, cosines, sines)
         v = x[:, (heads + key_heads) * size :].reshape(rows, -1, size).clone(memory_format=torch.contiguous_format)
         return q, k, v

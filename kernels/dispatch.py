@@ -1,83 +1,32 @@
-"""Chooses the implementation: by device, dtype and what this machine can run.
-
-Two environment variables change the choice, for tests and experiments: KERNELS_BACKEND names a backend for all logits
-that it can take, and KERNELS_CPU_PRODUCTS=bfloat16 makes the CPU's matrix products run in bfloat16, on processors
-with instructions for it (avx512_bf16, amx_bf16) and only there.
-"""
+"""Chooses the implementation of an operation on logits: by device, dtype and `kernels.settings`."""
 
 from __future__ import annotations
-
-import functools
-import importlib.util
-import os
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.cpp import CppState, library
-from kernels.cpp.ops import DTYPES as CPP_DTYPES
+from kernels.cpp.build import LOGITS_DTYPES
 from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
-from kernels.tiled import TiledState
+from kernels.settings import BACKENDS, has_triton, settings
 from kernels.torch_ops import TorchState
 
-BACKENDS = ("reference", "torch", "cpp", "triton")
 OPS = ("row_stats", "draw", "filtered_stats", "mix", "update")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the environment asks for."""
-
-    backend: str | None
-    cpu_products: torch.dtype
-
-
-def settings() -> Settings:
-    """Reads the environment; ValueError names the variable that holds something unknown."""
-    backend = os.environ.get("KERNELS_BACKEND") or None
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"KERNELS_BACKEND is {backend!r}; known: {', '.join(BACKENDS)}")
-    products = os.environ.get("KERNELS_CPU_PRODUCTS") or "float32"
-    if products not in ("float32", "bfloat16"):
-        raise ValueError(f"KERNELS_CPU_PRODUCTS is {products!r}; known: float32, bfloat16")
-    return Settings(backend, getattr(torch, products))
-
-
-@functools.cache
-def has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 matrices natively."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line.split() for line in file if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether triton can be imported (it is not imported here) and has something to run on."""
-    on = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    return on and importlib.util.find_spec("triton") is not None
 
 
 def state_class(name: str) -> type[Guided]:
     """The state of a backend by name; ValueError for an unknown one."""
-    if name == "reference":
-        return ReferenceState
-    if name == "torch":
-        return TorchState
-    if name == "cpp":
-        return CppState
     if name == "triton":
         if not has_triton():
             raise ValueError("the triton backend needs triton and a CUDA device")
         from kernels.gpu.ops import TritonState
 
         return TritonState
-    raise ValueError(f"unknown kernel backend {name!r}; known: {', '.join(BACKENDS)}")
+    found: dict[str, type[Guided]] = {"reference": ReferenceState, "torch": TorchState, "cpp": CppState}
+    if name not in found:
+        raise ValueError(f"unknown kernel backend {name!r}; known: {', '.join(BACKENDS)}")
+    return found[name]
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
@@ -85,16 +34,16 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 
     One that KERNELS_BACKEND names must be able to run on this machine, and takes only logits that it can.
     """
-    wanted = settings().backend
-    if wanted in ("reference", "torch"):
-        return wanted
+    wanted = settings()
+    if wanted.plain:
+        return str(wanted.backend)
     if dtype == torch.float64:
         return "torch"
-    if wanted is not None and (wanted == "triton") == (device.type == "cuda"):
-        return wanted
+    if wanted.backend is not None and (wanted.backend == "triton") == (device.type == "cuda"):
+        return wanted.backend
     if device.type == "cuda" and has_triton():
         return "triton"
-    if device.type == "cpu" and dtype in CPP_DTYPES and library() is not None:
+    if device.type == "cpu" and dtype in LOGITS_DTYPES and library() is not None:
         return "cpp"
     return "torch"
 
@@ -106,15 +55,11 @@ def available_backends() -> tuple[str, ...]:
 
 
 def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: int | None) -> Guided:
-    """The state class for these logits; `backend` None lets the dispatcher choose.
+    """The state for these logits in the named backend, or the one that `choose` gives.
 
     Raises ValueError for an unknown name, or one that cannot run on these logits or this machine.
     """
-    state = state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
-    if isinstance(state, TiledState) and logits.device.type == "cpu" and state.dtype == torch.float32:
-        wanted = settings().cpu_products
-        state.products = wanted if has_bfloat16_products() else torch.float32
-    return state
+    return state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
 
 
 def backend_info() -> dict[str, str]:

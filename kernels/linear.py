@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dispatch import has_bfloat16_products
+from kernels.settings import settings
 
 BLOCK_ELEMENTS = 1 << 18
 """Of the widened block, 1 MB: the best of 128 kB to 8 MB on a processor with 512 kB of L2 and 32 MB of L3."""
@@ -30,7 +30,7 @@ def activation_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.d
     instructions for it, float32 for 16-bit weights elsewhere (a CPU without avx512_bf16 or amx_bf16, float16)."""
     if device.type != "cpu" or weight_dtype not in NARROW:
         return weight_dtype
-    return weight_dtype if weight_dtype == torch.bfloat16 and has_bfloat16_products() else torch.float32
+    return weight_dtype if weight_dtype == torch.bfloat16 and settings().bfloat16 else torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

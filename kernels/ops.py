@@ -86,6 +86,12 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def check_rows(rows: Tensor | None) -> None:
+    """ValueError for anything but None and a one-dimensional int64 tensor."""
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.long):
+        raise ValueError("rows must be a one-dimensional int64 tensor")
+
+
 class Guided(ABC):
     """The state of one denoising step: phi and Adam's fresh moments. Backends implement the underscored methods;
     callers use the functions of the package, which check shapes first."""
@@ -104,7 +110,6 @@ class Guided(ABC):
         self.dtype = compute_dtype(logits)
         self.expected_updates = updates
         self.updates = 0
-        self.partial = False  # whether the last update covered only some rows
 
     @property
     def rows(self) -> int:
@@ -119,19 +124,12 @@ class Guided(ABC):
     @property
     @abstractmethod
     def stats(self) -> RowStats:
-        """Statistics of the current phi. After an update of some rows only, the other rows' entries mean nothing."""
+        """Statistics of the current phi."""
 
     def phi(self, rows: Tensor | None = None) -> Tensor:
         """The current phi (n, V) in the compute dtype, of all rows or of `rows` (n,) int64. Do not write to it."""
-        self.check_rows(rows)
+        check_rows(rows)
         return self._phi(rows)
-
-    def check_rows(self, rows: Tensor | None) -> None:
-        """Refuses what cannot be valid: all rows of a state whose last update covered only some."""
-        if rows is None and self.partial:
-            raise ValueError("the last update covered only some rows: name them")
-        if rows is not None and (rows.ndim != 1 or rows.dtype != torch.long):
-            raise ValueError("rows must be a one-dimensional int64 tensor")
 
     @abstractmethod
     def select(self, rows: Tensor | slice) -> Guided:
@@ -159,4 +157,4 @@ class Guided(ABC):
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed: ...
 
     @abstractmethod
-    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None: ...
+    def _update(self, terms: Sequence[Term]) -> None: ...

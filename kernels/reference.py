@@ -121,7 +121,6 @@ class ReferenceState(Guided):
     def select(self, rows: Tensor | slice) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
-        chosen.partial = False
         chosen._current, chosen._stats = self._current[rows], None
         if self.updates:
             chosen._m, chosen._v = self._m[rows], self._v[rows]
@@ -145,8 +144,7 @@ class ReferenceState(Guided):
         hard = table[tokens].to(self.dtype)
         return Mixed(embeds=soft + w.to(self.dtype)[:, None] * (hard - soft), soft=soft)
 
-    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
-        # Every row is updated; a caller that asked for some simply gets more than it asked for.
+    def _update(self, terms: Sequence[Term]) -> None:
         phi, params = self._current, self.params
         q = torch.softmax(phi / params.tau[:, None], dim=-1)
         slope = torch.zeros_like(phi)  # d reward / d q, up to a constant a row

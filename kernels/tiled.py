@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.adam import Plan, Trail, direction, follow, plan_update
 from kernels.ops import Guided, Mixed, RowParams, RowStats, Term
+from kernels.settings import settings
 
 TILE = 1024  # columns a tile, unless a backend says otherwise
 
@@ -86,7 +87,6 @@ class TiledState(Guided):
 
     tile = TILE
     tile_dtype = torch.float64
-    products: torch.dtype = torch.float32  # of the two matrix products on a CPU; bfloat16 when asked for
     slab_elements = 1 << 20  # elements of the (N, columns) buffer between a product and its elementwise part
 
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
@@ -95,7 +95,7 @@ class TiledState(Guided):
         self.tiles = Tiles.empty(self.rows, -(-self.vocab_size // self.tile), logits.device, self.tile_dtype)
         self._prepare()
         self._row_sums()
-        self._refresh(None)
+        self._refresh()
 
     # -- the arithmetic of one slab, which backends supply ------------------------------------------------------------
 
@@ -108,12 +108,12 @@ class TiledState(Guided):
 
     @abstractmethod
     def _weights(self, start: int, out: Tensor) -> None:
-        """exp((phi - maximum) / tau) of all rows at columns from `start` on, into `out` (N, columns)."""
+        """exp((phi - maximum) / tau) at columns from `start` on, into `out` (N, columns) of any dtype."""
 
     @abstractmethod
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan, rows: Tensor | None) -> None:
-        """One Adam step on columns from `start` on: `slope` (n, columns) is g @ E.T there, `offset` (n,) is c.
-        Writes what `plan` names and the new phi's tiles. `slope` may be overwritten."""
+    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
+        """One Adam step on columns from `start` on: `slope` (N, columns), of any dtype, is g @ E.T there, `offset` (N,)
+        is c. Writes what `plan` names and the new phi's tiles. `slope` may be overwritten."""
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -121,8 +121,8 @@ class TiledState(Guided):
     def stats(self) -> RowStats:
         return self._stats
 
-    def _refresh(self, rows: Tensor | None) -> None:
-        """Brings `sums` and `stats` up to date with `tiles`; rows that were not updated keep meaningless entries."""
+    def _refresh(self) -> None:
+        """Brings `sums` and `stats` up to date with `tiles`."""
         self.sums, entropy_1, entropy_tau = combine(self.tiles, self.params.tau)
         tau = self.params.tau.double()
         lse_1 = self.sums.maximum + self.sums.s_1.log()
@@ -147,9 +147,8 @@ class TiledState(Guided):
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
         chosen.trail, chosen.tiles = self.trail.select(rows), self.tiles.select(rows)
-        chosen.partial = False
         chosen._prepare()
-        chosen._refresh(None)
+        chosen._refresh()
         return chosen
 
     def _phi(self, rows: Tensor | None) -> Tensor:
@@ -173,76 +172,83 @@ class TiledState(Guided):
             phi = direction(gradients).mul_(eta[:, None]).add_(phi)
         return phi
 
-    def _slabs(self, rows: int) -> Iterator[tuple[int, int]]:
+    def _slabs(self) -> Iterator[tuple[int, int]]:
         """Column ranges: whole tiles up to `slab_elements`; what is left of the last tile is a range by itself."""
-        width = max(1, self.slab_elements // (rows * self.tile)) * self.tile
+        width = max(1, self.slab_elements // (self.rows * self.tile)) * self.tile
         whole = self.vocab_size // self.tile * self.tile
         for start in range(0, whole, width):
             yield start, min(start + width, whole)
         if whole < self.vocab_size:
             yield whole, self.vocab_size
 
-    def _buffer(self, rows: int) -> Tensor:
-        return torch.empty(
-            rows * max(stop - start for start, stop in self._slabs(rows)), dtype=self.dtype, device=self.logits.device
-        )
+    def _buffers(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Each slab's columns and room for it, (N, columns), in the same memory every time."""
+        slabs = list(self._slabs())
+        widest = max(stop - start for start, stop in slabs)
+        room = torch.empty(self.rows * widest, dtype=dtype, device=self.logits.device)
+        for start, stop in slabs:
+            yield start, stop, room[: self.rows * (stop - start)].view(self.rows, stop - start)
 
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
         soft = torch.zeros(self.rows, table.shape[1], dtype=self.dtype, device=table.device)
-        buffer = self._buffer(self.rows)
-        for start, stop in self._slabs(self.rows):
-            weights = buffer[: self.rows * (stop - start)].view(self.rows, stop - start)
+        for start, stop, weights in self._buffers(self._product_dtype(table)):
             self._weights(start, weights)
             self._accumulate(soft, weights, table[start:stop])
         soft /= self.sums.s_tau.to(self.dtype)[:, None]
         hard = table[tokens].to(self.dtype)
         return Mixed(embeds=torch.addcmul(soft, w.to(self.dtype)[:, None], hard.sub_(soft)), soft=soft)
 
+    def _product_dtype(self, table: Tensor) -> torch.dtype:
+        """In which dtype a product with this table takes its factors: its own 16 bits where the device multiplies them
+        natively, else the compute dtype."""
+        native = table.dtype in (torch.bfloat16, torch.float16) if table.is_cuda else settings().bfloat16
+        narrow = table.dtype == torch.bfloat16 or table.is_cuda
+        return table.dtype if native and narrow and self.dtype == torch.float32 else self.dtype
+
     def _accumulate(self, total: Tensor, weights: Tensor, table: Tensor) -> None:
         """total (N, D) += weights (N, columns) @ table (columns, D)."""
-        if self._tensor_cores(table):
-            total += torch.mm(weights.to(table.dtype), table, out_dtype=torch.float32)
-        elif self.products == torch.bfloat16:
-            total += torch.mm(weights.bfloat16(), table.bfloat16())
+        if weights.dtype == self.dtype:
+            total.addmm_(weights, table.to(self.dtype))
         else:
-            total.addmm_(weights.to(self.dtype), table.to(self.dtype))
+            total += _narrow_product(weights, table)
 
-    def _slope(self, terms: Sequence[Term], gs: Sequence[Tensor], start: int, stop: int, out: Tensor) -> None:
-        """out (n, columns) = sum of g @ table[start:stop].T."""
-        for index, (term, g) in enumerate(zip(terms, gs, strict=True)):
-            table = term.table[start:stop]
-            if self._tensor_cores(table):
-                product = torch.mm(g.to(table.dtype), table.T, out_dtype=torch.float32)
-                out.copy_(product) if index == 0 else out.add_(product)
-            elif self.products == torch.bfloat16:
-                product = torch.mm(g.bfloat16(), table.bfloat16().T)
-                out.copy_(product) if index == 0 else out.add_(product)
-            else:
+    def _slope(self, gs: Sequence[Tensor], tables: Sequence[Tensor], out: Tensor) -> Tensor:
+        """The sum of g @ table.T, (N, columns); `out` has room for it."""
+        if out.dtype == self.dtype:
+            for index, (g, table) in enumerate(zip(gs, tables, strict=True)):
                 out.addmm_(g, table.to(self.dtype).T, beta=1.0 if index else 0.0)
+            return out
+        if out.device.type == "cpu" and len(gs) == 1:
+            return torch.mm(gs[0].to(out.dtype), tables[0].T, out=out)
+        products = (_narrow_product(g.to(out.dtype), table.T).float() for g, table in zip(gs, tables, strict=True))
+        return sum(products, start=torch.zeros((), device=out.device))
 
-    def _tensor_cores(self, table: Tensor) -> bool:
-        """Whether a product with this table runs in its 16-bit dtype with float32 sums."""
-        return table.is_cuda and table.dtype in (torch.bfloat16, torch.float16) and self.dtype == torch.float32
-
-    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
-        t = self.updates + 1
-        last = rows is not None or t == self.expected_updates
-        plan = plan_update(self.trail, t, last, self.dtype, self._new_gradient)
+    def _update(self, terms: Sequence[Term]) -> None:
+        plan = self._plan()
         gs = [term.g.to(self.dtype) for term in terms]
-        offset = sum(
-            ((g * term.soft.to(self.dtype)).sum(-1) for term, g in zip(terms, gs, strict=True)),
-            start=torch.zeros_like(self.params.tau),
-        )
-        if rows is not None:
-            gs, offset = [g[rows] for g in gs], offset[rows]
-        count = self.rows if rows is None else len(rows)
-        buffer = self._buffer(count)
-        for start, stop in self._slabs(count):
-            slope = buffer[: count * (stop - start)].view(count, stop - start)
-            self._slope(terms, gs, start, stop, slope)
-            self._step(slope, offset, start, plan, rows)
+        offset = torch.zeros_like(self.params.tau)
+        for term, g in zip(terms, gs, strict=True):
+            offset += (g * term.soft.to(self.dtype)).sum(-1)
+        dtypes = {self._product_dtype(term.table) for term in terms}
+        for start, stop, slope in self._buffers(dtypes.pop() if len(dtypes) == 1 else self.dtype):
+            tables = [term.table[start:stop] for term in terms]
+            self._step(self._slope(gs, tables, slope), offset, start, plan)
+        self._follow(plan)
+
+    def _plan(self) -> Plan:
+        """Where the coming update writes."""
+        last = self.updates + 1 == self.expected_updates
+        return plan_update(self.trail, self.updates + 1, last, self.dtype, self._new_gradient)
+
+    def _follow(self, plan: Plan) -> None:
+        """What an update has written is the state now."""
         self.trail = follow(self.trail, plan)
-        self._refresh(rows)
+        self._refresh()
 
     def _new_gradient(self) -> Tensor:
         return torch.empty(self.rows, self.vocab_size, dtype=self.dtype, device=self.logits.device)
+
+
+def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit factors, summed in float32: returned so on a GPU, rounded to the factors' dtype on a CPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)

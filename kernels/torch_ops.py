@@ -92,7 +92,7 @@ class TorchState(TiledState):
             yield slice(start, min(start + height, rows))
 
     def _row_sums(self) -> None:
-        for start, stop in self._slabs(self.rows):
+        for start, stop in self._slabs():
             for block in self._blocks(self.rows, stop - start):
                 self._set_tiles(self._block(block, start, stop), block, start)
 
@@ -123,22 +123,21 @@ class TorchState(TiledState):
         maximum = self.sums.maximum[index].to(self.dtype)
         return (phi - maximum[:, None]).div_(self.params.tau[index][:, None])
 
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan, rows: Tensor | None) -> None:
+    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
         columns = slope.shape[1]
         stop = start + columns
-        for block in self._blocks(slope.shape[0], columns):
-            index: slice | Tensor = block if rows is None else rows[block]
-            phi = self._block(index, start, stop)
-            scale = (self.params.tau[index] * self.sums.s_tau[index].to(self.dtype)).reciprocal()
-            gradient = self._exponent(phi, index).exp_()
-            gradient.mul_(slope[block].sub_(offset[block, None])).mul_(scale[:, None])
-            step = self._adam(gradient, index, start, stop, plan)
-            step.mul_(self.params.eta[index][:, None]).add_(phi)
+        for block in self._blocks(self.rows, columns):
+            phi = self._block(block, start, stop)
+            scale = (self.params.tau[block] * self.sums.s_tau[block].to(self.dtype)).reciprocal()
+            gradient = self._exponent(phi, block).exp_()
+            gradient.mul_(slope[block].to(self.dtype).sub_(offset[block, None])).mul_(scale[:, None])
+            step = self._adam(gradient, block, start, stop, plan)
+            step.mul_(self.params.eta[block][:, None]).add_(phi)
             if plan.phi is not None:
-                plan.phi[index, start:stop] = step
-            self._set_tiles(step, index, start)
+                plan.phi[block, start:stop] = step
+            self._set_tiles(step, block, start)
 
-    def _adam(self, gradient: Tensor, index: slice | Tensor, start: int, stop: int, plan: Plan) -> Tensor:
+    def _adam(self, gradient: Tensor, index: slice, start: int, stop: int, plan: Plan) -> Tensor:
         """Adam's direction for one block, its moments written where `plan` says."""
         trail = self.trail
         if trail.m is not None and trail.v is not None:
@@ -216,7 +215,7 @@ class TorchState(TiledState):
         count = torch.zeros_like(mass)
         index = torch.arange(self.rows, device=tokens.device) if rows is None else rows
         value = self._compose(lambda tensor: tensor[index, tokens][:, None], index)[:, 0]
-        for start, stop in self._slabs(self.rows):
+        for start, stop in self._slabs():
             for block in self._blocks(len(tokens), stop - start):
                 some = block if rows is None else rows[block]
                 phi = self._block(some, start, stop)

@@ -1,9 +1,9 @@
-"""Attention over packed sequences of different lengths in one kernel: torch's own, or flash-attn where installed; ours
-on a CPU (`kernels.attention`).
+"""Attention over packed sequences of different lengths in one kernel: torch's own on a GPU ("varlen"), ours on a CPU
+("cpp", `kernels.attention`).
 
 Sequence i has the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. With `causal` its last query sees all
 of its keys, the one before all but the last, and so on (aligned at the bottom right), which is what rows that continue
-a prefix need. The first two want CUDA, 16 bits and heads of a multiple of 8 channels, 256 at most; ours float32.
+a prefix need. Torch's wants 16 bits and heads of a multiple of 8 channels, 256 at most; ours float32 or bfloat16.
 
 `choose` names what a device, dtype and head size can run. It believes no version number: a backend is taken only after
 a small case, forward and backward, has agreed with `reference` on the very device. "sdpa" stands for doing without:
@@ -13,7 +13,6 @@ callers then run scaled_dot_product_attention on groups of their own.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import attention
+from kernels.cpp.build import PASS_DTYPES
 from kernels.transfer import upload
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("varlen", "flash", "cpp", "sdpa")
+BACKENDS = ("varlen", "cpp", "sdpa")
 CHOICES = ("auto", *BACKENDS)
 MAX_HEAD_SIZE = 256
 TOLERANCE = 0.03  # of the probe's 16-bit results, whose values are about 1
@@ -97,15 +97,6 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, s
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
-
-    out: Tensor = flash_attn_varlen_func(
-        q, k, v, spans.cu_q, spans.cu_k, spans.max_q, spans.max_k, softmax_scale=scale, causal=causal
-    )
-    return out
-
-
 def _cpp(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
     rows = attention.Rows(spans.cu_q.diff().tolist(), spans.cu_k.diff().tolist())
     return attention.attend(q, k, v, rows, causal=causal, scale=scale)
@@ -113,7 +104,6 @@ def _cpp(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: flo
 
 _IMPLEMENTATIONS: dict[str, Attention] = {
     "varlen": _torch_varlen,
-    "flash": _flash,
     "cpp": _cpp,
     "reference": reference,
 }
@@ -142,7 +132,9 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: 
     if name == "sdpa":
         return None
     if name == "cpp":
-        return _without_cpp(device, dtype)
+        if device.type != "cpu" or dtype not in PASS_DTYPES:
+            return f"it needs float32 or bfloat16 on the CPU, not {str(dtype).removeprefix('torch.')} on {device}"
+        return None if attention.runs() else "there is no C++ compiler, or the environment turns the C++ passes off"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -151,17 +143,9 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: 
         return f"it needs heads of a multiple of 8 channels, at most {MAX_HEAD_SIZE}, not {head_size}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if name == "varlen" and not torch.backends.cuda.is_flash_attention_available():
+    if not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash attention"
-    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
     return _probe(name, device, dtype, head_size)
-
-
-def _without_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"it needs float32 on the CPU, not {str(dtype).removeprefix('torch.')} on {device}"
-    return None if attention.runs() else "there is no C++ compiler, or KERNELS_BACKEND turns its kernels off"
 
 
 @functools.cache

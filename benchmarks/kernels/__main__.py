@@ -3,7 +3,7 @@
 python -m benchmarks.kernels                                              # N=128 V=32768 D=256 M=3 float32
 python -m benchmarks.kernels --vocab 151936 --hidden 1024 --repeats 2
 python -m benchmarks.kernels --device cuda --dtype bfloat16 --rows 2048 --vocab 151936 --hidden 2048
-python -m benchmarks.kernels --tune                                       # on a GPU: writes kernels/gpu/choices.json
+KERNELS_FUSED=forward,update python -m benchmarks.kernels --device cuda   # the fused variants
 """
 
 from __future__ import annotations
@@ -109,18 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-research", action="store_true", help="leave the research code's sequence out")
-    parser.add_argument("--tune", action="store_true", help="measure the kernel variants and write their table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    if options.tune:
-        if device.type != "cuda":
-            print("--tune needs a CUDA device", file=sys.stderr)
-            return 2
-        from benchmarks.kernels.tune import tune
-
-        print(json.dumps(tune(device)))
-        return 0
     backends = options.backends
     if backends is None:
         wanted = ("cpp", "torch") if device.type == "cpu" else ("triton", "torch")

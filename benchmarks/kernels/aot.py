@@ -70,9 +70,8 @@ class Compiled:
 def cases() -> Iterator[Case]:
     """Every kernel in every form in which kernels.gpu.ops launches it."""
     from kernels.gpu import draw, fused_forward, mix, row_stats, update
-    from kernels.gpu.choices import Choice
+    from kernels.gpu.ops import FORWARD, UPDATE, pieces
 
-    choice = Choice()
     for dtype in ("bf16", "fp16", "fp32"):
         constants = {"KIND": 0, "TILE": 128, "TILES": 32}
         yield Case(
@@ -104,30 +103,30 @@ def cases() -> Iterator[Case]:
             types=(("out", "*bf16"),),
             quick=heavy,
         )
-        forward = {"BM": choice.forward_rows, "BD": choice.forward_hidden, "BV": choice.forward_columns}
+        forward = {"BM": FORWARD.rows, "BD": FORWARD.width, "BV": FORWARD.depth}
         yield Case(
             fused_forward.fused_forward,
             f"fused_forward kind {kind}",
             {"KIND": kind, **forward, "UPCAST": False},
-            choice.forward_warps,
-            choice.forward_stages,
+            FORWARD.warps,
+            FORWARD.stages,
             tensor_cores=True,
             quick=heavy,
         )
         for write in (1, 0 if kind < 2 else 2):
-            constants = {"KIND": kind, "WRITE": write, "HAS_INDEX": write == 1}
+            constants = {"KIND": kind, "WRITE": write}
             yield Case(
                 update.step, f"step kind {kind} write {write}", {**constants, "TILE": 128, "TILES": 16}, 8, quick=heavy
             )
             if kind == 3:
                 continue
-            blocks = {"BM": choice.update_rows, "BN": 128, "BK": choice.update_depth, "GROUP": 16, "UPCAST": False}
+            blocks = {"BM": UPDATE.rows, "BN": UPDATE.width, "BK": UPDATE.depth, "GROUP": 16, "UPCAST": False}
             yield Case(
                 update.fused_step,
                 f"fused_step kind {kind} write {write}",
-                {**constants, **blocks, "SUB": choice.update_pieces * (2 if kind == 2 or write else 1)},
-                choice.update_warps,
-                choice.update_stages,
+                {**constants, **blocks, "SUB": pieces(kind, write)},
+                UPDATE.warps,
+                UPDATE.stages,
                 tensor_cores=True,
                 quick=kind in (0, 2),
             )
@@ -141,10 +140,10 @@ def cases() -> Iterator[Case]:
     yield Case(
         update.fused_step,
         "fused_step N=1",
-        {"KIND": 0, "WRITE": 0, "HAS_INDEX": False, "UPCAST": False, "plane": 1, "tile_count": 1, "count": 1}
-        | {"BM": choice.update_rows, "BN": 128, "BK": choice.update_depth, "GROUP": 16, "SUB": choice.update_pieces},
-        choice.update_warps,
-        choice.update_stages,
+        {"KIND": 0, "WRITE": 0, "UPCAST": False, "plane": 1, "tile_count": 1, "count": 1}
+        | {"BM": UPDATE.rows, "BN": UPDATE.width, "BK": UPDATE.depth, "GROUP": 16, "SUB": pieces(0, 0)},
+        UPDATE.warps,
+        UPDATE.stages,
         tensor_cores=True,
     )
 

@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp (with its headers) once into a cache folder and loads it; says why when it cannot.
+"""Compiles kernels.cpp (with its headers) once into a cache folder, loads it and calls it; says why when it cannot.
 
 The file's name in the cache is a hash of everything that shapes the code: the sources, the compiler and its version,
 the flags and the processor's features (`-march=native` code must not meet another machine's processor through a
@@ -18,8 +18,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch  # first: it brings the OpenMP runtime, which the library then shares instead of loading a second one
+from torch import Tensor
+
+from kernels.settings import settings
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +31,13 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Tried in order: a compiler without OpenMP or without -march still gives a correct, slower library.
-FLAG_SETS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+BASELINE_FLAGS: tuple[tuple[str, ...], ...] = (("-fopenmp",), ())
+NATIVE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), *BASELINE_FLAGS)
 COMPILE_SECONDS = 300
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum Dtype` of tiles.h
+LOGITS_DTYPES = tuple(DTYPES)
+PASS_DTYPES = (torch.float32, torch.bfloat16)  # of attention and the blocks' passes
 
 Library = ctypes.CDLL
 
@@ -66,18 +75,19 @@ def processor_features() -> str:
 
 
 def build_key(compiler: str, flags: tuple[str, ...]) -> str:
-    """Hash of all that shapes the machine code."""
+    """Hash of all that shapes the machine code: of the processor only what the flags make it depend on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text() for path in (*sorted(SOURCE.parent.glob("*.h")), SOURCE)]
-    parts = (*sources, compiler, version, " ".join(flags), processor_features())
+    processor = processor_features() if any("native" in flag for flag in flags) else platform.machine()
+    parts = (*sources, compiler, version, " ".join(flags), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def compile_library(folder: Path) -> Path:
+def compile_library(folder: Path, flag_sets: tuple[tuple[str, ...], ...]) -> Path:
     """The compiled library's path, compiling only if the cache lacks it. Raises CompileError."""
     compiler = find_compiler()
     errors = []
-    for extra in FLAG_SETS:
+    for extra in flag_sets:
         flags = (*COMMON_FLAGS, *extra)
         target = folder / f"kernels-{build_key(compiler, flags)}.so"
         if target.exists():
@@ -98,9 +108,11 @@ def compile_library(folder: Path) -> Path:
 
 
 @functools.cache
-def _load() -> Library | str:
+def _load(target: str) -> Library | str:
+    if target == "off":
+        return "KERNELS_CPP is off"
     try:
-        return Library(str(compile_library(cache_folder())))
+        return Library(str(compile_library(cache_folder(), BASELINE_FLAGS if target == "baseline" else NATIVE_FLAGS)))
     except (CompileError, OSError) as error:
         log.warning("C++ kernels are not available, plain torch runs instead: %s", error)
         return str(error)
@@ -108,16 +120,45 @@ def _load() -> Library | str:
 
 def library() -> Library | None:
     """The loaded library, compiled by the first call (some seconds); None when that failed."""
-    loaded = _load()
+    loaded = _load(settings().cpp)
     return None if isinstance(loaded, str) else loaded
 
 
 def unavailable_reason() -> str | None:
     """Why `library()` is None, or None when it is there."""
-    loaded = _load()
+    loaded = _load(settings().cpp)
     return loaded if isinstance(loaded, str) else None
 
 
-def threads() -> int:
+def runs() -> bool:
+    """Whether attention and the passes of decoder blocks run in C++: there is a library, and nobody asks for torch."""
+    return not settings().plain and library() is not None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Calls a function of the library: tensors go by address (None as a null pointer), integers as int64, floats as
+    float, what ctypes made as it is."""
+    converted: list[Any] = []
+    for value in arguments:
+        if value is None or isinstance(value, Tensor):
+            converted.append(ctypes.c_void_p(address(value)))
+        elif isinstance(value, float):
+            converted.append(ctypes.c_float(value))
+        else:
+            converted.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+    getattr(library(), name)(*converted)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's first element lies; None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> ctypes.c_int32:
     """OpenMP threads for the library: as many as torch uses."""
-    return torch.get_num_threads()
+    return ctypes.c_int32(torch.get_num_threads())
+
+
+def number(dtype: torch.dtype) -> ctypes.c_int32:
+    """A dtype as the library numbers it."""
+    return ctypes.c_int32(DTYPES[dtype])

@@ -12,7 +12,8 @@
 namespace {
 
 // One Adam step on one tile: `slope` is g @ E.T there. Leaves the new phi in `phi_new`.
-void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int64_t width, const float* slope,
+template <class T>
+void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int64_t width, const T* slope,
                float offset, float* phi_new, float* scratch) {
   const float maximum = float(s.row_maximum[row]), inverse_tau = 1.0f / s.tau[row], eta = s.eta[row];
   const float scale = float(1.0 / (double(s.tau[row]) * s.row_s_tau[row]));
@@ -21,7 +22,7 @@ void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int
   float* g = scratch;
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i)
-    g[i] = exponential((phi[i] - maximum) * inverse_tau) * (slope[i] - offset) * scale;
+    g[i] = exponential((phi[i] - maximum) * inverse_tau) * (float(slope[i]) - offset) * scale;
 
   const float *g1 = s.g1 ? s.g1 + at : nullptr, *g2 = s.g2 ? s.g2 + at : nullptr;
   const float *mw = plan.m_weight, *vw = plan.v_weight;
@@ -60,6 +61,19 @@ void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int
   if (plan.phi) std::copy(phi_new, phi_new + width, plan.phi + at);
 }
 
+// use(row, first, width) for every tile of `columns` columns of every row.
+template <class Use>
+void each_tile(const State& s, int64_t columns, Use use) {
+  const int64_t tiles = (columns + TILE - 1) / TILE;
+#pragma omp parallel num_threads(s.threads)
+  {
+    FlushDenormals flush;
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t tile = 0; tile < tiles; ++tile) use(row, tile * TILE, std::min(TILE, columns - tile * TILE));
+  }
+}
+
 }  // namespace
 
 // -- what ctypes calls ------------------------------------------------------------------------------------------------
@@ -69,15 +83,10 @@ extern "C" {
 // Tile sums of phi for all rows.
 void row_sums(const State* state) {
   const State& s = *state;
-#pragma omp parallel num_threads(s.threads)
-  {
-    FlushDenormals flush;
+  each_tile(s, s.vocab, [&](int64_t row, int64_t first, int64_t width) {
     alignas(64) float buffer[TILE];
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t row = 0; row < s.rows; ++row)
-      for (int64_t tile = 0; tile < s.tiles; ++tile)
-        tile_sums(s, row, tile, load(s, row, tile * TILE, tile_width(s, tile), buffer));
-  }
+    tile_sums(s, row, first / TILE, load(s, row, first, width, buffer));
+  });
 }
 
 // Row sums, statistics and argmax from the tiles; out (4, rows): lse_1, lse_tau, entropy_1, entropy_tau.
@@ -117,42 +126,29 @@ void combine(const State* state, float* out) {
 }
 
 // exp((phi - maximum) / tau) of columns start .. start + columns, into out (rows, columns).
-void weights(const State* state, int64_t start, int64_t columns, float* out) {
+void weights(const State* state, int64_t start, int64_t columns, void* out, int32_t dtype) {
   const State& s = *state;
-  const int64_t tiles = (columns + TILE - 1) / TILE;
-#pragma omp parallel num_threads(s.threads)
-  {
-    FlushDenormals flush;
-    alignas(64) float buffer[TILE];
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t row = 0; row < s.rows; ++row)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t width = std::min(TILE, columns - tile * TILE);
-        tile_weights(load(s, row, start + tile * TILE, width, buffer), width, float(s.row_maximum[row]),
-                     1.0f / s.tau[row], out + row * columns + tile * TILE);
-      }
-  }
+  typed(dtype, [&](auto zero) {
+    each_tile(s, columns, [&](int64_t row, int64_t first, int64_t width) {
+      alignas(64) float buffer[TILE];
+      tile_weights(load(s, row, start + first, width, buffer), width, float(s.row_maximum[row]), 1.0f / s.tau[row],
+                   static_cast<decltype(zero)*>(out) + row * columns + first);
+    });
+  });
 }
 
-// One Adam step on columns start .. start + columns of `count` rows (of `index`, or all): slope (count, columns),
-// offset (count,).
-void step(const State* state, const Plan* plan, const float* slope, const float* offset, int64_t start,
-          int64_t columns, const int64_t* index, int64_t count) {
+// One Adam step on columns start .. start + columns: slope (rows, columns) of `dtype`, offset (rows,).
+void step(const State* state, const Plan* plan, const void* slope, int32_t dtype, const float* offset, int64_t start,
+          int64_t columns) {
   const State& s = *state;
-  const int64_t tiles = (columns + TILE - 1) / TILE;
-#pragma omp parallel num_threads(s.threads)
-  {
-    FlushDenormals flush;
-    alignas(64) float phi[TILE];
-    alignas(64) float scratch[TILE];
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t row = index ? index[i] : i, width = std::min(TILE, columns - tile * TILE);
-        adam_tile(s, *plan, row, start + tile * TILE, width, slope + i * columns + tile * TILE, offset[i], phi, scratch);
-        tile_sums(s, row, start / TILE + tile, phi);
-      }
-  }
+  typed(dtype, [&](auto zero) {
+    each_tile(s, columns, [&](int64_t row, int64_t first, int64_t width) {
+      alignas(64) float phi[TILE], scratch[TILE];
+      adam_tile(s, *plan, row, start + first, width, static_cast<const decltype(zero)*>(slope) + row * columns + first,
+                offset[row], phi, scratch);
+      tile_sums(s, row, (start + first) / TILE, phi);
+    });
+  });
 }
 
 // One token for each of `count` rows, none of them `never`; keys (count, 4).

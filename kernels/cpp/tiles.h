@@ -45,7 +45,6 @@ struct Plan {
   double m_correction, v_correction;  // 1 - beta^t
   float m_weight[3], v_weight[3];      // bias-corrected closed form, oldest gradient first
   float m_raw[3], v_raw[3];            // without correction
-  int32_t t;
 };
 }
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""The low-memory forward: entropy and softmax-weighted embeddings in one kernel, with no (N, V) probabilities.
+"""The low-memory forward: softmax-weighted embeddings in one kernel, with no (N, V) probabilities.
 
-    soft = softmax(phi / tau) @ table, and both entropies, by online softmax (as attention does: Dao, arXiv 2307.08691)
+    soft = softmax(phi / tau) @ table by online softmax (as attention does: Dao, arXiv 2307.08691)
 
 Replaces `weights` and a library product; it saves the slab of weights and pays by computing every exponential once
 for each block of `BD` hidden columns. Each program handles one row block, one hidden block and one part of the
@@ -13,17 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu.common import load_phi, store_tiles
+from kernels.gpu.common import load_phi
 
 
 @triton.jit
 def fused_forward(
-    logits, g1, g2, phi, tau, eta, table, parts, weight_sums, tiles,
-    plane, rows, hidden, table_stride, vocab, row_stride, part_width, part_count,
+    logits, g1, g2, phi, tau, eta, table, parts, sums, maxima,
+    rows, hidden, table_stride, vocab, row_stride, part_width, part_count,
     KIND: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BM), cdiv(D, BD), P): parts (P, N, D) float32 relative to each part's maximum, weight_sums (N, P)
-    what they are to be divided by, tiles (5, N, P) the part's sums as in kernels.tiled.Tiles, `plane` = N P."""
+    """Grid (cdiv(N, BM), cdiv(D, BD), P): parts (P, N, D) float32 relative to each part's largest phi, maxima (N, P),
+    and sums (N, P) of the rounded weights that they are made of."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     part = tl.program_id(2)
@@ -34,10 +34,6 @@ def fused_forward(
     accumulator = tl.zeros([BM, BD], tl.float32)
     maximum = tl.full([BM], -float("inf"), tl.float32)
     rounded = tl.zeros([BM], tl.float32)
-    s_1 = tl.zeros([BM], tl.float32)
-    t_1 = tl.zeros([BM], tl.float32)
-    s_tau = tl.zeros([BM], tl.float32)
-    t_tau = tl.zeros([BM], tl.float32)
     begin = part.to(tl.int64) * part_width
     end = tl.minimum(begin + part_width, vocab)
     for start in range(begin, end, BV):
@@ -47,15 +43,8 @@ def fused_forward(
         top = tl.maximum(maximum, tl.max(x, 1))
         safe = tl.where(top == -float("inf"), 0.0, top)
         shift = tl.where(maximum == -float("inf"), 0.0, maximum - safe)  # nothing summed yet: nothing to rescale
-        one, own = tl.exp(shift), tl.exp(shift * inverse_tau)
-        d = x - safe[:, None]
-        z = d * inverse_tau[:, None]
-        e = tl.exp(d)
-        weight = tl.exp(z)
-        t_1 = one * (t_1 + shift * s_1) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
-        s_1 = one * s_1 + tl.sum(e, 1)
-        t_tau = own * (t_tau + shift * inverse_tau * s_tau) + tl.sum(tl.where(weight == 0.0, 0.0, weight * z), 1)
-        s_tau = own * s_tau + tl.sum(weight, 1)
+        own = tl.exp(shift * inverse_tau)
+        weight = tl.exp((x - safe[:, None]) * inverse_tau[:, None])
         b = tl.load(
             table + start * table_stride + (tl.arange(0, BV)[:, None] * table_stride + column[None, :]),
             mask=(token[:, None] < end) & (column[None, :] < hidden),
@@ -71,5 +60,5 @@ def fused_forward(
     tl.store(parts + out, accumulator, mask=here[:, None] & (column[None, :] < hidden))
     if tl.program_id(1) == 0:
         place = row * part_count + part
-        tl.store(weight_sums + place, rounded, mask=here)
-        store_tiles(tiles, plane, place, here, maximum, s_1, t_1, s_tau, t_tau)
+        tl.store(sums + place, rounded, mask=here)
+        tl.store(maxima + place, maximum, mask=here)

@@ -1,41 +1,58 @@
 """The state of a denoising step whose passes are Triton kernels; launches only, no arithmetic and no host sync.
 
-Every launch checks nothing that the public functions have checked. Which variant runs (library product and
-elementwise kernel, or one fused kernel) and with which blocks comes from `kernels.gpu.choices`.
+Launches check nothing that the public functions have checked. `kernels.settings` says which variant of the two passes
+with a matrix product runs: the library's product with an elementwise kernel, or one fused kernel.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.adam import Plan, follow, plan_update
+from kernels.adam import Plan
 from kernels.gpu import draw as draw_kernels
 from kernels.gpu import mix as mix_kernels
 from kernels.gpu import row_stats as row_kernels
 from kernels.gpu import update as update_kernels
-from kernels.gpu.choices import Choice, choose
 from kernels.gpu.fused_forward import fused_forward
 from kernels.ops import BETA_1, BETA_2, FilteredStats, Mixed, RowParams, RowStats, Term
-from kernels.tiled import Rows, TiledState, Tiles, combine
+from kernels.settings import interpreted, settings
+from kernels.tiled import Rows, TiledState, Tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def interpreted() -> bool:
-    """Whether triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a fused kernel cuts its product: `rows` x `width` results a program, `depth` summed at a time."""
+
+    rows: int
+    width: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# These compile without spills for sm_80, sm_90 and sm_100. The interpreter runs programs one after another: fewer rows.
+UPDATE = Blocks(rows=16 if interpreted() else 128, width=128, depth=64, warps=8, stages=3)
+FORWARD = Blocks(rows=16 if interpreted() else 64, width=64 if interpreted() else 128, depth=16, warps=8, stages=2)
+PROGRAMS = 4 if interpreted() else 264  # what the fused forward splits the vocabulary for: two a multiprocessor
+
+
+def pieces(kind: int, write: int) -> int:
+    """In how many column pieces the fused update's epilogue runs: more where it reads two gradients or writes phi."""
+    return 8 if kind == 2 or write else 4
 
 
 class TritonState(TiledState):
     """Tiles of 128 columns, the width of the fused update's block, so that both update variants leave the same sums."""
 
     backend = "triton"
-    tile = 128
+    tile = UPDATE.width
     tile_dtype = torch.float32
     slab_elements = 1 << 25
 
@@ -69,10 +86,6 @@ class TritonState(TiledState):
     def _plane(self) -> int:
         return self.rows * self._tile_count
 
-    def choice(self, hidden: int, dtype: torch.dtype) -> Choice:
-        """The variant and blocks for a table of this width and dtype."""
-        return choose(self.logits.device, dtype, self.rows, self.vocab_size, hidden)
-
     def _source(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """logits, g1, g2 and phi; what the current kind does not read is the logits again."""
         gradients = [*self.trail.gradients, self.logits, self.logits]
@@ -90,7 +103,7 @@ class TritonState(TiledState):
             KIND=self._kind, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 
-    def _refresh(self, rows: Tensor | None) -> None:
+    def _refresh(self) -> None:
         stats = torch.empty(4, self.rows, device=self.logits.device)
         argmax = torch.empty(self.rows, dtype=torch.long, device=self.logits.device)
         row_kernels.combine[(self.rows,)](
@@ -120,16 +133,12 @@ class TritonState(TiledState):
 
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
         hidden = table.shape[1]
-        if self.choice(hidden, table.dtype).forward == "fused":
-            product, sums, _ = self.fused_forward(table)
+        if "forward" in settings().fused:
+            product, sums = self._fused_forward(table)
         else:
             product = torch.zeros(self.rows, hidden, device=table.device)
             sums = torch.zeros(self.rows, device=table.device)
-            dtype = table.dtype if self._tensor_cores(table) else self.dtype
-            widest = max(stop - start for start, stop in self._slabs(self.rows))
-            buffer = torch.empty(self.rows * widest, dtype=dtype, device=table.device)
-            for start, stop in self._slabs(self.rows):
-                slab = buffer[: self.rows * (stop - start)].view(self.rows, stop - start)
+            for start, stop, slab in self._buffers(self._product_dtype(table)):
                 sums += self._write_weights(start, slab)
                 self._accumulate(product, slab, table[start:stop])
         soft, embeds = torch.empty_like(product), torch.empty_like(product)
@@ -139,99 +148,65 @@ class TritonState(TiledState):
         )
         return Mixed(embeds=embeds, soft=soft)
 
-    def fused_forward(self, table: Tensor) -> tuple[Tensor, Tensor, Tiles]:
-        """Unnormalised soft embeddings (N, D), their normaliser (N,), and the parts' sums, without (N, V) weights."""
-        hidden, choice = table.shape[1], self.choice(table.shape[1], table.dtype)
-        blocks = triton.cdiv(self.rows, choice.forward_rows) * triton.cdiv(hidden, choice.forward_hidden)
-        most = triton.cdiv(self.vocab_size, choice.forward_columns)
-        count = max(1, min(most, choice.programs // blocks))
-        width = triton.cdiv(most, count) * choice.forward_columns
+    def _fused_forward(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Unnormalised soft embeddings (N, D) and their normaliser (N,), without (N, V) weights."""
+        hidden = table.shape[1]
+        grid = triton.cdiv(self.rows, FORWARD.rows), triton.cdiv(hidden, FORWARD.width)
+        most = triton.cdiv(self.vocab_size, FORWARD.depth)
+        count = max(1, min(most, PROGRAMS // (grid[0] * grid[1])))
+        width = triton.cdiv(most, count) * FORWARD.depth
         count = triton.cdiv(self.vocab_size, width)
-        device = table.device
-        parts = torch.empty(count, self.rows, hidden, device=device)
-        weight_sums = torch.empty(self.rows, count, device=device)
-        planes = torch.empty(5, self.rows, count, device=device)
-        grid = (triton.cdiv(self.rows, choice.forward_rows), triton.cdiv(hidden, choice.forward_hidden), count)
-        fused_forward[grid](
-            *self._source(), self._tau, self._eta, table, parts, weight_sums, planes,
-            self.rows * count, self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
-            KIND=self._kind, BM=choice.forward_rows, BD=choice.forward_hidden, BV=choice.forward_columns,
-            UPCAST=interpreted(), num_warps=choice.forward_warps, num_stages=choice.forward_stages,
+        parts = torch.empty(count, self.rows, hidden, device=table.device)
+        sums, maxima = torch.empty(2, self.rows, count, device=table.device)
+        fused_forward[(*grid, count)](
+            *self._source(), self._tau, self._eta, table, parts, sums, maxima,
+            self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
+            KIND=self._kind, BM=FORWARD.rows, BD=FORWARD.width, BV=FORWARD.depth,
+            UPCAST=interpreted(), num_warps=FORWARD.warps, num_stages=FORWARD.stages,
         )  # fmt: skip
-        tiles = Tiles(*planes.unbind(0))
-        maximum = tiles.maximum.amax(-1, keepdim=True)
-        delta = torch.where(tiles.maximum == -torch.inf, 0.0, tiles.maximum - maximum)
+        delta = torch.where(maxima == -torch.inf, 0.0, maxima - maxima.amax(-1, keepdim=True))
         scale = (delta / self._tau[:, None]).exp()
-        product = (parts * scale.T[:, :, None]).sum(0)
-        return product, (weight_sums * scale).sum(-1), tiles
-
-    def fused_entropies(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Entropies (N,) at temperature 1 and tau as the fused forward computes them beside its product."""
-        tiles = self.fused_forward(table)[2]
-        wide = Tiles(*(getattr(tiles, name).double() for name in Tiles.__slots__))
-        _, entropy_1, entropy_tau = combine(wide, self._tau)
-        return entropy_1, entropy_tau
+        return (parts * scale.T[:, :, None]).sum(0), (sums * scale).sum(-1)
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def _update(self, terms: Sequence[Term], rows: Tensor | None) -> None:
+    def _update(self, terms: Sequence[Term]) -> None:
         table = terms[0].table
-        fits = (
-            len(terms) == 1
-            and self.trail.phi is None
-            and table.stride(-1) == 1
-            and (table.dtype != torch.float32 or interpreted())
-        )
-        if not fits or self.choice(table.shape[1], table.dtype).update != "fused":
-            super()._update(terms, rows)
+        fits = len(terms) == 1 and self.trail.phi is None and table.stride(-1) == 1
+        fits &= table.dtype != torch.float32 or interpreted()
+        if not fits or "update" not in settings().fused:
+            super()._update(terms)
             return
-        t = self.updates + 1
-        last = rows is not None or t == self.expected_updates
-        plan = plan_update(self.trail, t, last, self.dtype, self._new_gradient)
-        g, soft = terms[0].g.to(self.dtype), terms[0].soft.to(self.dtype)
-        offset = (g * soft).sum(-1)
-        if rows is not None:
-            g, offset = g[rows], offset[rows]
-        self._fused_step(g.to(table.dtype).contiguous(), table, offset, plan, rows)
-        self.trail = follow(self.trail, plan)
-        self._refresh(rows)
+        plan = self._plan()
+        g = terms[0].g.to(self.dtype)
+        offset = (g * terms[0].soft.to(self.dtype)).sum(-1)
+        targets, write = self._targets(plan)
+        update_kernels.fused_step[(triton.cdiv(self.rows, UPDATE.rows) * self._tile_count,)](
+            g.to(table.dtype).contiguous(), table, offset, *self._source(), *targets,
+            self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
+            self._plane, self.rows, table.shape[1], table.stride(0), self.vocab_size, self.logits.stride(0),
+            self._tile_count, 1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
+            KIND=self._kind, WRITE=write, BM=UPDATE.rows, BN=UPDATE.width, BK=UPDATE.depth,
+            SUB=pieces(self._kind, write), GROUP=16,
+            UPCAST=interpreted(), num_warps=UPDATE.warps, num_stages=UPDATE.stages,
+        )  # fmt: skip
+        self._follow(plan)
 
     def _targets(self, plan: Plan) -> tuple[tuple[Tensor, ...], int]:
         """m, v and the outputs for gradient, phi, m, v; and the `WRITE` mode. Unused places are the logits again."""
-        trail = self.trail
-
-        def place(tensor: Tensor | None) -> Tensor:
-            return self.logits if tensor is None else tensor
-
+        held = (self.trail.m, self.trail.v, plan.gradient, plan.phi, plan.m, plan.v)
         write = 0 if plan.gradient is not None else 2 if plan.m is not None else 1
-        return tuple(map(place, (trail.m, trail.v, plan.gradient, plan.phi, plan.m, plan.v))), write
+        return tuple(self.logits if tensor is None else tensor for tensor in held), write
 
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan, rows: Tensor | None) -> None:
-        count, width = slope.shape
+    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
         targets, write = self._targets(plan)
         tiles_a_program = 16
-        update_kernels.step[(count, triton.cdiv(width, self.tile * tiles_a_program))](
-            slope, offset, self.logits if rows is None else rows, *self._source(), *targets,
+        update_kernels.step[(self.rows, triton.cdiv(slope.shape[1], self.tile * tiles_a_program))](
+            slope, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
-            self._plane, start, width, self.vocab_size, self.logits.stride(0), self._tile_count,
+            self._plane, start, slope.shape[1], self.vocab_size, self.logits.stride(0), self._tile_count,
             1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
-            KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None, TILE=self.tile, TILES=tiles_a_program,
-            num_warps=8,
-        )  # fmt: skip
-
-    def _fused_step(self, g: Tensor, table: Tensor, offset: Tensor, plan: Plan, rows: Tensor | None) -> None:
-        count, hidden = g.shape
-        choice = self.choice(hidden, table.dtype)
-        targets, write = self._targets(plan)
-        update_kernels.fused_step[(triton.cdiv(count, choice.update_rows) * self._tile_count,)](
-            g, table, offset, self.logits if rows is None else rows, *self._source(), *targets,
-            self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
-            self._plane, count, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), self._tile_count,
-            1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
-            KIND=self._kind, WRITE=write, HAS_INDEX=rows is not None,
-            BM=choice.update_rows, BN=self.tile, BK=choice.update_depth,
-            SUB=choice.update_pieces * (2 if self._kind == 2 or write else 1), GROUP=16,
-            UPCAST=interpreted(), num_warps=choice.update_warps, num_stages=choice.update_stages,
+            KIND=self._kind, WRITE=write, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 
     # -- drawing ------------------------------------------------------------------------------------------------------

@@ -76,17 +76,13 @@ def _epilogue(
 
 @triton.jit
 def step(
-    slope, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+    slope, offset, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
     tau, eta, row_maximum, row_s_tau, tiles,
     plane, first, width, vocab, row_stride, tile_count, m_correction, v_correction,
-    KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    KIND: tl.constexpr, WRITE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n, cdiv(width, TILE TILES)): columns first .. first + width; slope (n, width) float32,
-    offset (n,), `plane` = N T."""
-    i = tl.program_id(0).to(tl.int64)
-    row = i
-    if HAS_INDEX:
-        row = tl.load(index + i)
+    """Grid (N, cdiv(width, TILE TILES)): columns first .. first + width, slope (N, width), offset (N,); plane = N T."""
+    row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1).to(tl.int64) * (TILE * TILES) + (
         tl.arange(0, TILES).to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     )
@@ -94,8 +90,8 @@ def step(
     own_tau = tl.load(tau + row)
     scale = 1.0 / (own_tau * tl.load(row_s_tau + row).to(tl.float32))
     x = _epilogue(
-        tl.load(slope + i * width + place, mask=mask, other=0.0), tl.load(offset + i), row, first + place, mask,
-        logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out, own_tau, tl.load(eta + row),
+        tl.load(slope + row * width + place, mask=mask, other=0.0).to(tl.float32), tl.load(offset + row), row,
+        first + place, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out, own_tau, tl.load(eta + row),
         tl.load(row_maximum + row), scale, vocab, row_stride, m_correction, v_correction, KIND, WRITE,
     )  # fmt: skip
     maximum, s_1, t_1, s_tau, t_tau = tile_sums(tl.where(mask, x, -float("inf")), 1.0 / own_tau)
@@ -136,15 +132,15 @@ def _merge(maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inver
 
 @triton.jit
 def fused_step(
-    g, table, offset, index, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
+    g, table, offset, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
     tau, eta, row_maximum, row_s_tau, tiles,
     plane, count, hidden, table_stride, vocab, row_stride, tile_count, m_correction, v_correction,
-    KIND: tl.constexpr, WRITE: tl.constexpr, HAS_INDEX: tl.constexpr,
+    KIND: tl.constexpr, WRITE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(n, BM) cdiv(V, BN),): g (n, D), table (V, D), one 16-bit or float32 dtype; BN is the tile width,
-    `plane` = N T. For the updates that keep gradients (`KIND` 0 to 2): with moments the epilogue spills.
+    """Grid (cdiv(N, BM) cdiv(V, BN),): g (N, D), table (V, D), one 16-bit or float32 dtype; BN is the tile width,
+    `SUB` 4 or 8, `plane` = N T. For the updates that keep gradients (`KIND` 0 to 2): with moments the epilogue spills.
 
     `GROUP` row blocks share a column block while it is in L2, so the table streams from memory once.
     """
@@ -173,8 +169,6 @@ def fused_step(
 
     here = i < count
     row = i.to(tl.int64)
-    if HAS_INDEX:
-        row = tl.load(index + i, mask=here, other=0)
     own_tau = tl.load(tau + row, mask=here, other=1.0)
     inverse_tau = 1.0 / own_tau
     own_eta = tl.load(eta + row, mask=here, other=0.0)[:, None]
@@ -183,11 +177,7 @@ def fused_step(
     total = tl.load(row_s_tau + row, mask=here, other=1.0)
     scale = (1.0 / (own_tau * total.to(tl.float32)))[:, None]
 
-    if SUB == 1:
-        pieces = (accumulator,)
-    elif SUB == 2:
-        pieces = _halves(accumulator, BM, BN)
-    elif SUB == 4:
+    if SUB == 4:
         pieces = _quarters(accumulator, BM, BN)
     else:
         left, right = _halves(accumulator, BM, BN)

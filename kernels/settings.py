@@ -1,0 +1,86 @@
+"""What the environment asks for and what this machine can do: all that decides which implementation runs.
+
+Four environment variables change a choice, for tests and experiments on any machine:
+
+* `KERNELS_BACKEND` names a backend of `kernels.BACKENDS` for all logits that it can take. "reference" and "torch" turn
+  the C++ passes of attention and decoder blocks off as well.
+* `KERNELS_BFLOAT16`, 1 or 0, says whether the processor counts as one that multiplies bfloat16 matrices natively.
+  Unset, its flags tell. Torch computes these products on every processor, only slowly without the instructions.
+* `KERNELS_CPP` says what the C++ passes are compiled for: "native" (this processor; the default), "baseline" (every
+  processor of its architecture) or "off" (as if there were no compiler).
+* `KERNELS_FUSED` names the passes, "forward", "update" or both with a comma, that run as one fused kernel on a GPU.
+  Unset, they run as library products and elementwise kernels, which no measurement has beaten yet.
+
+Nothing is ever chosen by a timing: the same machine and environment give the same tokens at every start.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("reference", "torch", "cpp", "triton")
+_KNOWN = {
+    "KERNELS_BACKEND": ("", *BACKENDS),
+    "KERNELS_BFLOAT16": ("", "0", "1"),
+    "KERNELS_CPP": ("", "native", "baseline", "off"),
+    "KERNELS_FUSED": ("", "forward", "update", "forward,update"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The environment's wishes, and where it has none the machine's answer."""
+
+    backend: str | None
+    bfloat16: bool  # whether the processor multiplies bfloat16 matrices natively
+    cpp: str  # "native", "baseline" or "off"
+    fused: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether plain torch was asked for, and the compiled passes are off."""
+        return self.backend in ("reference", "torch")
+
+
+def settings() -> Settings:
+    """Reads the environment anew; ValueError names the variable that holds something unknown."""
+    return _read(*(os.environ.get(name, "") for name in _KNOWN))
+
+
+@functools.cache
+def _read(*values: str) -> Settings:
+    for (name, known), value in zip(_KNOWN.items(), values, strict=True):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; known: {', '.join(known[1:])}")
+    backend, bfloat16, cpp, fused = values
+    native = bfloat16 == "1" if bfloat16 else not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
+    return Settings(backend or None, native, cpp or "native", tuple(fused.split(",")) if fused else ())
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """The features that Linux lists of the first processor; none elsewhere."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return frozenset(
+                next((line.split(":")[1] for line in file if line.startswith(("flags", "Features"))), "").split()
+            )
+    except OSError:
+        return frozenset()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton can be imported (it is not imported here) and has something to run on."""
+    on = torch.cuda.is_available() or interpreted()
+    return on and importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether triton's interpreter runs the GPU kernels, on tensors of the CPU (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
