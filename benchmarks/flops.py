@@ -237,10 +237,8 @@ def _mix(state: kernels.Guided, table: torch.Tensor, *_: Any, **__: Any) -> Call
     return add
 
 
-def _update(
-    state: kernels.Guided, terms: Sequence[kernels.Term], rows: torch.Tensor | None = None
-) -> Callable[[Flops], None]:
-    count = state.rows if rows is None else len(rows)
+def _update(state: kernels.Guided, terms: Sequence[kernels.Term]) -> Callable[[Flops], None]:
+    count = state.rows
     shapes = [term.table.shape for term in terms]
 
     def add(flops: Flops) -> None:

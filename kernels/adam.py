@@ -78,8 +78,8 @@ class Trail:
     m: Tensor | None = None
     v: Tensor | None = None
 
-    def select(self, rows: Tensor | slice) -> Trail:
-        """The trail of some rows: copies of `rows` (n,) int64, views of a slice."""
+    def part(self, rows: slice) -> Trail:
+        """The trail of some rows; views."""
         phi, m, v = (None if tensor is None else tensor[rows] for tensor in (self.phi, self.m, self.v))
         return Trail([gradient[rows] for gradient in self.gradients], phi, m, v)
 

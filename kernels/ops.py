@@ -131,18 +131,16 @@ class Guided(ABC):
         check_rows(rows)
         return self._phi(rows)
 
-    @abstractmethod
-    def select(self, rows: Tensor | slice) -> Guided:
-        """A state of its own with the phi and Adam history of some rows. As in torch's indexing, `rows` (n,) int64
-        copies, so this one is left as it is: the last update of a step can be made for a few rows, then for a few more.
-        A slice (of step 1) is a view."""
-
     def split(self, at: int, updates: int | None = None) -> tuple[Guided, Guided]:
         """Two states, of the first `at` rows and of the others, in the memory of this one, which must not be used any
         more. `updates` is what `begin` was not told: how many updates in all the others get."""
-        first, others = self.select(slice(0, at)), self.select(slice(at, None))
+        first, others = self._part(slice(0, at)), self._part(slice(at, None))
         others.expected_updates = self.expected_updates if updates is None else updates
         return first, others
+
+    @abstractmethod
+    def _part(self, rows: slice) -> Guided:
+        """A state of its own with the phi and Adam history of some rows, in the memory of this one."""
 
     @abstractmethod
     def _phi(self, rows: Tensor | None) -> Tensor: ...

@@ -118,7 +118,7 @@ class ReferenceState(Guided):
             self._stats = row_stats(self._current, self.params.tau)
         return self._stats
 
-    def select(self, rows: Tensor | slice) -> Guided:
+    def _part(self, rows: slice) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
         chosen._current, chosen._stats = self._current[rows], None

@@ -46,9 +46,9 @@ class Tiles:
         """Uninitialised sums of N rows with T = `count` tiles each."""
         return Tiles(*torch.empty(5, rows, count, dtype=dtype, device=device).unbind(0))
 
-    def select(self, rows: Tensor | slice | None) -> Tiles:
+    def part(self, rows: slice) -> Tiles:
         """The tiles of some rows."""
-        return self if rows is None else Tiles(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Tiles(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,10 @@ class TiledState(Guided):
         values = self._compose(lambda tensor: tensor[index[:, None], columns.clamp_max(self.vocab_size - 1)], index)
         return values.masked_fill(columns >= self.vocab_size, -torch.inf), columns
 
-    def select(self, rows: Tensor | slice) -> Guided:
+    def _part(self, rows: slice) -> Guided:
         chosen = copy.copy(self)
         chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
-        chosen.trail, chosen.tiles = self.trail.select(rows), self.tiles.select(rows)
+        chosen.trail, chosen.tiles = self.trail.part(rows), self.tiles.part(rows)
         chosen._prepare()
         chosen._refresh()
         return chosen

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.cpp import build
+from kernels.cpp import CppState, build
 from kernels.random import row_keys, uniform
 
 needs_compiler = pytest.mark.skipif("cpp" not in kernels.available_backends(), reason="no C++ compiler")
@@ -83,6 +83,13 @@ def test_without_a_compiler_plain_torch_runs(tmp_path):
     assert out.split() == ["torch", "reference", "torch"], err
     assert err.count("plain torch runs instead") == 1
     assert "no C++ compiler" in err
+
+
+def test_c_plus_plus_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("KERNELS_CPP", "off")
+    assert "cpp" not in kernels.available_backends()
+    with pytest.raises(ValueError, match="not available: KERNELS_CPP is off"):
+        CppState(torch.zeros(1, 2), None, None)
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path):

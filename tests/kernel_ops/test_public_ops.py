@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.settings import settings
 
 
 @pytest.fixture
@@ -102,27 +103,38 @@ def test_the_environment_names_a_backend(make_case, monkeypatch):
     with pytest.raises(ValueError, match="KERNELS_BACKEND is 'cuda'"):
         kernels.begin(case.logits, case.params)
     monkeypatch.delenv("KERNELS_BACKEND")
-    monkeypatch.setenv("KERNELS_CPU_PRODUCTS", "int8")
-    with pytest.raises(ValueError, match="KERNELS_CPU_PRODUCTS is 'int8'"):
-        make_case(2, 9, 2, torch.float32, "cpu").begin("torch")
+    for name, known in (("BFLOAT16", "0, 1"), ("CPP", "native, baseline, off"), ("FUSED", "forward, update")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"KERNELS_{name}", "int8")
+            with pytest.raises(ValueError, match=f"KERNELS_{name} is 'int8'; known: {known}"):
+                settings()
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_bfloat16_products_cost_their_rounding_and_no_more(make_case, backend):
+def test_products_with_a_bfloat16_table_cost_its_rounding_and_no_more(make_case, backend, monkeypatch):
+    """Where the processor has instructions for them, as tests may pretend; elsewhere they are float32 ones."""
     if backend not in kernels.available_backends():
         pytest.skip("no C++ compiler")
-    case = make_case(9, 3001, 33, torch.float32, "cpu", seed=71)
-    state, exact = case.begin(backend), case.truth()
-    state.products = torch.bfloat16
-    softs = [
-        kernels.mix(s, case.table.to(s.dtype), case.tokens, case.w.to(s.dtype)).soft.double() for s in (state, exact)
-    ]
-    assert (softs[0] - softs[1]).norm() <= 2**-7 * softs[1].norm()
-    g = case.normal(9, 33) * 1e-9
-    for s, soft in zip((state, exact), softs, strict=True):
-        kernels.update(s, [kernels.Term(g.to(s.dtype), case.table.to(s.dtype), soft.to(s.dtype))])
-    moved = [s.phi().double() - case.logits.double() for s in (state, exact)]
-    assert (moved[0] - moved[1]).norm() <= 2**-5 * moved[1].norm()
+    case = make_case(9, 3001, 33, torch.bfloat16, "cpu", seed=71)
+    exact, tables = case.truth(), [case.table.bfloat16(), case.table.flip(0).bfloat16()]
+    moved = {}
+    for native in "01":
+        monkeypatch.setenv("KERNELS_BFLOAT16", native)
+        for count in (1, 2):  # reward models
+            state, exact, g = case.begin(backend), case.truth(), [case.normal(9, 33) * 1e-9 for _ in range(count)]
+            terms: list[list[kernels.Term]] = [[], []]
+            for own, s in zip(terms, (state, exact), strict=True):
+                for gradient, table in zip(g, tables, strict=False):
+                    wide = table if s is state else table.double()
+                    soft = kernels.mix(s, wide, case.tokens, case.w.to(s.dtype)).soft
+                    own.append(kernels.Term(gradient.to(s.dtype), wide, soft))
+                kernels.update(s, own)
+            limit = 2**-7 if native == "1" else 2**-18
+            for ours, true in zip(*terms, strict=True):
+                assert (ours.soft.double() - true.soft).norm() <= limit * true.soft.norm()
+            moved[native, count], true_step = (s.phi().double() - case.logits.double() for s in (state, exact))
+            assert (moved[native, count] - true_step).norm() <= 4 * limit * true_step.norm() + 1e-5
+    assert not moved["0", 1].equal(moved["1", 1])
 
 
 def test_three_updates_hold_at_most_three_tensors(make_case):

@@ -55,68 +55,6 @@ def test_steps_are_those_of_torch_optim_adam(make_case, backend, hint):
         assert float(difference.median()) < 1e-12
 
 
-def test_some_rows_only(implementation, make_case):
-    """The last update of a step may cover some rows: there it equals the full update, in whatever order they come."""
-    n, v, d = (5, 300, 9) if implementation.interpreted else (20, 1300, 9)
-    for updates in (1, 2, 3, 4):
-        for dtype in implementation.dtypes:
-            case = make_case(n, v, d, dtype, implementation.device, seed=62)
-            whole, part = (case.begin(implementation.backend, updates) for _ in range(2))
-            rows = torch.tensor([4, 0, 3], device=case.device)
-            for t in range(updates):
-                g = case.normal(n, d) * 1e-9
-                for state in (whole, part):
-                    soft = kernels.mix(state, case.table, case.tokens, case.w).soft
-                    only = rows if state is part and t == updates - 1 else None
-                    kernels.update(state, [kernels.Term(g, case.table, soft)], rows=only)
-            tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-            torch.testing.assert_close(part.phi(rows), whole.phi(rows), rtol=tolerance, atol=tolerance)
-            for name in ("lse_1", "entropy_tau"):
-                values = [getattr(state.stats, name)[rows] for state in (part, whole)]
-                torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
-            drawn = [kernels.draw(state, case.keys(3, inner=9), rows) for state in (part, whole)]
-            assert drawn[0].equal(drawn[1])
-            with pytest.raises(ValueError, match="only some rows"):
-                kernels.draw(part, case.keys())
-            with pytest.raises(ValueError, match=r"only some rows|updates only"):
-                kernels.update(part, [kernels.Term(g, case.table, soft)])
-
-
-def test_a_state_of_some_rows(implementation, make_case):
-    """`select` gives an independent state: its updates equal the whole's on its rows, and the whole is left alone."""
-    n, v, d = (5, 300, 9) if implementation.interpreted else (20, 1300, 9)
-    for before in (0, 1, 2, 3):
-        case = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=64)
-        whole, untouched = (case.begin(implementation.backend) for _ in range(2))
-        rows = torch.tensor([3, 1], device=case.device)
-
-        def advance(state, g, w, tokens, case=case):
-            soft = kernels.mix(state, case.table, tokens, w).soft
-            kernels.update(state, [kernels.Term(g, case.table, soft)])
-
-        for _ in range(before):
-            g = case.normal(n, d) * 1e-9
-            advance(whole, g, case.w, case.tokens)
-            advance(untouched, g, case.w, case.tokens)
-        part = whole.select(rows)
-        assert part.rows == 2
-        for _ in range(3):
-            g = case.normal(n, d) * 1e-9
-            advance(part, g[rows], case.w[rows], case.tokens[rows])
-        assert whole.phi().equal(untouched.phi())
-        assert whole.stats.entropy_tau.equal(untouched.stats.entropy_tau)
-        assert whole.stats.argmax.equal(untouched.stats.argmax)
-        assert kernels.draw(whole, case.keys()).equal(kernels.draw(untouched, case.keys()))
-        again = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=64)
-        for _ in range(before):
-            again.normal(n, d)
-        for _ in range(3):
-            advance(untouched, again.normal(n, d) * 1e-9, case.w, case.tokens)
-        torch.testing.assert_close(part.phi(), untouched.phi(rows), rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(part.stats.entropy_1, untouched.stats.entropy_1[rows], rtol=2e-5, atol=2e-5)
-        assert kernels.draw(part, case.keys()[rows]).equal(kernels.draw(untouched, case.keys()[rows], rows))
-
-
 def test_a_split_state_goes_on_as_the_whole_would(implementation, make_case):
     """Both parts share the memory of the whole; each gets its own number of updates, in turn with the other's."""
     n, v, d, at = (5, 300, 9, 2) if implementation.interpreted else (20, 1300, 9, 13)

@@ -92,12 +92,12 @@ def test_gradients_rewards_and_steered_logits(
     gradients: list[Tensor] = []
     update = kernels.update
 
-    def record(state: Any, terms: Any, rows: Any = None) -> None:
+    def record(state: Any, terms: Any) -> None:
         # dr/dphi = (1/tau) q (g E^T - g . soft): the closed form of algorithm.md, in plain torch.
         q = torch.softmax(state.phi() / params.tau[:, None], dim=-1)
         dq = sum(term.g @ term.table.T - (term.g * term.soft).sum(-1, keepdim=True) for term in terms)
         gradients.append(q * dq / params.tau[:, None])
-        update(state, terms, rows)
+        update(state, terms)
 
     monkeypatch.setattr(kernels, "update", record)
     steered = steer(

@@ -85,7 +85,7 @@ class Problem:
         captured: list[Any] = []
         original = kernels.update
         try:
-            kernels.update = lambda state, terms, rows=None: captured.extend(terms)  # type: ignore[assignment]
+            kernels.update = lambda state, terms: captured.extend(terms)  # type: ignore[assignment]
             steer(
                 state,
                 self.responses,

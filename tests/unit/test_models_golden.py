@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels.linear
 from server.models.dream import DreamConfig, DreamModel
 from server.models.llada import LLaDAConfig, LLaDAModel
 from server.models.loading import load_diffusion_model
@@ -86,7 +85,7 @@ def test_families_differ_in_the_shift():
 def test_bfloat16_stays_near(golden, native, monkeypatch):
     """Half precision computes norms and rotations in float32: rounding errors stay at the size of bfloat16's own.
     So do they where activations are in float32, for want of instructions for bfloat16."""
-    monkeypatch.setattr(kernels.linear, "has_bfloat16_products", lambda: native)
+    monkeypatch.setenv("KERNELS_BFLOAT16", "1" if native else "0")
     model, cases = golden
     half = load_diffusion_model(GOLDEN / f"{model.family}-tiny" / "dlm", dtype=torch.bfloat16).model
     canvas, recorded = cases[1]
