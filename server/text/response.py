@@ -89,17 +89,14 @@ class StreamDecoder:
 
     def _sure(self, text: str) -> int:
         """Length of the part of `text` that no further token can change or cut."""
-        end = len(text)
-        while end and text[end - 1] == REPLACEMENT:  # perhaps the first bytes of a character
-            end -= 1
+        whole = text.rstrip(REPLACEMENT)  # what follows may be the first bytes of a character
+        end = len(whole)
         for string in self.stop:
             found = text.find(string)
             if found >= 0:
                 end = min(end, found)
-            for begun in range(min(len(string) - 1, len(text)), 0, -1):
-                if text.endswith(string[:begun]):
-                    end = min(end, len(text) - begun)
-                    break
+            begun = next((n for n in range(len(string) - 1, 0, -1) if whole.endswith(string[:n])), 0)
+            end = min(end, len(whole) - begun)
         return end
 
 

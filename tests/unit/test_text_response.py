@@ -20,6 +20,14 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text)
 
 
+def byte_ids(text: str) -> list[int]:
+    """One token a byte, as byte-level vocabularies write it: printable Latin-1 as itself, the rest from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    found = [TOKENIZER.id_of(chr(b if b in own else 0x100 + others.index(b))) for b in text.encode()]
+    return [index for index in found if index is not None]
+
+
 def test_a_stop_token_ends_the_text() -> None:
     finished = finish_text(TOKENIZER, [*ids("one two"), TURN, *ids(" three"), EOS], STOPS)
     assert (finished.text, finished.finish_reason, finished.stop_reason) == ("one two", "stop", None)
@@ -57,10 +65,17 @@ def test_the_earliest_stop_string_cuts_the_text() -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_the_stream_is_the_text(ignore_eos: bool, data: st.DataObject) -> None:
-    # Single-byte tokens make broken and completed UTF-8 common; a small alphabet makes stop strings overlap.
-    pool = [*ids("ab"), *ids("é"), *ids("😀")[1:], *ids("😀"), TURN, 1, 3]
-    tokens = data.draw(st.lists(st.sampled_from(pool), max_size=24))
-    stop = data.draw(st.lists(st.sampled_from(["ab", "aab", "ba", "bab", "abab", "é", "😀a"]), max_size=3))
+    """Of any stop strings, and wherever the bytes of a character are cut. A small alphabet makes stop strings overlap;
+    pieces of characters make broken and completed UTF-8 common."""
+    letters = "abé日本😀"
+    whole = [piece for letter in letters for piece in (byte_ids(letter), ids(letter))]
+    broken = [byte_ids("日")[:2], byte_ids("é")[:1], byte_ids("😀")[1:], [TURN], [1], [3]]
+    pieces = data.draw(st.lists(st.sampled_from(whole) | st.sampled_from(broken), max_size=16))
+    tokens = [token for piece in pieces for token in piece]
+    text = TOKENIZER.decode(tokens)
+    inside = st.tuples(st.integers(0, len(text)), st.integers(1, 4)).map(lambda at: text[at[0] : sum(at)])
+    strings = (st.text(letters + "\ufffd", min_size=1, max_size=4) | inside).filter(bool)
+    stop = data.draw(st.lists(strings, max_size=3))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
     decoder = StreamDecoder(TOKENIZER, STOPS, stop, ignore_eos)
     sent = ""
