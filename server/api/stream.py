@@ -33,13 +33,16 @@ logger = logging.getLogger(__name__)
 FIRST_EVENT_SECONDS = 1.0
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+# Line ends to Unicode, but not to server-sent events: a client that splits lines with str.splitlines would cut an event.
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 Sequence = AsyncGenerator[tuple[int, Event]]
 
 
 def encode(data: object) -> bytes:
-    """One event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    """One event, which only its own end cuts into lines."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
+    return f"data: {text}\n\n".encode()
 
 
 async def open_stream(

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Message
 
-from server.types import Job
-from server.wire.messages import Event, Failed, Progress, Started
+from server.types import Job, JobResult, TrajectoryResult
+from server.wire.messages import Event, Failed, Finished, Progress, Started
 from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, receive_once, scope_of
 
 
@@ -41,6 +41,25 @@ async def test_a_bug_after_the_first_byte_is_told_without_detail() -> None:
     events = response.text.strip().split("\n\n")
     assert json.loads(events[-2].removeprefix("data: "))["error"]["message"] == "an internal error ended this request"
     assert events[-1] == "data: [DONE]"
+
+
+async def test_no_character_of_a_text_ends_a_line() -> None:
+    """httpx, as other clients in Python, splits where str.splitlines does."""
+    text = "".join(map(chr, range(0x250))) + "\u2028\u2029\ufeff😀 end"
+
+    async def says(job: Job) -> AsyncIterator[Event]:
+        yield Started(job.id)
+        trajectory = TrajectoryResult(0, (43,), text, "length", 1)
+        yield Finished(job.id, JobResult((trajectory,), (0,), 1, 1, 0, 0.1, 1.0))
+
+    async with (
+        open_client(make(ScriptedEngine(says))) as client,
+        client.stream("POST", "/v1/completions", json={"prompt": "Hi", "stream": True}) as response,
+    ):
+        lines = [line async for line in response.aiter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == text
 
 
 async def test_keep_alive_comments() -> None:
