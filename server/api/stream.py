@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 FIRST_EVENT_SECONDS = 1.0
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-# Line ends to Unicode, but not to server-sent events: a client that splits lines with str.splitlines would cut an event.
+# They end no line of server-sent events, but a client that splits with str.splitlines would cut the event there.
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 Sequence = AsyncGenerator[tuple[int, Event]]

@@ -265,7 +265,7 @@ def load_reward_model(
     try:
         folder = resolve_checkpoint(path_or_id, check_config=check_config)
         check_config(read_json(folder / "config.json"))
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder, f"reward model {name}")
         if not tokenizer.has_chat_template:
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
         vocab_map = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)

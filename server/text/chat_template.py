@@ -52,9 +52,12 @@ def _now(form: str) -> str:
 
 
 class ChatTemplate:
-    """One compiled template and the special tokens' strings that it may name (`bos_token`, `eos_token`, ...)."""
+    """One compiled template and the special tokens' strings that it may name (`bos_token`, `eos_token`, ...).
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    `owner` says in messages whose template it is ("the diffusion model", "reward model NAME").
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], owner: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -62,6 +65,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _now
         self.special_tokens = dict(special_tokens)
+        self.owner = owner
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -79,5 +83,5 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             # A template is a program fed with the user's turns; whatever stops it, these turns are what it cannot do.
-            reason = quote(str(error))
-            raise InvalidRequest(f"the chat template does not take these messages: {reason}", "messages") from error
+            refusal = f"the chat template of {self.owner} does not take these messages: {quote(str(error))}"
+            raise InvalidRequest(refusal, "messages") from error

@@ -55,7 +55,9 @@ def split_at_response(
     rendered = marked.render([*conversation, Message("assistant", sentinel)], add_generation_prompt=False)
     before, *after = rendered.split(sentinel)
     if len(after) != 1:
-        raise ConfigurationError(f"chat_template writes the last assistant turn {len(after)} times instead of once")
+        raise ConfigurationError(
+            f"chat_template of {tokenizer.owner} writes the last assistant turn {len(after)} times instead of once"
+        )
     return marked.encode(before), marked.encode(marked.mark(response_suffix) + after[0])
 
 
@@ -80,7 +82,7 @@ class _Marked:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template
         if template is None:
-            raise InvalidRequest("the model has no chat template", "messages")
+            raise InvalidRequest(f"{self.tokenizer.owner} has no chat template", "messages")
         return template.render(
             [Message(message.role, self.mark(message.content)) for message in messages], add_generation_prompt
         )

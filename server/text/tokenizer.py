@@ -39,7 +39,7 @@ class Tokenizer:
     """A checkpoint's tokenizer and chat template.
 
     Token ids are int; a `*_token_id` is None where the checkpoint names no such token. `vocab_size` counts the base
-    vocabulary and the added tokens. Safe to use from several threads.
+    vocabulary and the added tokens. `owner` names the model in messages. Safe to use from several threads.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         named_tokens: dict[str, str],
         chat_template: str | None = None,
+        owner: str = "the diffusion model",
     ) -> None:
+        self.owner = owner
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -68,7 +70,7 @@ class Tokenizer:
         self.pad_token_id = self._named_id("pad_token")
         self.unk_token_id = self._named_id("unk_token")
         self.mask_token_id = self._named_id("mask_token")
-        self.chat_template = ChatTemplate(chat_template, named_tokens) if chat_template is not None else None
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named_tokens, owner)
         newline = self.encode_data("\n")
         # SentencePiece-like tokenizers put a space in front of the first word of a text, which a run that continues a
         # text must not get.
@@ -77,7 +79,7 @@ class Tokenizer:
         self._prefixes_space = after_newline != newline + self.encode_data("a") and after_newline[:-1] == newline
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, owner: str = "the diffusion model") -> Tokenizer:
         """Read the tokenizer of a local checkpoint folder. ConfigurationError names the file that is wrong."""
         folder = Path(path)
         config = _read_json(folder / "tokenizer_config.json") or {}
@@ -90,7 +92,7 @@ class Tokenizer:
             raise ConfigurationError(f"{folder.name}: neither tokenizer.json nor vocab.json with merges.txt is there")
         named = _named_tokens(config, special_map)
         _add_missing(backend, folder, config, special_map, named)
-        return cls(backend, named, _chat_template(folder, config))
+        return cls(backend, named, _chat_template(folder, config), owner)
 
     @property
     def has_chat_template(self) -> bool:

@@ -77,4 +77,4 @@ ESCAPES = [
 @pytest.mark.parametrize("source", ESCAPES)
 def test_a_checkpoints_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(InvalidRequest):
-        ChatTemplate(source, {}).render([Message("user", "Hi")], add_generation_prompt=True)
+        ChatTemplate(source, {}, "reward model rm").render([Message("user", "Hi")], add_generation_prompt=True)

@@ -123,8 +123,8 @@ def test_private_use_characters_survive(golden: Tokenizer) -> None:
 def test_a_template_that_does_not_write_the_response_once(times: int, template: str, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "dream-tiny/rm", tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text(template)
-    with pytest.raises(ConfigurationError, match=f"chat_template writes the last assistant turn {times} times"):
-        split_at_response(Tokenizer.load(tmp_path), [Message("user", "hi")])
+    with pytest.raises(ConfigurationError, match=f"reward model rm writes the last assistant turn {times} times"):
+        split_at_response(Tokenizer.load(tmp_path, "reward model rm"), [Message("user", "hi")])
 
 
 def test_spaces_that_a_special_token_takes_with_it(tmp_path: Path) -> None:

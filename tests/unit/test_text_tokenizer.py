@@ -167,18 +167,19 @@ def test_chat_templates_are_found_in_each_of_their_places(tmp_path: Path) -> Non
     (folder / "chat_template.jinja").unlink()
     bare = Tokenizer.load(write_slow_layout(tmp_path, chat_template=None))
     assert not bare.has_chat_template
-    with pytest.raises(InvalidRequest, match="no chat template") as refused:
+    with pytest.raises(InvalidRequest, match="the diffusion model has no chat template") as refused:
         bare.render_chat([Message("user", "abc")])
     assert refused.value.param == "messages"
 
 
 def test_template_errors_are_the_requests_fault(tmp_path: Path) -> None:
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}{{ 1 / 0 }}"
-    tokenizer = Tokenizer.load(write_slow_layout(tmp_path, chat_template=template))
+    folder = write_slow_layout(tmp_path, chat_template=template)
     for role, reason in (("system", "roles must alternate"), ("user", "division by zero")):
-        with pytest.raises(InvalidRequest, match=reason) as refused:
-            tokenizer.render_chat([Message(role, "a")])  # type: ignore[arg-type]
-        assert refused.value.param == "messages"
+        for tokenizer in (Tokenizer.load(folder), Tokenizer.load(folder, "reward model tone")):
+            with pytest.raises(InvalidRequest, match=f"template of {tokenizer.owner} .*{reason}") as refused:
+                tokenizer.render_chat([Message(role, "a")])  # type: ignore[arg-type]
+            assert refused.value.param == "messages"
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
