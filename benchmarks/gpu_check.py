@@ -37,7 +37,6 @@ MASKED = 128
 WAYS = {
     "plain, sdpa": Acceleration("sdpa"),
     "plain, varlen": Acceleration("varlen"),
-    "plain, flash": Acceleration("flash"),
     "compile": Acceleration("auto", compile=True),
     "graphs": Acceleration("auto", cuda_graphs=True),
     "compile + graphs": Acceleration("auto", compile=True, cuda_graphs=True),

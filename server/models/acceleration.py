@@ -48,7 +48,7 @@ def accelerate(model: DiffusionModel, options: Acceleration, context_length: int
         raise ConfigurationError(f"cuda_graphs: there are none on {device}")
     if device.type == "cuda" and backend == "sdpa" and (options.compile or options.cuda_graphs):
         raise ConfigurationError(
-            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen or flash, "
+            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen, "
             "which sdpa's groups of equal lengths cannot replace"
         )
     # A table that grew later would leave recorded graphs with the memory of the old one.

@@ -128,8 +128,7 @@ def graph_passes(model: RewardModel) -> GraphedPasses:
         raise ConfigurationError(f"reward_cuda_graphs: there are none on {model.device}")
     if not model.reads_lengths_on_device:
         raise ConfigurationError(
-            f"reward_cuda_graphs: it needs the attention backend varlen or flash; {model.name} has "
-            f"{model.attention_backend}"
+            f"reward_cuda_graphs: it needs the attention backend varlen; {model.name} has {model.attention_backend}"
         )
     if not model.written_out:
         raise ConfigurationError(f"reward_cuda_graphs: {model.name} is of an architecture that transformers runs")
