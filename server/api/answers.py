@@ -98,31 +98,31 @@ class ChatChoice(Choice):
     message: AssistantMessage
 
 
-class GenerationResponse(Answer):
-    """What both kinds of response share. `trace` is by prompt, then trajectory, then step."""
+class Head(Answer):
+    """What responses and chunks share. `trace` is by prompt, then trajectory, then step."""
 
     id: str
-    object: str
     created: int
     model: str
-    choices: Sequence[Choice]
-    usage: Usage
-    guidance: GuidanceReport
     trace: list[list[list[StepReport]]] = []
 
 
-class CompletionResponse(GenerationResponse):
+class CompletionResponse(Head):
     """Answer to `POST /v1/completions`."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
+    usage: Usage
+    guidance: GuidanceReport
 
 
-class ChatCompletionResponse(GenerationResponse):
+class ChatCompletionResponse(Head):
     """Answer to `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    usage: Usage
+    guidance: GuidanceReport
 
 
 def chosen(result: JobResult) -> list[TrajectoryResult]:

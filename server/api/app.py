@@ -13,15 +13,6 @@ from opentelemetry.trace import TracerProvider
 
 from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
-from server.api.chunks import ChatCompletionChunk, CompletionChunk
-from server.api.fields import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    RerankRequest,
-    ScoreRequest,
-    TokenizeRequest,
-)
 from server.api.frontend import Frontend, StreamTimes
 from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
 from server.api.rules import Limits
@@ -31,16 +22,6 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DESCRIBED = (
-    CompletionRequest,
-    ChatCompletionRequest,
-    ScoreRequest,
-    RerankRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-    CompletionChunk,
-    ChatCompletionChunk,
-)
 DESCRIPTION = (
     "Reward-guided diffusion language models behind OpenAI's API, with `guidance` and `diffusion` objects. "
     "Integers are written without a fraction (2, not 2.0), and no key occurs twice in an object."
@@ -114,7 +95,6 @@ def create_app(
 
     openapi.install(
         app,
-        DESCRIBED,
         keyed=bool(settings.api_key),
         open_paths=ALWAYS_OPEN | open_paths,
         served=lambda: frontend.served,

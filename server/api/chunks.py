@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.answers import Answer, GuidanceReport, StepReport, Usage
+from server.api.answers import Answer, GuidanceReport, Head, Usage
 from server.types import FinishReason
 
 
@@ -52,17 +52,12 @@ class CanvasReport(Answer):
     reward: float | None
 
 
-class Chunk(Answer):
+class Chunk(Head):
     """What both kinds of chunk share."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     usage: Usage | None = None
     guidance: GuidanceReport | None = None
     canvas: CanvasReport | None = None
-    trace: list[list[list[StepReport]]] = Field(default=[])
 
 
 class CompletionChunk(Chunk):

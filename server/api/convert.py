@@ -41,16 +41,6 @@ RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
 
 
 @dataclass(frozen=True, slots=True)
-class StreamMode:
-    """How a request wants its stream. `live`: text is sent as it appears, not only when the best are known."""
-
-    live: bool
-    canvas: bool
-    include_usage: bool
-    continuous_usage: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """One request, ready for the engine: a job a prompt, and what the answer needs to know."""
 
@@ -61,7 +51,7 @@ class Plan:
     jobs: tuple[Job, ...]
     return_token_ids: bool
     trace: bool
-    stream: StreamMode | None
+    stream: StreamOptions | None
 
     @property
     def sampling(self) -> SamplingParams:
@@ -156,7 +146,8 @@ def _plan(
     sampling = _sampling(request, canvas, guidance, len(contexts), limits)
     timeout = request.timeout if request.timeout is not None else limits.request_timeout
     now = time.time()
-    stream = _stream_mode(request, sampling, guidance)
+    # With several answers in the order of their rewards, whose text is which choice is known only at the end.
+    live = request.stream and (sampling.best_of == 1 or guidance.method == "none")
     jobs = tuple(
         Job(
             id=f"{identity}-{index}",
@@ -169,8 +160,8 @@ def _plan(
             conversation=context.conversation,
             response_suffix=context.response_suffix,
             deadline=None if timeout is None else now + timeout,
-            stream_tokens=stream is not None and stream.live,
-            stream_canvas=stream is not None and stream.canvas,
+            stream_tokens=live,
+            stream_canvas=request.stream_canvas,
             trace=request.trace,
         )
         for index, context in enumerate(contexts)
@@ -186,14 +177,12 @@ def _plan(
         jobs=jobs,
         return_token_ids=request.return_token_ids,
         trace=request.trace,
-        stream=stream,
+        stream=(request.stream_options or StreamOptions.model_validate({})) if request.stream else None,
     )
 
 
 def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     loaded = [reward.id for reward in info.reward_models]
-    if asked.method != "none" and not loaded:
-        raise InvalidRequest(f"`guidance` {asked.method} needs a reward model, and none is loaded", "guidance")
     if asked.start >= asked.stop:
         field = "guidance.stop" if "stop" in asked.model_fields_set else "guidance.start"
         raise InvalidRequest("`guidance.start` must be less than `guidance.stop`", field)
@@ -258,17 +247,4 @@ def _sampling(
         best_of=best_of,
         stop=tuple(request.stop),
         ignore_eos=request.ignore_eos,
-    )
-
-
-def _stream_mode(request: GenerationRequest, sampling: SamplingParams, guidance: GuidanceParams) -> StreamMode | None:
-    if not request.stream:
-        return None
-    options = request.stream_options or StreamOptions()
-    return StreamMode(
-        # With several answers in the order of their rewards, whose text is which choice is known only at the end.
-        live=sampling.best_of == 1 or guidance.method == "none",
-        canvas=request.stream_canvas,
-        include_usage=options.include_usage,
-        continuous_usage=options.continuous_usage_stats,
     )

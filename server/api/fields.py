@@ -312,43 +312,23 @@ class DetokenizeRequest(Strict):
     tokens: list[TokenId]
 
 
-_NO_LIKELIHOOD = "a masked diffusion model has no left-to-right token probabilities"
-_NO_TOOLS = "the model calls nothing, it only writes text"
-_WHOLE = "texts are read whole, and what does not fit the reward model's context is refused"
-_SAMPLER = "the sampler has no such filter"
-UNSUPPORTED = {
-    "echo": f"{_NO_LIKELIHOOD} to give with the prompt",
-    "logprobs": _NO_LIKELIHOOD,
-    "top_logprobs": _NO_LIKELIHOOD,
-    "prompt_logprobs": _NO_LIKELIHOOD,
-    "frequency_penalty": "tokens are not revealed from left to right, so there is no count to penalise",
-    "presence_penalty": "tokens are not revealed from left to right, so there is no count to penalise",
-    "repetition_penalty": "tokens are not revealed from left to right, so there is no count to penalise",
-    "logit_bias": _SAMPLER,
-    "min_p": _SAMPLER,
-    "min_tokens": "the canvas has max_tokens positions; use ignore_eos to have them all",
-    "add_special_tokens": "a prompt is tokenised as it stands, and a conversation by its chat template",
-    "skip_special_tokens": "texts never hold special tokens; use return_token_ids to see them",
-    "tools": _NO_TOOLS,
-    "tool_choice": _NO_TOOLS,
-    "functions": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
-    "response_format": "only text is generated",
-    "modalities": "only text is generated",
-    "audio": "only text is generated",
-    "prediction": "predicted outputs are not supported",
-    "reasoning_effort": "reasoning is not supported",
-    "verbosity": "verbosity is not supported",
-    "web_search_options": "a request never makes the server fetch anything",
-    "service_tier": "there is only one tier",
-    "name": "participants' names are not shown to the model",
-    "max_chunks_per_doc": _WHOLE,
-    "max_tokens_per_doc": _WHOLE,
-    "max_tokens_per_query": _WHOLE,
-    "truncate_prompt_tokens": _WHOLE,
-    "rank_fields": "a document is its `text` alone",
-    "instruction": "a reward model reads a conversation; put what it shall know into `query`",
-    "relevant_spans": "a reward model has one number for a document, and none for its parts",
-    "priority": "requests are taken in the order of their arrival",
+_REASONS = {
+    "a masked diffusion model has no left-to-right token probabilities": "echo logprobs top_logprobs prompt_logprobs",
+    "tokens are not revealed from left to right, so there is no count to penalise": "frequency_penalty "
+    "presence_penalty repetition_penalty",
+    "the sampler has no such filter": "logit_bias min_p",
+    "the canvas has max_tokens positions; use ignore_eos to have them all": "min_tokens",
+    "a prompt is tokenised as it stands, and a conversation by its chat template": "add_special_tokens",
+    "texts never hold special tokens; use return_token_ids to see them": "skip_special_tokens",
+    "the model calls nothing, it only writes text": "tools tool_choice functions function_call",
+    "only text is generated": "response_format modalities audio prediction reasoning_effort verbosity",
+    "a request never makes the server fetch anything": "web_search_options",
+    "there is only one tier, and requests are taken in the order of their arrival": "service_tier priority",
+    "participants' names are not shown to the model": "name",
+    "texts are read whole, and what does not fit the reward model's context is refused": "max_chunks_per_doc "
+    "max_tokens_per_doc max_tokens_per_query truncate_prompt_tokens",
+    "a document is its `text` alone, and has one reward": "rank_fields relevant_spans",
+    "a reward model reads a conversation; what it shall know belongs into `query`": "instruction",
 }
+UNSUPPORTED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 """Why a real value of a field is refused, by the last part of its path."""

@@ -3,7 +3,7 @@ headers, who needs a key, and, once the models are loaded, what they can take (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +30,8 @@ STATUSES = {
 }
 Document = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
+_DESCRIBED: list[type[BaseModel]] = [ErrorEnvelope]
+"""Schemas that routes name and FastAPI does not see."""
 _REQUEST_ID = {
     "description": "The request's id: the client's own, if it may stand in a log, else a new one",
     "required": True,
@@ -66,11 +68,14 @@ def success(
 ) -> dict[int | str, dict[str, Any]]:
     """The documented 200: JSON, and for a route that streams, events that hold a `chunk` each."""
     content = {"text/event-stream": {"schema": event_schema(chunk, ErrorEnvelope, _REFERENCE)}} if chunk else {}
+    if chunk is not None:
+        _DESCRIBED.append(chunk)
     return {200: {"model": model, "description": description, **({"content": content} if content else {})}}
 
 
 def body(schema: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads `schema` from its body, with examples."""
+    _DESCRIBED.append(schema)
     reference = {"$ref": _REFERENCE.format(model=schema.__name__)}
     examples = {title: {"value": value} for title, value in EXAMPLES[schema.__name__].items()}
     content = {"application/json": {"schema": reference, "examples": examples}}
@@ -79,7 +84,6 @@ def body(schema: type[BaseModel]) -> dict[str, Any]:
 
 def install(
     app: FastAPI,
-    schemas: Sequence[type[BaseModel]],
     *,
     keyed: bool,
     open_paths: Collection[str] = (),
@@ -91,7 +95,7 @@ def install(
     def document() -> Document:
         if app.openapi_schema is not None:
             return app.openapi_schema
-        made = _build(app, schemas, keyed, open_paths)
+        made = _build(app, keyed, open_paths)
         known = served()
         narrow(made, known)
         if known is not None:
@@ -101,12 +105,11 @@ def install(
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _build(app: FastAPI, schemas: Sequence[type[BaseModel]], keyed: bool, open_paths: Collection[str]) -> Document:
+def _build(app: FastAPI, keyed: bool, open_paths: Collection[str]) -> Document:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, servers=app.servers
     )
-    described: list[type[BaseModel]] = [*schemas, ErrorEnvelope]
-    _, definitions = models_json_schema([(each, "validation") for each in described], ref_template=_REFERENCE)
+    _, definitions = models_json_schema([(each, "validation") for each in _DESCRIBED], ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(definitions["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):

@@ -15,15 +15,10 @@ from server.api.convert import DEFAULT_BEST_OF
 from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
 from server.api.openapi import errors, success
-from server.api.rules import Limits
+from server.api.rules import Limits, Served
 from server.errors import EngineFailed, NotReady, UnknownModel, quote
-from server.methods import METHODS
 from server.metrics import CONTENT_TYPE
-from server.types import (
-    Algorithm,
-    EngineInfo,
-    RewardModelInfo,
-)
+from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
 PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
 OWNER = "entrgi"
@@ -62,25 +57,25 @@ class Model(Answer):
     template; without one `/v1/chat/completions` is refused. `limits` are those of one request that a server sets."""
 
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = OWNER
     root: str
     type: Literal["diffusion", "reward"]
     family: str
     context_length: int
     max_model_len: int
     dtype: str
-    vocab_size: int | None
-    mask_token_id: int | None
-    eos_token_id: int | None
-    guidance_methods: list[str] | None
-    algorithms: list[str] | None
-    chat: bool | None
-    defaults: dict[str, Any] | None
-    limits: dict[str, Any] | None
-    vocab_coverage: float | None
-    vocab_fallback: Literal["unk", "zero"] | None
+    vocab_size: int | None = None
+    mask_token_id: int | None = None
+    eos_token_id: int | None = None
+    guidance_methods: list[str] | None = None
+    algorithms: list[str] | None = None
+    chat: bool | None = None
+    defaults: dict[str, Any] | None = None
+    limits: dict[str, Any] | None = None
+    vocab_coverage: float | None = None
+    vocab_fallback: Literal["unk", "zero"] | None = None
 
 
 class ModelList(Answer):
@@ -159,50 +154,45 @@ async def playground(request: Request) -> Response:
 @readable("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))
 async def models(request: Request) -> Response:
     """What is loaded, with defaults."""
-    frontend = frontend_of(request)
-    data = [model.to_json() for model in await _models(frontend, request.app.state.created)]
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": [model.model_dump() for model in await _models(request)]})
 
 
 @readable("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
 async def model(request: Request, model_id: str) -> Response:
     """One loaded model."""
-    for each in await _models(frontend_of(request), request.app.state.created):
+    for each in await _models(request):
         if each.id == model_id:
-            return JSONResponse(each.to_json())
+            return JSONResponse(each.model_dump())
     raise UnknownModel(f"there is no model {quote(model_id)}")
 
 
-async def _models(frontend: Frontend, created: int) -> list[Model]:
-    info = frontend.info
-    methods = [*METHODS] if info.reward_models else ["none"]
+async def _models(request: Request) -> list[Model]:
+    """The diffusion model under each of its names, then the reward models."""
+    frontend = frontend_of(request)
+    engine, limits, served = frontend.info, frontend.limits, Served.of(frontend.info, frontend.limits)
     chat = (await frontend.tokenizer()).has_chat_template
-    model = _diffusion_model(info, methods, created, chat, frontend.limits)
-    return [
-        model,
-        *(model.model_copy(update={"id": alias}) for alias in frontend.limits.aliases),
-        *(_reward_model(reward, created) for reward in info.reward_models),
-    ]
 
+    def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
+        return {
+            "created": request.app.state.created,
+            "id": info.id,
+            "root": info.id,
+            "family": info.family,
+            "context_length": info.context_length,
+            "max_model_len": info.context_length,
+            "dtype": info.dtype,
+        }
 
-def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat: bool, limits: Limits) -> Model:
-    info = engine.model
-    return Model(
-        id=info.id,
-        object="model",
-        created=created,
-        owned_by=OWNER,
-        root=info.id,
+    model = Model(
+        **described(engine.model),
         type="diffusion",
-        family=info.family,
-        context_length=info.context_length,
-        max_model_len=info.context_length,
-        dtype=info.dtype,
-        vocab_size=info.vocab_size,
-        mask_token_id=info.mask_token_id,
-        eos_token_id=info.eos_token_id,
-        guidance_methods=methods,
+        vocab_size=engine.model.vocab_size,
+        mask_token_id=engine.model.mask_token_id,
+        eos_token_id=engine.model.eos_token_id,
+        guidance_methods=list(served.methods),
+        algorithms=list(get_args(Algorithm)),
         chat=chat,
+        defaults=_defaults(engine, served, limits),
         limits={
             "trajectories": limits.max_trajectories,
             "score_pairs": limits.max_score_pairs,
@@ -210,48 +200,29 @@ def _diffusion_model(engine: EngineInfo, methods: list[str], created: int, chat:
             "guided_rows": engine.largest.guided_rows,
             "reward_tokens": engine.largest.reward_tokens,
         },
-        algorithms=list(get_args(Algorithm)),
-        defaults=_defaults(engine, methods, limits),
-        vocab_coverage=None,
-        vocab_fallback=None,
     )
+    rewards = [
+        Model(
+            **described(reward),
+            type="reward",
+            vocab_coverage=reward.vocab_coverage,
+            vocab_fallback=reward.vocab_fallback,
+        )
+        for reward in engine.reward_models
+    ]
+    return [*(model.model_copy(update={"id": name}) for name in served.models), *rewards]
 
 
-def _defaults(engine: EngineInfo, methods: list[str], limits: Limits) -> dict[str, Any]:
+def _defaults(engine: EngineInfo, served: Served, limits: Limits) -> dict[str, Any]:
     """Every field's value when it is left out, by the field's own name; none for fields that are then not there."""
     rows = {**CompletionRequest.model_fields, **Diffusion.model_fields, **Guidance.model_fields}
     values = {name: row.default for name, row in rows.items() if row.description}
     values["guidance"] = values.pop("method")
     values["max_tokens"] = values["steps"] = engine.model.default_max_tokens
-    values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in methods}
-    values["reward_model"] = engine.reward_models[0].id if engine.reward_models else None
+    values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in served.methods}
+    values["reward_model"] = next(iter(served.reward_models), None)
     values["timeout"] = limits.request_timeout
     known = ("reward_model", "timeout")
     return {
         name: value for name, value in values.items() if name in known or isinstance(value, int | float | str | dict)
     }
-
-
-def _reward_model(info: RewardModelInfo, created: int) -> Model:
-    return Model(
-        id=info.id,
-        object="model",
-        created=created,
-        owned_by=OWNER,
-        root=info.id,
-        type="reward",
-        family=info.family,
-        context_length=info.context_length,
-        max_model_len=info.context_length,
-        dtype=info.dtype,
-        vocab_size=None,
-        mask_token_id=None,
-        eos_token_id=None,
-        guidance_methods=None,
-        algorithms=None,
-        chat=None,
-        defaults=None,
-        limits=None,
-        vocab_coverage=info.vocab_coverage,
-        vocab_fallback=info.vocab_fallback,
-    )

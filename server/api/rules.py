@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from server.errors import UnknownModel, quote
+from server.errors import InvalidRequest, UnknownModel, quote
 from server.methods import METHODS
 from server.types import EngineInfo
 
@@ -105,8 +105,19 @@ class Strict(BaseModel):
         return made
 
 
+class Rule:
+    """What stands in a field's annotation and checks each value that is sent."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
+
+    def check(self, value: Any, info: ValidationInfo) -> Any:
+        """The value, unless it breaks the rule; then it raises."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
-class Only:
+class Only(Rule):
     """The field has an effect only where the one named `field`, which stands before it, has one of `values`. Elsewhere
     it is refused, unless it is `idle`: a value that asks for nothing."""
 
@@ -115,10 +126,7 @@ class Only:
     idle: object = None
     message: str = "has no effect with {field} {value}"
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(self._check, handler(source))
-
-    def _check(self, value: object, info: ValidationInfo) -> object:
+    def check(self, value: Any, info: ValidationInfo) -> Any:
         if value == self.idle or self.field not in info.data:  # not there: it is wrong itself
             return value
         other = info.data[self.field]
@@ -138,21 +146,17 @@ class Only:
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
-    """A bound of this server: the largest number, or the most items, is the attribute `most` of `Served`."""
+class Within(Rule):
+    """A bound of this server, the attribute `bound` of `Served`: the largest number, or the most items."""
 
-    most: str
-
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(self.check, handler(source))
+    bound: str
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return handler(schema) | {SERVED: self.most}
+        return handler(schema) | {SERVED: self.bound}
 
     def check(self, value: Any, info: ValidationInfo) -> Any:
-        """`value` itself, a number or a list, unless it is too large."""
         if info.context is not None:
-            most = getattr(info.context, self.most)
+            most = getattr(info.context, self.bound)
             if isinstance(value, int) and value > most:
                 raise invalid(f"must be at most {most} on this server (got {value})")
             if isinstance(value, list) and len(value) > most:
@@ -161,20 +165,13 @@ class Within:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A name: one of the attribute `names` of `Served`, or `refuse` raises."""
+class Listed(Within):
+    """A name, which the attribute `bound` of `Served` must hold; else `refuse` gives the error."""
 
-    names: str
     refuse: Callable[[str, Served], Exception]
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return handler(schema) | {SERVED: self.names}
-
-    def _check(self, value: str, info: ValidationInfo) -> str:
-        if info.context is not None and value not in getattr(info.context, self.names):
+    def check(self, value: Any, info: ValidationInfo) -> Any:
+        if info.context is not None and value not in getattr(info.context, self.bound):
             raise self.refuse(value, info.context)
         return value
 
@@ -195,6 +192,11 @@ def no_such_reward_model(name: str, served: Served) -> Exception:
 def not_loaded(name: str, served: Served) -> Exception:
     """Why a reward model of this name does not guide: the request's own field is wrong."""
     return invalid(f"names {quote(name)}, which is not loaded; loaded: {', '.join(served.reward_models) or 'none'}")
+
+
+def no_reward_model(method: str, _: Served) -> Exception:
+    """Why a method cannot guide here."""
+    return InvalidRequest(f"`guidance` {method} needs a reward model, and none is loaded", "guidance")
 
 
 def narrow(document: Any, served: Served | None) -> None:

@@ -16,9 +16,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.answers import choice_fields, chosen, guidance_report, make_usage, trace, usage
-from server.api.convert import Plan, StreamMode
+from server.api.convert import Plan
 from server.api.disconnect import disconnected
 from server.api.errors import envelope, unexpected
+from server.api.fields import StreamOptions
 from server.api.frontend import Frontend
 from server.api.generation import events
 from server.errors import RequestError
@@ -46,7 +47,7 @@ def encode(data: object) -> bytes:
 
 
 async def open_stream(
-    frontend: Frontend, plan: Plan, mode: StreamMode, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]
+    frontend: Frontend, plan: Plan, mode: StreamOptions, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]
 ) -> EventStream:
     """Submit the jobs and wait a moment for a refusal, which is raised; then the response that streams the rest."""
     sequence = events(frontend, plan)
@@ -171,7 +172,7 @@ class _Text:
 class Chunks:
     """Turns events into OpenAI's chunks."""
 
-    def __init__(self, plan: Plan, mode: StreamMode, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, plan: Plan, mode: StreamOptions, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
         self._plan = plan
         self._mode = mode
         self._tokenizer = tokenizer
@@ -265,7 +266,7 @@ class Chunks:
             "model": plan.model,
             "choices": choices,
         }
-        if self._mode.continuous_usage:
+        if self._mode.continuous_usage_stats:
             tokens = sum(text.tokens for text in self._texts.values())
             chunk["usage"] = make_usage(plan.prompt_tokens, tokens, tokens).to_json()
         elif self._mode.include_usage:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, PlainValidator, ValidationInfo
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
 from server.api.rules import (
-    SERVED,
     Listed,
-    Schema,
     Strict,
     Within,
     invalid,
+    no_reward_model,
     no_such_model,
     no_such_reward_model,
     not_loaded,
@@ -51,14 +49,7 @@ def _known_method(name: str) -> str:
     return name
 
 
-class _MethodNames:
-    """The table as it is when the schema is made, since plugins may have added to it."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return handler(schema) | {"enum": [*METHODS], SERVED: "methods"}
-
-
-MethodName: TypeAlias = Annotated[str, AfterValidator(_known_method), _MethodNames()]
+MethodName: TypeAlias = Annotated[str, AfterValidator(_known_method), Listed("methods", no_reward_model)]
 
 Prompt: TypeAlias = str | list[int]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.api import reference
+from docs import tables
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +30,8 @@ def commands(document: Path) -> list[str]:
 
 
 def test_the_tables_of_the_contract_are_the_servers_own() -> None:
-    text = reference.DOCUMENT.read_text("utf-8")
-    assert reference.written(text) == text, "run `python -m server.api.reference`"
+    text = tables.DOCUMENT.read_text("utf-8")
+    assert tables.written(text) == text, "run `python -m docs.tables`"
 
 
 def test_documents_are_there() -> None:

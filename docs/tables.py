@@ -1,6 +1,6 @@
 """The tables of docs/api.md, from the tables that the server itself reads.
 
-`python -m server.api.reference` writes them into the document; a test compares the two.
+`python -m docs.tables` writes them into the document; a test compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from server.api.fields import UNSUPPORTED, CompletionRequest, Diffusion, Guidanc
 from server.api.rules import Only, Strict
 from server.methods import METHODS
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+DOCUMENT = Path(__file__).with_name("api.md")
 
 
 def table(*rows: Sequence[str]) -> str:
