@@ -33,11 +33,12 @@ test: $(DEV) ## Run the test suite, all but what takes long
 test-slow: $(DEV) ## Run the tests that take long: compilers, interpreters, thousands of generated cases
 	$(PYTEST) -n 2 -m slow $(ARGS)
 
-check: $(DEV) ## Lint, formatting, types, and who may import whom
+check: $(DEV) ## Lint, formatting, types, who may import whom, and how heavy the house may be
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) -m benchmarks.measures --check
 
 measures: $(DEV) ## How heavy the house is: lines, settings, frames of a guided step (ARGS=--check holds the bounds)
 	$(PY) -m benchmarks.measures $(ARGS)

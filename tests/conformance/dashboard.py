@@ -13,7 +13,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.serving import ROOT, served
+from tests.support.serving import ROOT, free_port, served, wait_answer
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -101,46 +100,22 @@ class Prometheus:
 @contextmanager
 def prometheus(target: str) -> Iterator[Prometheus]:
     """Prometheus with the repository's configuration, its one target being `host:port`."""
-    binary = shutil.which("prometheus")
-    if binary is None:
-        raise FileNotFoundError("there is no `prometheus` on the path (Debian: apt-get install prometheus)")
-    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(PROMETHEUS, folder / "etc")
         configuration = yaml.safe_load((folder / "etc/prometheus.yml").read_text("utf-8"))
         configuration["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (folder / "etc/prometheus.yml").write_text(yaml.safe_dump(configuration), "utf-8")
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-        probe.close()
+        command = ["prometheus", f"--config.file={folder / 'etc/prometheus.yml'}", f"--web.listen-address={address}"]
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    binary,
-                    f"--config.file={folder / 'etc/prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'data'}",
-                    f"--web.listen-address={address}",
-                ],
-                stdout=log,
-                stderr=log,
-            )
+            process = subprocess.Popen([*command, f"--storage.tsdb.path={folder / 'data'}"], stdout=log, stderr=log)
             try:
-                _wait(f"http://{address}/-/ready", process)
+                wait_answer(f"http://{address}/-/ready", process, folder / "log")
                 yield Prometheus(f"http://{address}")
             finally:
                 process.terminate()
                 process.wait(30)
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    give_up_at = time.monotonic() + seconds
-    while time.monotonic() < give_up_at and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise RuntimeError(f"Prometheus is not ready: exit status {process.poll()}")
 
 
 def load(url: str, requests: int) -> None:

@@ -43,6 +43,27 @@ def golden_flags(*pairs: str) -> list[str]:
     return flags
 
 
+def wait_answer(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = START_SECONDS) -> None:
+    """Until the process answers at the URL with 200. Raises RuntimeError, with the end of its log, when it ends before
+    that, or does not get there in time."""
+    give_up_at = time.monotonic() + seconds
+    while time.monotonic() < give_up_at and process.poll() is None:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # it does not listen yet
+        time.sleep(0.1)
+    told = log.read_text("utf-8", errors="replace")[-4000:]
+    raise RuntimeError(f"no answer at {url}: exit status {process.poll()}\n{told}")
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 @dataclass
 class Served:
     """A server's process, and what is asked of it again and again."""
@@ -84,16 +105,7 @@ class Served:
 
     def wait_ready(self, seconds: float = START_SECONDS) -> None:
         """Until /ready is 200. Raises RuntimeError, with the end of the log, when the server does not get there."""
-        give_up_at = time.monotonic() + seconds
-        while time.monotonic() < give_up_at and self.process.poll() is None:
-            try:
-                if httpx.get(self.url + "/ready", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass  # it does not listen yet
-            time.sleep(0.1)
-        told = self.log.read_text("utf-8", errors="replace")[-4000:]
-        raise RuntimeError(f"the server is not ready: exit status {self.process.poll()}\n{told}")
+        wait_answer(self.url + "/ready", self.process, self.log, seconds)
 
     def stop(self) -> int:
         """SIGTERM; the exit status. Raises TimeoutExpired, after SIGKILL, when the server does not end by itself."""
@@ -116,8 +128,7 @@ Launch = Callable[..., Served]
 def start(*flags: str, log: Path, module: str = "server") -> Served:
     """Start a server on a free port of the loopback and do not wait for it. `ENTRGI_*` of the environment is not
     passed on; the process has a group of its own, so that an interrupt of the program leaves the stopping to it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", str(port), *flags]
