@@ -39,7 +39,7 @@ def fields(request: type[Strict]) -> str:
             default = "" if field.default is None or field.default_factory else f"`{json.dumps(field.default)}`"
             needs = [rule for rule in field.metadata if isinstance(rule, Only)]
             only = "; ".join(f"`{rule.field}` {', '.join(map(_word, rule.values()))}" for rule in needs)
-            rows.append((f"`{name}`", _values(schemas[name]), default, field.description, only))
+            rows.append((f"`{name}`", _values(schemas[name]), default, " ".join(field.description.split()), only))
     return table(*rows)
 
 

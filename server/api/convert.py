@@ -245,6 +245,6 @@ def _sampling(
         seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
         n=n,
         best_of=best_of,
-        stop=tuple(request.stop),
+        stop=tuple(request.stop or ()),
         ignore_eos=request.ignore_eos,
     )

@@ -10,7 +10,7 @@ clients which always send them work; any real value is refused by name, with the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -23,10 +23,7 @@ from server.api.values import (
     GuidingModel,
     MethodName,
     ModelName,
-    No,
-    NoDict,
     NoList,
-    One,
     Prompts,
     Queries,
     Query,
@@ -38,9 +35,6 @@ from server.api.values import (
     Temperature,
     Text,
     TokenId,
-    Yes,
-    Zero,
-    ZeroInt,
 )
 from server.methods import gradient_methods
 from server.types import (
@@ -53,7 +47,7 @@ from server.types import (
     Schedule,
 )
 
-_SAMPLING, _DIFFUSION, _GUIDANCE = SamplingParams(1), DiffusionParams(1), GuidanceParams()
+_S, _D, _G = SamplingParams(1), DiffusionParams(1), GuidanceParams()
 _INT64 = 2**63
 
 
@@ -62,6 +56,21 @@ def _algorithms(*names: str, but: bool = False) -> Any:
     return lambda: chosen
 
 
+def _boolean(value: object) -> object:
+    """`Literal` compares, and 0 equals False."""
+    if type(value) is not bool:
+        raise invalid("must be a boolean")
+    return value
+
+
+# Values that ask for nothing.
+No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
+Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
+Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
+One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
+ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
+NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
+
 GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
 STREAM = Only("stream", lambda: [True], message="needs `stream`")
 
@@ -69,37 +78,37 @@ STREAM = Only("stream", lambda: [True], message="needs `stream`")
 class RewardTerm(Strict):
     """One reward model of a weighted sum."""
 
-    model: GuidingModel = Field(description="A loaded reward model, once in the sum")
-    weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Its factor in the objective")
+    model: GuidingModel
+    """A loaded reward model, once in the sum"""
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+    """Its factor in the objective"""
 
 
 class Guidance(Strict):
     """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
 
-    method: MethodName = Field(_GUIDANCE.method, description="How rewards steer: see the methods below")
-    reward_model: GuidingModel | None = Field(None, description="A loaded reward model; none named: the first loaded")
+    method: MethodName = _G.method
+    """How rewards steer: see the methods below"""
+    reward_model: GuidingModel | None = None
+    """A loaded reward model; none named: the first loaded"""
     reward_models: Annotated[
         Annotated[list[RewardTerm], Field(min_length=1, max_length=16), Within("terms")] | None,
         Only("reward_model", lambda: [None], message="and `guidance.reward_model` exclude each other"),
-    ] = Field(None, description="Several: the objective is the weighted sum of their rewards")
-    gradient_steps: Annotated[int, Field(ge=0, le=16), GRADIENT] = Field(
-        _GUIDANCE.gradient_steps, description="M, the Adam steps along the reward's gradient in a guided step"
-    )
-    eta: Annotated[float, Field(ge=0, le=10), GRADIENT] = Field(_GUIDANCE.eta, description="Adam's step size")
-    confidence: Annotated[Confidence, GRADIENT] = Field(
-        _GUIDANCE.confidence,
-        description="Whether positions are ranked by the distribution before guidance or after it; only with "
-        "algorithms that rank by a distribution: `entropy`, `entropy_bound`, `threshold`",
-    )
-    start: Annotated[Share, GRADIENT] = Field(
-        _GUIDANCE.start, description="The share of the run before the first guided step"
-    )
-    stop: Annotated[Share, GRADIENT] = Field(
-        _GUIDANCE.stop, description="The share of the run from which on no step is guided"
-    )
-    every: Annotated[Count, GRADIENT] = Field(
-        _GUIDANCE.every, description="Of the steps between the two, every so many are guided"
-    )
+    ] = None
+    """Several: the objective is the weighted sum of their rewards"""
+    gradient_steps: Annotated[int, Field(ge=0, le=16), GRADIENT] = _G.gradient_steps
+    """M, the Adam steps along the reward's gradient in a guided step"""
+    eta: Annotated[float, Field(ge=0, le=10), GRADIENT] = _G.eta
+    """Adam's step size"""
+    confidence: Annotated[Confidence, GRADIENT] = _G.confidence
+    """Whether positions are ranked by the distribution before guidance or after it; only with algorithms that rank by a
+    distribution: `entropy`, `entropy_bound`, `threshold`"""
+    start: Annotated[Share, GRADIENT] = _G.start
+    """The share of the run before the first guided step"""
+    stop: Annotated[Share, GRADIENT] = _G.stop
+    """The share of the run from which on no step is guided"""
+    every: Annotated[Count, GRADIENT] = _G.every
+    """Of the steps between the two, every so many are guided"""
 
 
 def _guidance(value: object) -> object:
@@ -112,31 +121,30 @@ def _guidance(value: object) -> object:
 class Diffusion(Strict):
     """How the canvas is filled. `block_length` is at most `max_tokens`."""
 
-    steps: Annotated[Count, Within("context")] | None = Field(
-        None, description="T, the denoising steps; left out: `max_tokens`. Adaptive algorithms take at most these"
-    )
-    algorithm: Algorithm = Field(_DIFFUSION.algorithm, description="Which positions are revealed first")
+    steps: Annotated[Count, Within("context")] | None = None
+    """T, the denoising steps; left out: `max_tokens`. Adaptive algorithms take at most these"""
+    algorithm: Algorithm = _D.algorithm
+    """Which positions are revealed first"""
     algorithm_temperature: Annotated[
         RankingTemperature, Only("algorithm", _algorithms("origin", *ADAPTIVE_ALGORITHMS, but=True), idle=0)
-    ] = Field(0.0, description="Draws the revealed positions by confidence; 0: takes the most confident")
-    entropy_bound: Annotated[float, Field(ge=0, le=1000), Only("algorithm", _algorithms("entropy_bound"))] = Field(
-        _DIFFUSION.entropy_bound, description="Nats that the positions revealed at once may hold beyond the largest"
+    ] = 0.0
+    """Draws the revealed positions by confidence; 0: takes the most confident"""
+    entropy_bound: Annotated[float, Field(ge=0, le=1000), Only("algorithm", _algorithms("entropy_bound"))] = (
+        _D.entropy_bound
     )
-    confidence_threshold: Annotated[Share, Only("algorithm", _algorithms("threshold"))] = Field(
-        _DIFFUSION.confidence_threshold, description="Probability above which a position is revealed"
+    """Nats that the positions revealed at once may hold beyond the largest"""
+    confidence_threshold: Annotated[Share, Only("algorithm", _algorithms("threshold"))] = _D.confidence_threshold
+    """Probability above which a position is revealed"""
+    deprioritize_eos: Annotated[bool, Only("algorithm", _algorithms("origin", but=True), idle=False)] = (
+        _D.deprioritize_eos
     )
-    deprioritize_eos: Annotated[bool, Only("algorithm", _algorithms("origin", but=True), idle=False)] = Field(
-        _DIFFUSION.deprioritize_eos, description="Ranks positions whose drawn token ends the text after all others"
-    )
-    block_length: Annotated[Count, Within("context")] | None = Field(
-        None, description="Fills the canvas block by block from the left; left out: at once"
-    )
-    schedule: Annotated[Schedule, Only("algorithm", _algorithms("origin", but=True), idle="linear")] = Field(
-        _DIFFUSION.schedule, description="How many positions each step reveals"
-    )
-    cfg_scale: Annotated[float, Field(ge=0, le=100)] = Field(
-        _DIFFUSION.cfg_scale, description="Classifier-free guidance against a masked prompt; 0: none, and half the cost"
-    )
+    """Ranks positions whose drawn token ends the text after all others"""
+    block_length: Annotated[Count, Within("context")] | None = None
+    """Fills the canvas block by block from the left; left out: at once"""
+    schedule: Annotated[Schedule, Only("algorithm", _algorithms("origin", but=True), idle="linear")] = _D.schedule
+    """How many positions each step reveals"""
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] = _D.cfg_scale
+    """Classifier-free guidance against a masked prompt; 0: none, and half the cost"""
 
 
 class StreamOptions(Strict):
@@ -150,46 +158,45 @@ class StreamOptions(Strict):
 class GenerationRequest(Strict):
     """What completions and chat completions share."""
 
-    model: ModelName | None = Field(None, description="The diffusion model; left out: the one that is served")
-    max_tokens: Annotated[Count, Within("canvas")] | None = Field(
-        None, description="L, the canvas; with the prompt and the suffix within the model's context"
-    )
-    temperature: Temperature = Field(_SAMPLING.temperature, description="0 takes the most probable token")
-    top_p: Share = Field(_SAMPLING.top_p, description="Keeps the most probable tokens up to this mass")
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
-        None, description="Keeps this many tokens; 0, -1 or null: all"
-    )
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = Field(
-        None, description="The same seed gives the same answer, whatever else runs; left out: drawn, and reported"
-    )
-    n: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] = Field(_SAMPLING.n, description="Answers a prompt")
-    best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = Field(
-        None,
-        description="K trajectories, of which the `n` best come back: at least `n`, equal to it with method `none`; "
-        "with all prompts within the server's limit",
-    )
-    stop: Stops = Field([], description="Up to four strings, each of which ends the text before it")
-    stream: bool = Field(False, description="Server-sent events as the text grows")
-    stream_options: Annotated[StreamOptions | None, STREAM] = Field(
-        None, description="`include_usage` and `continuous_usage_stats`, as vLLM has them"
-    )
-    stream_canvas: Annotated[bool, Only("stream", lambda: [True], False, "needs `stream`")] = Field(
-        False, description="Also sends the canvas after every step"
-    )
-    return_token_ids: bool = Field(
-        False, description="`choices[].token_ids`: the L canvas tokens, special ones included"
-    )
-    ignore_eos: bool = Field(False, description="The text and usage are all L tokens, whatever they hold")
-    trace: bool = Field(False, description="Every step of every trajectory in the final object")
-    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
-        None, description="Seconds for the whole request; left out: the server's own limit, if it has one"
-    )
+    model: ModelName | None = None
+    """The diffusion model; left out: the one that is served"""
+    max_tokens: Annotated[Count, Within("canvas")] | None = None
+    """L, the canvas; with the prompt and the suffix within the model's context"""
+    temperature: Temperature = _S.temperature
+    """0 takes the most probable token"""
+    top_p: Share = _S.top_p
+    """Keeps the most probable tokens up to this mass"""
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """Keeps this many tokens; 0, -1 or null: all"""
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    """The same seed gives the same answer, whatever else runs; left out: drawn, and reported"""
+    n: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] = _S.n
+    """Answers a prompt"""
+    best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = None
+    """K trajectories, of which the `n` best come back: at least `n`, equal to it with method `none`; with all
+    prompts within the server's limit"""
+    stop: Stops | None = None
+    """Up to four strings, each of which ends the text before it"""
+    stream: bool = False
+    """Server-sent events as the text grows"""
+    stream_options: Annotated[StreamOptions | None, STREAM] = None
+    """`include_usage` and `continuous_usage_stats`, as vLLM has them"""
+    stream_canvas: Annotated[bool, Only("stream", lambda: [True], False, "needs `stream`")] = False
+    """Also sends the canvas after every step"""
+    return_token_ids: bool = False
+    """`choices[].token_ids`: the L canvas tokens, special ones included"""
+    ignore_eos: bool = False
+    """The text and usage are all L tokens, whatever they hold"""
+    trace: bool = False
+    """Every step of every trajectory in the final object"""
+    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    """Seconds for the whole request; left out: the server's own limit, if it has one"""
     guidance: Annotated[Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | Guidance)] = Field(
-        default_factory=lambda: Guidance.model_validate({}), description="A method's name, or an object: see below"
+        default_factory=lambda: Guidance.model_validate({})
     )
-    diffusion: Diffusion = Field(
-        default_factory=lambda: Diffusion.model_validate({}), description="An object: see below"
-    )
+    """A method's name, or an object: see below"""
+    diffusion: Diffusion = Field(default_factory=lambda: Diffusion.model_validate({}))
+    """An object: see below"""
 
     # Accepted without effect.
     user: str | None = None
@@ -210,8 +217,10 @@ class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: Prompts
-    suffix: Text = Field("", description="The text after the canvas (infilling)")
-    chat_template: bool = Field(False, description="Wraps each prompt as one user turn")
+    suffix: Text = ""
+    """The text after the canvas (infilling)"""
+    chat_template: bool = False
+    """Wraps each prompt as one user turn"""
     echo: No = False
     logprobs: None = None
 
@@ -226,9 +235,8 @@ class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Conversation
-    max_completion_tokens: Annotated[Count, Within("canvas")] | None = Field(
-        None, description="The newer name of `max_tokens`; both must agree"
-    )
+    max_completion_tokens: Annotated[Count, Within("canvas")] | None = None
+    """The newer name of `max_tokens`; both must agree"""
     logprobs: No = False
     top_logprobs: ZeroInt = 0
     tools: NoList | None = None
@@ -264,8 +272,10 @@ class RerankRequest(Strict):
     model: ScoringModel | None = None
     query: Query
     documents: Documents
-    top_n: Annotated[int, Field(ge=0, le=MAX_PAIRS)] = Field(0, description="How many come back; 0 or null: all")
-    return_documents: bool = Field(True, description="Whether results hold their documents")
+    top_n: Annotated[int, Field(ge=0, le=MAX_PAIRS)] = 0
+    """How many come back; 0 or null: all"""
+    return_documents: bool = True
+    """Whether results hold their documents"""
     user: str | None = None
     rank_fields: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     priority: ZeroInt = 0

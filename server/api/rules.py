@@ -74,7 +74,10 @@ def invalid(message: str) -> PydanticCustomError:
 class Strict(BaseModel):
     """Base of all request objects: no coercion, no unknown fields, no NaN or infinity; null is what leaving out is."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

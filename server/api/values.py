@@ -152,21 +152,7 @@ _Parts: TypeAlias = Annotated[list[TextPart], Field(min_length=1)]
 Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | _Parts)]
 
 
-def _boolean(value: object) -> object:
-    """`Literal` compares, and 0 equals False."""
-    if type(value) is not bool:
-        raise invalid("must be a boolean")
-    return value
-
-
-# Values that ask for nothing.
-No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
-Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
-Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
-One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
-ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
 NoList: TypeAlias = Annotated[list[Any], Field(max_length=0)]
-NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class ChatMessage(Strict):
