@@ -22,7 +22,8 @@ import torch
 
 import kernels
 from server.models.base import DiffusionModel
-from server.rewards.reward_model import Packing, RewardModel
+from server.models.packing import PackedLayout
+from server.rewards.reward_model import RewardModel
 from server.types import DecoderShape
 
 Note = Callable[..., Callable[["Flops"], None]]
@@ -248,8 +249,8 @@ def _update(state: kernels.Guided, terms: Sequence[kernels.Term]) -> Callable[[F
 
 
 def _reward_read(decoder: Decoder) -> Note:
-    def note(packing: Packing, positions: torch.Tensor, embeds: torch.Tensor) -> Callable[[Flops], None]:
-        prefixes, lengths = packing.cached, np.diff([*packing.starts, len(positions)]).tolist()
+    def note(layout: PackedLayout, embeds: torch.Tensor) -> Callable[[Flops], None]:
+        prefixes, lengths = [prefix.length for prefix in layout.prefixes], layout.lengths
         backward = embeds.requires_grad
 
         def add(flops: Flops) -> None:
@@ -263,8 +264,8 @@ def _reward_read(decoder: Decoder) -> Note:
 
 
 def _reward_extended(decoder: Decoder) -> Note:
-    def note(rows: Any, embeds: torch.Tensor, *_: Any, **__: Any) -> Callable[[Flops], None]:
-        prefixes, lengths = [prefix.length for prefix in rows.prefixes], rows.lengths
+    def note(layout: PackedLayout, embeds: torch.Tensor) -> Callable[[Flops], None]:
+        prefixes, lengths = [prefix.length for prefix in layout.prefixes], layout.lengths
 
         def add(flops: Flops) -> None:
             flops.reward_prefix += reward_prefix(decoder, prefixes, lengths)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from benchmarks.checkpoints import SPECIAL, Shape, write_reward, write_tokenizer
 from benchmarks.workload import run_to_end
-from server.models.dream import DreamConfig, DreamModel
+from server.models.dream import DreamModel
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.models.weights import stored_tensors
 from server.rewards.reward_model import RewardModel, load_reward_model
@@ -73,7 +73,7 @@ def write_cut(folder: Path, layers: int = 2, seed: int = 0) -> int:
     raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[SPECIAL["eos_token"]])
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     with torch.device("meta"):
-        expected = DreamModel(DreamConfig.from_dict(raw)).state_dict()
+        expected = DreamModel(DreamModel.read_config(raw)).state_dict()
     shards: dict[str, list[str]] = {}
     for name in expected:
         shards.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else name.split(".")[-2], []).append(name)

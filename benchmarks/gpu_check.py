@@ -25,7 +25,8 @@ from benchmarks.workload import Workload, engine_runner, load, run_to_end
 from demo import bundled_model_path, bundled_reward_models
 from server.errors import ConfigurationError
 from server.models.acceleration import Acceleration, accelerate, choose_attention
-from server.models.dream import DreamConfig, DreamModel
+from server.models.dream import DreamModel
+from server.models.layers import DecoderConfig
 from server.models.packing import PackedLayout
 from server.rewards.graphs import graph_passes
 
@@ -52,9 +53,9 @@ def run_tests() -> tuple[int, str]:
     return result.returncode, "\n".join((result.stdout + result.stderr).strip().splitlines()[-15:])
 
 
-def shape(layers: int) -> DreamConfig:
+def shape(layers: int) -> DecoderConfig:
     """Dream-7B with so many layers and a small vocabulary: the head is not measured here."""
-    return DreamConfig(
+    return DecoderConfig(
         vocab_size=1024, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers,
         num_attention_heads=28, num_key_value_heads=4, mask_token_id=0,
     )  # fmt: skip
@@ -66,7 +67,7 @@ def fitting_layers(wanted: int, device: torch.device) -> int:
     return max(2, min(wanted, int(free / 2 / (0.47 * GIBIBYTE))))
 
 
-def build(config: DreamConfig, device: torch.device) -> DreamModel:
+def build(config: DecoderConfig, device: torch.device) -> DreamModel:
     """Random weights in bfloat16, made on the device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -101,14 +102,14 @@ def measure(model: DreamModel, device: torch.device) -> list[dict[str, Any]]:
     """The time of every way on every batch; a way that cannot run says why."""
     results: list[dict[str, Any]] = []
     for name, options in WAYS.items():
-        model.trunk = model.backbone.forward
+        model.trunk = model.plain_trunk
         try:
             accelerate(model, options, 2048)
         except ConfigurationError as error:
             results.append({"way": name, "unavailable": str(error)})
             continue
         times = {batch: round(milliseconds(model, lengths, device), 3) for batch, lengths in BATCHES.items()}
-        results.append({"way": name, "attention": model.backbone.attention_backend, "milliseconds": times})
+        results.append({"way": name, "attention": model.model.attention_backend, "milliseconds": times})
     return results
 
 

@@ -53,12 +53,11 @@ def measure_passes(
     results = []
     for rows in setup.rows:
         count = rows * setup.tokens
-        packing = model.packing([prefix] * rows, [setup.tokens] * rows)
-        packing = packing.hiding(torch.full((rows,), setup.tokens - 8, device=device))
-        positions = (torch.arange(count, device=device) % setup.tokens) + setup.cached
+        layout = model.layout([prefix] * rows, [setup.tokens] * rows)
+        layout = layout.hiding(torch.full((rows,), setup.tokens - 8, device=device), layout.positions)
         embeds = model.table[torch.arange(count, device=device) % len(model.table)]
-        plain = _milliseconds(device, setup.repeats, partial(differentiate, model, packing, positions, embeds))
-        graphs = _milliseconds(device, setup.repeats, partial(passes.run, packing, positions, embeds))
+        plain = _milliseconds(device, setup.repeats, partial(differentiate, model, layout, embeds))
+        graphs = _milliseconds(device, setup.repeats, partial(passes.run, layout, embeds))
         results.append({"rows": rows, "kernels": plain, "graphs": graphs, "gain": round(plain / graphs, 3)})
     return results
 

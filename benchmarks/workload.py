@@ -194,7 +194,7 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
             device=device,
         )
         stock = AutoModelForSequenceClassification.from_pretrained(rm, dtype=dtype).to(device)
-        plain["rm"] = PlainReward(stock.eval().requires_grad_(False), reward.tokenizer, reward.table)
+        plain["rm"] = PlainReward(stock.eval().requires_grad_(False), reward.tokenizer, reward.table, reward.padding)
     return Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))
 
 

@@ -32,7 +32,8 @@ from demo.train_rewards import (
     reward_config,
     train_reward,
 )
-from server.models.dream import DreamConfig, DreamModel
+from server.models.dream import DreamModel
+from server.models.layers import DecoderConfig
 
 TOKENIZER_SAMPLE = 15_000  # examples of each form
 VOCABULARY_MULTIPLE = 64  # embedding rows are padded up, as in the published checkpoints
@@ -57,7 +58,7 @@ def make_dlm(tokenizer: Tokenizer, seed: int) -> DreamModel:
     """A fresh Dream-shaped model of 1.4 M parameters."""
     rows = -(-tokenizer.get_vocab_size() // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model = DreamModel(
-        DreamConfig(
+        DecoderConfig(
             vocab_size=rows,
             hidden_size=128,
             intermediate_size=384,

@@ -33,19 +33,27 @@ MAX_REJECTIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class PlainReward:
-    """A transformers sequence classifier as transformers runs it, and its embeddings by diffusion id, (V, D)."""
+    """A transformers sequence classifier as transformers runs it; by diffusion id its embeddings, (V, D), and whether
+    the id reads as its padding token, (V,) bool (None: none does)."""
 
     model: Any
     tokenizer: Tokenizer
     table: Tensor
+    padding: Tensor | None = None
 
     def own(self, ids: Sequence[int]) -> Tensor:
         """Embeddings (n, D) of reward-vocabulary ids."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
 
-    def read(self, embeds: Tensor, visible: Tensor) -> Tensor:
-        """R at the last position of one sequence: embeds (S, D), visible (S,) bool -> scalar."""
+    def pads(self, ids: Sequence[int]) -> Tensor:
+        """Which of reward-vocabulary ids are the padding token, (n,) bool."""
+        pad = self.model.config.get_text_config().pad_token_id
+        return torch.tensor([token == pad for token in ids], dtype=torch.bool, device=self.table.device)
+
+    def read(self, embeds: Tensor, visible: Tensor, padding: Tensor | None = None) -> Tensor:
+        """R of one sequence at the last visible position that does not hold padding, else at the first: embeds (S, D),
+        visible and padding (S,) bool -> scalar. Without `padding` no position holds any."""
         positions = torch.arange(len(embeds), device=embeds.device)[None]
         hidden = self.model.model(
             inputs_embeds=embeds[None],
@@ -53,7 +61,8 @@ class PlainReward:
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        last = int(torch.nonzero(visible)[-1])
+        content = torch.nonzero(visible if padding is None else visible & ~padding)[:, 0]
+        last = int(content[-1]) if len(content) else 0
         result: Tensor = self.model.score(hidden[0, last])[0]
         return result
 
@@ -61,7 +70,8 @@ class PlainReward:
         """Final reward of a whole tokenised conversation."""
         with torch.no_grad():
             embeds = self.own(ids)
-            return float(self.read(embeds, torch.ones(len(ids), dtype=torch.bool, device=embeds.device)))
+            padding = self.pads(ids)
+            return float(self.read(embeds, torch.ones_like(padding), padding))
 
 
 class PlainRows(NamedTuple):
@@ -259,7 +269,9 @@ class PlainLoop:
                 seen = torch.cat(
                     [visible.new_ones(len(before)), visible, visible.new_ones(len(after))]
                 )  # prompt and suffix are never hidden
-                total = total + weighted.weight * reward.read(sequence, seen)
+                own = torch.zeros_like(visible) if reward.padding is None else reward.padding[current]
+                padding = torch.cat([reward.pads(before), own, reward.pads(after)])
+                total = total + weighted.weight * reward.read(sequence, seen, padding)
             (phi.grad,) = torch.autograd.grad(total, [phi])
             adam.step()
         return phi.detach()

@@ -1,8 +1,12 @@
 """Cached reward prefixes that grow with the answer: revealed tokens at the front never change again.
 
 Up to the first masked position a response is settled, so its keys and values in the reward model are too. They are
-computed once and put behind the conversation's; the M passes of every later step, forward and back, begin at the first
+computed once and put after the conversation's; the M passes of every later step, forward and back, begin at the first
 masked position. Exact: a row over the longer prefix reads the same reward.
+
+A reward model is read at a row's last token that is not its padding. Where the template closes a response with padding
+or with nothing, that token may be one of the response or of the conversation. So that every row has one whatever is
+hidden, the last such token of what is settled is then left out of the prefix.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import numpy.typing as npt
 import torch
 
 from kernels.transfer import upload
-from server.rewards.reward_model import Prefix, RewardModel, RewardRows
+from server.models.packing import Prefix
+from server.rewards.reward_model import RewardModel
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,9 +32,8 @@ GROW_BY = 8
 class RewardContext:
     """What one reward model reads around the response of one job, and how much of the response is settled.
 
-    `prefix` is cached; `lead_ids` follow it uncached (none, unless the cache is turned off); then comes the response,
-    the first `settled` places of which are in the prefix, and the template's closing `suffix_ids`. The response's place
-    i has position `start` + i.
+    `prefix` is cached; `lead_ids` follow it uncached; then comes the response, the first `settled` places of which are
+    in the prefix, and the template's closing `suffix_ids`. The response's place i has position `start` + i.
     """
 
     prefix: Prefix
@@ -39,9 +43,15 @@ class RewardContext:
     settled: int
 
     @classmethod
-    def of(cls, prefix: Prefix, suffix_ids: Sequence[int], lead_ids: Sequence[int] = ()) -> RewardContext:
-        """Around a response of which nothing is settled."""
-        return cls(prefix, tuple(suffix_ids), tuple(lead_ids), prefix.length + len(lead_ids), 0)
+    def of(
+        cls, model: RewardModel, before: Sequence[int], after: Sequence[int], *, cached: bool = True
+    ) -> RewardContext:
+        """Around a response of which nothing is settled, between the template's tokens `before` and `after` it; with
+        `cached` the former are run now and kept."""
+        kept = len(before) if cached else 0
+        if not model.content(after):
+            kept = min(kept, max(0, model.content(before) - 1))
+        return cls(model.prefill(before[:kept]), tuple(after), tuple(before[kept:]), len(before), 0)
 
 
 def grow(
@@ -52,38 +62,51 @@ def grow(
     eos_token_id: int,
     pad_token_id: int,
 ) -> list[RewardContext]:
-    """The contexts of B trajectories with their settled tokens behind the prefix, where `GROW_BY` have come together.
+    """The contexts of B trajectories with their settled tokens after the prefix, where `GROW_BY` have come together.
 
-    `canvases` are the response tokens (L,), the first `settled` of each revealed. Padding, and what lies behind an EOS,
-    is hidden from the reward model and left out, as in a pass over the response.
+    `canvases` are the response tokens (L,), the first `settled` of each revealed. Padding, and what lies after an EOS,
+    is hidden from the reward model and left out, as in a pass over the response. Contexts without a cached prefix stay
+    as they are.
     """
     grown = list(contexts)
     rows: list[int] = []
     places: list[IntArray] = []
     for index, (context, canvas, stop) in enumerate(zip(contexts, canvases, settled, strict=True)):
-        if context.lead_ids or stop - context.settled < GROW_BY:
+        if not context.prefix.length or stop - context.settled < GROW_BY:
             continue
-        grown[index] = replace(context, settled=stop)
         ends = np.flatnonzero(canvas[:stop] == eos_token_id)
         last = stop if len(ends) == 0 else int(ends[0]) + 1
         new = np.arange(context.settled, last)
         new = new[canvas[new] != pad_token_id]
-        if len(new):
+        if not model.content(context.suffix_ids):
+            content = new[~model.padding_on_host[canvas[new]]]
+            if len(content) == 0 or content[-1] - context.settled < GROW_BY:
+                continue
+            stop = int(content[-1])
+            new = new[new < stop]
+        grown[index] = replace(context, settled=stop, lead_ids=())
+        if len(new) or context.lead_ids:
             rows.append(index)
             places.append(new)
     if not rows:
         return grown
-    tokens = np.concatenate([canvases[index][new] for index, new in zip(rows, places, strict=True)])
-    positions = np.concatenate([contexts[index].start + new for index, new in zip(rows, places, strict=True)])
     device = model.table.device
-    extended = model.extend(
-        RewardRows(
-            tuple(contexts[index].prefix for index in rows),
-            tuple(len(new) for new in places),
-            upload(torch.from_numpy(positions), device),
-        ),
-        model.table[upload(torch.from_numpy(tokens), device)],
+    lengths, positions, tokens = [], [], []
+    lead_ids: list[int] = []
+    for index, new in zip(rows, places, strict=True):
+        context, lead = contexts[index], len(contexts[index].lead_ids)
+        lengths.append(lead + len(new))
+        positions.append(np.concatenate([np.arange(context.start - lead, context.start), context.start + new]))
+        tokens.append(np.concatenate([np.full(lead, -1), canvases[index][new]]))
+        lead_ids += context.lead_ids
+    ids = np.concatenate(tokens)
+    embeds = model.table[upload(torch.from_numpy(ids.clip(0)), device)]
+    if lead_ids:
+        leads = model.own_embeddings(torch.tensor(lead_ids)).to(device)
+        embeds.index_copy_(0, upload(torch.from_numpy(np.flatnonzero(ids < 0)), device), leads)
+    layout = model.layout(
+        [contexts[index].prefix for index in rows], lengths, torch.from_numpy(np.concatenate(positions))
     )
-    for index, prefix in zip(rows, extended, strict=True):
+    for index, prefix in zip(rows, model.extend(layout, embeds), strict=True):
         grown[index] = replace(grown[index], prefix=prefix)
     return grown

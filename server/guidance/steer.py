@@ -17,7 +17,7 @@ from torch import Tensor
 import kernels
 from kernels.transfer import upload
 from server.diffusion.schedule import Step
-from server.guidance.assembly import Objective, Responses, Timings, assemble
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.methods import METHODS
 
 
@@ -98,7 +98,7 @@ def steer(
     `methods` and `steps` are each trajectory's method and denoising step; `keys(inner)` gives the random keys (N, 4) of
     an inner step. With `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
     """
-    assemblies = [assemble(objective, responses) for objective in objectives]
+    assemblies = [Assembly(objective, responses) for objective in objectives]
     needs_draw = any(METHODS[method].draws for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
@@ -116,7 +116,7 @@ def steer(
         for assembly in assemblies:
             objective = assembly.objective
             mixed = kernels.mix(state, objective.model.table, hard, w)
-            rewards, g = assembly.read(mixed.embeds, visible, timings, gradient=not last)
+            rewards, g = assembly.read(mixed.embeds, current, visible, timings, gradient=not last)
             weight = objective.weights.to(w.dtype)
             total = total + weight * rewards.to(w.dtype)
             terms.append(kernels.Term(g * weight[responses.owner][:, None], objective.model.table, mixed.soft))

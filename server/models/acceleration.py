@@ -15,7 +15,8 @@ from server.errors import ConfigurationError
 from server.models.base import DiffusionModel
 from server.models.packing import PackedLayout
 
-# Of a first forward, differing from each other: torch.compile takes equal ones for the same symbol.
+# The first forward has 23 tokens in 3 sequences of at most 11, and 5 rows. torch.compile gives numbers that happen to
+# be equal one symbol, so these differ from each other.
 FIRST_LENGTHS, FIRST_ROWS = (11, 6, 6), 5
 
 
@@ -41,28 +42,28 @@ def accelerate(model: DiffusionModel, options: Acceleration, context_length: int
 
     `context_length` bounds the sequences that will come.
     """
-    device, backbone = model.device, model.backbone
+    device, decoder = model.device, model.model
     backend = choose_attention(options.attention_backend, device, model.activation_dtype, model.shape.head_size)
-    backbone.attention_backend = backend
+    decoder.attention_backend = backend
     if options.cuda_graphs and device.type != "cuda":
         raise ConfigurationError(f"cuda_graphs: there are none on {device}")
     if device.type == "cuda" and backend == "sdpa" and (options.compile or options.cuda_graphs):
         raise ConfigurationError(
-            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen, "
-            "which sdpa's groups of equal lengths cannot replace"
+            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen, which "
+            "sdpa's loop over sequences cannot replace"
         )
     # A table that grew later would leave recorded graphs with the memory of the old one.
     nowhere = torch.empty(0, dtype=torch.int64, device=device)
-    backbone.rotary.rows(nowhere, context_length, model.activation_dtype)
+    decoder.rotary.rows(nowhere, context_length, model.activation_dtype)
     if options.compile:
         from server.models.compiled import CompiledTrunk
 
-        model.trunk = CompiledTrunk(backbone)
+        model.trunk = CompiledTrunk(decoder, model.plain_trunk)
         _try(model, "compile")  # compiles
     if options.cuda_graphs:
-        from server.models.graphs import GraphedTrunk
+        from server.models.graphs import GraphedTrunk, recorder
 
-        model.trunk = GraphedTrunk(model.trunk)
+        model.trunk = GraphedTrunk(model.trunk, recorder())
         _try(model, "cuda_graphs")
 
 
@@ -74,5 +75,9 @@ def _try(model: DiffusionModel, setting: str) -> None:
         with torch.no_grad():
             model.trunk(tokens, layout, torch.arange(FIRST_ROWS, device=model.device))
     except Exception as error:
-        reason = "; ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
-        raise ConfigurationError(f"{setting}: the model cannot be run so here: {reason}") from error
+        raise ConfigurationError(f"{setting}: the model cannot be run so here: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """The first lines of what a compiler or recorder said."""
+    return "; ".join(str(error).strip().splitlines()[:2]) or type(error).__name__

@@ -1,96 +1,122 @@
-"""What the engine may ask of a diffusion model, whatever its family.
+"""What all families of diffusion models share, and all that the engine may ask of one.
 
-One bidirectional forward over packed canvases gives hidden states; the LM head, the widest product of all, runs only
-on the rows that are asked for. Logits are always *for* a position: Dream's shift is hidden in here.
+One forward over packed canvases gives hidden states; the LM head, the widest product of all, runs only on the rows that
+are asked for. Logits are always *for* a position: Dream's shift is hidden in here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from server.models.layers import RotaryTable
-from server.models.packing import Attention, PackedLayout
+from kernels.linear import linear
+from server.models.layers import Decoder, DecoderConfig, Linear, Variant, initialise
+from server.models.packing import PackedLayout, attend
 from server.types import DecoderShape
 
 Trunk = Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
 """tokens (S,) int64, their layout, rows (N,) int64 or None -> final-norm states (N, d), or (S, d) without rows."""
 
 
-class Backbone(Protocol):
-    """A model without its head: its `forward` is a `Trunk`, made of what depends on the layout and of `states`.
+class DiffusionModel(nn.Module, ABC):
+    """A masked diffusion LM on packed tokens. No torch.no_grad inside: callers decide, and models can be trained.
 
-    attention_backend: as `kernels.varlen.choose` gave it.
+    A family is a subclass: its name, the name that its checkpoints have in `architectures`, whether the network's
+    output at i - 1 predicts position i (`shifts`; algorithm.md, section 1), how its blocks differ from plain Llama's,
+    and how its config.json is read. Tied embeddings are one parameter. `trunk` is the forward of embeddings and blocks,
+    for which `models.acceleration` may put something faster. `vocab_size` is V, the width of the logits, padding rows
+    of the vocabulary included.
     """
 
-    rotary: RotaryTable
-    attention_backend: str
+    family: ClassVar[str]
+    architecture: ClassVar[str]
+    shifts: ClassVar[bool] = False
+    variant: ClassVar[Variant] = Variant()
+    stored_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # pieces of our parameters' names and of the published
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.mask_token_id = config.mask_token_id
+        self.context_length = config.max_position_embeddings
+        self.model = Decoder(config, self.variant)
+        self.trunk: Trunk = self.plain_trunk
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, raw: Mapping[str, Any]) -> DecoderConfig:
+        """A parsed config.json. Raises ConfigurationError for what is missing, wrong or not implemented."""
+
+    @classmethod
+    def stored_name(cls, name: str) -> str:
+        """What published checkpoints call a parameter."""
+        for ours, published in cls.stored_names:
+            name = name.replace(ours, published)
+        return name
 
     @property
-    def activation_dtype(self) -> torch.dtype:
-        """What states are in."""
-
-    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
-        """A `Trunk`."""
-
-    def states(self, tokens: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
-        """The same from rotations (S, 1, head_dim / 2) and attention: a function of tensors alone."""
-
-
-class DiffusionModel(Protocol):
-    """A masked diffusion LM on packed tokens. No torch.no_grad inside: callers decide.
-
-    family: "dream" or "llada". vocab_size: V, the width of the logits (padding rows of the vocabulary included).
-    shifts: whether the network's output at position i - 1 predicts position i (algorithm.md, section 1).
-    """
-
-    family: str
-    shifts: bool
-    vocab_size: int
-    mask_token_id: int
-    trunk: Trunk
-
-    @property
-    def backbone(self) -> Backbone:
-        """Embeddings, blocks and final norm."""
+    def ignored_weights(self) -> tuple[str, ...]:
+        """Stored tensors that may be left over: some checkpoints with tied embeddings store them twice."""
+        return (self.stored_name("lm_head.weight"),) if self.config.tie_word_embeddings else ()
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
+        return self.model.embed_tokens.weight.dtype
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What hidden states and logits are in: the weights' dtype, or float32 where the device has no instructions
-        for a narrower one."""
+        """What hidden states and logits are in, see `Decoder.activation_dtype`."""
+        return self.model.activation_dtype
 
     @property
     def shape(self) -> DecoderShape:
         """Sizes of the blocks."""
+        return self.config.shape
+
+    def plain_trunk(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
+        """The `Trunk` as it is written."""
+        cos, sin = self.model.rotary.rows(layout.positions, layout.longest_keys, self.activation_dtype)
+        attention = partial(attend, layout, backend=self.model.attention_backend)
+        return self.model.states(self.model.embed_tokens(tokens), cos, sin, attention, rows)
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
+        return self.trunk(tokens, layout, rows)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(N, d) -> logits (N, V), unshifted."""
+        tied = self.config.tie_word_embeddings
+        return linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """What `head` turns into the logits for the tokens at packed indices `rows` (N,): (N, d). Kept in place of
         logits, which are V / d times as large, so that the head can run on some rows at a time."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(N, d) -> logits (N, V)."""
+        if self.shifts:  # a row's first position keeps its own output
+            rows = rows - (layout.positions[rows] > 0).to(rows.dtype)
+        return self.hidden(tokens, layout, rows)
 
     def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """Logits (N, V) for the tokens at packed indices `rows` (N,) int64."""
+        return self.head(self.masked_hidden(tokens, layout, rows))
 
+    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
+        """`masked_logits`, so that the module can be called (and wrapped) in training."""
+        return self.masked_logits(tokens, layout, rows)
 
-def source_rows(layout: PackedLayout, rows: Tensor, *, shifts: bool) -> Tensor:
-    """The packed indices (N,) whose outputs predict `rows` (N,): with `shifts` the one before, within the sequence;
-    a sequence's first position keeps its own."""
-    if not shifts:
-        return rows
-    return rows - (layout.positions[rows] > 0).to(rows.dtype)
+    def initialise(self, seed: int) -> None:
+        """Fresh weights for training: matrices normal with `initializer_range`, norms one, biases zero."""
+        initialise(self, self.config.initializer_range, seed)

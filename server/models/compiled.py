@@ -15,16 +15,15 @@ from torch import Tensor
 
 from kernels.varlen import Spans
 from kernels.varlen import attend as attend_spans
-from server.models.base import Backbone
-from server.models.packing import PackedLayout, attend_runs, runs_of
+from server.models.layers import Decoder
+from server.models.packing import PackedLayout
 
 
 @torch.library.custom_op("entrgi::packed_attention", mutates_args=())
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str) -> Tensor:
-    """`packing.attend` from tensors alone. With "sdpa" the lengths are read from `cu_seqlens`: free on a CPU."""
-    if backend != "sdpa":
-        return attend_spans(backend, q, k, v, Spans(cu_seqlens, cu_seqlens, longest, longest)).contiguous()
-    return attend_runs(q, k, v, runs_of(cu_seqlens.diff().tolist())).contiguous()
+    """`packing.attend` of whole sequences in both directions, from tensors alone."""
+    backend = "reference" if backend == "sdpa" else backend
+    return attend_spans(backend, q, k, v, Spans(cu_seqlens, cu_seqlens, longest, longest)).contiguous()
 
 
 @packed_attention.register_fake
@@ -33,25 +32,31 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend
 
 
 class CompiledTrunk:
-    """A `Trunk` for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute."""
+    """A `base.Trunk` for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute;
+    `plain` is the trunk as it is written."""
 
-    def __init__(self, backbone: Backbone, backend: str | Callable[..., Any] = "inductor") -> None:
-        self._backbone = backbone
+    def __init__(
+        self,
+        decoder: Decoder,
+        plain: Callable[[Tensor, PackedLayout, Tensor | None], Tensor],
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        self._decoder, self._plain = decoder, plain
 
         def states(tokens: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor) -> Tensor:
-            def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                mixed: Tensor = packed_attention(q, k, v, cu_seqlens, longest, backbone.attention_backend)
+            def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                mixed: Tensor = packed_attention(q, k, v, cu_seqlens, longest, decoder.attention_backend)
                 return mixed
 
-            return backbone.states(tokens, cos, sin, attention, rows)
+            return decoder.states(decoder.embed_tokens(tokens), cos, sin, attention, rows)
 
         self._states = torch.compile(states, dynamic=True, fullgraph=True, backend=backend)
 
     def __call__(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
-        """See `base.Trunk`. One token, one row or none have graphs of their own, and training needs gradients: these
-        run as they are."""
-        if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled():
-            return self._backbone.forward(tokens, layout, rows)
-        cos, sin = self._backbone.rotary.rows(layout.positions, layout.max_length, self._backbone.activation_dtype)
-        out: Tensor = self._states(tokens, cos, sin, layout.cu_seqlens, layout.max_length, rows)
+        """See `base.Trunk`. One token, one row or none have graphs of their own, training needs gradients, and cached
+        prefixes are no inputs of the graph: these run as they are."""
+        if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled() or layout.links:
+            return self._plain(tokens, layout, rows)
+        cos, sin = self._decoder.rotary.rows(layout.positions, layout.longest, self._decoder.activation_dtype)
+        out: Tensor = self._states(tokens, cos, sin, layout.cu_q, layout.longest, rows)
         return out

@@ -1,10 +1,18 @@
-"""What both families share below the block: projections, the norm, the rotary embedding and SwiGLU.
+"""Llama's family of decoders (Llama, Mistral, Qwen2, Qwen3), once for diffusion models and reward models.
 
-Inference in float32 on a CPU takes the fused passes of `kernels.blocks`; everything else, training included, the
-plain expressions.
+A block is the usual pre-norm pair: attention with rotary positions and grouped key heads, then SwiGLU, each added to
+the stream. Members of the family differ in biases and in norms of the heads, and in what they are used for: a diffusion
+model reads every masked position in both directions and may be trained; a reward model is causal, reads one token a row
+and is differentiated with respect to its inputs alone. Parameter names are Llama's, which Dream's checkpoints and those
+of the reward models share. Shapes are packed: S tokens, width d, H heads and Hkv key heads of `size` channels.
+
+Where `kernels.blocks` runs (a CPU with the C++ library) and weights get no gradient, what lies between the products is
+one pass each; everywhere else it is the plain expression.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +20,54 @@ from torch.nn import functional
 
 from kernels import blocks
 from kernels.linear import activation_dtype, linear
+from server.models.packing import Attention, PackedLayout
+from server.types import DecoderShape
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What a network of the family is made from. `vocab_size` is the embedding's width; `head_size` None means
+    hidden_size / num_attention_heads. `mask_token_id` concerns diffusion models only."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    mask_token_id: int = -1
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    head_size: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.head_size or self.hidden_size // self.num_attention_heads
+
+    @property
+    def shape(self) -> DecoderShape:
+        """Sizes of the blocks."""
+        return DecoderShape(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.num_hidden_layers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How members of the family differ: biases of q, k and v, and of the attention's output; norms of q and k heads."""
+
+    qkv_bias: bool = False
+    out_bias: bool = False
+    head_norms: bool = False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,14 +75,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fused(x: Tensor) -> bool:
-    """Whether the fused passes take x. Nothing here keeps what a gradient would need; a compiler fuses by itself."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and blocks.runs(x)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, (N, m) each; may write into `gate`."""
-    return blocks.swiglu_apart(gate, up) if fused(gate) else functional.silu(gate) * up
+def fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether the passes of `kernels.blocks` take x. They keep nothing for the gradients of weights."""
+    return blocks.runs(x) and not (torch.is_grad_enabled() and weight.requires_grad)
 
 
 class Linear(nn.Linear):
@@ -60,7 +111,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        if fused(x):
+        if fused(x, self.weight):
             return blocks.rms_norm(x, self.weight.to(x.dtype), self.eps)
         exact = x.to(compute_dtype(x.dtype))
         return functional.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
@@ -78,14 +129,14 @@ class RotaryTable:
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, positions: Tensor, max_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (S, 1, d/2), for `positions` (S,) int64, all below `max_length`; float32 or float64."""
+        """(cos, sin), each (S, d/2), for `positions` (S,) int64, all below `max_length`; float32 or float64."""
         key = (compute_dtype(dtype), positions.device)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < max_length:
             table = self._build(1 << (max_length - 1).bit_length(), *key)
             self._tables[key] = table
         cos, sin = table
-        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+        return cos[positions], sin[positions]
 
     def _build(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         # An inference tensor in the table would break a later training forward.
@@ -96,12 +147,190 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (S, heads, d), pairing channel i with i + d/2, by tables (S, 1, d/2); x's dtype comes back."""
-    if fused(x):
-        heads = x.shape[1]
-        return blocks.split_heads(x.flatten(1), heads, 0, None, None, 0.0, cos[:, 0], sin[:, 0])[0]
+    """Rotate x (S, heads, size), pairing channel i with i + size / 2, by tables (S, size / 2); in x's dtype."""
+    cos, sin = cos[:, None], sin[:, None]
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """The projections of an attention; what happens between `heads` and `o_proj` depends on the layout."""
+
+    def __init__(self, config: DecoderConfig, variant: Variant) -> None:
+        super().__init__()
+        self.counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.size = config.head_dim
+        width, key_width, _ = (count * self.size for count in self.counts)
+        self.q_proj = Linear(config.hidden_size, width, bias=variant.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_width, bias=variant.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_width, bias=variant.qkv_bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=variant.out_bias)
+        self.q_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
+        self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
+        self.eps = config.rms_norm_eps
+        self._stacked: tuple[Tensor, Tensor | None] | None = None
+
+    def stack(self) -> None:
+        """Make q, k and v one product from now on. The projections become views, so there is no second copy."""
+        self._stacked = stacked(self.q_proj, self.k_proj, self.v_proj)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3)) -> tuple[Tensor, Tensor, Tensor]:
+        """q (S, H, size), k and v (S, Hkv, size) of x (S, d); q and k normalised where the family does, and rotated.
+
+        `part` is which of the three are wanted, q alone or k and v alone; the others have no heads.
+        """
+        fast = fused(x, self.q_proj.weight) and self.size <= blocks.MAX_HEAD_SIZE
+        of_q, of_k = (None if norm is None else norm.weight.to(x.dtype) for norm in (self.q_norm, self.k_norm))
+        wanted = range(3)[part]
+        counts = [count if index in wanted else 0 for index, count in enumerate(self.counts)]
+        widths = [count * self.size for count in counts]
+        if self._stacked is not None:
+            weight, bias = self._stacked
+            first = 0 if 0 in wanted else self.counts[0] * self.size
+            rows = slice(first, first + sum(widths))
+            projected = linear(x, weight[rows], None if bias is None else bias[rows])
+            if fast:
+                return blocks.split_heads(projected, counts[0], counts[1], of_q, of_k, self.eps, cos, sin)
+            pieces = torch.split(projected, widths, dim=1)
+        else:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            pieces = tuple(
+                projection(x) if index in wanted else x.new_empty(len(x), 0)
+                for index, projection in enumerate(projections)
+            )
+        if fast:
+            q, k = (
+                blocks.split_heads(piece, count, 0, weight, None, self.eps, cos, sin)[0]
+                for piece, count, weight in zip(pieces[:2], counts[:2], (of_q, of_k), strict=True)
+            )
+            return q, k, pieces[2].view(len(x), counts[2], self.size)
+        q, k, v = (piece.view(len(x), count, self.size) for piece, count in zip(pieces, counts, strict=True))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._stacked: Tensor | None = None
+
+    def stack(self) -> None:
+        """Make gate and up one product from now on. The projections become views, so there is no second copy."""
+        self._stacked, _ = stacked(self.gate_proj, self.up_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, d) -> (N, d)."""
+        fast = fused(x, self.down_proj.weight)
+        if self._stacked is not None:
+            wide = linear(x, self._stacked)
+            if fast:
+                return linear(blocks.swiglu(wide), self.down_proj.weight)
+            gate, up = wide.chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        if fast and not gate.requires_grad:
+            return linear(blocks.swiglu_apart(gate, up), self.down_proj.weight)
+        return linear(functional.silu(gate) * up, self.down_proj.weight)
+
+
+def stacked(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weights (and biases) of frozen projections in one piece, of which the weights become views."""
+    weight = torch.cat([projection.weight.detach() for projection in projections])
+    parts = torch.split(weight, [len(each.weight) for each in projections])
+    for projection, part in zip(projections, parts, strict=True):
+        projection.weight.data = part
+    biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+class Block(nn.Module):
+    """Attention, then SwiGLU, each after its norm and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, variant: Variant) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config, variant)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the stream x (S, d)."""
+        return self.self_attn.heads(self.input_layernorm(x), cos, sin)
+
+    def close(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block after its attention: x (N, d) and the heads' output (N, H, size) -> (N, d)."""
+        x = x + self.self_attn.o_proj(mixed.flatten(1))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks and final norm: a model without its head.
+
+    attention_backend: as `kernels.varlen.choose` gave it.
+    """
+
+    def __init__(self, config: DecoderConfig, variant: Variant) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = [Block(config, variant) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(self.blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.attention_backend = "sdpa"
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What states are in: the weights' dtype, or float32 where the device has no instructions for it."""
+        return self.embed_tokens.activation_dtype
+
+    def states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+        """Final-norm states (S, d), or (N, d) at packed indices `rows` (N,), of embeddings x (S, d) with rotations
+        (S, head_dim / 2): a function of tensors alone."""
+        last = len(self.layers) - 1
+        for index, block in enumerate(self.blocks):
+            mixed = attention(index, *block.heads(x, cos, sin))
+            if rows is not None and index == last:
+                # After the last attention nothing mixes positions: the rest is computed only where it is read.
+                x, mixed = x[rows], mixed[rows]
+            x = block.close(x, mixed)
+        out: Tensor = self.norm(x)
+        return out
+
+    def last_states(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, last_attention: Attention, layout: PackedLayout
+    ) -> Tensor:
+        """Final-norm states (B, d) of each row's last token, of embeddings x (S, d). In the last block only that token
+        has a query, an output projection and an MLP; `last_attention` takes q (B, H, size)."""
+        *before, block = self.blocks
+        for index, each in enumerate(before):
+            x = each.close(x, attention(index, *each.heads(x, cos, sin)))
+        if layout.hidden is not None:  # whatever a kernel leaves in the gradients of keys that nobody asked
+            x = torch.where(layout.hidden[:, None], x.detach(), x)
+        normed, lasts = block.input_layernorm(x), layout.lasts
+        turned = cos.index_select(0, lasts), sin.index_select(0, lasts)
+        q, _, _ = block.self_attn.heads(normed.index_select(0, lasts), *turned, slice(0, 1))
+        _, k, v = block.self_attn.heads(normed, cos, sin, slice(1, 3))
+        x = block.close(x.index_select(0, lasts), last_attention(len(before), q, k, v))
+        out: Tensor = self.norm(x)
+        return out
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> list[tuple[Tensor, Tensor]]:
+        """Rotated keys and values, (S, Hkv, size) each a layer, of embeddings x (S, d): what a prefix is made of. The
+        last block ends with them."""
+        captured = []
+        for index, block in enumerate(self.blocks):
+            q, k, v = block.heads(x, cos, sin)
+            captured.append((k, v))
+            if index < len(self.layers) - 1:
+                x = block.close(x, attention(index, q, k, v))
+        return captured
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:

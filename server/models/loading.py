@@ -75,15 +75,17 @@ def load_diffusion_model(
     tokenizer = Tokenizer.load(folder)
     ids = special_ids(config, generation, tokenizer)
     with torch.device("meta"):
-        model = family.build({**config, "mask_token_id": ids.mask})
+        model = family(family.read_config({**config, "mask_token_id": ids.mask}))
     _check_ids(ids, tokenizer, model.vocab_size)
-    load_weights(model, folder, dtype=dtype, device=device, ignored=model.ignored_weights)
+    load_weights(
+        model, folder, dtype=dtype, device=device, ignored=model.ignored_weights, stored_name=model.stored_name
+    )
     where = model.device, model.activation_dtype, model.shape.head_size
-    model.backbone.attention_backend = varlen.choose("auto", *where)
+    model.model.attention_backend = varlen.choose("auto", *where)
     default = row.max_tokens if row is not None else DEFAULT_MAX_TOKENS
     info = ModelInfo(
         id=name,
-        family=family.name,
+        family=family.family,
         tokenizer_path=str(folder.resolve()),
         context_length=model.context_length,
         vocab_size=model.vocab_size,

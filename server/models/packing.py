@@ -1,124 +1,285 @@
-"""Ragged batches without padding: sequences lie one after another in one packed axis.
+"""Ragged batches without padding: rows of tokens lie one after another in one packed axis.
 
-Linear layers and norms work on packed tokens (S, ...) and never see where a sequence ends. Only attention does: it
-gets the `PackedLayout` and lets every token see its own sequence, the whole of it, in both directions. Rotary
-positions count from 0 in each sequence, so a packed forward equals the same sequences one at a time, up to rounding.
+Linear layers and norms work on packed tokens (S, ...) and never see where a row ends. Only attention does: it gets the
+`PackedLayout`. A token sees its own row, with `causal` only up to itself, and before that the whole of the cached
+prefix that its row continues, if it continues one. Diffusion models run whole canvases in both directions; reward
+models run causal rows that continue cached conversations. A packed forward equals the same rows one at a time, up to
+rounding.
+
+Three ways compute the same attention. "cpp" (`kernels.attention`) reads prefixes where they lie and is the CPU's way.
+The kernels of `kernels.varlen` want each row's keys in one piece, so one gather a layer lays them out. "sdpa" is the
+plain form, one row at a time, for whatever the other two cannot do: float64, a GPU in 32 bits, no C++ compiler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from kernels import attention, varlen
 from kernels.transfer import upload
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one packing."""
+IntArray = NDArray[np.int64]
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`count` neighbouring sequences of the same `length`, the first at packed index `start`: one plain batch."""
-
-    start: int
-    count: int
-    length: int
-
-    @property
-    def stop(self) -> int:
-        """The packed index after the run's last token."""
-        return self.start + self.count * self.length
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""layer, q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one layout."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedLayout:
-    """Where B sequences lie among S packed tokens. Host-side lengths, and the tensors that the device needs.
+class Prefix:
+    """Cached keys and values of `length` tokens, (Hkv, own, d) each a layer; the keys carry their positions.
 
-    positions: (S,) int64, 0.. in each sequence. starts: (B,) int64, packed index of each first token.
-    cu_seqlens: (B + 1,) int32, the cumulative lengths from 0 to S. runs: neighbours of equal length, in order.
-    max_length: the longest sequence's length.
+    With a `parent`, its tokens come first and are not held again: K answers to one conversation share the parent.
+    """
+
+    length: int
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    parent: Prefix | None = None
+
+    @property
+    def own(self) -> int:
+        """How many tokens are held here and not in the parent."""
+        return self.length - (self.parent.length if self.parent is not None else 0)
+
+    def chain(self) -> list[Prefix]:
+        """The ancestors and this one, the first tokens first, without those that hold nothing."""
+        before = self.parent.chain() if self.parent is not None else []
+        return [*before, self] if self.own else before
+
+    def whole(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (Hkv, length, d) of one layer, the parent's included."""
+        links = self.chain()
+        return torch.cat([link.keys[layer] for link in links], 1), torch.cat([link.values[layer] for link in links], 1)
+
+
+EMPTY_PREFIX = Prefix(0)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Where B rows lie among S packed tokens, and what each continues.
+
+    On the host: `lengths` (B,) of the rows' own tokens, their `prefixes` (B,), the different `links` of these, and
+    bounds on a row's own tokens and on all of its keys. On the device: `positions` (S,) int64; `cu_q` and `cu_k`
+    (B + 1,) int32, where rows begin and end among own tokens and among keys; `gather` (T,) int64, each key's place
+    among the tokens of `links` followed by the own ones (None where no row has a prefix); and `visible` (B,) int64,
+    where only that many of each row's first tokens count (`hiding`).
     """
 
     lengths: tuple[int, ...]
+    prefixes: tuple[Prefix, ...]
+    links: tuple[Prefix, ...]
+    causal: bool
     positions: Tensor
-    starts: Tensor
-    cu_seqlens: Tensor
-    runs: tuple[Run, ...]
-    max_length: int
+    cu_q: Tensor
+    cu_k: Tensor
+    gather: Tensor | None
+    longest: int
+    longest_keys: int
+    visible: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> PackedLayout:
-        """The layout of sequences of these lengths, in this order. Sort by length for the fewest runs.
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        prefixes: Sequence[Prefix] = (),
+        positions: Tensor | None = None,
+        causal: bool = False,
+    ) -> PackedLayout:
+        """Rows of `lengths` own tokens, each after its prefix. Without `positions` (S,) they count on from the prefix.
 
-        Raises ValueError without a sequence or with an empty one.
+        Raises ValueError without a row, with an empty one, and where numbers or positions do not fit.
         """
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"lengths must be positive, and at least one: {list(lengths)}")
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        ends = sizes.cumsum(0)
-        starts = ends - sizes
-        positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(sizes)
-        cu_seqlens = torch.cat((starts, ends[-1:])).to(torch.int32)
-        positions, starts, cu_seqlens = (upload(x, device) for x in (positions, starts, cu_seqlens))
-        return cls(tuple(lengths), positions, starts, cu_seqlens, runs_of(lengths), max(lengths))
+        prefixes = tuple(prefixes) or (EMPTY_PREFIX,) * len(lengths)
+        if not lengths or min(lengths) < 1 or len(prefixes) != len(lengths):
+            raise ValueError(f"lengths must be positive, and at least one: {list(lengths)}, {len(prefixes)} prefixes")
+        sizes, cached = np.array(lengths), np.array([prefix.length for prefix in prefixes])
+        ends = sizes.cumsum()
+        if positions is None:
+            positions = torch.from_numpy(np.arange(ends[-1]) + (cached - ends + sizes).repeat(sizes))
+        elif len(positions) != ends[-1]:
+            raise ValueError(f"{len(positions)} positions for rows of {list(lengths)} tokens")
+
+        def edges(ends: IntArray) -> Tensor:
+            return upload(torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)), device)
+
+        links = tuple({id(link): link for prefix in prefixes for link in prefix.chain()}.values())
+        cu_q = cu_k = edges(ends)
+        gather = None
+        if links:
+            cu_k = edges((sizes + cached).cumsum())
+            gather = upload(torch.from_numpy(_places(lengths, prefixes, links)), device)
+        return cls(
+            tuple(lengths), prefixes, links, causal, upload(positions, device), cu_q, cu_k, gather, max(lengths),
+            int((sizes + cached).max()),
+        )  # fmt: skip
 
     @property
     def tokens(self) -> int:
         """S."""
-        return self.runs[-1].stop
+        return len(self.positions)
+
+    def hiding(self, visible: Tensor, positions: Tensor) -> PackedLayout:
+        """The same causal rows with other positions, of which only the first `visible` (B,) int64 own tokens count, one
+        at least. The number stays on the device, so it takes an attention that reads lengths there."""
+        return replace(self, visible=visible, positions=positions)
+
+    @cached_property
+    def lasts(self) -> Tensor:
+        """The packed index of each row's last token that counts, (B,) int64."""
+        if self.visible is None:
+            return self.cu_q[1:].long() - 1
+        return self.cu_q[:-1] + self.visible - 1
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """Which tokens (S,) come after the last one that counts; None where none can."""
+        if self.visible is None:
+            return None
+        index = torch.arange(self.tokens, device=self.cu_q.device)
+        row = torch.searchsorted(self.cu_q[1:].long(), index, right=True)
+        return index > self.lasts.index_select(0, row)
+
+    @cached_property
+    def spans(self) -> varlen.Spans:
+        """What a variable-length kernel reads for all queries."""
+        return varlen.Spans(self.cu_q, self.cu_k, self.longest, self.longest_keys)
+
+    @cached_property
+    def last_spans(self) -> varlen.Spans:
+        """The same for each row's last token alone. Keys that do not count are a sequence that nobody asks."""
+        cu_k = self.cu_k
+        if self.visible is not None:
+            seen = cu_k[1:] - self.cu_q.diff() + self.visible.to(cu_k.dtype)
+            cu_k = functional.pad(torch.stack([seen, cu_k[1:]], dim=1).flatten(), (1, 0))
+        cu_q = torch.arange(len(cu_k), dtype=cu_k.dtype, device=cu_k.device)
+        if self.visible is not None:
+            cu_q = (cu_q + 1) // 2  # 0, 1, 1, 2, 2, ...
+        return varlen.Spans(cu_q, cu_k, 1, self.longest_keys)
+
+    @cached_property
+    def rows(self) -> attention.Rows:
+        """What the C++ pass reads for all queries."""
+        return self._rows(self.lengths)
+
+    @cached_property
+    def last_rows(self) -> attention.Rows:
+        """The same for each row's last token alone."""
+        return self._rows((1,) * len(self.lengths))
+
+    def _rows(self, queries: Sequence[int]) -> attention.Rows:
+        number = {id(link): index for index, link in enumerate(self.links)}
+        pieces = [[number[id(link)] for link in prefix.chain()] for prefix in self.prefixes]
+        return attention.Rows(queries, self.lengths, pieces, [link.own for link in self.links])
+
+    def laid_out(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values (T, Hkv, d) of one layer, each row's in one piece; k and v (S, Hkv, d) are its own."""
+        if self.gather is None:
+            return k, v
+        cached = [(link.keys[layer].transpose(0, 1), link.values[layer].transpose(0, 1)) for link in self.links]
+        keys, values = zip(*cached, (k, v), strict=True)
+        return torch.cat(keys).index_select(0, self.gather), torch.cat(values).index_select(0, self.gather)
+
+    def grown(self, captured: Sequence[tuple[Tensor, Tensor]]) -> tuple[Prefix, ...]:
+        """Each row's prefix with the row's own tokens after it, B new ones; `captured` holds the own keys and values
+        (S, Hkv, d) of every layer."""
+        sizes = list(self.lengths)
+        split = [tuple(torch.split(x.transpose(0, 1), sizes, dim=1) for x in pair) for pair in captured]
+        grown = []
+        for row, (prefix, length) in enumerate(zip(self.prefixes, self.lengths, strict=True)):
+            # Copies: a slice would keep every other row alive.
+            keys, values = (
+                tuple(pair[index][row].clone(memory_format=torch.contiguous_format) for pair in split)
+                for index in (0, 1)
+            )
+            parent = prefix if prefix.length else None
+            if prefix.parent is not None:  # chains stay short: what grew before is held here again
+                parent = prefix.parent
+                keys, values = (
+                    tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+                    for old, new in ((prefix.keys, keys), (prefix.values, values))
+                )
+            grown.append(Prefix(prefix.length + length, keys, values, parent))
+        return tuple(grown)
 
 
-def runs_of(lengths: Sequence[int]) -> tuple[Run, ...]:
-    """Sequences of these lengths as runs; empty ones belong to none."""
-    runs: list[Run] = []
-    start = 0
-    for length in lengths:
-        if not length:
-            continue
-        if runs and runs[-1].length == length:
-            runs[-1] = Run(runs[-1].start, runs[-1].count + 1, length)
-        else:
-            runs.append(Run(start, 1, length))
-        start += length
-    return tuple(runs)
+def _places(lengths: Sequence[int], prefixes: Sequence[Prefix], links: Sequence[Prefix]) -> IntArray:
+    """`PackedLayout.gather`, (T,), on the host."""
+    places, place = {}, 0
+    for link in links:
+        places[id(link)] = np.arange(place, place + link.own)
+        place += link.own
+    gather = []
+    for prefix, length in zip(prefixes, lengths, strict=True):
+        gather += [*(places[id(link)] for link in prefix.chain()), np.arange(place, place + length)]
+        place += length
+    return np.concatenate(gather)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, backend: str = "sdpa") -> Tensor:
-    """Bidirectional attention within each sequence, scaled by 1/sqrt(d), differentiable.
+def attend(
+    layout: PackedLayout,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: str = "sdpa",
+    *,
+    scale: float | None = None,
+    last: bool = False,
+) -> Tensor:
+    """Attention of packed rows: q (S, H, d), or with `last` (B, H, d) of each row's last token alone; k and v
+    (S, Hkv, d), the rows' own, with Hkv a divisor of H (query head h reads key head h // (H / Hkv)). Returns q's shape;
+    differentiable, but not with respect to prefixes.
 
-    q (S, H, d); k and v (S, Hkv, d) with Hkv a divisor of H (grouped-query attention: query head h reads key head
-    h // (H / Hkv)). Returns (S, H, d). `backend` is what `kernels.varlen.choose` gave: one variable-length kernel, or
-    "sdpa": one scaled_dot_product_attention for each run of equal lengths, on views of the packed tensors, so that
-    nothing is gathered or padded.
+    `layer` is which layer's keys of the prefixes count; `scale` None is 1 / sqrt(d); `backend` is what
+    `kernels.varlen.choose` gave.
     """
     if backend == "cpp" and not attention.runs():
         backend = "sdpa"
-    if backend != "sdpa":
-        cu, longest = layout.cu_seqlens, layout.max_length
-        return varlen.attend(backend, q, k, v, varlen.Spans(cu, cu, longest, longest))
-    return attend_runs(q, k, v, layout.runs)
+    if backend == "cpp":
+        pieces = [(link.keys[layer], link.values[layer]) for link in layout.links]
+        rows = layout.last_rows if last else layout.rows
+        return attention.attend(q, k, v, rows, pieces, causal=layout.causal, scale=scale)
+    if backend == "sdpa":
+        return _attend_rows(layout, layer, q, k, v, scale, last=last)
+    k, v = layout.laid_out(layer, k, v)
+    spans = layout.last_spans if last else layout.spans
+    return varlen.attend(backend, q.contiguous(), k, v, spans, causal=layout.causal, scale=scale)
 
 
-def attend_runs(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[Run]) -> Tensor:
-    """The same, one scaled_dot_product_attention a run."""
-    outputs = [_attend_run(q, k, v, run) for run in runs]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
-    here, (_, heads, channels), key_heads = slice(run.start, run.stop), q.shape, k.shape[1]
-    keys, values = (
-        x[here].view(run.count, run.length, key_heads, channels).transpose(1, 2) for x in (k, v)
-    )  # each (count, Hkv, length, d), views
-    # Without a mask, the query heads that share a key head are just more queries: they join the length axis, which
-    # is faster on CPU than repeating the keys (measured: 4.9 against 6.1 ms for 16 x 100 tokens, 6 heads on 2).
-    grouped = (run.count, run.length, key_heads, heads // key_heads, channels)
-    queries = q[here].view(grouped).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (count, Hkv, H / Hkv * length, d)
-    mixed = functional.scaled_dot_product_attention(queries, keys, values)
-    mixed = mixed.view(run.count, key_heads, heads // key_heads, run.length, channels)
-    return mixed.permute(0, 3, 1, 2, 4).reshape(run.count * run.length, heads, channels)
+def _attend_rows(
+    layout: PackedLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, last: bool
+) -> Tensor:
+    """The same, one row after another."""
+    if layout.visible is not None:
+        raise ValueError("only a variable-length attention reads the rows' lengths from the device")
+    groups, lengths = q.shape[1] // k.shape[1], list(layout.lengths)
+    counts = [1] * len(lengths) if last else lengths
+    outputs = []
+    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
+    parts = torch.split(q, counts), torch.split(k, lengths), torch.split(v, lengths)
+    for prefix, *own in zip(layout.prefixes, *parts, strict=True):
+        queries, keys, values = (x.transpose(0, 1) for x in own)  # (heads, n, d)
+        if prefix.length:
+            before = prefix.whole(layer)
+            keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
+        keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
+        count, seen = queries.shape[1], keys.shape[1]
+        mask = None
+        if layout.causal and count > 1:
+            mask = torch.ones(count, seen, dtype=torch.bool, device=q.device).tril(seen - count)
+        mixed = functional.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], attn_mask=mask, scale=scale
+        )
+        outputs.append(mixed[0].transpose(0, 1))
+    return torch.cat(outputs)

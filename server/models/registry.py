@@ -1,4 +1,4 @@
-"""One row a model family and one a published model. Adding a model touches nothing in the engine.
+"""The families of diffusion models, and one row a published model. Adding a model touches nothing in the engine.
 
 A checkpoint chooses its row by the `architectures` of its config.json. Its `auto_map`, which points to code, is never
 read: the code is ours.
@@ -6,27 +6,19 @@ read: the code is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ConfigurationError, quote
-from server.models.dream import DreamConfig, DreamModel
-from server.models.llada import LLaDAConfig, LLaDAModel
+from server.models.base import DiffusionModel
+from server.models.dream import DreamModel
+from server.models.llada import LLaDAModel
 
 DEFAULT_MAX_TOKENS = 128
 
 # Tokens that end a turn in the chat templates of these families; those that a tokenizer has stop the text beside EOS.
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>")
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A network that we implement: the name it has in `architectures`, and how to build it from config.json."""
-
-    name: str
-    architecture: str
-    build: Callable[[Mapping[str, Any]], DreamModel | LLaDAModel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +31,7 @@ class KnownModel:
     max_tokens: int = DEFAULT_MAX_TOKENS
 
 
-FAMILIES = (
-    Family("dream", "DreamModel", lambda raw: DreamModel(DreamConfig.from_dict(raw))),
-    Family("llada", "LLaDAModelLM", lambda raw: LLaDAModel(LLaDAConfig.from_dict(raw))),
-)
+FAMILIES: tuple[type[DiffusionModel], ...] = (DreamModel, LLaDAModel)
 
 KNOWN_MODELS = (
     KnownModel("Dream-org/Dream-v0-Instruct-7B", "dream"),
@@ -65,7 +54,7 @@ def known_model(hub_id: str) -> KnownModel | None:
     return next((model for model in KNOWN_MODELS if model.id == hub_id), None)
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> type[DiffusionModel]:
     """The family that config.json names. Raises ConfigurationError with the list of those that we have."""
     names = config.get("architectures")
     if isinstance(names, list) and len(names) == 1:

@@ -8,7 +8,7 @@ kernel shares them with other processes. Otherwise each tensor is mapped, conver
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,15 +128,18 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     ignored: Iterable[str] = (),
+    stored_name: Callable[[str], str] = str,
 ) -> None:
     """Give a module on the meta device its weights, in `dtype` on `device`. They come out frozen, in eval mode.
 
+    `stored_name` gives the name that a parameter has in the checkpoint.
+
     Raises ConfigurationError when the checkpoint does not fit the module (see `check_tensors`) or is damaged.
     """
-    expected = module.state_dict()
+    names = {name: stored_name(name) for name in module.state_dict()}
     stored = stored_tensors(folder)
-    check_tensors(expected, stored, ignored)
-    weights = {name: _read(name, stored[name], dtype, torch.device(device)) for name in expected}
+    check_tensors({names[name]: tensor for name, tensor in module.state_dict().items()}, stored, ignored)
+    weights = {ours: _read(name, stored[name], dtype, torch.device(device)) for ours, name in names.items()}
     module.load_state_dict(weights, strict=True, assign=True)
     module.requires_grad_(False).eval()
 

@@ -14,9 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from server.errors import ConfigurationError, quote
+from server.models.weights import stored_tensors
 from server.rewards.attention import ATTENTION_NAME, register
+from server.text.tokenizer import Tokenizer
 
-DEFAULT_LABELS = 2  # what transformers assumes of a config that does not say
+HEAD = "score.weight"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -25,9 +27,23 @@ def check_config(config: Mapping[str, Any]) -> None:
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         raise ConfigurationError(f"architectures: {quote(architectures)} is no sequence classifier, so no reward model")
     labels = config.get("id2label")
-    count = len(labels) if labels else config.get("num_labels", DEFAULT_LABELS)
-    if count != 1:
+    count = len(labels) if labels else config.get("num_labels")
+    if count not in (None, 1):
         raise ConfigurationError(f"num_labels: a reward model has 1 label, this one {quote(count)}")
+    text = config.get("text_config") or config
+    pad, size = text.get("pad_token_id"), text.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        raise ConfigurationError(f"pad_token_id: {pad} is outside the vocabulary, whose vocab_size is {size}")
+
+
+def check_tokens(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuse a tokenizer with a token that has no row in the embeddings, of `rows` rows: a message may contain it."""
+    token, index = max(tokenizer.vocab().items(), key=lambda entry: entry[1])
+    if index >= rows:
+        raise ConfigurationError(
+            f"vocab_size: the tokenizer's token {quote(token)} has id {index}, the embeddings only {rows} rows: "
+            "they do not belong together"
+        )
 
 
 def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -36,8 +52,11 @@ def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     Its score head is kept in float32 at least: in bfloat16 a reward of 5 would come in steps of 0.03. Raises
     ConfigurationError.
     """
+    head = stored_tensors(folder).get(HEAD)
+    if head is not None and head.shape[0] != 1:
+        raise ConfigurationError(f"num_labels: a reward model has 1 label, {HEAD} has {head.shape[0]} rows")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, num_labels=1)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigurationError(f"config.json: {_first_line(error)}") from error
     _check_attention(config)

@@ -236,6 +236,6 @@ class Runner:
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]
             before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
-            kept, lead = (before, ()) if self.savings.reward_prefix_cache else ((), before)
-            contexts[weighted.model] = RewardContext.of(model.prefill(kept), after, lead)
+            cached = self.savings.reward_prefix_cache
+            contexts[weighted.model] = RewardContext.of(model, before, after, cached=cached)
         return contexts

@@ -69,9 +69,7 @@ def setup(pair: Any, family: str, number: int) -> dict[str, Any]:
             eos_token_id=pair.loaded.info.eos_token_id,
             pad_token_id=pair.loaded.info.pad_token_id,
         ),
-        "objective": Objective(
-            reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
-        ),
+        "objective": Objective(reward, (RewardContext.of(reward, before, after),), torch.ones(1, dtype=torch.float64)),
     }
 
 

@@ -65,7 +65,7 @@ class Problem:
         )  # fmt: skip
         self.before, self.after = before, after
         self.objective = Objective(
-            reward, (RewardContext.of(reward.prefill(before), after),), torch.ones(1, dtype=torch.float64)
+            reward, (RewardContext.of(reward, before, after),), torch.ones(1, dtype=torch.float64)
         )
 
     def closed_form_gradient(self) -> Tensor:

@@ -86,5 +86,5 @@ def pair(family: str, dtype: torch.dtype = torch.float64) -> Pair:
         folder = GOLDEN / f"{of}-tiny" / "rm"
         stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         stock.eval().requires_grad_(False)
-        plain[name] = PlainReward(stock, rewards[name].tokenizer, rewards[name].table)
+        plain[name] = PlainReward(stock, rewards[name].tokenizer, rewards[name].table, rewards[name].padding)
     return Pair(loaded, rewards, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))

@@ -31,7 +31,7 @@ from benchmarks.flops import (
 from benchmarks.workload import Pair, Workload, load, run_engine
 from kernels.random import row_keys
 from server.models.packing import PackedLayout
-from server.rewards.reward_model import RewardModel, RewardRows
+from server.rewards.reward_model import RewardModel
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -54,7 +54,7 @@ class Dispatched(TorchDispatchMode):
 
 def visible(pair: Pair) -> Pair:
     """With attention that torch counts, not ours in C++."""
-    pair.loaded.model.backbone.attention_backend = "sdpa"
+    pair.loaded.model.model.attention_backend = "sdpa"
     if pair.reward is not None:
         pair.reward.attention_backend = "sdpa"
     return pair
@@ -77,12 +77,11 @@ def counter() -> Iterator[Dispatched]:
         yield Dispatched()
 
 
-def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tuple[RewardRows, torch.Tensor]:
+def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tuple[PackedLayout, torch.Tensor]:
     """Rows of these lengths behind one prefix, and random embeddings for them."""
     cached = reward.prefill(list(range(1, prefix + 1)))
-    positions = torch.cat([torch.arange(prefix, prefix + length) for length in lengths])
     embeds = torch.randn(sum(lengths), reward.hidden_size)
-    return RewardRows((cached,) * len(lengths), lengths, positions), embeds
+    return reward.layout([cached] * len(lengths), lengths), embeds
 
 
 @pytest.mark.parametrize("family", ["dream", "llada"])
@@ -118,7 +117,7 @@ def test_reward_rows_of_one_token_are_counted_exactly(dream: Pair, counter: Disp
     assert dream.reward is not None
     rows, embeds = own_rows(dream.reward, 6, (1, 1, 1))
     with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder, counter:
-        dream.reward.forward(rows, embeds)
+        dream.reward.read(rows, embeds)
     decoder = Decoder.of(dream.reward.shape)
     assert recorder.count() == Flops(reward_forward=reward_forward(decoder, (6, 6, 6), (1, 1, 1)))
     assert recorder.count().total == counter.flops
@@ -128,7 +127,7 @@ def test_the_reward_forward_does_no_more_than_whole_rectangles_on_top(dream: Pai
     assert dream.reward is not None
     rows, embeds = own_rows(dream.reward, 6, (7, 7))
     with torch.no_grad(), counter:
-        dream.reward.forward(rows, embeds)
+        dream.reward.read(rows, embeds)
     decoder = Decoder.of(dream.reward.shape)
     above = decoder.attention((decoder.layers - 1) * 2 * (7 * 6 // 2))  # the triangle that causality hides
     assert counter.flops == reward_forward(decoder, (6, 6), (7, 7)) + above
@@ -141,7 +140,7 @@ def test_the_reward_backward_wastes_only_hidden_triangles_and_cached_keys(dream:
     embeds.requires_grad_(True)
     backward = Dispatched()
     with sdpa_kernel(SDPBackend.MATH):
-        total = dream.reward.forward(rows, embeds).sum()
+        total = dream.reward.read(rows, embeds).sum()
         with backward:
             torch.autograd.grad(total, [embeds])
     decoder = Decoder.of(dream.reward.shape)

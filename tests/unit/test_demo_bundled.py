@@ -15,7 +15,7 @@ from demo.tokenizer import chat_text
 from demo.train import learn_tokenizers
 from demo.train_dlm import VALIDATION_SEED, masked_loss
 from server.models.loading import load_diffusion_model
-from server.rewards.reward_model import RewardRows, load_reward_model
+from server.rewards.reward_model import load_reward_model
 from server.types import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
@@ -136,11 +136,7 @@ def test_the_reward_gradient_points_to_the_better_word(loaded, rewards):
         ends = reward.own_embeddings(torch.tensor([ids[0][0], ids[1][0]]))
         table[len(before)] = ends.mean(0)
         embeds = table.requires_grad_()
-        rows = RewardRows(
-            prefixes=(reward.prefill(prefix),),
-            lengths=(length,),
-            positions=torch.arange(len(prefix), len(prefix) + length),
-        )
-        (gradient,) = torch.autograd.grad(reward.forward(rows, embeds).sum(), embeds)
+        layout = reward.layout([reward.prefill(prefix)], [length])
+        (gradient,) = torch.autograd.grad(reward.read(layout, embeds).sum(), embeds)
         better += bool((gradient[len(before)] * (ends[0] - ends[1])).sum() > 0)
     assert better == len(pairs)

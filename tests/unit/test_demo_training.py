@@ -19,7 +19,8 @@ from demo.rewards_data import GradedTexts, RatedSnippet
 from demo.tokenizer import END_OF_TEXT, IM_END, MASK, build_tokenizers
 from demo.train_dlm import DlmTraining, masked_loss, train_dlm
 from demo.train_rewards import encode, reward_config, rewards
-from server.models.dream import DreamConfig, DreamModel
+from server.models.dream import DreamModel
+from server.models.layers import DecoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def tokenizers():
 
 
 def tiny_model(tokenizer, seed=0):
-    model = DreamModel(DreamConfig(tokenizer.get_vocab_size(), 32, 48, 1, 2, 1, tokenizer.token_to_id(MASK)))
+    model = DreamModel(DecoderConfig(tokenizer.get_vocab_size(), 32, 48, 1, 2, 1, tokenizer.token_to_id(MASK)))
     model.initialise(seed)
     return model
 

@@ -16,13 +16,14 @@ from kernels.varlen import unavailable
 from server.errors import ConfigurationError
 from server.guidance.steer import Steered
 from server.models.acceleration import Acceleration, accelerate
-from server.models.dream import DreamConfig, DreamModel
-from server.models.graphs import GraphedTrunk
+from server.models.dream import DreamModel
+from server.models.graphs import GraphedTrunk, recorder
+from server.models.layers import DecoderConfig
 from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout
 from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses
-from server.rewards.reward_model import RewardRows, load_reward_model
+from server.rewards.reward_model import load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
 from server.wire.config import WorkerConfig
 from server.wire.messages import Finished
@@ -85,8 +86,8 @@ def test_the_table_is_with_the_logits_and_everything_else_with_the_model() -> No
     prefix = model.prefill([5, 6, 7])
     assert {key.device.type for key in prefix.keys} == {"cpu"}
     # On the way out only: nothing that is on `meta` can come back.
-    rows = RewardRows((prefix,), (2,), torch.tensor([3, 4]))
-    assert model.forward(rows, model.own_embeddings(torch.tensor([8, 9]))).device.type == "cpu"
+    layout = model.layout([prefix], [2])
+    assert model.read(layout, model.own_embeddings(torch.tensor([8, 9]))).device.type == "cpu"
 
 
 def rewarded(config: WorkerConfig) -> JobResult:
@@ -154,7 +155,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     answered(service)  # kernels, workspaces, page-locked memory, recordings
     if graphs:
         assert isinstance(model.graphed_passes, GraphedPasses)
-        assert model.graphed_passes.graphs >= 2  # that of the trial run and others
+        assert model.graphed_passes.recorded.graphs >= 2  # that of the trial run and others
     steer, calls = inner.steer, []
 
     def strict(*args: Any, **options: Any) -> Steered:
@@ -198,7 +199,7 @@ def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:
 @pytest.fixture
 def dream() -> DreamModel:
     """Random weights with heads of 64 channels, in bfloat16 on the GPU."""
-    config = DreamConfig(
+    config = DecoderConfig(
         vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, mask_token_id=0,
     )  # fmt: skip
@@ -241,7 +242,7 @@ def test_every_way_to_run_the_trunk_gives_the_same_states(dream: DreamModel, way
         assert (got - expected).norm() <= 0.02 * expected.norm()
     if options.cuda_graphs:
         assert isinstance(dream.trunk, GraphedTrunk)
-        assert dream.trunk.graphs == 5  # the four buckets and that of the trial run
+        assert dream.trunk.recorded.graphs == 5  # the four buckets and that of the trial run
 
 
 @gpu
@@ -249,9 +250,9 @@ def test_every_way_to_run_the_trunk_gives_the_same_states(dream: DreamModel, way
 def test_graphs_are_bounded_and_what_they_return_stays(dream: DreamModel) -> None:
     accelerate(dream, Acceleration(), 2048)
     plain = [dream.hidden(*batch) for batch in batches("cuda")]
-    dream.trunk = graphed = GraphedTrunk(dream.backbone.forward, most_tokens=64, most_graphs=2)
+    dream.trunk = graphed = GraphedTrunk(dream.plain_trunk, recorder(), most_tokens=64, most_graphs=2)
     kept = [dream.hidden(*batch) for batch in batches("cuda")]
-    assert graphed.graphs == 2
+    assert graphed.recorded.graphs == 2
     for got, expected in zip(kept, plain, strict=True):
         assert (got.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
 

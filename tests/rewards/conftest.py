@@ -1,4 +1,4 @@
-"""What several unit tests need of their models."""
+"""What several tests of reward models need."""
 
 from __future__ import annotations
 

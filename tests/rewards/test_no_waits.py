@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,20 +20,19 @@ from kernels import varlen
 from kernels.random import row_keys
 from kernels.transfer import upload
 from server.diffusion.schedule import plan
-from server.guidance.assembly import HiddenLeftOut, Objective, Responses, Timings, assemble
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import Steered, steer, visible_positions
 from server.methods import gradient_methods
-from server.rewards.graphs import GraphedPasses, Pass
-from server.rewards.reward_model import RewardModel, load_reward_model
+from server.rewards.graphs import GraphedPasses
+from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
-from server.text.tokenizer import Tokenizer
 from server.types import DiffusionParams, GuidanceParams, Message
+from tests.support.graphs import Again
+from tests.support.models import CPU, load_reward
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 EOS, PAD = 7, 9
-VOCABULARY = 520
-CPU = torch.device("cpu")
+VOCABULARY = 512
 
 
 class Waits(AssertionError):
@@ -199,16 +197,10 @@ def test_what_would_not_wait_passes(no_waits: NoWaits) -> None:
 @pytest.fixture(scope="module")
 def rewards() -> list[RewardModel]:
     """Two reward models with vocabularies of their own."""
-    models = [
-        load_reward_model(
-            name, GOLDEN / name / "rm", diffusion_tokenizer=Tokenizer.load(GOLDEN / "dream-tiny/dlm"),
-            diffusion_vocab_size=VOCABULARY, dtype=torch.float32, device=CPU, vocab_fallback="zero",
-        )
-        for name in ("dream-tiny", "llada-tiny")
-    ]  # fmt: skip
-    for model in models:
-        model.attention_backend = "reference"
-    return models
+    return [
+        load_reward(family, torch.float32, beside="dream", attention="reference", vocab_fallback="zero")
+        for family in ("dream", "llada")
+    ]
 
 
 METHODS = gradient_methods()
@@ -227,7 +219,7 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     objectives = []
     for weight, model in enumerate(rewards, start=1):
         before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
-        context = RewardContext.of(model.prefill(before), after)
+        context = RewardContext.of(model, before, after)
         objectives.append(Objective(model, (context,) * 3, torch.full((3,), float(weight), dtype=torch.float64)))
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(count, VOCABULARY, generator=generator)
@@ -248,21 +240,18 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     )  # fmt: skip
 
 
-class _Again:
-    """In place of a CUDA graph."""
-
-    def __init__(self, function: Callable[[], Pass]) -> None:
-        self.replay = function
-
-
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "template ends in padding"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["kernels", "graphs"])
 def test_inner_steps_wait_for_nothing(
-    rewards: list[RewardModel], no_waits: NoWaits, graphs: bool, monkeypatch: pytest.MonkeyPatch
+    rewards: list[RewardModel], no_waits: NoWaits, graphs: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for model in rewards if padded else ():
+        _, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
+        monkeypatch.setattr(model, "pad_token_id", after[-1])
     expected = steering(rewards, 3)()
     run = steering(rewards, 3)
     for model in rewards:
-        monkeypatch.setattr(model, "graphed_passes", GraphedPasses(model, _Again) if graphs else None)
+        monkeypatch.setattr(model, "graphed_passes", GraphedPasses(model, Again) if graphs else None)
     with torch.no_grad(), no_waits:
         steered = run()
     assert len(steered.rewards) == 4
@@ -276,24 +265,21 @@ def test_a_pass_needs_no_values(way: str) -> None:
     """On `meta`, where tensors have shapes and no values, with torch's own variable-length attention: what asked for
     one, or brought one from elsewhere, would fail."""
     meta = torch.device("meta")
-    model = load_reward_model(
-        "rm", GOLDEN / "dream-tiny/rm", diffusion_tokenizer=Tokenizer.load(GOLDEN / "dream-tiny/dlm"),
-        diffusion_vocab_size=VOCABULARY, dtype=torch.bfloat16, device=meta, vocab_fallback="zero",
-    )  # fmt: skip
-    model.attention_backend = "varlen"
-    context = RewardContext.of(model.prefill(range(20)), (3, 4))
+    model = load_reward("dream", torch.bfloat16, attention="varlen", device=meta, vocab_fallback="zero")
+    context = RewardContext.of(model, range(20), (3, 4))
     canvases = [np.arange(20, 32)] * 3
     responses = Responses.of(canvases, [np.arange(2, 12)] * 3, meta, eos_token_id=EOS, pad_token_id=PAD)
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":
-        model.graphed_passes = GraphedPasses(model, _Again)
+        model.graphed_passes = GraphedPasses(model, Again)
     objective = Objective(model, (context,) * 3, torch.ones(3, device=meta))
     if way == "asking":
+        model.attention_backend = "sdpa"
         with pytest.raises(NotImplementedError, match="nonzero"):
-            HiddenLeftOut(objective, responses).read(embeds, visible, Timings(), gradient=True)
+            Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
         return
-    rewards, g = assemble(objective, responses).read(embeds, visible, Timings(), gradient=True)
+    rewards, g = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
     assert (rewards.shape, g.shape) == ((3,), embeds.shape)
     assert (rewards.device, g.device) == (meta, meta)
 
@@ -302,8 +288,8 @@ def test_asking_how_many_are_seen_waits(
     rewards: list[RewardModel], no_waits: NoWaits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way for CPUs, which is why there are two."""
+    for model in rewards:
+        monkeypatch.setattr(model, "attention_backend", "sdpa")
     run = steering(rewards, 1)
-    monkeypatch.setattr("server.guidance.steer.assemble", HiddenLeftOut)
-    assert assemble is not HiddenLeftOut
     with pytest.raises(Waits, match="nonzero"), torch.no_grad(), no_waits:
         run()

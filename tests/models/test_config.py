@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from server.errors import ConfigurationError
-from server.models.dream import DreamConfig
-from server.models.llada import LLaDAConfig
+from server.models.dream import DreamModel
+from server.models.llada import LLaDAModel
 from server.models.registry import FAMILIES, KNOWN_MODELS, family_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,7 +44,7 @@ def raw(family, **changes):
 )
 def test_dream_refuses_by_name(key, value):
     with pytest.raises(ConfigurationError, match=key):
-        DreamConfig.from_dict(raw("dream", **{key: value}))
+        DreamModel.read_config(raw("dream", **{key: value}))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_dream_refuses_by_name(key, value):
 )
 def test_llada_refuses_by_name(key, value):
     with pytest.raises(ConfigurationError, match=key):
-        LLaDAConfig.from_dict(raw("llada", **{key: value}))
+        LLaDAModel.read_config(raw("llada", **{key: value}))
 
 
 def test_values_that_mean_off_are_accepted():
@@ -84,27 +84,27 @@ def test_values_that_mean_off_are_accepted():
         "dream", rope_scaling=None, sliding_window=131072, use_sliding_window=False, quantization_config=None,
         head_dim=16, layer_types=["full_attention"] * 2, attention_dropout=0,
     )  # fmt: skip
-    assert DreamConfig.from_dict(config).head_dim == 16
+    assert DreamModel.read_config(config).head_dim == 16
 
 
 def test_rope_theta_in_either_place():
-    assert DreamConfig.from_dict(raw("dream", rope_theta=5e5)).rope_theta == 5e5
+    assert DreamModel.read_config(raw("dream", rope_theta=5e5)).rope_theta == 5e5
     nested = raw("dream", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-    assert DreamConfig.from_dict(nested).rope_theta == 1e6
+    assert DreamModel.read_config(nested).rope_theta == 1e6
 
 
 def test_llada_derived_sizes():
-    assert LLaDAConfig.from_dict(raw("llada", embedding_size=640)).vocab_size == 640
-    assert LLaDAConfig.from_dict(raw("llada", embedding_size=None)).vocab_size == 512
-    assert LLaDAConfig.from_dict(raw("llada", mlp_hidden_size=None, mlp_ratio=3)).mlp_hidden_size == 192
-    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=2)).n_kv_heads == 2
-    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=None)).n_kv_heads == 4
-    assert LLaDAConfig.from_dict(raw("llada", n_kv_heads=None, multi_query_attention=True)).n_kv_heads == 1
+    assert LLaDAModel.read_config(raw("llada", embedding_size=640)).vocab_size == 640
+    assert LLaDAModel.read_config(raw("llada", embedding_size=None)).vocab_size == 512
+    assert LLaDAModel.read_config(raw("llada", mlp_hidden_size=None, mlp_ratio=3)).intermediate_size == 192
+    assert LLaDAModel.read_config(raw("llada", n_kv_heads=2)).num_key_value_heads == 2
+    assert LLaDAModel.read_config(raw("llada", n_kv_heads=None)).num_key_value_heads == 4
+    assert LLaDAModel.read_config(raw("llada", n_kv_heads=None, multi_query_attention=True)).num_key_value_heads == 1
 
 
 def test_architecture_chooses_the_family():
-    assert family_of(raw("dream")).name == "dream"
-    assert family_of(raw("llada")).name == "llada"
+    assert family_of(raw("dream")) is DreamModel
+    assert family_of(raw("llada")) is LLaDAModel
 
 
 @pytest.mark.parametrize("names", [["Qwen2ForCausalLM"], [], None, "DreamModel", ["DreamModel", "LLaDAModelLM"], [3]])
@@ -116,5 +116,5 @@ def test_another_architecture_is_refused_with_the_list(names):
 
 
 def test_known_models_have_a_family():
-    families = {family.name for family in FAMILIES}
+    families = {family.family for family in FAMILIES}
     assert {model.family for model in KNOWN_MODELS} == families

@@ -1,57 +1,48 @@
 """Both families against logits recorded from the published research code, and packed against one at a time."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from server.models.dream import DreamConfig, DreamModel
-from server.models.llada import LLaDAConfig, LLaDAModel
-from server.models.loading import load_diffusion_model
+import kernels.linear
 from server.models.packing import PackedLayout
+from server.models.registry import FAMILIES, family_of
+from tests.support.models import GOLDEN, diffusion, load_diffusion
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-FAMILIES = ["dream-tiny", "llada-tiny"]
+NAMES = [family.family for family in FAMILIES]
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def golden(request):
-    """The loaded float64 model, and its recorded (canvas, logits of masked rows) pairs."""
-    folder = GOLDEN / request.param
-    units = load_file(folder / "units.safetensors")
-    cases = [(units[f"{i}.canvas"], units[f"{i}.logits_masked"]) for i in range(4)]
-    return load_diffusion_model(folder / "dlm", dtype=torch.float64).model, cases
+@pytest.fixture(params=NAMES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def cases(family):
+    """Recorded (canvas, logits of masked rows) pairs."""
+    units = load_file(GOLDEN / f"{family}-tiny" / "units.safetensors")
+    return [(units[f"{i}.canvas"], units[f"{i}.logits_masked"]) for i in range(4)]
 
 
 def masked_rows(model, canvas):
     return (canvas == model.mask_token_id).nonzero().squeeze(1)
 
 
-def test_recorded_logits_in_float64(golden):
-    model, cases = golden
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_recorded_logits(family, cases, dtype):
+    model = diffusion(family, dtype).model
     for canvas, recorded in cases:
         logits = model.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))
-        assert logits.dtype == torch.float64
-        torch.testing.assert_close(logits, recorded, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_logits_in_float32(family):
-    model = load_diffusion_model(GOLDEN / family / "dlm", dtype=torch.float32).model
-    units = load_file(GOLDEN / family / "units.safetensors")
-    for i in range(4):
-        canvas = units[f"{i}.canvas"]
-        logits = model.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))
-        assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits.double(), units[f"{i}.logits_masked"], rtol=0, atol=5e-5)
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.double(), recorded, rtol=0, atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_ragged_batch_equals_one_at_a_time(family, dtype, atol):
-    model = load_diffusion_model(GOLDEN / family / "dlm", dtype=dtype).model
+    model = diffusion(family, dtype).model
     generator = torch.Generator().manual_seed(3)
     lengths = (5, 31, 5, 5, 1, 18, 64)
     sequences = [torch.randint(0, model.vocab_size, (length,), generator=generator) for length in lengths]
@@ -60,9 +51,10 @@ def test_a_ragged_batch_equals_one_at_a_time(family, dtype, atol):
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=atol)
 
 
-def test_masked_logits_are_the_full_logits_at_their_rows(golden):
+def test_masked_logits_are_the_full_logits_at_their_rows(family, cases):
     """Row r of Dream is output r - 1, but a sequence's first row is its own, also in the middle of a batch."""
-    model, cases = golden
+    model = diffusion(family).model
+    assert model.shifts == (family == "dream")
     lengths = [len(canvas) for canvas, _ in cases]
     tokens, layout = torch.cat([canvas for canvas, _ in cases]), PackedLayout.of(lengths)
     full = model.head(model.hidden(tokens, layout))
@@ -70,38 +62,29 @@ def test_masked_logits_are_the_full_logits_at_their_rows(golden):
         expected = torch.cat([torch.cat((sequence[:1], sequence[:-1])) for sequence in full.split(lengths)])
     else:
         expected = full
-    starts = layout.starts.tolist()
+    starts = layout.cu_q.tolist()
     for rows in (torch.arange(len(tokens)), torch.tensor([starts[2], 3, starts[1], starts[1] - 1, starts[1] + 1, 0])):
         torch.testing.assert_close(model.masked_logits(tokens, layout, rows), expected[rows], rtol=0, atol=1e-12)
     assert model.masked_logits(tokens, layout, torch.empty(0, dtype=torch.int64)).shape == (0, model.vocab_size)
 
 
-def test_families_differ_in_the_shift():
-    assert DreamModel.shifts
-    assert not LLaDAModel.shifts
-
-
 @pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_stays_near(golden, native, monkeypatch):
+def test_bfloat16_stays_near(family, cases, native, monkeypatch):
     """Half precision computes norms and rotations in float32: rounding errors stay at the size of bfloat16's own.
     So do they where activations are in float32, for want of instructions for bfloat16."""
-    monkeypatch.setenv("KERNELS_BFLOAT16", "1" if native else "0")
-    model, cases = golden
-    half = load_diffusion_model(GOLDEN / f"{model.family}-tiny" / "dlm", dtype=torch.bfloat16).model
+    monkeypatch.setattr(kernels.linear, "has_bfloat16_products", lambda: native)
+    model = load_diffusion(family, torch.bfloat16).model
     canvas, recorded = cases[1]
-    logits = half.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))
-    assert logits.dtype == half.activation_dtype == (torch.bfloat16 if native else torch.float32)
-    error = (logits.double() - recorded).norm() / recorded.norm()
-    assert error < 0.03
+    logits = model.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))
+    assert logits.dtype == model.activation_dtype == (torch.bfloat16 if native else torch.float32)
+    assert (logits.double() - recorded).norm() < 0.03 * recorded.norm()
 
 
-@pytest.mark.parametrize(
-    ("family", "config", "build"), [("dream-tiny", DreamConfig, DreamModel), ("llada-tiny", LLaDAConfig, LLaDAModel)]
-)
-def test_training_gradients_agree_with_finite_differences(family, config, build):
+def test_training_gradients_agree_with_finite_differences(family):
     """A model built from a config is trainable: the loss's directional derivative matches a central difference."""
-    raw = json.loads((GOLDEN / family / "dlm" / "config.json").read_text())
-    model = build(config.from_dict(raw)).double()
+    raw = json.loads((GOLDEN / f"{family}-tiny" / "dlm" / "config.json").read_text())
+    build = family_of(raw)
+    model = build(build.read_config(raw)).double()
     model.initialise(seed=4)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(0, model.vocab_size, (14,), generator=generator)

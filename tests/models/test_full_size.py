@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from benchmarks.full_size import DREAM_7B
-from server.models.dream import DreamConfig, DreamModel
-from server.models.llada import LLaDAConfig, LLaDAModel
+from server.models.dream import DreamModel
+from server.models.llada import LLaDAModel
 from server.models.registry import family_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -62,7 +62,8 @@ def full_size_tensors(golden, widths, layers):
 
 
 def shapes(module):
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    name_of = getattr(module, "stored_name", str)
+    return {name_of(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def parameters(module):
@@ -71,8 +72,8 @@ def parameters(module):
 
 def test_dream_7b():
     with torch.device("meta"):
-        model = DreamModel(DreamConfig.from_dict(DREAM_7B))
-    assert family_of(DREAM_7B).name == "dream"
+        model = DreamModel(DreamModel.read_config(DREAM_7B))
+    assert family_of(DREAM_7B) is DreamModel
     widths = {512: 152064, 64: 3584, 192: 18944, 32: 4 * 128}
     assert shapes(model) == full_size_tensors("dream-tiny/dlm", widths, layers=28)
     assert len(model.state_dict()) == 339  # as many as the index of the published Qwen2.5-7B, its origin, has
@@ -82,8 +83,8 @@ def test_dream_7b():
 
 def test_llada_8b():
     with torch.device("meta"):
-        model = LLaDAModel(LLaDAConfig.from_dict(LLADA_8B))
-    assert family_of(LLADA_8B).name == "llada"
+        model = LLaDAModel(LLaDAModel.read_config(LLADA_8B))
+    assert family_of(LLADA_8B) is LLaDAModel
     widths = {512: 126464, 64: 4096, 160: 12288}
     assert shapes(model) == full_size_tensors("llada-tiny/dlm", widths, layers=32)
     assert parameters(model) * 2 == 16_031_162_368  # total_size in the published index, bfloat16

@@ -1,9 +1,8 @@
-"""Two ways to keep hidden positions from the reward model, left out or moved behind: same rewards, same gradients; and
-the second never waits for the device."""
+"""Two ways to keep hidden positions from the reward model, left out or moved after the others: same rewards, same
+gradients."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.guidance.assembly import HiddenBehind, HiddenLeftOut, Objective, Responses, Timings, assemble
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext, grow
 from server.guidance.steer import visible_positions
-from server.rewards.attention import EMPTY_PREFIX, Packing
-from server.rewards.reward_model import RewardModel, RewardRows, load_reward_model
+from server.models.layers import SelfAttention
+from server.models.packing import EMPTY_PREFIX
+from server.rewards.reward_model import RewardModel
+from server.rewards.trunk import Wrapped
 from server.text.template import split_at_response
-from server.text.tokenizer import Tokenizer
 from server.types import Message
+from tests.support.models import load_reward
 
-GOLDEN = Path(__file__).parents[1] / "golden/dream-tiny"
 EOS, PAD = 7, 9
 CPU = torch.device("cpu")
 
@@ -32,13 +32,9 @@ pytestmark = pytest.mark.usefixtures("exact_qwen3_norms")
 
 def load(*, written_out: bool) -> RewardModel:
     """With a variable-length attention by its specification; written out, or as transformers runs it."""
-    loaded = load_reward_model(
-        "rm", GOLDEN / "rm", diffusion_tokenizer=Tokenizer.load(GOLDEN / "dlm"), diffusion_vocab_size=520,
-        dtype=torch.float64, device=CPU,
-    )  # fmt: skip
-    loaded.attention_backend = "reference"
+    loaded = load_reward(attention="reference")
     if not written_out:
-        loaded._trunk = None
+        loaded._trunk = Wrapped(loaded._network.model)
     return loaded
 
 
@@ -52,9 +48,7 @@ def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[Rew
     of = []
     for text in ("Hello", "Write about the licence."):
         before, after = split_at_response(model.tokenizer, (Message("user", text),))
-        of.append(
-            RewardContext.of(model.prefill(before), after) if cached else RewardContext.of(EMPTY_PREFIX, after, before)
-        )
+        of.append(RewardContext.of(model, before, after, cached=cached))
     return [of[index % 2] for index in range(count)]
 
 
@@ -69,10 +63,14 @@ def both_ways(
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     absurd = torch.where(visible[responses.masked][:, None], embeds, 1e6 * embeds)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
-    return [
-        way(objective, responses).read(values, visible, Timings(), gradient=True)
-        for way, values in ((HiddenLeftOut, embeds), (HiddenBehind, absurd))
-    ]
+    ways = []
+    for backend, values in (("sdpa", embeds), ("reference", absurd)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "attention_backend", backend)
+            assembly = Assembly(objective, responses)
+            assert (assembly.layout is None) == (backend == "sdpa")  # the way follows the attention
+            ways.append(assembly.read(values, responses.committed, visible, Timings(), gradient=True))
+    return ways
 
 
 def assert_same(ways: list[tuple[Tensor, Tensor]]) -> None:
@@ -129,15 +127,15 @@ def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None
     assert responses.hidden.reshape(2, 6).tolist() == [[False] * 3 + [True] * 3, [False] * 3 + [True] + [False] * 2]
     known = contexts(model, 2)
     objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
-    assembly = HiddenBehind(objective, responses)
-    assert assembly.lengths == [3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids)]
+    assembly = Assembly(objective, responses)
+    assert assembly.lengths == (3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids))
     assert assembly.rows.tolist() == [0, 3, 4]
     assert_same(both_ways(model, known, canvases, positions))
 
 
 def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> None:
     """No template of ours ends with the response; one that did must not be given another row's reward."""
-    known = [RewardContext.of(EMPTY_PREFIX, ())] * 2
+    known = [RewardContext.of(model, (), ())] * 2
     responses = Responses.of(
         [np.array([PAD, PAD]), np.array([30, 41])],
         [np.array([0, 1]), np.array([1])],
@@ -148,28 +146,22 @@ def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> Non
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
     objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
-    rewards, _ = HiddenBehind(objective, responses).read(embeds, visible, Timings(), gradient=False)
+    rewards, _ = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=False)
     assert rewards.isfinite().tolist() == [False, True]
 
 
-def test_the_way_follows_the_attention(model: RewardModel) -> None:
-    responses = Responses.of([np.array([30, 41])], [np.array([1])], CPU, eos_token_id=EOS, pad_token_id=PAD)
-    objective = Objective(model, tuple(contexts(model, 1)), torch.ones(1, dtype=torch.float64))
-    assert isinstance(assemble(objective, responses), HiddenBehind)
-    model.attention_backend = "sdpa"
-    try:
-        assert isinstance(assemble(objective, responses), HiddenLeftOut)
-        with pytest.raises(ValueError, match="only a variable-length attention"):
-            model.packing([EMPTY_PREFIX], [3]).hiding(torch.tensor([2]))
-    finally:
-        model.attention_backend = "reference"
+def test_only_a_variable_length_attention_hides(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "attention_backend", "sdpa")
+    layout = model.layout([EMPTY_PREFIX], [3])
+    with pytest.raises(ValueError, match="only a variable-length attention"):
+        model.read(layout.hiding(torch.tensor([2]), layout.positions), torch.zeros(3, model.hidden_size).double())
 
 
 def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
     """A kernel need not fill in the gradients of keys that no query asked for."""
     model = load(written_out=True)
-    rows = RewardRows((EMPTY_PREFIX, EMPTY_PREFIX), (4, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2]))
-    packing = Packing.of(rows.prefixes, rows.lengths, CPU, backend="reference").hiding(torch.tensor([2, 3]))
+    layout = model.layout([EMPTY_PREFIX] * 2, [4, 3])
+    layout = layout.hiding(torch.tensor([2, 3]), layout.positions)
     x = torch.randn(7, model.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
     seen = []
@@ -180,17 +172,17 @@ def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
         spoilt[2:4] = torch.nan
         return spoilt
 
-    original = type(model._trunk)._split
+    original = SelfAttention.heads
 
-    def split(self: Any, layer: Any, x: Tensor, part: slice, rotation: Any) -> Any:
-        q, k, v = original(self, layer, x, part, rotation)
-        if part.start and k.requires_grad:  # the last layer's keys and values alone
+    def heads(self: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3)) -> Any:
+        q, k, v = original(self, x, cos, sin, part)
+        if part.start == 1:  # the last layer's keys and values alone
             k.register_hook(spoil)
         return q, k, v
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model._trunk), "_split", split)
-        (g,) = torch.autograd.grad(model.read(packing, rows.positions, x).sum(), [x])
+        patch.setattr(SelfAttention, "heads", heads)
+        (g,) = torch.autograd.grad(model.read(layout, x).sum(), [x])
     assert seen == [7]
     assert g.isfinite().all()
     assert not g[2:4].any()

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from server.guidance.assembly import Objective, Responses, Timings, assemble
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
 from server.guidance.steer import visible_positions
-from server.rewards.reward_model import RewardModel, load_reward_model
+from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
-from server.text.tokenizer import Tokenizer
 from server.types import Message
+from tests.support.models import reward
 
-GOLDEN = Path(__file__).parents[1] / "golden/dream-tiny"
 EOS, PAD = 7, 9
 LENGTH = 24
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> RewardModel:
-    return load_reward_model(
-        "rm",
-        GOLDEN / "rm",
-        diffusion_tokenizer=Tokenizer.load(GOLDEN / "dlm"),
-        diffusion_vocab_size=520,
-        dtype=torch.float64,
-        device=torch.device("cpu"),
-    )
+    return reward()
 
 
 def contexts(model: RewardModel, count: int) -> list[RewardContext]:
@@ -39,14 +29,14 @@ def contexts(model: RewardModel, count: int) -> list[RewardContext]:
     split = [
         split_at_response(model.tokenizer, (Message("user", text),)) for text in ("Hello", "Write about the licence.")
     ]
-    of = [RewardContext.of(model.prefill(before), after) for before, after in split]
+    of = [RewardContext.of(model, before, after) for before, after in split]
     return [of[index % 2] for index in range(count)]
 
 
 def read(
     model: RewardModel, known: list[RewardContext], canvases: list[np.ndarray], settled: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Rewards (B,) and dr/de of the masked rows, everything behind `settled` being masked."""
+    """Rewards (B,) and dr/de of the masked rows, everything after `settled` being masked."""
     responses = Responses.of(
         canvases, [np.arange(stop, LENGTH) for stop in settled], torch.device("cpu"), eos_token_id=EOS, pad_token_id=PAD
     )
@@ -54,7 +44,7 @@ def read(
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
-    return assemble(objective, responses).read(embeds, visible, Timings(), gradient=True)
+    return Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
 
 
 def test_growing_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
@@ -62,7 +52,7 @@ def test_growing_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
     canvases = [rng.integers(20, 500, LENGTH) for _ in range(6)]
     settled = [0, GROW_BY - 1, GROW_BY, 15, 17, 23]
     canvases[3][[2, 11]] = PAD  # hidden, inside the settled part
-    canvases[4][10] = EOS  # nothing behind it is seen
+    canvases[4][10] = EOS  # nothing after it is seen
     canvases[5][20] = PAD
     before = contexts(model, len(canvases))
     grown = grow(model, before, canvases, settled, EOS, PAD)
@@ -70,8 +60,8 @@ def test_growing_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
     added = [after.prefix.length - first.prefix.length for after, first in zip(grown, before, strict=True)]
     assert added == [0, 0, GROW_BY, 13, 11, 22]
     exact, expected = read(model, grown, canvases, settled), read(model, before, canvases, settled)
-    torch.testing.assert_close(exact[0], expected[0], rtol=1e-6, atol=1e-6)  # norms round to float32 inside
-    torch.testing.assert_close(exact[1], expected[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(exact[0], expected[0], rtol=0, atol=1e-11)
+    torch.testing.assert_close(exact[1], expected[1], rtol=1e-9, atol=1e-11)
     assert float(expected[1].abs().max()) > 1e-3
 
 
@@ -84,14 +74,11 @@ def test_growing_in_two_steps_is_growing_at_once_and_shares_the_conversation(mod
     assert once[0].prefix.parent is twice[0].prefix.parent is start[0].prefix
     for layer in range(len(once[0].prefix.keys)):
         assert once[0].prefix.keys[layer].shape[1] == 20  # the conversation's are not held again
-        for values in (False, True):
-            torch.testing.assert_close(
-                once[0].prefix.whole(layer, values=values), twice[0].prefix.whole(layer, values=values),
-                rtol=1e-6, atol=1e-6,
-            )  # fmt: skip
+        for one, other in zip(once[0].prefix.whole(layer), twice[0].prefix.whole(layer), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_uncached_leads_do_not_grow(model: RewardModel) -> None:
     before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
-    known = [RewardContext.of(model.prefill(()), after, before)]
+    known = [RewardContext.of(model, before, after, cached=False)]
     assert grow(model, known, [np.arange(100, 100 + LENGTH)], [20], EOS, PAD) == known

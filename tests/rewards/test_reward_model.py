@@ -25,13 +25,14 @@ from transformers import (
 )
 
 from server.errors import ConfigurationError
+from server.models.packing import PackedLayout, Prefix
 from server.rewards import reward_model as module
-from server.rewards.reward_model import Prefix, RewardModel, RewardRows, load_reward_model
+from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import Message
+from tests.support.models import GOLDEN, load_reward, reward
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -72,16 +73,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def load(folder: Path | str, dtype: torch.dtype = torch.float64, **options: Any) -> RewardModel:
-    return load_reward_model(
-        "rm",
-        folder,
-        diffusion_tokenizer=Tokenizer.load(GOLDEN / "dream-tiny/dlm"),
-        diffusion_vocab_size=520,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        **options,
-    )
+def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> RewardModel:
+    return load_reward("dream", dtype, folder=folder, **options)
 
 
 def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -124,12 +117,9 @@ def stock_rewards(stock: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([stock(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
 
 
-def pack(model: RewardModel, prefixes: Sequence[Prefix], own: Sequence[Sequence[int]]) -> tuple[RewardRows, Tensor]:
-    positions = [
-        torch.arange(prefix.length, prefix.length + len(ids)) for prefix, ids in zip(prefixes, own, strict=True)
-    ]
-    rows = RewardRows(tuple(prefixes), tuple(map(len, own)), torch.cat(positions))
-    return rows, model.own_embeddings(torch.tensor([token for ids in own for token in ids]))
+def pack(model: RewardModel, prefixes: Sequence[Prefix], own: Sequence[Sequence[int]]) -> tuple[PackedLayout, Tensor]:
+    layout = model.layout(prefixes, [len(ids) for ids in own])
+    return layout, model.own_embeddings(torch.tensor([token for ids in own for token in ids]))
 
 
 def test_packed_rows_equal_stock_rows_one_at_a_time(pair: tuple[RewardModel, Any]) -> None:
@@ -158,7 +148,7 @@ def test_a_cached_prefix_changes_nothing(pair: tuple[RewardModel, Any]) -> None:
     contexts = [(shared, first), (other, second), (shared, first), (none, []), (other, second)]
     rows, embeds = pack(ours, [prefix for prefix, _ in contexts], own)
     expected = stock_rewards(stock, [before + after for (_, before), after in zip(contexts, own, strict=True)])
-    torch.testing.assert_close(ours.forward(rows, embeds), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours.read(rows, embeds), expected, rtol=0, atol=1e-10)
 
 
 def test_an_extended_prefix_changes_nothing(pair: tuple[RewardModel, Any]) -> None:
@@ -169,7 +159,7 @@ def test_an_extended_prefix_changes_nothing(pair: tuple[RewardModel, Any]) -> No
     assert [item.length for item in longer] == [9, 4]
     rows, embeds = pack(ours, longer, pieces[2:])
     expected = stock_rewards(stock, [before + pieces[0] + pieces[2], pieces[1] + pieces[3]])
-    torch.testing.assert_close(ours.forward(rows, embeds), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours.read(rows, embeds), expected, rtol=0, atol=1e-10)
 
 
 def test_left_out_tokens_equal_masked_ones_when_positions_keep_counting(pair: tuple[RewardModel, Any]) -> None:
@@ -181,8 +171,8 @@ def test_left_out_tokens_equal_masked_ones_when_positions_keep_counting(pair: tu
     expected = stock(input_ids=ids, attention_mask=mask, position_ids=torch.arange(16)[None]).logits[0]
     kept = [index for index, seen in enumerate(visible) if seen] + [8, 9, 10]
     own = [(response + after)[index] for index in kept]
-    rows = RewardRows((ours.prefill(before),), (len(own),), torch.tensor(kept) + 5)
-    rewards = ours.forward(rows, ours.own_embeddings(torch.tensor(own)))
+    rows = ours.layout([ours.prefill(before)], [len(own)], torch.tensor(kept) + 5)
+    rewards = ours.read(rows, ours.own_embeddings(torch.tensor(own)))
     torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-10)
 
 
@@ -191,7 +181,7 @@ def test_gradient_equals_stock_autograd(pair: tuple[RewardModel, Any]) -> None:
     before, *own = random_ids(6, 5, 8, 5, seed=5)
     rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
     x = embeds.clone().requires_grad_()
-    (g,) = torch.autograd.grad(ours.forward(rows, x).sum(), [x])
+    (g,) = torch.autograd.grad(ours.read(rows, x).sum(), [x])
     start = 0
     for ids in own:
         y = ours.own_embeddings(torch.tensor(before + ids)).clone().requires_grad_()
@@ -206,12 +196,12 @@ def test_gradient_equals_finite_differences(pair: tuple[RewardModel, Any]) -> No
     rows, embeds = pack(ours, [ours.prefill(before)] * 2, own)
     embeds = embeds + 0.1 * torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = embeds.clone().requires_grad_()
-    (g,) = torch.autograd.grad(ours.forward(rows, x).sum(), [x])
+    (g,) = torch.autograd.grad(ours.read(rows, x).sum(), [x])
     for seed in range(8):
         direction = torch.randn(embeds.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         step = 1e-5 * direction
         with torch.no_grad():
-            slope = (ours.forward(rows, embeds + step).sum() - ours.forward(rows, embeds - step).sum()) / 2e-5
+            slope = (ours.read(rows, embeds + step).sum() - ours.read(rows, embeds - step).sum()) / 2e-5
         torch.testing.assert_close((g * direction).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
@@ -220,7 +210,7 @@ def test_rows_do_not_interact_and_no_weight_gets_a_gradient(pair: tuple[RewardMo
     before, *own = random_ids(4, 3, 6, 3, seed=7)
     rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
     x = embeds.clone().requires_grad_()
-    ours.forward(rows, x)[1].backward()
+    ours.read(rows, x)[1].backward()
     assert x.grad is not None
     assert x.grad[3:9].abs().sum() > 0
     assert not x.grad[:3].any()
@@ -275,7 +265,7 @@ def test_float32_attention_in_one_pass_reads_what_groups_read(checkpoint: Path) 
         chained = model.extend(*pack(model, [shared], [more]))[0]
         rows, embeds = pack(model, [shared, chained, model.prefill([]), chained], own)
         embeds.requires_grad_()
-        rewards = model.forward(rows, embeds)
+        rewards = model.read(rows, embeds)
         results.append([rewards.detach(), *torch.autograd.grad(rewards.sum(), [embeds])])
     for one, other in zip(*results, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
@@ -292,7 +282,7 @@ def test_bfloat16_rewards_come_in_float32(checkpoint: Path) -> None:
     assert (rewards - expected).norm() < 0.1 * expected.norm()
     rows, embeds = pack(ours, [ours.prefill([5, 6, 7])], [[8, 9]])
     x = embeds.clone().requires_grad_()
-    ours.forward(rows, x).sum().backward()
+    ours.read(rows, x).sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16
     assert torch.isfinite(x.grad).all()
@@ -311,36 +301,30 @@ def test_golden_scores(family: str, dtype: torch.dtype) -> None:
 
 
 def test_the_table_holds_the_embedding_of_the_same_string() -> None:
-    model = load(GOLDEN / "dream-tiny/rm")
+    model = reward()
     diffusion = Tokenizer.load(GOLDEN / "dream-tiny/dlm")
     weights = model._network.get_input_embeddings().weight
-    assert model.table.shape == (520, model.hidden_size)
+    assert model.table.shape == (512, model.hidden_size)
     assert model.tokenizer.eos_token_id is not None
     fallback = weights[model.tokenizer.eos_token_id]
     for string, index in diffusion.vocab().items():
         own = model.tokenizer.id_of(string)
         assert torch.equal(model.table[index], fallback if own is None else weights[own])
-    assert torch.equal(model.table[512:], fallback.expand(8, -1))
     assert model.info.vocab_coverage == 511 / 512
 
 
 def test_the_zero_fallback_gives_zero_vectors() -> None:
     model = load(GOLDEN / "dream-tiny/rm", vocab_fallback="zero")
     assert not model.table[3].any()  # the mask token, which the reward vocabulary lacks
-    assert not model.table[512:].any()
     assert model.table[:3].abs().sum(1).min() > 0
     assert model.info.vocab_fallback == "zero"
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    model = load(GOLDEN / "dream-tiny/rm")
+    model = reward()
     rows, embeds = pack(model, [model.prefill([5])], [[6, 7]])
-    with pytest.raises(ValueError, match="positions"):
-        model.forward(rows, embeds[:1])
-    with pytest.raises(ValueError, match="rows of"):
-        model.forward(RewardRows((), (), torch.zeros(0)), embeds[:0])
-    with pytest.raises(ValueError, match="rows of"):
-        model.forward(RewardRows(rows.prefixes * 2, (2, 0), rows.positions), embeds)
+    with pytest.raises(ValueError, match="for 2 tokens"):
+        model.read(rows, embeds[:1])
 
 
 @pytest.mark.parametrize(

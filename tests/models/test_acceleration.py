@@ -1,0 +1,239 @@
+"""What may stand in for a model's trunk gives the same states: padded to buckets, compiled, with another attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+
+from kernels.recording import bucket
+from server.errors import ConfigurationError
+from server.models.acceleration import Acceleration, accelerate
+from server.models.compiled import CompiledTrunk
+from server.models.graphs import GraphedTrunk
+from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
+from server.models.padding import Arena, cached_tokens, pad, shape_of
+from server.types import DecoderShape
+from tests.support.graphs import Again
+from tests.support.models import diffusion, load_diffusion
+
+FAMILIES = ("dream", "llada")
+LENGTHS = ([9], [20, 20, 20], [3, 17, 40, 8], [1, 1], [33] * 7, [5, 64, 5, 64, 12])
+CPU = torch.device("cpu")
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    return load_diffusion(family, dtype).model
+
+
+def batch_of(model: Any, lengths: list[int], seed: int) -> tuple[torch.Tensor, PackedLayout, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.vocab_size, (sum(lengths),), generator=generator)
+    rows = torch.randperm(len(tokens), generator=generator)[: max(1, len(tokens) // 2)].sort().values
+    return tokens, PackedLayout.of(lengths), rows
+
+
+def cached(length: int, parent: Prefix | None = None) -> Prefix:
+    """A prefix of so many tokens more than its parent's."""
+    keys = (torch.zeros(1, length, 2),)
+    return Prefix(length + (parent.length if parent else 0), keys, keys, parent)
+
+
+def test_buckets() -> None:
+    assert [bucket(n) for n in (1, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 3000)] == [
+        16, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96, 96, 128, 3072,
+    ]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=1, max_size=40),
+    prefix=st.integers(1, 90),
+    hiding=st.booleans(),
+    read=st.integers(0, 400),
+)
+def test_padded_rows_have_exactly_their_buckets_shape(
+    rows: list[tuple[int, int]], prefix: int, hiding: bool, read: int
+) -> None:
+    parent = cached(prefix)
+    prefixes = [(EMPTY_PREFIX, parent, cached(3, parent))[which] for which, _ in rows]
+    lengths = [length for _, length in rows]
+    layout, tokens, real = PackedLayout.of(lengths, prefixes=prefixes, causal=True), sum(lengths), len(rows)
+    if hiding:
+        layout = layout.hiding(torch.tensor([1 + length // 2 for length in lengths]), layout.positions)
+    shape = shape_of(layout, read)
+    place = cached(shape.cached)
+    inputs = pad(torch.ones(tokens, 5), layout, torch.zeros(read).long(), shape, place)
+    padded = inputs.layout
+    assert inputs.x.shape == (shape.tokens, 5)
+    assert len(inputs.rows) == shape.read
+    assert len(padded.positions) == shape.tokens
+    assert len(padded.cu_q) == len(padded.cu_k) == shape.rows + 1
+    assert (padded.longest, padded.longest_keys) == (shape.longest, shape.longest_keys)
+    own, seen = padded.cu_q.diff().tolist(), padded.cu_k.diff().tolist()
+    assert own[:real] == lengths
+    assert own[real:] == seen[real:]  # rows that fill up have no prefix,
+    assert min(own) >= 1  # but a token
+    assert sum(own) == shape.tokens
+    assert max(own) <= shape.longest
+    assert max(seen) <= shape.longest_keys
+    if layout.gather is None:
+        assert (shape.keys, shape.cached, padded.gather, padded.links) == (0, 0, None, ())
+    else:
+        assert padded.gather is not None
+        assert padded.links == (place,)
+        assert len(padded.gather) == shape.keys >= sum(seen)
+        assert cached_tokens(layout) <= shape.cached
+        assert int(padded.gather.max()) < shape.cached + shape.tokens
+    if hiding:
+        assert padded.visible is not None
+        assert padded.visible.tolist() == [1 + length // 2 for length in lengths] + own[real:]
+    sizes = (shape.rows, shape.tokens, shape.longest, shape.longest_keys, shape.keys, shape.cached, shape.read)
+    assert all(size in (0, bucket(size)) for size in sizes)
+    assert shape.tokens <= 1.5 * (tokens + shape.rows - real)
+    assert shape.rows <= max(16, 4 * (real + 1))
+
+
+def test_few_shapes_serve_many_steps() -> None:
+    """Canvases of a running server, and responses of up to 64 tokens in any state of four conversations'
+    trajectories, 12 to 16 of them at a time."""
+    rng = np.random.default_rng(4)
+    canvases, responses = set(), set()
+    for _ in range(300):
+        canvases.add(shape_of(PackedLayout.of(rng.integers(60, 120, 12).tolist()), int(rng.integers(1, 700))))
+        conversations = [cached(int(length)) for length in rng.integers(70, 200, 4)]
+        prefixes, own = [], []
+        for index in range(rng.integers(12, 17)):
+            settled = int(rng.integers(1, 64))
+            prefixes.append(cached(settled, conversations[index % 4]))
+            own.append(64 - settled + 5)
+        responses.add(shape_of(PackedLayout.of(own, prefixes=prefixes, causal=True)))
+    assert len(canvases) <= 40
+    assert len(responses) <= 40
+
+
+def test_the_arena_copies_what_is_new_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (tuple(torch.randn(2, 20, 4, generator=generator) for _ in range(3)) for _ in range(2))
+    links = (Prefix(20, keys, values),)
+    arena = Arena(DecoderShape(8, 8, 2, 2, 4, 3), 64, torch.float32, CPU)
+    arena.hold(links)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(arena.prefix(20).keys, keys, strict=True))
+    arena.prefix(20).keys[0].zero_()
+    arena.hold(links)
+    assert not arena.prefix(20).keys[0].any()
+    arena.hold((links[0],))  # a tuple of its own: of another denoising step
+    assert torch.equal(arena.prefix(20).keys[0], keys[0])
+    assert torch.equal(arena.prefix(20).values[-1], values[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_real_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reference` reads nothing but what a recorded graph's kernel would: tokens, positions and cumulative lengths."""
+    model = diffusion(family).model
+    batches = [batch_of(model, lengths, 1) for lengths in LENGTHS]
+    with torch.no_grad():
+        expected = [model.plain_trunk(*batch) for batch in batches]
+        monkeypatch.setattr(model.model, "attention_backend", "reference")
+        for (tokens, layout, rows), states in zip(batches, expected, strict=True):
+            inputs = pad(tokens, layout, rows, shape_of(layout, len(rows)))
+            padded = model.plain_trunk(inputs.x, inputs.layout, inputs.rows)
+            torch.testing.assert_close(padded[: len(rows)], states, rtol=0, atol=1e-12)
+
+
+def test_recorded_trunks_are_bounded_and_what_they_return_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diffusion("dream").model
+    monkeypatch.setattr(model.model, "attention_backend", "reference")
+    trunk = GraphedTrunk(model.plain_trunk, Again, most_tokens=256, most_graphs=2)
+    batches = [batch_of(model, lengths, 1) for lengths in (*LENGTHS, [300], *LENGTHS)]
+    with torch.no_grad():
+        kept = [trunk(*batch) for batch in batches]
+        for batch, got in zip(batches, kept, strict=True):
+            torch.testing.assert_close(got, model.plain_trunk(*batch), rtol=0, atol=1e-12)
+        assert trunk(batches[0][0], batches[0][1], None).shape[0] == 9  # without rows it runs as it is
+    assert trunk.recorded.graphs == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_compiled_graph_serves_ragged_batches(family: str) -> None:
+    """aot_eager is torch.compile's whole front end on ordinary kernels: what it traced, and how often."""
+    model = model_of(family)
+    torch._dynamo.reset()
+    counters.clear()
+    model.trunk = CompiledTrunk(model.model, model.plain_trunk, backend="aot_eager")
+    with torch.no_grad():
+        for seed, lengths in enumerate(([11, 6, 6], *LENGTHS)):
+            tokens, layout, rows = batch_of(model, lengths, seed)
+            got = model.hidden(tokens, layout, rows)
+            torch.testing.assert_close(got, model.plain_trunk(tokens, layout, rows), rtol=0, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own compiler's
+def test_compiled_logits_equal_plain_ones() -> None:
+    model = model_of("dream", torch.float32)
+    torch._dynamo.reset()
+    counters.clear()
+    accelerate(model, Acceleration(compile=True), model.context_length)
+    plain = model_of("dream", torch.float32)
+    with torch.no_grad():
+        for seed, lengths in enumerate(LENGTHS):
+            batch = batch_of(model, lengths, seed)
+            expected = plain.masked_logits(*batch)
+            torch.testing.assert_close(model.masked_logits(*batch), expected, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_training_and_whole_canvases_run_as_they_are() -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model = model_of("dream")
+    model.trunk = CompiledTrunk(model.model, model.plain_trunk, backend=never)
+    tokens, layout, rows = batch_of(model, [9, 4], 3)
+    assert model.hidden(tokens, layout, rows).shape == (len(rows), model.config.hidden_size)
+    with torch.no_grad():
+        assert model.hidden(tokens, layout).shape == (13, model.config.hidden_size)
+        assert model.hidden(tokens, layout, rows[:1]).shape == (1, model.config.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Acceleration(attention_backend="varlen"), "attention_backend: varlen cannot run here: it needs a CUDA device"),
+        (Acceleration(attention_backend="flash"), "attention_backend: flash cannot run here: it needs a CUDA device"),
+        (
+            Acceleration(attention_backend="fast"),
+            "attention_backend: 'fast' is not one of auto, varlen, flash, cpp, sdpa",
+        ),
+        (Acceleration(cuda_graphs=True), "cuda_graphs: there are none on cpu"),
+    ],
+)
+def test_what_cannot_work_here_is_refused(options: Acceleration, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        accelerate(model_of("dream"), options, 64)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with pytest.raises(ConfigurationError, match=r"compile: the model cannot be run so here: .*ompiler"):
+        accelerate(model_of("dream"), Acceleration(compile=True), 64)
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpp"), (torch.float64, "sdpa")])
+def test_automatic_attention_on_a_cpu(dtype: torch.dtype, backend: str) -> None:
+    model = model_of("llada", dtype)
+    accelerate(model, Acceleration(), model.context_length)
+    assert model.model.attention_backend == backend
+    assert model.trunk == model.plain_trunk

@@ -1,0 +1,182 @@
+"""Packed rows: the layout's numbers, and every way to compute their attention against a softmax written out in
+float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import attention
+from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, attend
+
+Heads = tuple[int, int]
+
+
+def written_out(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor, *, last: bool = False) -> Tensor:
+    """Softmax attention of each query by itself, over its row's prefix and own keys. float64."""
+    outputs, first = [], 0
+    groups = q.shape[1] // k.shape[1]
+    for row, (prefix, length) in enumerate(zip(layout.prefixes, layout.lengths, strict=True)):
+        before = [x.transpose(0, 1) for x in prefix.whole(0)] if prefix.length else [k[:0], v[:0]]
+        keys, values = torch.cat([before[0], k[first:][:length]]), torch.cat([before[1], v[first:][:length]])
+        for place in [length - 1] if last else range(length):
+            seen = prefix.length + (place + 1 if layout.causal else length)
+            query = q[row if last else first + place]
+            for head in range(q.shape[1]):
+                scores = keys[:seen, head // groups] @ query[head] / math.sqrt(q.shape[-1])
+                outputs.append(torch.softmax(scores, 0) @ values[:seen, head // groups])
+        first += length
+    return torch.stack(outputs).view(-1, q.shape[1], q.shape[2])
+
+
+def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def chain(seed: int, key_heads: int, size: int) -> list[Prefix]:
+    """No prefix, one, and a longer one that continues it."""
+    one, two = ((key_heads, length, size) for length in (5, 3))
+    keys, values, more_keys, more_values = random(seed, one, one, two, two)
+    parent = Prefix(5, (keys,), (values,))
+    return [EMPTY_PREFIX, parent, Prefix(8, (more_keys,), (more_values,), parent)]
+
+
+def cast(prefixes: Sequence[Prefix], dtype: torch.dtype) -> list[Prefix]:
+    """The same prefixes in another dtype, shared parents still shared."""
+    made: dict[int, Prefix] = {}
+
+    def of(prefix: Prefix) -> Prefix:
+        if id(prefix) not in made:
+            keys, values = (tuple(x.to(dtype) for x in pair) for pair in (prefix.keys, prefix.values))
+            made[id(prefix)] = Prefix(prefix.length, keys, values, prefix.parent and of(prefix.parent))
+        return made[id(prefix)]
+
+    return [of(prefix) for prefix in prefixes]
+
+
+def test_layout_numbers() -> None:
+    layout = PackedLayout.of([3, 2, 2, 1])
+    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0]
+    assert layout.cu_q.tolist() == layout.cu_k.tolist() == [0, 3, 5, 7, 8]
+    assert layout.cu_q.dtype == torch.int32
+    assert layout.positions.dtype == layout.lasts.dtype == torch.int64
+    assert layout.lasts.tolist() == [2, 4, 6, 7]
+    assert (layout.tokens, layout.longest, layout.longest_keys) == (8, 3, 3)
+    assert layout.gather is layout.hidden is None
+
+
+def test_numbers_of_rows_that_continue_prefixes() -> None:
+    none, parent, child = chain(0, 1, 2)
+    layout = PackedLayout.of([2, 3, 1, 2], prefixes=[child, none, parent, child], causal=True)
+    assert layout.positions.tolist() == [8, 9, 0, 1, 2, 5, 8, 9]
+    assert layout.cu_k.tolist() == [0, 10, 13, 19, 29]
+    assert layout.links == (parent, child)
+    first, second = [0, 1, 2, 3, 4], [5, 6, 7]
+    assert layout.gather is not None
+    assert layout.gather.tolist() == [
+        *first, *second, 8, 9, 10, 11, 12, *first, 13, *first, *second, 14, 15,
+    ]  # fmt: skip
+    assert (layout.longest, layout.longest_keys) == (3, 10)
+    hiding = layout.hiding(torch.tensor([1, 3, 1, 2]), layout.positions)
+    assert hiding.lasts.tolist() == [0, 4, 5, 7]
+    assert hiding.hidden is not None
+    assert hiding.hidden.tolist() == [False, True, *[False] * 6]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0], [-1]])
+def test_empty_rows_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        PackedLayout.of(lengths)
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 prefixes"):
+        PackedLayout.of([1, 2], prefixes=[EMPTY_PREFIX])
+    with pytest.raises(ValueError, match="2 positions"):
+        PackedLayout.of([1, 2], positions=torch.arange(2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=6),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (3, 1)]),
+    causal=st.booleans(),
+    last=st.booleans(),
+    backend=st.sampled_from(["sdpa", "reference", "cpp"]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_is_the_written_out_softmax(
+    rows: list[tuple[int, int]], heads: Heads, causal: bool, last: bool, backend: str, seed: int
+) -> None:
+    """The C++ pass takes float32, or leaves the work to the plain way where there is no compiler."""
+    last = last and causal
+    lengths, prefixes = [length for length, _ in rows], chain(seed, heads[1], 8)
+    count = len(rows) if last else sum(lengths)
+    q, k, v = random(seed, (count, heads[0], 8), *[(sum(lengths), heads[1], 8)] * 2)
+    layout = PackedLayout.of(lengths, prefixes=[prefixes[which] for _, which in rows], causal=causal)
+    expected = written_out(layout, q, k, v, last=last)
+    if backend != "cpp":
+        torch.testing.assert_close(attend(layout, 0, q, k, v, backend, last=last), expected, rtol=0, atol=1e-12)
+        return
+    prefixes = cast(prefixes, torch.float32)
+    layout = PackedLayout.of(lengths, prefixes=[prefixes[which] for _, which in rows], causal=causal)
+    got = attend(layout, 0, q.float(), k.float(), v.float(), backend, last=last)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-6)
+
+
+def test_without_a_compiler_the_plain_way_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "runs", lambda: False)
+    q, k, v = random(0, (5, 2, 4), (5, 1, 4), (5, 1, 4))  # float64, which the C++ pass would refuse
+    layout = PackedLayout.of([2, 3])
+    torch.testing.assert_close(attend(layout, 0, q, k, v, "cpp"), written_out(layout, q, k, v), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_gradients(causal: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in random(1, (7, 4, 3), (7, 2, 3), (7, 2, 3)))
+    prefixes = chain(2, 2, 3)
+    layout = PackedLayout.of([3, 2, 2], prefixes=prefixes, causal=causal)
+    assert torch.autograd.gradcheck(lambda *x: attend(layout, 0, *x), (q, k, v))
+
+
+def test_rows_do_not_see_each_other() -> None:
+    q, k, v = random(3, (9, 4, 8), (9, 2, 8), (9, 2, 8))
+    layout = PackedLayout.of([4, 5])
+    before = attend(layout, 0, q, k, v)
+    for x in (q, k, v):
+        x[4:] += 1.0
+    after = attend(layout, 0, q, k, v)
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.equal(before[4:], after[4:])
+
+
+def test_projections_of_a_wider_tensor_are_not_disturbed() -> None:
+    """q, k and v may be views with any stride, as after a stacked projection."""
+    q, k, v = random(4, (10, 4, 8), (10, 2, 8), (10, 2, 8))
+    whole = torch.cat((q, k, v), dim=1)
+    layout = PackedLayout.of([5, 5])
+    views = attend(layout, 0, whole[:, :4], whole[:, 4:6], whole[:, 6:])
+    torch.testing.assert_close(views, attend(layout, 0, q, k, v), rtol=0, atol=1e-15)
+
+
+def test_rows_that_grow_share_the_first_prefix_and_hold_what_they_added() -> None:
+    none, parent, child = chain(5, 2, 4)
+    layout = PackedLayout.of([2, 1, 3], prefixes=[none, parent, child])
+    k, v = random(6, (6, 2, 4), (6, 2, 4))
+    first, second, third = layout.grown([(k, v)])
+    assert [(each.length, each.own, each.parent) for each in (first, second, third)] == [
+        (2, 2, None), (6, 1, parent), (11, 6, parent),
+    ]  # fmt: skip
+    for grown, prefix, start, length in ((first, none, 0, 2), (second, parent, 2, 1), (third, child, 3, 3)):
+        for index, own in ((0, k), (1, v)):
+            before = prefix.whole(0)[index] if prefix.length else own[:0].transpose(0, 1)
+            expected = torch.cat([before, own[start:][:length].transpose(0, 1)], dim=1)
+            assert torch.equal(grown.whole(0)[index], expected)
+            assert grown.keys[0].is_contiguous()

@@ -1,0 +1,178 @@
+"""Passes of reward models on padded shapes, as CUDA graphs replay them: same rewards, same gradients. Without a GPU the
+same function runs again on the same memory in place of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.checkpoints import Shape
+from benchmarks.reward_passes import Setup, measure_passes
+from kernels import varlen
+from server.errors import ConfigurationError
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
+from server.guidance.prefixes import RewardContext
+from server.guidance.steer import visible_positions
+from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
+from server.models.padding import shape_of
+from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, worst_difference
+from server.rewards.reward_model import RewardModel
+from server.text.template import split_at_response
+from server.types import Message
+from tests.support.graphs import Again
+from tests.support.models import CPU, load_reward
+
+EOS, PAD = 7, 9
+
+
+@pytest.fixture
+def _careless_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that leaves what it likes in the gradients of keys that no query asked for."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, spans: varlen.Spans, causal: bool, scale: float | None) -> Tensor:
+        asked = torch.zeros(len(k), dtype=torch.bool)
+        keys = spans.cu_k.tolist()
+        for index, count in enumerate(spans.cu_q.diff().tolist()):
+            asked[keys[index] : keys[index + 1]] = bool(count)
+        for x in (k, v):
+            if x.requires_grad:
+                x.register_hook(lambda g: torch.where(asked[:, None, None], g, torch.nan))
+        return varlen.reference(q, k, v, spans, causal, scale)
+
+    monkeypatch.setitem(varlen._IMPLEMENTATIONS, "reference", attend)
+
+
+@pytest.fixture(scope="module")
+def model() -> RewardModel:
+    return load_reward(attention="reference")
+
+
+def rows_of(
+    model: RewardModel, prefixes: list[Prefix], lengths: list[int], visible: list[int], seed: int
+) -> tuple[PackedLayout, Tensor]:
+    """Rows of which the first `visible` tokens count, and their embeddings."""
+    embeds = torch.randn(
+        sum(lengths), model.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    layout = model.layout(prefixes, lengths)
+    return layout.hiding(torch.tensor(visible), layout.positions), embeds
+
+
+def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("_careless_kernel")
+def test_padding_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
+    first, second = model.prefill(range(30, 47)), model.prefill(range(60, 65))
+    (longer,) = model.extend(model.layout([first], [3]), model.own_embeddings(torch.tensor([5, 6, 8])))
+    cases = [
+        ([first, second, first], [9, 4, 12], [9, 1, 7]),
+        ([longer, EMPTY_PREFIX, first, longer], [8, 8, 8, 1], [3, 8, 2, 1]),  # of the same bucket
+        ([EMPTY_PREFIX], [5], [4]),  # nothing cached
+        ([first, second, longer], [11, 3, 12], [1, 3, 11]),  # of the first bucket again, other links
+        ([second] * 20, [30] * 20, [1 + i for i in range(20)]),
+    ]
+    passes = GraphedPasses(model, Again)
+    shapes = set()
+    for seed, (prefixes, lengths, visible) in enumerate(cases):
+        layout, embeds = rows_of(model, prefixes, lengths, visible, seed)
+        assert passes.takes(layout)
+        shapes.add(shape_of(layout))
+        rewards, g = passes.run(layout, embeds)
+        assert_same((rewards, g), differentiate(model, layout, embeds))
+        assert g.isfinite().all()
+    assert passes.recorded.graphs == len(shapes) == 3
+
+
+def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: RewardModel) -> None:
+    """The inner steps of one denoising step: the same rows with other tokens hidden and other embeddings."""
+    layout = model.layout([model.prefill(range(30, 50))] * 2, [7, 5])
+    passes = GraphedPasses(model, Again)
+    seen = []
+    for seed, visible in enumerate(([7, 5], [2, 5], [6, 1])):
+        hiding = layout.hiding(torch.tensor(visible), layout.positions)
+        generator = torch.Generator().manual_seed(seed)
+        embeds = torch.randn(12, model.hidden_size, dtype=torch.float64, generator=generator)
+        got = passes.run(hiding, embeds)
+        assert_same(got, differentiate(model, hiding, embeds))
+        seen.append(got[0])
+    assert passes.recorded.graphs == 1
+    assert len({tuple(rewards.tolist()) for rewards in seen}) == 3
+
+
+def test_graphs_are_bounded_and_what_they_return_stays(model: RewardModel) -> None:
+    passes = GraphedPasses(model, Again, most_graphs=2)
+    results = []
+    for repeat in range(2):
+        for length in (5, 40, 70):
+            layout, embeds = rows_of(model, [EMPTY_PREFIX], [length], [length], repeat)
+            results.append((passes.run(layout, embeds), differentiate(model, layout, embeds)))
+    assert passes.recorded.graphs == 2
+    for got, expected in results:
+        assert_same(got, expected)
+
+
+def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel) -> None:
+    passes = GraphedPasses(model, Again, most_tokens=256)
+    prefix = model.prefill(range(30, 290))
+    assert passes.takes(rows_of(model, [EMPTY_PREFIX], [200], [60], 0)[0])
+    assert not passes.takes(rows_of(model, [EMPTY_PREFIX] * 2, [200, 60], [60, 40], 0)[0])
+    assert not passes.takes(rows_of(model, [prefix], [6], [6], 0)[0])  # cached tokens
+    assert not passes.takes(model.layout([EMPTY_PREFIX], [60]))  # none hidden: nothing that the loop would ask for
+
+
+def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
+    before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
+    context = RewardContext.of(model, before, after)
+    rng = np.random.default_rng(2)
+    canvases = [rng.integers(20, 500, 10) for _ in range(3)]
+    canvases[1][4], canvases[2][5] = EOS, PAD
+    responses = Responses.of(canvases, [np.arange(2, 10)] * 3, CPU, eos_token_id=EOS, pad_token_id=PAD)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    embeds = torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assembly = Assembly(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)
+    expected = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
+    passes = GraphedPasses(model, Again)
+    model.graphed_passes = passes
+    try:
+        got = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
+        unasked = assembly.read(embeds, responses.committed, visible, Timings(), gradient=False)
+    finally:
+        model.graphed_passes = None
+    assert passes.recorded.graphs == 1
+    assert_same(got, expected)
+    torch.testing.assert_close(unasked[0], expected[0], rtol=1e-9, atol=1e-11)
+    assert not unasked[1].any()
+
+
+def test_the_trial_run_believes_what_is_right_and_nothing_else(model: RewardModel) -> None:
+    assert worst_difference(model, GraphedPasses(model, Again)) < 1e-9
+
+    class Stale:
+        """A graph that does not see what was written into its inputs."""
+
+        def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
+            self.result = function()
+
+        def replay(self) -> tuple[Tensor, ...]:
+            return self.result
+
+    assert worst_difference(model, GraphedPasses(model, Stale)) > 0.05
+
+
+def test_the_measurement_runs_both_ways() -> None:
+    setup = Setup(Shape(1024, 32, 2, 2, 64), "float64", rows=(1, 3), tokens=9, cached=5, repeats=1)
+    figures = measure_passes(CPU, setup, lambda model: GraphedPasses(model, Again), "reference")
+    assert [entry["rows"] for entry in figures] == [1, 3]
+    assert all(entry[way] > 0 for entry in figures for way in ("kernels", "graphs", "gain"))
+
+
+def test_where_there_are_none_is_refused_by_name(model: RewardModel) -> None:
+    with pytest.raises(ConfigurationError, match="cuda_graphs: there are none on cpu"):
+        graph_passes(model)
