@@ -94,8 +94,9 @@ def pad(x: Tensor, layout: PackedLayout, rows: Tensor, shape: Shape, cached: Pre
     device, real = layout.cu_q.device, len(layout.lengths)
     surplus, count = shape.tokens - layout.tokens, shape.rows - real
     each, more = divmod(surplus, count)
-    lengths = torch.tensor([each + 1] * more + [each] * (count - more))
-    ends, gather, cu_k = upload(lengths.cumsum(0).int(), device), layout.gather, layout.cu_k
+    lengths = [each + 1] * more + [each] * (count - more)
+    ends = upload(torch.tensor(lengths).cumsum(0).int(), device)
+    gather, cu_k = layout.gather, layout.cu_k
     cu_q = torch.cat([layout.cu_q, layout.tokens + ends])
     if gather is None:
         cu_k = cu_q
@@ -107,9 +108,9 @@ def pad(x: Tensor, layout: PackedLayout, rows: Tensor, shape: Shape, cached: Pre
         cu_k = torch.cat([cu_k, keys + ends])
     visible = layout.visible
     if visible is not None:
-        visible = torch.cat([visible, upload(lengths, device)])
+        visible = torch.cat([visible, upload(torch.tensor(lengths), device)])
     padded = PackedLayout(
-        lengths=(*layout.lengths, *lengths.tolist()),
+        lengths=(*layout.lengths, *lengths),
         prefixes=(),
         links=(cached,) if shape.cached else (),
         causal=layout.causal,
