@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels.linear
 from server.models.packing import PackedLayout
 from server.models.registry import FAMILIES, family_of
 from tests.support.models import GOLDEN, diffusion, load_diffusion
@@ -72,7 +71,7 @@ def test_masked_logits_are_the_full_logits_at_their_rows(family, cases):
 def test_bfloat16_stays_near(family, cases, native, monkeypatch):
     """Half precision computes norms and rotations in float32: rounding errors stay at the size of bfloat16's own.
     So do they where activations are in float32, for want of instructions for bfloat16."""
-    monkeypatch.setattr(kernels.linear, "has_bfloat16_products", lambda: native)
+    monkeypatch.setenv("KERNELS_BFLOAT16", "1" if native else "0")
     model = load_diffusion(family, torch.bfloat16).model
     canvas, recorded = cases[1]
     logits = model.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))

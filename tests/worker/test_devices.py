@@ -217,8 +217,8 @@ def batches(device: str) -> Iterator[tuple[torch.Tensor, PackedLayout, torch.Ten
         yield tokens, PackedLayout.of(lengths, device), rows
 
 
-def test_the_batches_below_fall_into_four_buckets() -> None:
-    assert len({shape_of(layout, len(rows)) for _, layout, rows in batches("cpu")}) == 4
+def test_the_batches_below_fall_into_three_buckets() -> None:
+    assert len({shape_of(layout, len(rows)) for _, layout, rows in batches("cpu")}) == 3
 
 
 @gpu
@@ -242,7 +242,7 @@ def test_every_way_to_run_the_trunk_gives_the_same_states(dream: DreamModel, way
         assert (got - expected).norm() <= 0.02 * expected.norm()
     if options.cuda_graphs:
         assert isinstance(dream.trunk, GraphedTrunk)
-        assert dream.trunk.recorded.graphs == 5  # the four buckets and that of the trial run
+        assert dream.trunk.recorded.graphs == 4  # the three buckets and that of the trial run
 
 
 @gpu
