@@ -25,7 +25,7 @@ from opentelemetry.trace import TracerProvider
 from server import __version__, log
 from server.api.app import create_app
 from server.api.middleware import MAX_HEADER_BYTES, QUIET_PATHS
-from server.api.protocol import EXTRA_CONNECTIONS, Room, connection_class
+from server.api.protocol import EXTRA_CONNECTIONS, Connection, Room
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.errors import ConfigurationError
 from server.front.engine import Engine
@@ -138,12 +138,12 @@ def allow_descriptors(needed: int) -> None:
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """uvicorn's configuration. h11, under our connection, bounds the size of headers while they arrive."""
     probes = frozenset(prefix + path for prefix in {"", settings.root_path} for path in QUIET_PATHS)
-    room = Room(settings.max_connections, probes, app.state.frontend.refused)
+    room = Room(settings.max_connections, settings.slow_client_seconds, probes, app.state.frontend.refused)
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=connection_class(settings.slow_client_seconds, settings.slow_client_seconds, room),
+        http=type("Connection", (Connection,), {"room": room}),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES + 1024,
         ws="none",
         lifespan="on",

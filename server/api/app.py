@@ -13,7 +13,7 @@ from opentelemetry.trace import TracerProvider
 
 from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
-from server.api.frontend import Frontend, StreamTimes
+from server.api.frontend import Frontend
 from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
 from server.api.rules import Limits
 from server.front.engine import Engine
@@ -47,8 +47,7 @@ def create_app(
             request_timeout=settings.request_timeout,
             aliases=settings.served_model_name[1:],
         ),
-        # Our own connections give up first (`api/protocol`); other servers may have no such limit.
-        times=StreamTimes(settings.stream_comment_seconds, 1.5 * settings.slow_client_seconds),
+        comment_seconds=settings.stream_comment_seconds,
         metrics=metrics,
         tracer=telemetry.tracer_of(tracer_provider),
     )
@@ -101,7 +100,7 @@ def create_app(
     )
 
     # Added last is outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, receive_seconds=settings.slow_client_seconds)
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     app.add_middleware(Guard, api_keys=settings.api_key, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(

@@ -22,21 +22,13 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class StreamTimes:
-    """Seconds: of silence before a keep-alive comment, and of a client's not reading before it is given up."""
-
-    keep_alive: float = 10.0
-    stalled: float = 60.0
-
-
 @dataclass(slots=True)
 class Frontend:
-    """One a application; in `app.state.frontend`."""
+    """One an application; in `app.state.frontend`. A stream that is silent for `comment_seconds` sends a comment."""
 
     engine: Engine
     limits: Limits
-    times: StreamTimes
+    comment_seconds: float
     metrics: Metrics
     tracer: Tracer = field(default_factory=NoOpTracer)
     failure: BaseException | None = None  # why the engine could not start

@@ -5,7 +5,6 @@ No class here touches the body of a response or stands between a route and `http
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import logging
@@ -20,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, unexpected
-from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, Unauthorized
+from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, Unauthorized
 from server.log import request_id
 from server.settings import HASHED
 
@@ -166,13 +165,12 @@ class Cors(CORSMiddleware):
 
 
 class LimitBody:
-    """Refuses bodies over the limit (by their announced length at once, chunked ones as soon as they pass it), bodies
-    that do not arrive in time, and bodies whose length two parties could read differently."""
+    """Refuses bodies over the limit (by their announced length at once, chunked ones as soon as they pass it), and
+    bodies whose length two parties could read differently."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, receive_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
         self._max_bytes = max_bytes
-        self._receive_seconds = receive_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Count what the route reads."""
@@ -185,17 +183,10 @@ class LimitBody:
             await error_response(error)(scope, receive, send)
             return
         read = 0
-        arriving = True
-        give_up_at = asyncio.get_running_loop().time() + self._receive_seconds
 
         async def counted() -> Message:
-            nonlocal read, arriving
-            try:
-                async with asyncio.timeout_at(give_up_at if arriving else None):
-                    message = await receive()
-            except TimeoutError:
-                raise RequestTimeout(f"the body did not arrive within {self._receive_seconds:g} seconds") from None
-            arriving = message.get("more_body", False)
+            nonlocal read
+            message = await receive()
             read += len(message.get("body", b""))
             if read > self._max_bytes:
                 raise self._too_large()

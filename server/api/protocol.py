@@ -1,11 +1,15 @@
-"""One HTTP/1.1 connection: uvicorn's, with limits on time and on what a peer may leave lying about.
+"""One HTTP/1.1 connection: uvicorn's, with a bound on each thing that uvicorn lets a peer do without one.
 
-What uvicorn alone does without a limit, and this class with one: wait for the rest of a request's header or body; wait
-for a peer that reads nothing of a finished answer; split a body into ever more chunks; buffer pipelined requests (and
-not see that the peer left, because it reads no further). What is not HTTP gets the error envelope, too.
+| a peer that                               | is stopped by                                                        |
+|-------------------------------------------|----------------------------------------------------------------------|
+| sends a header or a body too slowly       | one timer, started anew for each of them (`_watch_arrival`)          |
+| reads nothing of what waits for it        | the kernel: `TCP_USER_TIMEOUT` ends the connection (Linux)           |
+| cuts a body into ever more chunks         | `_Parser`, which counts them                                         |
+| sends requests far ahead, or leaves while | reading goes on while an answer is made, up to `MAX_AHEAD_BYTES`     |
+| one is answered                           |                                                                      |
+| opens connection after connection         | `Room`; uvicorn's `limit_concurrency` would refuse probes as well    |
 
-The number of connections is bounded as well (`Room`). uvicorn's `limit_concurrency` would refuse probes like anybody
-else, so that an orchestrator restarts a server that is merely busy, and in plain text.
+What is not HTTP gets the error envelope, like every other refusal.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import struct
 import sys
 import uuid
 from collections.abc import Callable
@@ -32,30 +35,29 @@ from server.errors import HeadersTooLarge, InvalidRequest, RequestError, Request
 
 MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
 MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
-LOOKS = 4  # at a peer that reads nothing, before it is given up
 LINGER_SECONDS = 1.0  # between the last word and the end of a connection
-GRACE_SECONDS = 2.0  # in which the application may answer by itself a body that does not arrive
 EXTRA_CONNECTIONS = 32  # past the limit, each for one probe or one refusal
-EXTRA_RECEIVE_SECONDS = 2.0
+EXTRA_SECONDS = 2.0  # which those have to send their request
+ARRIVED = (h11.DONE, h11.MUST_CLOSE, h11.MIGHT_SWITCH_PROTOCOL)  # type: ignore[attr-defined]
+"""States of a peer that has sent its whole request; the last with an offer to go on in another protocol."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many connections may be open. On the next `EXTRA_CONNECTIONS` only `probes` (paths) are served; any other
-    request gets a 503, of which `refused` hears. Whoever comes after those is cut off without a word."""
+    """What all connections share. `connections` of them may be open; on the next `EXTRA_CONNECTIONS` only `probes`
+    (paths) are served, and any other request gets a 503; those after them are cut off without a word. A client may be
+    silent for `seconds` where the server waits for it. `refused` hears of every refusal."""
 
     connections: int
+    seconds: float
     probes: frozenset[str]
     refused: Callable[[RequestError], None]
 
 
 class Connection(H11Protocol):
-    """`receive_seconds` bounds the arrival of a request's header, and again that of its body; `stalled_seconds` how
-    long a peer may read nothing of what has been written for it; `room` how many connections there are."""
+    """A connection in its `room`."""
 
     room: Room
-    receive_seconds = 30.0
-    stalled_seconds = 60.0
 
     def __init__(
         self,
@@ -66,18 +68,13 @@ class Connection(H11Protocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = _Parser(h11.SERVER, config.h11_max_incomplete_event_size or 65_536)
+        self._seconds = self.room.seconds
         self._awaited: object = None  # the peer's state in which something must arrive, and
         self._arrival: asyncio.TimerHandle | None = None  # until when
-        self._stall: asyncio.TimerHandle | None = None
-        self._unread_bytes = 0  # at the last look
-        self._stuck_looks = 0
-        self._resumed = False  # writing, since the last look
         self._lingering = False  # what still arrives is thrown away
 
-    # -- uvicorn's hooks -----------------------------------------------------------------------------------------
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it, if there is room, and start both clocks."""
+        """Take it, if there is room."""
         super().connection_made(transport)
         excess = len(self.connections) - self.room.connections
         if excess > EXTRA_CONNECTIONS:
@@ -85,93 +82,64 @@ class Connection(H11Protocol):
             return
         if excess > 0:
             self.app = self._without_room(self.app)
-            self.receive_seconds = min(self.receive_seconds, EXTRA_RECEIVE_SECONDS)
+            self._seconds = min(self._seconds, EXTRA_SECONDS)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = max(1, int(1000 * self.room.seconds))
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         self._watch_arrival()
-        self._stall = self.loop.call_later(self.stalled_seconds / LOOKS, self._check_stall)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop them."""
+        """Stop the timers."""
         super().connection_lost(exc)
-        for timer in (self._arrival, self._stall, self.timeout_keep_alive_task):
+        for timer in (self._arrival, self.timeout_keep_alive_task):
             if timer is not None:
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and see to the clocks."""
-        if self._lingering:
-            return
-        super().data_received(data)
+        """Parse, unless the last word has been said."""
+        if not self._lingering:
+            super().data_received(data)
+
+    def handle_events(self) -> None:
+        """Go through what has arrived; called when there is more of it, and when the next request's turn has come."""
+        super().handle_events()
         if self.transport.is_closing() or self._lingering:
             return
         self._watch_arrival()
-        if self.conn.their_state is h11.DONE and self.flow.read_paused:
-            # Go on reading, or we would not see the peer leave.
-            self.flow.resume_reading()
+        if self.conn.their_state in ARRIVED and self.flow.read_paused:
+            self.flow.resume_reading()  # or we would not see the peer leave
             if len(self.conn.trailing_data[0]) > MAX_AHEAD_BYTES:
                 self.transport.abort()
 
-    def resume_writing(self) -> None:
-        """The peer reads."""
-        super().resume_writing()
-        self._resumed = True
-
-    def on_response_complete(self) -> None:
-        """The next request may have arrived already, or begun."""
-        super().on_response_complete()
-        if not self.transport.is_closing():
-            self._watch_arrival()
-
     def send_400_response(self, msg: str) -> None:
-        """Called for bytes that are not HTTP. While an answer is being written there is no place for another."""
+        """uvicorn's hook for bytes that are not HTTP."""
         error = sys.exc_info()[1]
         too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
         self._refuse(
             HeadersTooLarge("the header is too large") if too_large else InvalidRequest("this is not HTTP/1.1")
         )
 
-    # -- the clocks ----------------------------------------------------------------------------------------------
+    def _unsupported_upgrade_warning(self) -> None:
+        """`Upgrade` is an offer (JDK's client makes it with every request, for h2c), and it may be left alone."""
 
     def _watch_arrival(self) -> None:
         """Time what is arriving: a header, a body, or nothing (while answering, or idle between two requests)."""
         state = self.conn.their_state
-        awaited = None
-        if state is h11.SEND_BODY or (state is h11.IDLE and self.timeout_keep_alive_task is None):
-            awaited = state
+        header = state is h11.IDLE and self.timeout_keep_alive_task is None
+        awaited = state if header or state is h11.SEND_BODY else None
         if awaited is self._awaited:
             return
         self._awaited = awaited
         if self._arrival is not None:
             self._arrival.cancel()
-            self._arrival = None
-        if awaited is not None:
-            seconds = self.receive_seconds + (GRACE_SECONDS if awaited is h11.SEND_BODY else 0.0)
-            self._arrival = self.loop.call_later(seconds, self._late)
+        self._arrival = None if awaited is None else self.loop.call_later(self._seconds, self._late)
 
     def _late(self) -> None:
-        """The request has not arrived in time. Who sent nothing at all is told nothing."""
+        """The request has not arrived in time. A peer that sent nothing at all is told nothing."""
         if not self.conn.trailing_data[0] and self.conn.our_state is h11.IDLE:
             self.transport.close()
         else:
-            self._refuse(RequestTimeout(f"the request did not arrive within {self.receive_seconds:g} seconds"))
-
-    def _check_stall(self) -> None:
-        """Give up a peer that has read nothing of what waits for it, look after look."""
-        unread = self.transport.get_write_buffer_size()
-        # Only while nothing is written does the same number of bytes mean that nothing was read.
-        written = self.transport.is_closing() or self.cycle is None or self.cycle.response_complete
-        held_up = self.flow.write_paused and not self._resumed
-        stuck = unread > 0 and unread == self._unread_bytes and (written or held_up)
-        self._stuck_looks = self._stuck_looks + 1 if stuck else 0
-        if self._stuck_looks == LOOKS:
-            # Not even the kernel shall keep what it has taken of the answer.
-            sock = self.transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
-            return
-        self._unread_bytes, self._resumed = unread, False
-        self._stall = self.loop.call_later(self.stalled_seconds / LOOKS, self._check_stall)
-
-    # -- answers that no application gives -----------------------------------------------------------------------
+            self._refuse(RequestTimeout(f"the request did not arrive within {self._seconds:g} seconds"))
 
     def _without_room(self, app: ASGIApp) -> ASGIApp:
         """`app` on a connection past the limit: probes only, and only one."""
@@ -180,18 +148,15 @@ class Connection(H11Protocol):
             if scope["path"] in self.room.probes:
                 self.cycle.keep_alive = False
                 await app(scope, receive, send)
-                return
-            error = TooManyConnections("the server has no room for another connection")
-            self.room.refused(error)
-            self._refuse(error)
+            else:
+                self._refuse(TooManyConnections("the server has no room for another connection"))
 
         return probes
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer with the error if there is still a place for an answer, and close."""
+        """Answer with the error, if there is still a place for an answer, and close."""
         body = json.dumps(envelope(error)).encode()
         answering = self.cycle is not None and not self.cycle.response_complete
-        sent = b"" if answering and self.cycle.scope["method"] == "HEAD" else body
         fields = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
@@ -199,10 +164,12 @@ class Connection(H11Protocol):
             "Connection": "close",
             **headers(error),
         }
+        sent = b"" if answering and self.cycle.scope["method"] == "HEAD" else body
         with contextlib.suppress(h11.LocalProtocolError):
             response = h11.Response(status_code=error.status, headers=list(fields.items()), reason=b"")
             for event in (response, h11.Data(data=sent), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+            self.room.refused(error)
             if self.cycle is not None:  # the application may be about to answer, too; to it the client has gone
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
@@ -212,8 +179,7 @@ class Connection(H11Protocol):
 
     def _linger(self) -> None:
         """Close, but not at once: a peer that still sends would get a reset, and might lose the answer with it."""
-        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)  # the request has arrived; nothing is unread
-        if whole or not self.transport.can_write_eof():  # TLS cannot
+        if self.conn.their_state in ARRIVED or not self.transport.can_write_eof():  # nothing is unread, or it is TLS
             self.transport.close()
             return
         self._lingering = True
@@ -221,12 +187,6 @@ class Connection(H11Protocol):
         if self._arrival is not None:
             self._arrival.cancel()
         self._arrival = self.loop.call_later(LINGER_SECONDS, self.transport.close)
-
-
-def connection_class(receive_seconds: float, stalled_seconds: float, room: Room) -> type[Connection]:
-    """A `Connection` with these limits, as uvicorn's `http` option takes it."""
-    limits = {"receive_seconds": receive_seconds, "stalled_seconds": stalled_seconds, "room": room}
-    return type("Connection", (Connection,), limits)
 
 
 class _Parser(h11.Connection):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
@@ -27,8 +26,6 @@ from server.text.response import StreamDecoder
 from server.text.tokenizer import Tokenizer
 from server.types import Job, JobResult
 from server.wire.messages import Canvas, Event, Finished, Progress
-
-logger = logging.getLogger(__name__)
 
 # A failure that shows itself this soon gets its own status; after that the stream begins.
 FIRST_EVENT_SECONDS = 1.0
@@ -92,24 +89,17 @@ class EventStream(Response):
             sending.result()
 
     async def _send_all(self, send: Send) -> None:
-        stalled = self._frontend.times.stalled
-        try:
-            async with asyncio.timeout(stalled):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for data in self._data():
-                async with asyncio.timeout(stalled):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            async with asyncio.timeout(stalled):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            logger.warning("the client of a stream read nothing for %g seconds and is given up", stalled)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for data in self._data():
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _data(self) -> AsyncGenerator[bytes]:
         """The bytes of the stream, keep-alive comments included."""
         for chunk in self._chunks.begin():
             yield encode(chunk)
         while True:
-            done, _ = await asyncio.wait({self._pending}, timeout=self._frontend.times.keep_alive)
+            done, _ = await asyncio.wait({self._pending}, timeout=self._frontend.comment_seconds)
             if not done:
                 yield KEEP_ALIVE
                 continue

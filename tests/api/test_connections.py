@@ -147,6 +147,29 @@ async def test_who_says_nothing_past_the_limit_soon_makes_room_for_probes() -> N
                     return
 
 
+async def test_an_offer_of_http_2_is_left_alone_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """JDK's client makes one with every request. After it the server still sees the client leave."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    engine = ScriptedEngine(never)
+    async with serving(load({"port": 0}), engine) as port, asyncio.timeout(60):
+        assert (await hostile.exchange(port, hostile.get(*offer))).status == 200
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hostile.post(json.dumps({**BODY, "stream": True}).encode(), *offer) + b"GET /version")
+        await reader.readuntil(b"200 OK")
+        writer.close()
+        while not engine.cancelled:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_idle_connections_live_as_long_as_a_setting_says() -> None:
+    async with serving(load({"port": 0, "idle_connection_seconds": 1})) as port, asyncio.timeout(60):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hostile.get())
+        assert b"200 OK" in await reader.read()  # to the end, which the server makes
+        writer.close()
+
+
 def test_descriptors_are_allowed_for() -> None:
     """In a process of its own: a limit cannot be lowered for a test and raised again."""
     program = (

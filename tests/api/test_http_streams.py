@@ -10,9 +10,19 @@ from collections.abc import AsyncIterator
 import pytest
 from starlette.types import Message
 
+from server.settings import load
 from server.types import Job, JobResult, TrajectoryResult
-from server.wire.messages import Event, Failed, Finished, Progress, Started
-from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, receive_once, scope_of
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
+from tests.api.scripted_engine import (
+    ScriptedEngine,
+    finished,
+    make,
+    open_client,
+    receive_once,
+    scope_of,
+    serving,
+)
+from tests.faults import hostile
 
 
 async def test_failure_after_the_first_byte() -> None:
@@ -84,14 +94,20 @@ async def test_keep_alive_comments() -> None:
 
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
-    engine = ScriptedEngine(never)
-    app = make(engine, stream_comment_seconds=0.01, slow_client_seconds=0.1)
+    async def flood(job: Job) -> AsyncIterator[Event]:
+        yield Started(job.id)
+        while True:
+            yield Canvas(job.id, 0, 1, [43] * 1000)
+            await asyncio.sleep(0)
 
-    async def send(message: Message) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    await app(scope_of(), receive_once({"prompt": "Hi", "stream": True}), send)
+    engine = ScriptedEngine(flood)
+    body = json.dumps({"prompt": "Hi", "stream": True, "stream_canvas": True}).encode()
+    async with serving(load({"port": 0, "slow_client_seconds": 0.2}), engine) as port, asyncio.timeout(60):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(hostile.post(body))
+        while not engine.cancelled:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        writer.transport.abort()
     assert len(engine.cancelled) == 1
 
 
