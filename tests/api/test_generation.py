@@ -335,20 +335,6 @@ def test_a_temperature_of_nearly_nothing_is_zero(server: Served, temperature: fl
     assert nearly["choices"] == cold["choices"]
 
 
-def test_models(server: Served) -> None:
-    listed = ok(server.client.get("/v1/models"))["data"]
-    assert [model["type"] for model in listed] == ["diffusion", "reward", "reward"]
-    assert [model["id"] for model in listed] == ["dlm", "rm", "other"]
-    assert listed[0]["defaults"]["max_tokens"] == 128
-    assert listed[0]["defaults"]["entropy_bound"] == 0.1
-    assert listed[0]["defaults"]["confidence_threshold"] == 0.9
-    assert listed[0]["algorithms"][-2:] == ["entropy_bound", "threshold"]
-    assert "entrgi" in listed[0]["guidance_methods"]
-    assert 0 < listed[2]["vocab_coverage"] <= 1
-    assert ok(server.client.get("/v1/models/rm")) == listed[1]
-    assert server.client.get("/v1/models/nobody").status_code == 404
-
-
 def test_tokenize_round_trip(server: Served) -> None:
     text = "Héllo <|im_end|> wörld"
     answer = ok(server.post("/tokenize", {"prompt": text, "return_token_strs": True}))

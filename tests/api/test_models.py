@@ -33,6 +33,7 @@ async def test_a_model_answers_to_all_its_names() -> None:
             assert answer["model"] == "dlm"
             assert ok(await client.post("/tokenize", json={"model": name, "prompt": "Hi"}))["count"] > 0
             assert ok(await client.post("/detokenize", json={"model": name, "tokens": [43]}))["prompt"]
+        assert (await client.get("/v1/models/nobody")).status_code == 404
         for name in ("DLM", "al", "rm"):
             error = check_envelope(await client.post("/v1/completions", json={"model": name, "prompt": "Hi"}), 404)
             assert error["param"] == "model"
@@ -43,6 +44,9 @@ async def test_defaults_are_those_of_a_request_that_names_none() -> None:
     async with open_client(make(max_trajectories=6, max_score_pairs=7, request_timeout=9)) as client:
         model, reward = ok(await client.get("/v1/models"))["data"]
     assert model["chat"] is True
+    assert (model["type"], reward["type"]) == ("diffusion", "reward")
+    assert model["algorithms"][-2:] == ["entropy_bound", "threshold"]
+    assert (model["vocab_coverage"], reward["vocab_coverage"]) == (None, 1.0)
     sizes = {"canvas_tokens": 16_384, "guided_rows": 8_192, "reward_tokens": 65_536}
     assert model["limits"] == {"trajectories": 6, "score_pairs": 7} | sizes
     assert reward["defaults"] is reward["limits"] is reward["chat"] is None

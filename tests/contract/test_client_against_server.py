@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,7 +24,7 @@ from clients import (
     WeightedReward,
 )
 from clients.cli import main
-from tests.support.serving import Served
+from tests.support.serving import ROOT, Served
 
 PROMPT = "Tell me a story."
 OPTIONS: Options = {"max_tokens": 12, "seed": 7, "best_of": 2, "guidance": "entrgi", "diffusion": Diffusion(steps=6)}
@@ -122,12 +125,51 @@ def test_errors(client: Client) -> None:
         client.complete(PROMPT, model="nobody")
 
 
-def test_command_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--url", url, "--guidance", "entrgi", "--best-of", "2", "--max-tokens", "8", "--steps", "4", "--seed", "3"]
-    assert main(["complete", PROMPT, *flags]) == 0
-    plain = capsys.readouterr()
-    assert main(["complete", PROMPT, *flags, "--canvas"]) == 0
-    assert capsys.readouterr().out == plain.out
-    assert "reward" in plain.err
-    assert main(["loadgen", "--url", url, "--rate", "50", "--requests", "8", "--max-tokens", "4", "--stream"]) == 0
-    assert '"outcomes": {"ok": 8}' in capsys.readouterr().out
+@pytest.fixture
+def run(url: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """The command line's output and what it tells beside it."""
+
+    def call(*arguments: str, status: int = 0) -> tuple[str, str]:
+        assert main([*arguments, "--url", url]) == status
+        out, told = capsys.readouterr()
+        return out, " ".join(told.split())
+
+    return call
+
+
+def test_the_command_line_prints_the_text_alone_to_standard_output(run: Callable[..., tuple[str, str]]) -> None:
+    asked = ["complete", PROMPT, "--guidance", "entrgi", "--best-of", "2", "--max-tokens", "8", "--seed", "3"]
+    asked += ["--guidance-every", "2", "--chat"]
+    text, told = run(*asked)
+    whole = json.loads(run(*asked, "--json")[0])
+    (choice,) = whole["choices"]
+    assert text == choice["text"] + "\n"
+    assert f"[{choice['finish_reason']}, reward {choice['reward']:.3f}]" in told
+    assert "entrgi, seed 3, 8 steps in" in told
+    assert ", ".join(f"{reward:.2f}" for reward in whole["guidance"]["rewards"][0]) in told
+    assert "not exact: guidance.every" in told
+    for flag in ("--stream", "--canvas"):
+        assert run(*asked, flag)[0] == text
+
+
+def test_the_command_lines_other_commands(run: Callable[..., tuple[str, str]], client: Client) -> None:
+    listed = run("models")[0]
+    assert all(model.id in listed for model in client.models())
+    assert [model["id"] for model in json.loads(run("models", "--json")[0])] == ["dlm", "rm", "other"]
+    scores = [entry.score for entry in client.score(PROMPT, ["Nice", "Bad"]).data]
+    lines = run("score", PROMPT, "Nice", "Bad")[0].splitlines()
+    assert [line.split() for line in lines] == [[f"{scores[0]:.4f}", "Nice"], [f"{scores[1]:.4f}", "Bad"]]
+    assert "guidance.method" in run("complete", PROMPT, "--guidance", "nobody", status=1)[1]
+    report = json.loads(
+        run("loadgen", "--rate", "50", "--requests", "8", "--max-tokens", "4", "--stream", "--guidance", "entrgi")[
+            0
+        ].splitlines()[-1]
+    )
+    assert report["outcomes"] == {"ok": 8}
+    assert set(report["latencies"]) == {"latency", "first text", "queue", "step", "late departure"}
+
+
+def test_the_command_line_as_a_process(url: str) -> None:
+    command = [sys.executable, "-m", "clients", "complete", PROMPT, "--max-tokens", "4", "--url", url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

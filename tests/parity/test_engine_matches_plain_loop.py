@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.methods import gradient_methods
 from server.types import (
     DiffusionParams,
     Job,
@@ -49,9 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "none": {"n": 2, "best_of": 2},
     "none, scored, greedy": {"temperature": 0.0, "reward_models": ONE},
     "bon": {"method": "bon", "reward_models": ONE, "best_of": 3},
-    "expectation": gradient("expectation"),
-    "aps": gradient("aps", top_p=0.8),
-    "entrgi": gradient("entrgi"),
+    **{method: gradient(method, top_p=0.8) for method in gradient_methods()},
     "entrgi, M = 3, eta 1": gradient("entrgi", gradient_steps=3, eta=1.0, best_of=1),
     "entrgi, M = 0": gradient("entrgi", gradient_steps=0),
     "entrgi, greedy": gradient("entrgi", temperature=0.0, best_of=1),
