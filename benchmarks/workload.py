@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from benchmarks.flops import Flops, recording
 from benchmarks.machine import Stopwatch
 from server.budget import Budget
 from server.guidance.plain import PlainLoop, PlainReward
-from server.models.loading import LoadedDiffusionModel, load_diffusion_model
-from server.rewards.reward_model import RewardModel, load_reward_model
+from server.models.loading import LoadedDiffusionModel
+from server.rewards.reward_model import RewardModel
 from server.types import (
     Algorithm,
     DiffusionParams,
@@ -26,15 +27,14 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
-from server.wire.config import WorkerSettings
+from server.wire.config import WorkerConfig
 from server.wire.messages import Failed, Finished
 from server.wire.stats import RunnerStats
-from server.worker.allocator import keep_large_blocks
-from server.worker.memory import Footprint, free_bytes
+from server.worker import service
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 
-MEMORY_FRACTION = WorkerSettings().memory_fraction
+NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in service.DTYPES.items()}
 SUBJECTS = ("hotel", "book", "phone", "film", "bakery", "museum", "train", "camera")
 
 
@@ -45,6 +45,7 @@ class Pair:
     loaded: LoadedDiffusionModel
     reward: RewardModel | None
     plain: PlainLoop
+    budgets: tuple[Budget, Budget]  # what may share a step, and what one trajectory may take
 
     @property
     def device(self) -> torch.device:
@@ -177,42 +178,28 @@ class Run:
 
 
 def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -> Pair:
-    """Load a pair for the engine and, through stock transformers, for the plain loop."""
+    """Load a pair for the engine, as a worker does, and through stock transformers for the plain loop."""
     from transformers import AutoModelForSequenceClassification
 
-    if device.type == "cpu":
-        keep_large_blocks(free_bytes(device) * (1 - MEMORY_FRACTION))  # as the worker does
-    loaded = load_diffusion_model(str(dlm), dtype=dtype, device=device)
-    reward, plain = None, {}
-    if rm is not None:
-        reward = load_reward_model(
-            "rm",
-            str(rm),
-            diffusion_tokenizer=loaded.tokenizer,
-            diffusion_vocab_size=loaded.model.vocab_size,
-            dtype=dtype,
-            device=device,
-        )
+    config = WorkerConfig(
+        str(dlm),
+        {} if rm is None else {"rm": str(rm)},
+        device=str(device),
+        dtype=NAMES[dtype],
+        threads=torch.get_num_threads(),
+    )
+    runner = service.load(config).runner
+    loaded, reward, plain = runner.loaded, runner.reward_models.get("rm"), {}
+    if reward is not None:
         stock = AutoModelForSequenceClassification.from_pretrained(rm, dtype=dtype).to(device)
         plain["rm"] = PlainReward(stock.eval().requires_grad_(False), reward.tokenizer, reward.table, reward.padding)
-    return Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain))
-
-
-def budgets(pair: Pair) -> tuple[Budget, Budget]:
-    """What may share a step, and one trajectory's largest size: as a server has them by default."""
-    rewards = [] if pair.reward is None else [pair.reward]
-    return Footprint.of(pair.loaded.model, rewards).budgets(
-        free_bytes(pair.device),
-        MEMORY_FRACTION,
-        pair.device.type,
-        rewards=len(rewards),
-        context_length=pair.loaded.info.context_length,
-    )
+    budgets = runner.book.budget, runner.book.largest
+    return Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, plain), budgets)
 
 
 def engine_runner(pair: Pair, savings: Savings | None = None) -> Runner:
     """A runner over the pair, within the budgets that a server would have."""
-    shared, largest = budgets(pair)
+    shared, largest = pair.budgets
     rewards = {} if pair.reward is None else {"rm": pair.reward}
     return Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
 
