@@ -117,24 +117,23 @@ def create_app(
 def worker_snapshot(engine: Engine) -> WorkerSnapshot:
     """The workers' numbers for a scrape."""
     stats = engine.stats
-    runner = stats.runner
     backend: dict[str, str] = {}
-    if stats.ready:
-        up = [worker for worker in stats.workers if worker.ready]
+    infos = [replica.info for replica in engine.replicas if replica.ready and replica.info]
+    if engine.ready:
         backend = {
-            "backend": ", ".join(sorted({worker.kernel_backend for worker in up})),
-            "device": ", ".join(dict.fromkeys(worker.device for worker in up)),
+            "backend": ", ".join(sorted({info.kernel_backend for info in infos})),
+            "device": ", ".join(dict.fromkeys(info.device for info in infos)),
             "dtype": engine.info.model.dtype,
         }
     return WorkerSnapshot(
         counters={
-            "denoising_steps": runner.denoising_steps,
-            "committed_tokens": runner.committed_tokens,
-            "worker_restarts": stats.worker_restarts,
-            "out_of_memory_batches": runner.out_of_memory,
+            "denoising_steps": stats.denoising_steps,
+            "committed_tokens": stats.committed_tokens,
+            "worker_restarts": sum(replica.restarts for replica in engine.replicas),
+            "out_of_memory_batches": stats.out_of_memory,
         },
         histograms={
-            name: getattr(runner, name)
+            name: getattr(stats, name)
             for name in (
                 "model_forward_seconds",
                 "guidance_seconds",
@@ -145,5 +144,5 @@ def worker_snapshot(engine: Engine) -> WorkerSnapshot:
             )
         },
         kernel_backend=backend,
-        ready={str(number): worker.ready for number, worker in enumerate(stats.workers)},
+        ready={str(replica.rank): replica.ready for replica in engine.replicas},
     )

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from server.api.convert import Plan
 from server.api.frontend import Frontend
 from server.api.telemetry import JobSpans
-from server.errors import InvalidRequest, RequestError, from_kind
+from server.errors import InvalidRequest, RequestError
 from server.front.engine import JobStream
 from server.types import Job, JobResult
 from server.wire.messages import Event, Failed, Finished, Progress, Started
@@ -63,7 +63,7 @@ async def _pump(index: int, stream: JobStream, merged: asyncio.Queue[tuple[int, 
 
 def failure(event: Failed, plan: Plan) -> RequestError:
     """A worker's failure as the error to raise, its `param` in the request's own words."""
-    error = from_kind(event.kind, event.message, event.param)
+    error = event.error()
     if isinstance(error, InvalidRequest) and event.param == "messages" and not plan.chat:
         error.param = "prompt"
     return error

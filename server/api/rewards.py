@@ -229,5 +229,5 @@ async def _rewards(
             "documents",
         )
     deadline = None if limits.request_timeout is None else time.time() + limits.request_timeout
-    scored = await unless_disconnected(request.receive, frontend.engine.scored(name, pairs, deadline=deadline))
+    scored = await unless_disconnected(request.receive, frontend.engine.score(name, pairs, deadline=deadline))
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

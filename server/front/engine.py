@@ -1,8 +1,8 @@
-"""The engine's face in the HTTP process: jobs in, events out, on one asyncio loop.
+"""The engine's face in the HTTP process: requests in, events out, on one asyncio loop.
 
-It knows which jobs are in flight, how many may be, and what their readers have been given. The work is done in worker
-processes, one a device, that `Supervisor`s keep alive; `Dispatcher` says which of them gets what. When one dies, its
-unfinished jobs run once more, on whichever worker is there.
+It knows which requests are in flight, how many may be, and what their readers have been given. The work is done in
+worker processes, one a device, that a `Replica` each keeps alive; `Dispatcher` says which of them gets what. When one
+dies, its unfinished requests run again, on whichever worker is there.
 """
 
 from __future__ import annotations
@@ -13,28 +13,26 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import reduce
 
-from server.errors import Draining, InvalidRequest, NotReady, QueueFull, from_kind
+from server.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    NotReady,
+    QueueFull,
+    RequestError,
+    Unavailable,
+)
 from server.front.admission import Throughput
-from server.front.dispatch import Dispatcher, job_cost, score_cost
+from server.front.dispatch import Dispatcher, cost_of
 from server.front.pending import Answer, Pending
+from server.front.process import Spare
 from server.front.replica import Replica
-from server.front.supervisor import Spare
 from server.types import EngineInfo, Job, Message
 from server.wire.config import EngineConfig
-from server.wire.messages import (
-    Begun,
-    Cancel,
-    Event,
-    Failed,
-    FrameTooLarge,
-    Score,
-    Scored,
-    Submit,
-    frame,
-    subject,
-)
+from server.wire.messages import Begun, Cancel, Event, Failed, FrameTooLarge, Score, Scored, Submit, frame, subject
 from server.wire.stats import RunnerStats
 
 logger = logging.getLogger(__name__)
@@ -44,36 +42,8 @@ DEADLINE_SECONDS = 1.0  # between two looks at a job whose deadline has passed
 SHUT_DOWN = "the server is shutting down"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """One worker: whether it can take work, what it computes on (empty before it was ever ready), and how often it was
-    restarted."""
-
-    ready: bool
-    device: str
-    kernel_backend: str
-    restarts: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """For the metrics. `runner` sums over all workers so far; its gauges are the present workers'. `workers` are in
-    the order of their numbers."""
-
-    runner: RunnerStats
-    jobs_in_flight: int
-    ready: bool
-    workers: tuple[WorkerStats, ...] = ()
-
-    @property
-    def worker_restarts(self) -> int:
-        """Of all workers together."""
-        return sum(worker.restarts for worker in self.workers)
-
-
 class JobStream:
-    """The events of one job, ending with Finished or Failed. Closing it early, or dropping it, cancels the
-    job."""
+    """The events of one request, ending with its answer. Closing it early, or dropping it, cancels the request."""
 
     _ended = True  # until there is something to cancel
 
@@ -90,13 +60,13 @@ class JobStream:
         """The next event. A cancelled wait loses nothing: ask again, or close."""
         if self._ended:
             raise StopAsyncIteration
-        event = await self._pending.mailbox.get()
+        event = await self._pending.next_event()
         self._ended = isinstance(event, Answer)
         return event
 
     @property
     def begun_at(self) -> float | None:
-        """When a worker began to compute for the job (`time.monotonic`); None before that."""
+        """When a worker began to compute for it (`time.monotonic`); None before that."""
         return self._pending.begun_at
 
     async def aclose(self) -> None:
@@ -117,13 +87,13 @@ class JobStream:
 
 
 class Engine:
-    """One model, a worker a device, a bounded number of jobs. All methods belong to the event loop's thread."""
+    """One model, a worker a device, a bounded number of requests. All methods belong to the event loop's thread."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self._spare = Spare(config.worker_command) if config.spare_worker else None
-        self._replicas = [Replica(rank, config, self, self._spare) for rank in range(config.worker.data_parallel)]
-        self._dispatcher = Dispatcher(len(self._replicas))
+        self.replicas = tuple(Replica(rank, config, self, self._spare) for rank in range(config.worker.data_parallel))
+        self._dispatcher = Dispatcher(len(self.replicas))
         self._info: EngineInfo | None = None
         self._pending: dict[str, Pending] = {}
         self._draining = False
@@ -138,7 +108,7 @@ class Engine:
         """Load and warm up; returns when all workers are ready (work is taken as soon as one is). Raises
         ConfigurationError when a setting or a checkpoint is wrong, EngineFailed when a worker dies for another
         reason."""
-        first, *others = (replica.supervisor for replica in self._replicas)
+        first, *others = self.replicas
         # The first one goes alone: it downloads what is missing and compiles kernels, and the others find both.
         await first.start()
         starts = [asyncio.create_task(other.start(), name=f"start {other.name}") for other in others]
@@ -158,28 +128,23 @@ class Engine:
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
         except TimeoutError:
-            logger.warning("%d jobs did not finish within %g seconds", len(self._pending), grace_seconds)
-            self._fail_all("draining", SHUT_DOWN)
+            logger.warning("%d requests did not finish within %g seconds", len(self._pending), grace_seconds)
+            self._fail_all(Draining(SHUT_DOWN))
             return False
         return True
 
     async def stop(self) -> None:
         """End the workers; whatever is in flight fails."""
         self._draining = True
-        self._fail_all("draining", SHUT_DOWN)
-        await asyncio.gather(*(replica.supervisor.stop() for replica in self._replicas))
+        self._fail_all(Draining(SHUT_DOWN))
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
         if self._spare is not None:
             await self._spare.stop()
 
     @property
     def ready(self) -> bool:
         """Whether a worker is there to take work, and we take it."""
-        return not self._draining and any(replica.ready for replica in self._replicas)
-
-    @property
-    def draining(self) -> bool:
-        """Whether new work is refused because the server is shutting down."""
-        return self._draining
+        return not self._draining and any(replica.ready for replica in self.replicas)
 
     @property
     def info(self) -> EngineInfo:
@@ -189,30 +154,14 @@ class Engine:
         return self._info
 
     @property
-    def worker_pids(self) -> tuple[int | None, ...]:
-        """The process ids of the present workers, in the order of their numbers."""
-        return tuple(replica.supervisor.worker_pid for replica in self._replicas)
+    def in_flight(self) -> int:
+        """How many requests have no answer yet."""
+        return len(self._pending)
 
     @property
-    def stats(self) -> EngineStats:
-        """Numbers for the metrics, at most a heartbeat old."""
-        runner = RunnerStats()
-        for replica in self._replicas:
-            runner = runner.plus(replica.stats)
-        return EngineStats(
-            runner=runner,
-            jobs_in_flight=len(self._pending),
-            ready=self.ready,
-            workers=tuple(
-                WorkerStats(
-                    ready=replica.ready,
-                    device="" if replica.info is None else replica.info.device,
-                    kernel_backend="" if replica.info is None else replica.info.kernel_backend,
-                    restarts=replica.supervisor.restarts,
-                )
-                for replica in self._replicas
-            ),
-        )
+    def stats(self) -> RunnerStats:
+        """Sums over all workers so far; gauges of the present ones."""
+        return reduce(RunnerStats.plus, (replica.stats for replica in self.replicas))
 
     # -- work ------------------------------------------------------------------------------------------------
 
@@ -222,7 +171,7 @@ class Engine:
         if self._draining:
             raise Draining(SHUT_DOWN, retry_after=5.0)
         if self._info is None or self._nobody_will_come():
-            wait = min(replica.supervisor.backoff_seconds for replica in self._replicas)
+            wait = min(replica.backoff_seconds for replica in self.replicas)
             raise NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
         if len(self._pending) + jobs > self.config.max_queue:
             raise QueueFull(
@@ -233,24 +182,14 @@ class Engine:
     def submit(self, job: Job) -> JobStream:
         """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it.
         Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
-        return JobStream(self, self._enqueue(job.id, Submit(job), job_cost(job), job.deadline))
+        return self._enqueue(job.id, Submit(job), cost_of(job), job.deadline)
 
-    def cancel(self, job_id: str) -> None:
-        """Drop a job or score request; who still reads its events gets a Failed. Unknown ids are ignored."""
-        if job_id in self._pending:
-            self._drop(self._pending[job_id], Failed(job_id, "cancelled", "the request was cancelled"))
+    def cancel(self, identity: str) -> None:
+        """Drop a request; its reader, if there is one, gets a Failed. Unknown ids are ignored."""
+        if identity in self._pending:
+            self._drop(self._pending[identity], EngineFailed("the request was cancelled"))
 
     async def score(
-        self,
-        reward_model: str,
-        items: Sequence[tuple[tuple[Message, ...], str]],
-        *,
-        deadline: float | None = None,
-    ) -> list[float]:
-        """Rewards of (conversation, response) pairs, in order. Raises as `scored` does."""
-        return (await self.scored(reward_model, items, deadline=deadline)).scores
-
-    async def scored(
         self,
         reward_model: str,
         items: Sequence[tuple[tuple[Message, ...], str]],
@@ -259,20 +198,14 @@ class Engine:
     ) -> Scored:
         """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
         does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
-        request_id = f"score:{next(self._score_ids)}"
-        message = Score(request_id, reward_model, list(items))
-        async with JobStream(self, self._enqueue(request_id, message, score_cost(message), deadline)) as stream:
-            async for event in stream:
-                match event:
-                    case Scored():
-                        return event
-                    case Failed(kind=kind, message=text, param=param):
-                        raise from_kind(kind, text, param)
-                    case _:
-                        continue
-        raise from_kind("engine_failed", "the score request got no answer")
+        request = Score(f"score:{next(self._score_ids)}", reward_model, list(items))
+        async with self._enqueue(request.id, request, cost_of(request), deadline) as stream:
+            answer = await anext(stream)
+        if isinstance(answer, Scored):
+            return answer
+        raise answer.error() if isinstance(answer, Failed) else EngineFailed("the scores got no answer")
 
-    def _enqueue(self, identity: str, message: Submit | Score, cost: float, deadline: float | None) -> Pending:
+    def _enqueue(self, identity: str, message: Submit | Score, cost: float, deadline: float | None) -> JobStream:
         self.check_room()
         if identity in self._pending:
             raise ValueError(f"job {identity!r} is in flight already")
@@ -280,23 +213,24 @@ class Engine:
             data = frame(message)
         except (FrameTooLarge, TypeError) as error:
             raise InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
-        pending = Pending(identity, data, isinstance(message, Submit), deadline, cost)
+        pending = Pending(identity, data, isinstance(message, Submit), cost)
         self._pending[identity] = pending
         self._throughput.taken(len(self._pending), self.config.max_queue, time.monotonic())
         self._idle.clear()
-        self._arm(pending)
+        if deadline is not None:
+            self._look_later(pending, deadline - time.time())
         self._dispatcher.add(pending)
         self._dispatch()
-        return pending
+        return JobStream(self, pending)
 
     def _dispatch(self) -> None:
         """Hand waiting work to the workers that can take it."""
-        ready = [replica.rank for replica in self._replicas if replica.ready]
-        expected = any(not replica.ready and not _given_up(replica) for replica in self._replicas)
+        ready = [replica.rank for replica in self.replicas if replica.ready]
+        expected = any(not replica.ready and not _given_up(replica) for replica in self.replicas)
         for rank, pending in self._dispatcher.assign(ready, more_to_come=expected):
-            if pending.deaths:
-                logger.info("request %s runs alone on worker %d", pending.id, rank)
-            self._replicas[rank].supervisor.send(pending.frame)
+            if pending.suspect:
+                logger.info("request %s runs apart on worker %d", pending.id, rank)
+            self.replicas[rank].send(pending.frame)
 
     # -- what the replicas report ----------------------------------------------------------------------------
 
@@ -316,83 +250,71 @@ class Engine:
             if pending.begun_at is None:
                 pending.begun_at = time.monotonic()
         elif isinstance(event, Answer):
-            self._answer(event)
+            self._answer(pending, event)
         elif not pending.deliver(event):
             logger.error("job %s: the second run differs from the first", pending.id)
-            text = "the worker was lost and the text could not be continued"
-            self._drop(pending, Failed(pending.id, "engine_failed", text))
+            self._drop(pending, EngineFailed("the worker was lost and the text could not be continued"))
 
-    def on_death(self, replica: Replica) -> None:
-        """A worker is gone. Its jobs run again, unless it is the second that one of them was part of."""
-        lost = self._dispatcher.jobs_of(replica.rank)
-        convicted = self._dispatcher.lost(replica.rank)
-        if lost:
+    def on_lost(self, replica: Replica) -> None:
+        """A worker is gone, or did not start. What it had runs again, but for what is convicted of its death. When no
+        worker is left that anybody waits for (one failed start may be chance), everything fails."""
+        had = self._dispatcher.lost(replica.rank)
+        convicted = [pending for pending in had if pending.convicted]
+        if had:
             logger.warning(
-                "%s had %d requests; after its death %d wait to run alone",
-                replica.supervisor.name,
-                len(lost),
+                "%s had %d requests; after its death %d run apart from new ones",
+                replica.name,
+                len(had),
                 self._dispatcher.suspects,
-                extra={"suspects": self._dispatcher.suspects, "convicted": [pending.id for pending in convicted]},
+                extra={"had": [pending.id for pending in had], "convicted": [pending.id for pending in convicted]},
             )
         for pending in convicted:
-            self._answer(Failed(pending.id, "unavailable", "the worker was lost twice during this request"))
-        for pending in lost:
-            if pending.id in self._pending:
-                self._arm(pending)
+            self._fail(pending, Unavailable("the worker was lost twice while it ran nothing but this request"))
+        if self._nobody_will_come():
+            self._fail_all(Unavailable("the worker was lost and could not be restarted"))
         self._dispatch()
 
-    def on_failed_start(self, replica: Replica) -> None:
-        """No worker in the dead one's place yet. One failed start may be chance; after that nobody waits for it."""
-        if self._nobody_will_come():
-            for identity in list(self._pending):
-                self._answer(Failed(identity, "unavailable", "the worker was lost and could not be restarted"))
-        else:
-            self._dispatch()
-
     def _nobody_will_come(self) -> bool:
-        return all(_given_up(replica) for replica in self._replicas)
+        return all(_given_up(replica) for replica in self.replicas)
 
     # -- bookkeeping -----------------------------------------------------------------------------------------
 
-    def _answer(self, answer: Answer) -> None:
-        pending = self._pending.pop(subject(answer) or "")
+    def _answer(self, pending: Pending, answer: Answer) -> None:
+        del self._pending[pending.id]
         now = time.monotonic()
         self._throughput.finished(now)
         self._throughput.taken(len(self._pending), self.config.max_queue, now)
-        if pending.deaths and pending.worker is not None:
-            logger.info("request %s has run alone", pending.id)
         self._dispatcher.remove(pending)
         pending.close(answer)
         if not self._pending:
             self._idle.set()
-        self._dispatch()  # the worker may have been kept free for the next suspect
+        self._dispatch()  # the worker may have been kept free for the next suspects
 
-    def _drop(self, pending: Pending, answer: Failed) -> None:
-        """Answer instead of the worker, and tell it, if it has the job."""
+    def _fail(self, pending: Pending, error: RequestError) -> None:
+        self._answer(pending, Failed.of(pending.id, error))
+
+    def _drop(self, pending: Pending, error: RequestError) -> None:
+        """Answer instead of the worker, and tell it, if it has the request."""
         if pending.worker is not None:
-            self._replicas[pending.worker].supervisor.send(frame(Cancel(pending.id)))
-        self._answer(answer)
+            self.replicas[pending.worker].send(frame(Cancel(pending.id)))
+        self._fail(pending, error)
 
-    def _fail_all(self, kind: str, message: str) -> None:
+    def _fail_all(self, error: RequestError) -> None:
         for pending in list(self._pending.values()):
-            self._drop(pending, Failed(pending.id, kind, message))
+            self._drop(pending, error)
 
-    def _arm(self, pending: Pending) -> None:
-        """Start the clock on a deadline."""
-        pending.cancel_timer()
-        if pending.deadline is not None:
-            delay = max(0.0, pending.deadline - time.time())
-            pending.timer = asyncio.get_running_loop().call_later(delay, self._expire, pending)
+    def _look_later(self, pending: Pending, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        pending.timer = loop.call_later(max(0.0, seconds), self._deadline_passed, pending)
 
-    def _expire(self, pending: Pending) -> None:
-        """The deadline has passed. A worker that has the job ends it at its next step, a running one with
-        what is there; only while no worker has it, and for scores, the word is ours."""
+    def _deadline_passed(self, pending: Pending) -> None:
+        """A worker that has the job ends it at its next step, a running one with what is there; only while no worker
+        has it, and for scores, the word is ours."""
         if pending.is_job and pending.worker is not None:
-            pending.timer = asyncio.get_running_loop().call_later(DEADLINE_SECONDS, self._expire, pending)
-            return
-        message = "the deadline passed while the request was queued"
-        self._drop(pending, Failed(pending.id, "deadline", message, "timeout"))
+            self._look_later(pending, DEADLINE_SECONDS)
+        else:
+            self._drop(pending, DeadlineExceeded("the deadline passed while the request was queued", "timeout"))
 
 
 def _given_up(replica: Replica) -> bool:
-    return not replica.ready and replica.supervisor.failed_starts >= MAX_FAILED_STARTS
+    return not replica.ready and replica.failed_starts >= MAX_FAILED_STARTS

@@ -1,8 +1,8 @@
-"""What the HTTP process remembers of work in flight, so that a lost worker's share can run again unnoticed.
+"""What the HTTP process remembers of a request in flight, so that a lost worker's share can run again unnoticed.
 
-A job is seeded, so a second run draws the same tokens. Events that the client has already been given are not
-given twice; should the second run differ from the first (it may in low precision, when the batch around it
-differs), a client that already holds a part of the first gets an error rather than a spliced text.
+A job is seeded, so a second run draws the same tokens. Events that the reader has already been given are not given
+twice; should the second run differ from the first (it may in low precision, when the batch around it differs), a reader
+that already holds a part of the first gets an error rather than a spliced text.
 """
 
 from __future__ import annotations
@@ -11,80 +11,47 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from server.wire.messages import (
-    Canvas,
-    Event,
-    Failed,
-    Finished,
-    Progress,
-    Scored,
-    Started,
-)
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Scored, Started
 
 Answer = Finished | Failed | Scored
 
 # A client that reads its canvases slower than they are made loses old ones past this many tokens.
 CANVAS_BACKLOG_TOKENS = 2**18
+CONVICTING_DEATHS = 2  # of workers that had this request and no other
 
 
-class Mailbox:
-    """Events on their way from the worker to one reader. The answer is the last."""
-
-    def __init__(self) -> None:
-        self._events: deque[Event] = deque()
-        self._arrived = asyncio.Event()
-        self._canvas_tokens = 0
-
-    def put(self, event: Event) -> None:
-        """Deliver. Old canvases make room for new ones when the reader is too slow."""
-        self._events.append(event)
-        self._arrived.set()
-        if not isinstance(event, Canvas):
-            return
-        self._canvas_tokens += len(event.token_ids)
-        while self._canvas_tokens > CANVAS_BACKLOG_TOKENS:
-            oldest = next((held for held in self._events if isinstance(held, Canvas)), event)
-            if oldest is event:
-                break
-            self._events.remove(oldest)
-            self._canvas_tokens -= len(oldest.token_ids)
-
-    async def get(self) -> Event:
-        """The next event, in order."""
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        event = self._events.popleft()
-        if isinstance(event, Canvas):
-            self._canvas_tokens -= len(event.token_ids)
-        return event
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
-    """A job or score request without an answer. `frame` is the message that hands it to a worker, `cost` an
-    estimate of the work in it.
+    """A job or score request without an answer, and the events on their way to its one reader; the answer is the last.
 
-    `worker` is the number of the worker that has it, None while it waits for one; `begun` says that that worker has
-    begun to compute for it; `begun_at` (`time.monotonic`) when a worker first had. `deaths` counts the workers that
-    died while computing for it, `losses` those that died with it in their queue.
+    `frame` is the message that hands it to a worker, `cost` an estimate of the work in it. `worker` is the number of
+    the worker that has it, None while it waits for one; `begun` says that this worker has begun to compute for it,
+    `begun_at` (`time.monotonic`) when a worker first had. `suspect`, `lone_deaths` and `losses` are explained in
+    `front/dispatch`.
     """
 
     id: str
     frame: bytes
     is_job: bool = True
-    deadline: float | None = None
     cost: float = 1.0
-    mailbox: Mailbox = field(default_factory=Mailbox)
     worker: int | None = None
     begun: bool = False
     begun_at: float | None = None
-    deaths: int = 0
+    suspect: bool = False
+    lone_deaths: int = 0
     losses: int = 0
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None  # of the deadline
+    _events: deque[Event] = field(default_factory=deque)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _canvas_tokens: int = 0  # among `_events`
     _started: bool = False
     _progress: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
     _canvases: dict[int, int] = field(default_factory=dict)  # trajectory -> last step given
+
+    @property
+    def convicted(self) -> bool:
+        """Whether it kills its workers, as far as can be known."""
+        return self.lone_deaths >= CONVICTING_DEATHS
 
     def deliver(self, event: Event) -> bool:
         """Hand an event to the reader unless it already has it. Returns False when a second run contradicts
@@ -103,18 +70,38 @@ class Pending:
                 if step <= self._canvases.get(trajectory, -1):
                     return True
                 self._canvases[trajectory] = step
+                self._make_room(len(event.token_ids))
             case _:
                 pass
-        self.mailbox.put(event)
+        self._put(event)
         return True
 
     def close(self, answer: Answer) -> None:
-        """Deliver the answer; nothing follows."""
-        self.cancel_timer()
-        self.mailbox.put(answer)
-
-    def cancel_timer(self) -> None:
-        """The deadline no longer matters."""
+        """Deliver the answer; nothing follows, and the deadline no longer matters."""
         if self.timer is not None:
             self.timer.cancel()
-            self.timer = None
+        self._put(answer)
+
+    async def next_event(self) -> Event:
+        """The next event, in order."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
+        if isinstance(event, Canvas):
+            self._canvas_tokens -= len(event.token_ids)
+        return event
+
+    def _put(self, event: Event) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def _make_room(self, tokens: int) -> None:
+        """Forget old canvases for the sake of a new one of so many tokens, when the reader is too slow."""
+        self._canvas_tokens += tokens
+        while self._canvas_tokens > CANVAS_BACKLOG_TOKENS:
+            oldest = next((event for event in self._events if isinstance(event, Canvas)), None)
+            if oldest is None:
+                return
+            self._events.remove(oldest)
+            self._canvas_tokens -= len(oldest.token_ids)

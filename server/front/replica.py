@@ -1,18 +1,28 @@
-"""One of the engine's workers, as the engine sees it: its supervisor, what it loaded, and what it has counted.
+"""One of the engine's workers and its successors: started, watched, killed when it hangs, replaced when it dies.
 
-The worker behind it dies and is replaced; the replica, its number and its sums stay.
+What a worker says about requests goes to the engine; so does the news of its coming and going. A replica knows nothing
+of requests; its number and its sums outlive every process.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 from dataclasses import replace
 from typing import Protocol
 
-from server.front.supervisor import Spare, Supervisor
+from server.errors import ConfigurationError, EngineFailed, EntrgiError
+from server.front.process import Spare, WorkerProcess
 from server.types import EngineInfo
+from server.wire.channel import ChannelClosed
 from server.wire.config import EngineConfig
-from server.wire.messages import Event, Heartbeat
+from server.wire.messages import Configure, Event, Heartbeat, ProtocolError, Ready, Shutdown, WorkerError, frame
 from server.wire.stats import RunnerStats
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.25
 
 
 class Owner(Protocol):
@@ -22,54 +32,174 @@ class Owner(Protocol):
         """Its worker can take work; `replica.info` says what it loaded."""
 
     def on_event(self, replica: Replica, event: Event) -> None:
-        """Its worker said something about a job."""
+        """Its worker said something about a request."""
 
-    def on_death(self, replica: Replica) -> None:
-        """Its worker, which was ready, is gone with all that it held."""
-
-    def on_failed_start(self, replica: Replica) -> None:
-        """The next worker did not get ready."""
+    def on_lost(self, replica: Replica) -> None:
+        """Its worker is gone with all that it held, or the next one did not get ready."""
 
 
 class Replica:
-    """Worker number `rank` of the engine, and its successors. The `Listener` of its supervisor."""
+    """Worker number `rank`: one process at a time, from `start` to `stop`.
+
+    `info` is what the last ready process loaded, `restarts` how often one was started after the first, `failed_starts`
+    how many in a row did not get ready.
+    """
 
     def __init__(self, rank: int, config: EngineConfig, owner: Owner, spare: Spare | None) -> None:
         self.rank = rank
-        self.supervisor = Supervisor(config, replace(config.worker, rank=rank), self, spare)
+        self.name = f"worker {rank}"
         self.info: EngineInfo | None = None
+        self.ready = False
+        self.restarts = 0
+        self.failed_starts = 0
+        self.worker: WorkerProcess | None = None
+        self._config = config
         self._owner = owner
-        self._past = RunnerStats()  # of workers that are no more
+        self._spare = spare
+        self._past = RunnerStats()  # of processes that are no more
         self._present = RunnerStats()
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a worker that can take work."""
-        return self.supervisor.ready
+        self._task: asyncio.Task[None] | None = None
 
     @property
     def stats(self) -> RunnerStats:
-        """Sums over all workers so far; gauges of the present one."""
+        """Sums over all processes so far, at most a heartbeat old; gauges of the present one."""
         return self._past.plus(self._present)
 
-    def on_ready(self, info: EngineInfo) -> None:
-        """Pass on."""
-        self.info = info
+    @property
+    def backoff_seconds(self) -> float:
+        """How long the next start waits: not at all, unless workers keep dying before they are ready."""
+        if self.failed_starts == 0:
+            return 0.0
+        doubled = self._config.backoff_seconds * 2.0 ** min(self.failed_starts - 1, 30)
+        return min(doubled, self._config.max_backoff_seconds)
+
+    async def start(self) -> None:
+        """Start the first process and wait until it is ready. Raises ConfigurationError when a setting or a checkpoint
+        is wrong, EngineFailed when the process dies for another reason; nothing is left running then."""
+        await self._launch()
+        self._task = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
+
+    async def stop(self) -> None:
+        """End the process: by its own hand within the grace time, else by ours."""
+        self.ready = False
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.send(frame(Shutdown()))
+            last_words = asyncio.create_task(_ignore(worker))  # it may have to say them before it can listen
+            await worker.reap(self._config.stop_grace_seconds)
+            await last_words
+
+    def send(self, data: bytes) -> None:
+        """Send a frame to a ready worker; without one, nothing (at `on_ready` everything is sent again)."""
+        if self.ready and self.worker is not None:
+            self.worker.send(data)
+
+    async def _supervise(self) -> None:
+        while True:
+            try:
+                if self.worker is None:
+                    await self._restart()
+                else:
+                    await self._attend(self.worker)
+            except Exception:
+                # A bug of ours. Nobody may wait for ever because of it: start afresh, not too fast.
+                logger.exception("supervision failed; %s is replaced", self.name)
+                self.failed_starts += 1
+                await self._bury()
+
+    async def _restart(self) -> None:
+        await asyncio.sleep(self.backoff_seconds)
+        self.restarts += 1
+        try:
+            await self._launch()
+        except EntrgiError as error:
+            self.failed_starts += 1
+            logger.error("%s did not start (attempt %d): %s", self.name, self.failed_starts, error)
+            self._owner.on_lost(self)
+
+    async def _launch(self) -> None:
+        """Start a process, or take the spare one, and wait until it is ready."""
+        spare = None if self._spare is None else await self._spare.take()
+        self.worker = worker = spare or await WorkerProcess.spawn(self._config.worker_command)
+        worker.send(frame(Configure(replace(self._config.worker, rank=self.rank))))
+        limit = self._config.start_limit_seconds
+        try:
+            self.info = await asyncio.wait_for(_until_ready(worker), limit)
+        except BaseException as error:
+            self.worker = None
+            ended = await asyncio.shield(worker.reap())
+            if isinstance(error, TimeoutError):
+                raise EngineFailed(f"the worker was not ready within {limit:g} seconds") from error
+            if isinstance(error, ChannelClosed | ProtocolError):
+                raise EngineFailed(f"the worker ended with {ended} while it loaded the models") from error
+            raise
+        self.failed_starts = 0
+        self.ready = True
+        logger.info("%s (process %d) is ready", self.name, worker.pid)
         self._owner.on_ready(self)
 
-    def on_event(self, event: Event) -> None:
-        """Keep heartbeats, pass on the rest."""
-        if isinstance(event, Heartbeat):
-            self._present = event.stats
-        else:
-            self._owner.on_event(self, event)
+    async def _attend(self, worker: WorkerProcess) -> None:
+        """Pass on what a ready worker says, until it dies."""
+        watchdog = asyncio.create_task(self._watch(worker), name=f"watch {self.name}")
+        try:
+            if self._spare is not None:
+                self._spare.refill()
+            while True:
+                match await worker.receive():
+                    case Heartbeat(stats=stats):
+                        self._present = stats
+                    case WorkerError(message=message):
+                        logger.error("%s gives up: %s", self.name, message)
+                        break
+                    case event:
+                        self._owner.on_event(self, event)
+        except (ChannelClosed, ProtocolError) as error:
+            logger.error("lost %s (process %d): %s", self.name, worker.pid, error)
+        finally:
+            watchdog.cancel()
+        await self._bury()
 
-    def on_death(self) -> None:
-        """Close the dead worker's account, pass on."""
+    async def _bury(self) -> None:
+        """The worker is dead, or is killed now; close its account, and tell the engine."""
+        self.ready = False
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            logger.error("%s ended with %s", self.name, await worker.reap())
         self._past = self._past.plus(replace(self._present, running=0, waiting=0))
         self._present = RunnerStats()
-        self._owner.on_death(self)
+        self._owner.on_lost(self)
 
-    def on_failed_start(self) -> None:
-        """Pass on."""
-        self._owner.on_failed_start(self)
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Kill a worker that makes no progress; notice one whose socket outlives it."""
+        while not worker.exited():
+            await asyncio.sleep(WATCH_SECONDS)
+            if worker.silent_seconds() > self._config.watchdog_seconds:
+                # We may be the ones who slept: let a heartbeat that waits in the socket be read first.
+                await asyncio.sleep(WATCH_SECONDS)
+                if worker.silent_seconds() > self._config.watchdog_seconds:
+                    logger.error("%s made no progress for %.1f seconds", self.name, worker.silent_seconds())
+                    worker.kill()
+        worker.hang_up()
+
+
+async def _ignore(worker: WorkerProcess) -> None:
+    with contextlib.suppress(ChannelClosed, ProtocolError):
+        while True:
+            await worker.receive()
+
+
+async def _until_ready(worker: WorkerProcess) -> EngineInfo:
+    while True:
+        match await worker.receive():
+            case Ready(info=info):
+                return info
+            case WorkerError(message=message, configuration=True):
+                raise ConfigurationError(message)
+            case WorkerError(message=message):
+                raise EngineFailed(message)
+            case _:
+                continue

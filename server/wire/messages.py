@@ -7,10 +7,11 @@ are. A frame is a four-byte big-endian length and that many bytes. No pickle, so
 from __future__ import annotations
 
 import struct
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
+from server.errors import RequestError, from_kind
 from server.types import EngineInfo, Job, JobResult, Message
 from server.wire.config import WorkerConfig
 from server.wire.stats import RunnerStats
@@ -82,42 +83,41 @@ class WorkerError(_Wire, frozen=True):
 
 
 class Heartbeat(_Wire, frozen=True):
-    """Sent about every second, and before an answer. `busy`: it has work; `step_seconds`: how long the
-    current step has been running (0 when idle)."""
+    """Sent about every second, and before an answer. `step_seconds`: how long the current step has been running (0 when
+    idle)."""
 
     stats: RunnerStats
-    busy: bool = False
     step_seconds: float = 0.0
 
 
-class Begun(_Wire, frozen=True):
-    """From now on the worker computes for this job. Said before the first computation, so that when the worker dies
-    it is known who may have killed it."""
+class _About(_Wire, frozen=True):
+    """Base of what is said about one job, or one score request: its id."""
 
     job_id: str
 
 
-class Started(_Wire, frozen=True):
+class Begun(_About, frozen=True):
+    """From now on the worker computes for this job. Said before the first computation, so that when the worker dies
+    it is known which ones may have killed it."""
+
+
+class Started(_About, frozen=True):
     """The first trajectory of a job left the queue, and its first step is done."""
 
-    job_id: str
 
-
-class Progress(_Wire, frozen=True):
+class Progress(_About, frozen=True):
     """Response positions that a step revealed, as (position, token id). Only for jobs with
     `stream_tokens`."""
 
-    job_id: str
     trajectory: int
     step: int
     revealed: list[tuple[int, int]]
 
 
-class Canvas(_Wire, frozen=True):
+class Canvas(_About, frozen=True):
     """A trajectory's L response tokens after a step, -1 where masked; entropy in nats by position, None where
     revealed; the reward that guidance last saw. Only for jobs with `stream_canvas`."""
 
-    job_id: str
     trajectory: int
     step: int
     token_ids: list[int]
@@ -125,34 +125,40 @@ class Canvas(_Wire, frozen=True):
     reward: float | None = None
 
 
-class Finished(_Wire, frozen=True):
+class Finished(_About, frozen=True):
     """The answer of a job."""
 
-    job_id: str
     result: JobResult
 
 
-class Failed(_Wire, frozen=True):
-    """A job or a score request ends without an answer. `kind` names the class in `server.errors`."""
+class Failed(_About, frozen=True):
+    """A job or a score request ends with an error. `kind` names its class in `server.errors`."""
 
-    job_id: str
     kind: str
     message: str
     param: str | None = None
 
+    @classmethod
+    def of(cls, job_id: str, error: RequestError) -> Failed:
+        """The error as an event."""
+        return cls(job_id, error.kind, error.message, error.param)
 
-class Scored(_Wire, frozen=True):
+    def error(self) -> RequestError:
+        """The event as an error; an unknown kind is an EngineFailed."""
+        return from_kind(self.kind, self.message, self.param)
+
+
+class Scored(_About, frozen=True):
     """The answer of a score request: one reward an item, in order, and how many tokens were read for all of them."""
 
-    id: str
     scores: list[float]
     tokens: int
 
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown
-JobEvent: TypeAlias = Begun | Started | Progress | Canvas | Finished | Failed
-Event: TypeAlias = JobEvent | Scored | Ready | Heartbeat | WorkerError
+Event: TypeAlias = Begun | Started | Progress | Canvas | Finished | Failed | Scored | Ready | Heartbeat | WorkerError
 AnyMessage: TypeAlias = ToWorker | Event
+Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()
 # mypy does not see that a union is a type form, hence the annotations.
@@ -162,46 +168,41 @@ _event: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 def subject(event: Event) -> str | None:
     """The id of the job or score request that an event is about, or None."""
-    match event:
-        case Scored(id=identity):
-            return identity
-        case Ready() | Heartbeat() | WorkerError():
-            return None
-        case _:
-            return event.job_id
+    return event.job_id if isinstance(event, _About) else None
 
 
-def frame(message: AnyMessage, limit_bytes: int = MAX_FRAME_BYTES) -> bytes:
+def frame(message: AnyMessage) -> bytes:
     """The message as a frame. Raises FrameTooLarge over the limit, TypeError for what msgpack cannot hold."""
     try:
         body = _encoder.encode(message)
     except OverflowError as error:
         raise TypeError(f"{type(message).__name__} holds an integer of more than 64 bits") from error
-    if len(body) > limit_bytes:
-        raise FrameTooLarge(f"{type(message).__name__} takes {len(body)} bytes; a frame holds {limit_bytes}")
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(f"{type(message).__name__} takes {len(body)} bytes; a frame holds {MAX_FRAME_BYTES}")
     return LENGTH.pack(len(body)) + body
 
 
-def body_length(prefix: bytes | bytearray | memoryview, limit_bytes: int = MAX_FRAME_BYTES) -> int:
+def body_length(prefix: bytes | bytearray) -> int:
     """How many bytes follow the four-byte prefix. Raises ProtocolError over the limit, before anything is
     allocated."""
     length: int = LENGTH.unpack(prefix)[0]
-    if length > limit_bytes:
-        raise ProtocolError(f"a frame of {length} bytes is announced; the limit is {limit_bytes}")
+    if length > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a frame of {length} bytes is announced; the limit is {MAX_FRAME_BYTES}")
     return length
 
 
-def decode_to_worker(body: bytes | memoryview) -> ToWorker:
+def decode_to_worker(body: bytes) -> ToWorker:
     """A message to the worker. Raises ProtocolError for anything else."""
-    try:
-        return _to_worker.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"no message to the worker: {error}") from error
+    return _decode(_to_worker, body)
 
 
-def decode_event(body: bytes | memoryview) -> Event:
+def decode_event(body: bytes) -> Event:
     """An event of the worker. Raises ProtocolError for anything else."""
+    return _decode(_event, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
     try:
-        return _event.decode(body)
+        return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"no event of the worker: {error}") from error
+        raise ProtocolError(f"these bytes are no message: {error}") from error

@@ -11,23 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, fields
 
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-COUNT_BOUNDS = (
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    16.0,
-    32.0,
-    64.0,
-    128.0,
-    256.0,
-    512.0,
-    1024.0,
-    2048.0,
-    4096.0,
-    8192.0,
-    16384.0,
-)
+COUNT_BOUNDS = tuple(2.0**power for power in range(15))
 
 
 @dataclass(slots=True)
@@ -35,13 +19,12 @@ class Distribution:
     """A histogram: `counts[i]` values were at most `bounds[i]` and above the bound before it, `counts[-1]`
     were above all bounds; `total` is the sum of the values."""
 
-    bounds: tuple[float, ...]
+    bounds: tuple[float, ...] = SECONDS_BOUNDS
     counts: list[int] = field(default_factory=list)
     total: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.counts:
-            self.counts = [0] * (len(self.bounds) + 1)
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     @property
     def count(self) -> int:
@@ -53,19 +36,9 @@ class Distribution:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
-    def plus(self, other: Distribution) -> Distribution:
-        """The values of both, as a new histogram over the same bounds."""
-        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+    def __add__(self, other: Distribution) -> Distribution:
+        counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         return Distribution(self.bounds, counts, self.total + other.total)
-
-    def reset(self) -> None:
-        """Forget all values."""
-        self.counts = [0] * len(self.counts)
-        self.total = 0.0
-
-
-def _seconds() -> Distribution:
-    return Distribution(SECONDS_BOUNDS)
 
 
 def _sizes() -> Distribution:
@@ -83,26 +56,18 @@ class RunnerStats:
     denoising_steps: int = 0
     committed_tokens: int = 0
     out_of_memory: int = 0
-    model_forward_seconds: Distribution = field(default_factory=_seconds)
-    guidance_seconds: Distribution = field(default_factory=_seconds)
-    reward_forward_seconds: Distribution = field(default_factory=_seconds)
-    reward_backward_seconds: Distribution = field(default_factory=_seconds)
+    model_forward_seconds: Distribution = field(default_factory=Distribution)
+    guidance_seconds: Distribution = field(default_factory=Distribution)
+    reward_forward_seconds: Distribution = field(default_factory=Distribution)
+    reward_backward_seconds: Distribution = field(default_factory=Distribution)
     batch_trajectories: Distribution = field(default_factory=_sizes)
     batch_rows: Distribution = field(default_factory=_sizes)
 
     def plus(self, other: RunnerStats) -> RunnerStats:
         """Field by field sum: the history of dead workers and the present of a live one."""
-        total = RunnerStats()
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            setattr(total, each.name, mine.plus(theirs) if isinstance(mine, Distribution) else mine + theirs)
-        return total
+        return RunnerStats(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     def reset(self) -> None:
         """Start counting afresh (after the warm-up, which no client asked for)."""
         for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, Distribution):
-                value.reset()
-            else:
-                setattr(self, each.name, 0)
+            setattr(self, each.name, getattr(RunnerStats(), each.name))

@@ -134,11 +134,6 @@ class Clock:
         self._began = None
 
     @property
-    def running(self) -> bool:
-        """Whether the loop is at work."""
-        return self._began is not None
-
-    @property
     def step_seconds(self) -> float:
         """How long the present pass has been running; 0 between passes."""
         began = self._began
@@ -174,7 +169,7 @@ class Loop:
 
     def heartbeat(self) -> Heartbeat:
         """The state of this moment. Safe to call from another thread."""
-        return Heartbeat(self._service.runner.stats, self._clock.running, self._clock.step_seconds)
+        return Heartbeat(self._service.runner.stats, self._clock.step_seconds)
 
     def _begin(self, job_id: str) -> None:
         """At once, not with the step's other events: there will be none if the step kills us."""

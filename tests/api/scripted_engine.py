@@ -17,12 +17,11 @@ from starlette.types import Message, Scope
 
 from server.api.app import create_app
 from server.cli import Server, http_config
-from server.front.engine import Engine, EngineStats
+from server.front.engine import Engine
 from server.settings import Settings, load
 from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Progress, Scored, Started
-from server.wire.stats import RunnerStats
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
 KEYS = ["first-key-1234", "second-key-5678"]
@@ -60,10 +59,6 @@ class ScriptedEngine(Engine):
     def info(self) -> EngineInfo:
         return INFO
 
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats(RunnerStats(), 0, self.is_ready)
-
     def check_room(self, jobs: int = 1) -> None:
         if self.refuse is not None:
             raise self.refuse
@@ -71,7 +66,7 @@ class ScriptedEngine(Engine):
     def submit(self, job: Job) -> Any:
         return Scripted(self, job)
 
-    async def scored(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
+    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
         raise RuntimeError("scoring broke in /secret/place")
 
 

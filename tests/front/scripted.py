@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from server.front.engine import Engine, JobStream
-from server.types import DiffusionParams, Job, SamplingParams
+from server.types import DiffusionParams, Job, Message, SamplingParams
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished
 from tests.front.scripted_worker import Do
@@ -48,6 +48,10 @@ def job(name: str, do: Do = Do.FINISH, *, steps: int = 4, step_ms: int = 1, seed
     return Job(name, (do, step_ms), SamplingParams(steps, seed=seed), DiffusionParams(steps), **fields)  # type: ignore[arg-type]
 
 
+async def scores(engine: Engine, items: list[tuple[tuple[Message, ...], str]], model: str = "length") -> list[float]:
+    return (await engine.score(model, items)).scores
+
+
 async def answer(stream: JobStream) -> Event:
     """The last event; checks that there is exactly one answer."""
     events = [event async for event in stream]
@@ -57,6 +61,22 @@ async def answer(stream: JobStream) -> Event:
 
 def tokens_of(seed: int, count: int) -> tuple[int, ...]:
     return tuple((seed * 31 + position * 7) % 997 for position in range(count))
+
+
+def pid_of(engine: Engine, rank: int = 0) -> int:
+    """The process of a worker that is there."""
+    worker = engine.replicas[rank].worker
+    assert worker is not None
+    return worker.pid
+
+
+def pids(engine: Engine) -> list[int]:
+    """The processes of the workers that are there."""
+    return [replica.worker.pid for replica in engine.replicas if replica.worker is not None]
+
+
+def restarts(engine: Engine) -> int:
+    return sum(replica.restarts for replica in engine.replicas)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -76,8 +96,6 @@ def alive(pid: int) -> bool:
 
 async def kill_worker(engine: Engine, rank: int = 0) -> None:
     """Kill a present worker, be it ready or still loading, and wait until the engine has noticed."""
-    await until(lambda: engine.worker_pids[rank] is not None)
-    pid = engine.worker_pids[rank]
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    await until(lambda: engine.worker_pids[rank] != pid)
+    await until(lambda: engine.replicas[rank].worker is not None)
+    os.kill(pid := pid_of(engine, rank), signal.SIGKILL)
+    await until(lambda: (worker := engine.replicas[rank].worker) is None or worker.pid != pid)

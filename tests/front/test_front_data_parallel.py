@@ -14,7 +14,20 @@ from server.front.engine import Engine, JobStream
 from server.types import Message
 from server.wire.config import EngineConfig
 from server.wire.messages import Failed, Finished, Progress, Started
-from tests.front.scripted import alive, answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted import (
+    alive,
+    answer,
+    configured,
+    job,
+    kill_worker,
+    pid_of,
+    pids,
+    restarts,
+    running,
+    scores,
+    tokens_of,
+    until,
+)
 from tests.front.scripted_worker import Do
 
 
@@ -32,19 +45,19 @@ async def worker_of(stream: JobStream) -> int:
 
 async def test_jobs_and_scores_are_spread_over_the_workers() -> None:
     async with running(parallel(3)) as engine:
-        pids = set(engine.worker_pids)
-        assert len(pids) == 3
+        workers = set(pids(engine))
+        assert len(workers) == 3
         streams = [engine.submit(job(f"vary-{n}", Do.VARY, steps=200, stream_tokens=True)) for n in range(6)]
         seen = [await worker_of(stream) for stream in streams]
-        assert {pid: seen.count(pid) for pid in pids if pid is not None} == dict.fromkeys(pids, 2)
-        scores = await asyncio.gather(*(engine.score("length", [((), "x" * n)]) for n in range(9)))
-        assert scores == [[float(n)] for n in range(9)]
+        assert {pid: seen.count(pid) for pid in workers} == dict.fromkeys(workers, 2)
+        found = await asyncio.gather(*(scores(engine, [((), "x" * n)]) for n in range(9)))
+        assert found == [[float(n)] for n in range(9)]
         for stream in streams:
             await stream.aclose()
-        assert engine.stats.jobs_in_flight == 0
+        assert engine.in_flight == 0
         # Cancelled where they ran: every worker is idle again.
-        await until(lambda: engine.stats.runner.running == 0)
-        assert [worker.ready for worker in engine.stats.workers] == [True] * 3
+        await until(lambda: engine.stats.running == 0)
+        assert [replica.ready for replica in engine.replicas] == [True] * 3
 
 
 async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on() -> None:
@@ -52,7 +65,7 @@ async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on() -> N
         streams = [engine.submit(job(f"job-{n}", steps=60, step_ms=10, seed=n, stream_tokens=True)) for n in range(8)]
         for stream in streams:
             assert isinstance(await anext(stream), Started)
-        survivor = engine.worker_pids[1]
+        survivor = pid_of(engine, 1)
         await kill_worker(engine, 0)
         assert engine.ready
         late = engine.submit(job("late", seed=99))
@@ -60,9 +73,9 @@ async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on() -> N
             assert isinstance(last, Finished)
             assert last.result.trajectories[0].token_ids == tokens_of(n, 60)
         assert isinstance(await answer(late), Finished)
-        assert engine.worker_pids[1] == survivor
-        assert [worker.restarts for worker in engine.stats.workers] == [1, 0]
-        assert engine.stats.worker_restarts == 1
+        assert pid_of(engine, 1) == survivor
+        assert [replica.restarts for replica in engine.replicas] == [1, 0]
+        assert restarts(engine) == 1
 
 
 async def test_ready_while_one_worker_is_and_new_work_goes_there(tmp_path: Path) -> None:
@@ -71,15 +84,14 @@ async def test_ready_while_one_worker_is_and_new_work_goes_there(tmp_path: Path)
         flag.touch()
         await kill_worker(engine, 0)
         assert engine.ready
-        assert [worker.ready for worker in engine.stats.workers] == [False, True]
+        assert [replica.ready for replica in engine.replicas] == [False, True]
         for n in range(4):
             assert isinstance(await answer(engine.submit(job(f"job-{n}"))), Finished)
         await kill_worker(engine, 1)
         assert not engine.ready
         flag.unlink()
         waiting = engine.submit(job("waiting"))
-        pid = engine.worker_pids[0]
-        assert pid is not None
+        pid = pid_of(engine)
         os.kill(pid, signal.SIGKILL)  # it hangs while it loads
         assert isinstance(await answer(waiting), Finished)
 
@@ -104,7 +116,7 @@ async def test_poison_takes_no_neighbour_along(workers: int) -> None:
     async with running(parallel(workers)) as engine:
         streams = {n: engine.submit(job(f"job-{n}", steps=30, step_ms=5, seed=n)) for n in range(8)}
         poisons = [engine.submit(job(f"poison-{n}", Do.DIE)) for n in range(2)]
-        await until(lambda: engine.stats.worker_restarts > 0)
+        await until(lambda: restarts(engine) > 0)
         streams |= {n: engine.submit(job(f"job-{n}", steps=5, seed=n)) for n in range(8, 12)}
         again = await asyncio.gather(*map(answer, poisons))
         again.append(await answer(engine.submit(job("poison once more", Do.DIE))))  # as a client that retries
@@ -115,25 +127,24 @@ async def test_poison_takes_no_neighbour_along(workers: int) -> None:
             last = await answer(stream)
             assert isinstance(last, Finished), (n, last)
             assert last.result.trajectories[0].token_ids == tokens_of(n, 30 if n < 8 else 5)
-        assert engine.stats.worker_restarts <= 6
+        assert restarts(engine) <= 12  # each at most four
 
 
 async def test_all_workers_killed_at_once_and_one_spare() -> None:
     async with running(parallel(spare_worker=True)) as engine:
         streams = [engine.submit(job(f"job-{n}", steps=30, step_ms=5, seed=n)) for n in range(6)]
-        scores = [asyncio.create_task(engine.score("length", [((Message("user", "hi"),), "four")])) for _ in range(4)]
+        scoring = [asyncio.create_task(scores(engine, [((Message("user", "hi"),), "four")])) for _ in range(4)]
         for stream in streams:
             assert isinstance(await anext(stream), Started)
-        for pid in engine.worker_pids:
-            assert pid is not None
+        for pid in pids(engine):
             os.kill(pid, signal.SIGKILL)
         for n, last in enumerate(await asyncio.gather(*map(answer, streams))):
             assert isinstance(last, Finished)
             assert last.result.trajectories[0].token_ids == tokens_of(n, 30)
-        assert await asyncio.gather(*scores) == [[4.0]] * 4
-        await until(lambda: all(worker.ready for worker in engine.stats.workers))
-        pids = engine.worker_pids
-    assert not any(alive(pid) for pid in pids if pid is not None)
+        assert await asyncio.gather(*scoring) == [[4.0]] * 4
+        await until(lambda: all(replica.ready for replica in engine.replicas))
+        successors = pids(engine)
+    assert not any(map(alive, successors))
 
 
 async def test_drain_waits_for_all_workers() -> None:
@@ -150,8 +161,8 @@ async def test_one_worker_that_cannot_start_ends_the_start_and_leaves_nothing() 
     engine = Engine(parallel(3, model="missing-from:2"))
     with pytest.raises(ConfigurationError, match="worker 2"):
         await engine.start()
-    pids = engine.worker_pids
-    assert pids[2] is None
+    started = pids(engine)
+    assert len(started) < 3
     await engine.stop()
-    assert not any(alive(pid) for pid in pids if pid is not None)
+    assert not any(map(alive, started))
     assert not engine.ready

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.front.dispatch import Dispatcher, job_cost, score_cost
+from server.front.dispatch import Dispatcher, cost_of
 from server.front.pending import Pending
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams
 from server.wire.messages import Score
@@ -44,7 +46,12 @@ def test_nothing_is_given_to_a_worker_that_is_not_ready() -> None:
     assert given_to(dispatcher, [1]) == [(1, "a")]
 
 
-def test_queued_jobs_of_a_dead_worker_move_at_once_and_running_ones_run_alone() -> None:
+def lose(dispatcher: Dispatcher, worker: int) -> list[str]:
+    """A worker dies; who is convicted of it."""
+    return [pending.id for pending in dispatcher.lost(worker) if pending.convicted]
+
+
+def test_queued_jobs_of_a_dead_worker_move_at_once_and_running_ones_run_apart() -> None:
     dispatcher = Dispatcher(2)
     jobs = {name: add(dispatcher, name) for name in ("running 1", "running 2", "queued 1", "queued 2")}
     given_to(dispatcher, [0])
@@ -53,21 +60,48 @@ def test_queued_jobs_of_a_dead_worker_move_at_once_and_running_ones_run_alone() 
     for name in ("running 1", "running 2"):
         jobs[name].begun = True
     assert dispatcher.suspects == 0
-    assert dispatcher.lost(0) == []
+    assert lose(dispatcher, 0) == []
     assert dispatcher.suspects == 2
     assert given_to(dispatcher, [1], more_to_come=True) == [(1, "queued 1"), (1, "queued 2")]
-    # The dead worker's successor takes one suspect, and nothing else until that one is done.
+    # The dead worker's successor takes one group of suspects (here of one), and nothing else until that is done.
     add(dispatcher, "new")
     assert given_to(dispatcher, [0, 1]) == [(0, "running 1"), (1, "new")]
     assert dispatcher.suspects == 2  # waiting or running
     dispatcher.remove(jobs["running 1"])
     assert given_to(dispatcher, [0, 1]) == [(0, "running 2")]
-    assert dispatcher.suspects == 1
     dispatcher.remove(jobs["running 2"])
     assert dispatcher.suspects == 0
     add(dispatcher, "newer")
     assert given_to(dispatcher, [0, 1]) == [(0, "newer")]
-    assert busy.deaths == 0
+    assert not busy.suspect
+
+
+def test_nine_suspects_run_in_threes_and_those_of_a_group_that_dies_alone() -> None:
+    dispatcher = Dispatcher(1)
+    jobs = [add(dispatcher, str(index)) for index in range(9)]
+    given_to(dispatcher, [0])
+    for pending in jobs:
+        pending.begun = True
+    assert lose(dispatcher, 0) == []
+    add(dispatcher, "new")
+
+    def next_group() -> list[str]:
+        return [name for _, name in given_to(dispatcher, [0])]
+
+    assert next_group() == ["0", "1", "2"]
+    assert next_group() == []
+    assert lose(dispatcher, 0) == []  # none of them was alone
+    for expected in (["3", "4", "5"], ["6", "7", "8"], ["0"], ["1"]):
+        assert next_group() == expected
+        if expected != ["1"]:
+            for name in expected:
+                dispatcher.remove(jobs[int(name)])
+    assert lose(dispatcher, 0) == []  # once alone
+    assert next_group() == ["2"]
+    dispatcher.remove(jobs[2])
+    assert next_group() == ["1"]
+    assert lose(dispatcher, 0) == ["1"]
+    assert next_group() == ["new"]
 
 
 def test_suspects_do_not_wait_for_ever_for_a_worker_that_does_not_come_back() -> None:
@@ -86,14 +120,14 @@ def test_suspects_do_not_wait_for_ever_for_a_worker_that_does_not_come_back() ->
 
 def test_a_job_that_breaks_workers_by_its_arrival_is_found_too() -> None:
     dispatcher = Dispatcher(1)
-    arrival = add(dispatcher, "arrival")
+    add(dispatcher, "arrival")
     deaths = 0
-    while arrival.deaths < 2:
+    convicted: list[str] = []
+    while not convicted:
         assert given_to(dispatcher, [0]) == [(0, "arrival")]
-        convicted = dispatcher.lost(0)
+        convicted = lose(dispatcher, 0)
         deaths += 1
         assert deaths < 10
-    assert convicted == [arrival]
     assert given_to(dispatcher, [0]) == []
 
 
@@ -109,19 +143,23 @@ class Cluster:
     poison: set[str] = field(default_factory=set)
     done: list[str] = field(default_factory=list)
     convicted: list[Pending] = field(default_factory=list)
-    most_convicted: int = 0  # by one death
+    alone: Counter[str] = field(default_factory=Counter)  # deaths of workers that held nothing else
     deaths: int = 0
 
     def __post_init__(self) -> None:
         self.dispatcher = Dispatcher(self.workers)
         self.up = {worker: [] for worker in range(self.workers)}
 
+    def add(self, names: Iterable[str]) -> None:
+        for name in names:
+            add(self.dispatcher, name, self.random.random())
+        self.assign()
+
     def assign(self) -> None:
         for worker, pending in self.dispatcher.assign(sorted(self.up), more_to_come=len(self.up) < self.workers):
             self.up[worker].append(pending)
-            assert pending.deaths == 0 or len(self.up[worker]) == 1, "a suspect has company"
         for held in self.up.values():
-            assert len(held) == 1 or not any(pending.deaths for pending in held), "a suspect was given company"
+            assert len({pending.suspect for pending in held}) <= 1, "suspects were given company"
 
     def step(self) -> None:
         """Something happens to one worker: it comes back, it dies of what it runs, or a job of its is done."""
@@ -142,12 +180,20 @@ class Cluster:
         self.assign()
 
     def kill(self, worker: int) -> None:
-        if self.up.pop(worker, None) is not None:
+        if (held := self.up.pop(worker, None)) is not None:
             self.deaths += 1
-            convicted = self.dispatcher.lost(worker)
-            self.most_convicted = max(self.most_convicted, len(convicted))
-            self.convicted += convicted
+            if len(held) == 1:
+                self.alone[held[0].id] += 1
+            self.convicted += [pending for pending in self.dispatcher.lost(worker) if pending.convicted]
         self.assign()
+
+    def check(self, jobs: int) -> None:
+        """At the end: every job has one fate, and only those that died alone twice are convicted."""
+        fates = [*self.done, *(pending.id for pending in self.convicted)]
+        assert sorted(fates) == sorted(f"job {index}" for index in range(jobs))
+        assert all(self.alone[pending.id] >= 2 for pending in self.convicted)
+        assert self.dispatcher.suspects == 0
+        assert all(self.dispatcher.outstanding(worker) == 0 for worker in range(self.workers))
 
 
 @settings(max_examples=300, deadline=None)
@@ -161,38 +207,28 @@ def test_poison_is_convicted_and_nobody_else(seed: int, workers: int, at_once: i
     steps = 0
     while len(cluster.done) + len(cluster.convicted) < jobs:
         while later and generator.random() < 0.5:
-            add(cluster.dispatcher, later.pop(0), generator.random())
-            cluster.assign()
+            cluster.add([later.pop(0)])
         cluster.step()
         steps += 1
         assert steps < 400 * (jobs + 1), "it goes round in circles"
+    cluster.check(jobs)
     assert {pending.id for pending in cluster.convicted} == cluster.poison
-    assert sorted(cluster.done) == sorted(set(names) - cluster.poison)
-    assert cluster.deaths <= 2 * len(cluster.poison)
-    assert all(pending.deaths == 2 for pending in cluster.convicted)
-    assert all(cluster.dispatcher.outstanding(worker) == 0 for worker in range(workers))
+    assert cluster.deaths <= 4 * len(cluster.poison)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.integers(1, 8), st.integers(1, 40))
-def test_random_kills_lose_no_job_and_none_fails_before_its_second_death(
+def test_kills_from_outside_lose_no_job_that_was_not_hit_twice_alone(
     seed: int, workers: int, at_once: int, jobs: int
 ) -> None:
     generator = random.Random(seed)
     cluster = Cluster(generator, workers, at_once)
-    for index in range(jobs):
-        add(cluster.dispatcher, f"job {index}", generator.random())
-    cluster.assign()
+    cluster.add(f"job {index}" for index in range(jobs))
     while len(cluster.done) + len(cluster.convicted) < jobs:
         cluster.step()
         if cluster.deaths < 20 and generator.random() < 0.1:
             cluster.kill(generator.randrange(workers))
-    assert sorted([*cluster.done, *(pending.id for pending in cluster.convicted)]) == sorted(
-        f"job {index}" for index in range(jobs)
-    )
-    assert all(pending.deaths == 2 for pending in cluster.convicted)
-    assert cluster.most_convicted <= 1, "a suspect was not alone"
-    assert cluster.dispatcher.suspects == 0
+    cluster.check(jobs)
 
 
 def test_the_estimate_of_work_grows_with_everything_that_is_work() -> None:
@@ -200,13 +236,13 @@ def test_the_estimate_of_work_grows_with_everything_that_is_work() -> None:
         guidance = (
             GuidanceParams() if gradient_steps is None else GuidanceParams("entrgi", gradient_steps=gradient_steps)
         )
-        return job_cost(Job("a", (1, 2), SamplingParams(tokens, best_of=best_of), DiffusionParams(steps), guidance))
+        return cost_of(Job("a", (1, 2), SamplingParams(tokens, best_of=best_of), DiffusionParams(steps), guidance))
 
     assert cost() == 8 * 18
     assert cost(best_of=4) == 4 * cost()
     assert cost(steps=16) == 2 * cost()
     assert cost(steps=10_000) == cost(steps=16)  # a canvas of 16 takes no more than 16
     assert cost(gradient_steps=3) == 4 * cost()
-    short = score_cost(Score("s", "rm", [((Message("user", "hi"),), "yes")]))
-    assert score_cost(Score("s", "rm", [((Message("user", "hi"),), "yes " * 100)])) > 10 * short
+    short = cost_of(Score("s", "rm", [((Message("user", "hi"),), "yes")]))
+    assert cost_of(Score("s", "rm", [((Message("user", "hi"),), "yes " * 100)])) > 10 * short
     assert short == pytest.approx(1 + 5 / 4)

@@ -18,7 +18,18 @@ from server.errors import (
 )
 from server.types import Message
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.front.scripted import answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted import (
+    answer,
+    configured,
+    job,
+    kill_worker,
+    pid_of,
+    restarts,
+    running,
+    scores,
+    tokens_of,
+    until,
+)
 from tests.front.scripted_worker import Do
 
 
@@ -29,9 +40,9 @@ async def test_many_jobs_at_once_each_get_their_own_answer() -> None:
         for seed, last in enumerate(answers):
             assert isinstance(last, Finished)
             assert last.result.trajectories[0].token_ids == tokens_of(seed, 4)
-        assert engine.stats.jobs_in_flight == 0
-        assert engine.stats.runner.denoising_steps == 400
-        assert engine.stats.runner.model_forward_seconds.count == 400
+        assert engine.in_flight == 0
+        assert engine.stats.denoising_steps == 400
+        assert engine.stats.model_forward_seconds.count == 400
 
 
 async def test_events_come_in_order_and_only_when_asked_for() -> None:
@@ -46,13 +57,13 @@ async def test_events_come_in_order_and_only_when_asked_for() -> None:
 @pytest.mark.parametrize(("do", "kind"), [(Do.RAISE, "internal"), (Do.EXHAUST_MEMORY, "out_of_memory")])
 async def test_an_exception_fails_its_batch_and_not_the_worker(do: Do, kind: str) -> None:
     async with running() as engine:
-        pid = engine.worker_pids[0]
+        pid = pid_of(engine)
         last = await answer(engine.submit(job("bad", do)))
         assert isinstance(last, Failed)
         assert last.kind == kind
         assert "secret" not in last.message
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
-        assert engine.worker_pids[0] == pid
+        assert pid_of(engine) == pid
 
 
 async def test_a_refused_job_says_why() -> None:
@@ -66,7 +77,7 @@ async def test_an_answer_too_large_for_a_frame_fails_only_its_job() -> None:
         last = await answer(engine.submit(job("large", Do.ANSWER_TOO_MUCH)))
         assert isinstance(last, Failed)
         assert isinstance(await answer(engine.submit(job("small"))), Finished)
-        assert engine.stats.worker_restarts == 0
+        assert restarts(engine) == 0
 
 
 async def test_cancelled_jobs_leave_the_worker() -> None:
@@ -75,7 +86,7 @@ async def test_cancelled_jobs_leave_the_worker() -> None:
         for stream in streams:
             assert isinstance(await anext(stream), Started)
         await streams[0].aclose()
-        assert engine.stats.jobs_in_flight == 2
+        assert engine.in_flight == 2
         with pytest.raises(StopAsyncIteration):
             await anext(streams[0])
         # A reader whose task is cancelled drops its stream; so does one that just forgets it.
@@ -87,9 +98,9 @@ async def test_cancelled_jobs_leave_the_worker() -> None:
         del reader, stream
         streams.clear()
         gc.collect()
-        await until(lambda: engine.stats.jobs_in_flight == 0)
+        await until(lambda: engine.in_flight == 0)
         assert isinstance(await answer(engine.submit(job("small"))), Finished)
-        await until(lambda: engine.stats.runner.running == 0)
+        await until(lambda: engine.stats.running == 0)
 
 
 async def test_a_cancelled_wait_loses_no_event() -> None:
@@ -110,7 +121,7 @@ async def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
         assert refused.value.retry_after is not None
         assert refused.value.retry_after >= 1.0
         with pytest.raises(QueueFull):
-            await engine.score("length", [])
+            await scores(engine, [])
         for stream in streams:
             assert isinstance(await answer(stream), Finished)
         engine.check_room(3)
@@ -130,7 +141,7 @@ async def test_a_job_that_no_frame_can_hold_is_refused() -> None:
     async with running() as engine:
         with pytest.raises(InvalidRequest):
             engine.submit(job("a", seed=2**64))
-        assert engine.stats.jobs_in_flight == 0
+        assert engine.in_flight == 0
 
 
 async def test_a_running_job_past_its_deadline_is_the_business_of_the_worker() -> None:
@@ -142,11 +153,11 @@ async def test_a_running_job_past_its_deadline_is_the_business_of_the_worker() -
 async def test_scores() -> None:
     async with running() as engine:
         items = [((Message("user", "hi"),), "four"), ((), "")]
-        assert await engine.score("length", items) == [4.0, 0.0]
+        assert await scores(engine, items) == [4.0, 0.0]
         with pytest.raises(InvalidRequest, match="no such reward model") as refused:
-            await engine.score("width", items)
+            await scores(engine, items, "width")
         assert refused.value.param == "model"
-        assert engine.stats.jobs_in_flight == 0
+        assert engine.in_flight == 0
 
 
 async def test_drain_lets_running_work_finish() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import socket
+import subprocess
+import sys
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +22,7 @@ from server.wire import messages
 from server.wire.channel import ChannelClosed, WorkerChannel
 from server.wire.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
 
+ROOT = Path(__file__).parents[2]
 # Text as clients send it: any code point but the surrogates, which UTF-8 cannot hold.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -91,12 +95,13 @@ def test_an_event_is_not_a_message_to_the_worker() -> None:
         messages.decode_to_worker(messages.frame(messages.Started("a"))[4:])
 
 
-def test_a_frame_over_the_limit_is_neither_sent_nor_read() -> None:
+def test_a_frame_over_the_limit_is_neither_sent_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 1000)
     job = Job("a", tuple(range(1000)), SamplingParams(1), DiffusionParams(1))
     with pytest.raises(FrameTooLarge):
-        messages.frame(Submit(job), limit_bytes=1000)
+        messages.frame(Submit(job))
     with pytest.raises(ProtocolError):
-        messages.body_length((1001).to_bytes(4, "big"), limit_bytes=1000)
+        messages.body_length((1001).to_bytes(4, "big"))
 
 
 def test_an_integer_that_does_not_fit_is_a_type_error() -> None:
@@ -140,3 +145,13 @@ def test_an_announced_giant_is_refused_before_it_is_read() -> None:
         ours.sendall((2**31).to_bytes(4, "big"))
         with pytest.raises(ProtocolError):
             WorkerChannel(theirs).receive(block=True)
+
+
+def test_the_http_process_imports_no_torch_no_numpy_and_no_worker() -> None:
+    """Whatever it imports by way of others: the import contract sees direct imports only."""
+    code = (
+        "import sys, server.front.engine\n"
+        "print([name for name in ('torch', 'numpy', 'server.worker', 'transformers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"

@@ -5,34 +5,30 @@ from __future__ import annotations
 import pytest
 
 from server.front.admission import Throughput
-from server.front.pending import CANVAS_BACKLOG_TOKENS, Mailbox, Pending
-from server.wire.messages import Canvas, Failed, Progress, Started
+from server.front.pending import CANVAS_BACKLOG_TOKENS, Pending
+from server.wire.messages import Canvas, Event, Failed, Progress, Started
 from server.wire.stats import Distribution, RunnerStats
 
 
 async def test_a_slow_reader_loses_old_canvases_and_nothing_else() -> None:
-    mailbox = Mailbox()
+    pending = Pending("a", b"")
     length = CANVAS_BACKLOG_TOKENS // 8
     for step in range(100):
-        mailbox.put(Progress("a", 0, step, [(step, step)]))
-        mailbox.put(Canvas("a", 0, step, [0] * length))
-    mailbox.put(Failed("a", "internal", "the end"))
-    events = []
+        pending.deliver(Progress("a", 0, step, [(step, step)]))
+        pending.deliver(Canvas("a", 0, step, [0] * length))
+    pending.close(Failed("a", "internal", "the end"))
+    events: list[Event] = []
     while not events or not isinstance(events[-1], Failed):
-        events.append(await mailbox.get())
+        events.append(await pending.next_event())
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(100))
     assert [event.step for event in events if isinstance(event, Canvas)] == list(range(92, 100))
     assert isinstance(events[-2], Canvas)
-    # What was read makes room again.
-    for step in range(8):
-        mailbox.put(Canvas("a", 0, step, [0] * length))
-    assert [(await mailbox.get()).step for _ in range(8)] == list(range(8))  # type: ignore[union-attr]
-
-
-async def test_one_canvas_larger_than_the_backlog_is_still_delivered() -> None:
-    mailbox = Mailbox()
-    mailbox.put(Canvas("a", 0, 0, [0] * (CANVAS_BACKLOG_TOKENS + 1)))
-    assert isinstance(await mailbox.get(), Canvas)
+    # What was read makes room again, and one canvas larger than the backlog is still delivered.
+    for step in range(100, 108):
+        pending.deliver(Canvas("a", 0, step, [0] * length))
+    assert [(await pending.next_event()).step for _ in range(8)] == list(range(100, 108))  # type: ignore[union-attr]
+    pending.deliver(Canvas("a", 0, 200, [0] * (CANVAS_BACKLOG_TOKENS + 1)))
+    assert isinstance(await pending.next_event(), Canvas)
 
 
 async def test_a_second_run_gives_only_what_is_new() -> None:
@@ -41,15 +37,20 @@ async def test_a_second_run_gives_only_what_is_new() -> None:
     second_run = [*first_run, Progress("a", 0, 1, [(4, 4)]), Canvas("a", 0, 1, [9])]
     assert all(pending.deliver(event) for event in first_run)
     assert all(pending.deliver(event) for event in second_run)
-    assert [await pending.mailbox.get() for _ in range(6)] == second_run
+    assert [await pending.next_event() for _ in range(6)] == second_run
     assert not pending.deliver(Progress("a", 0, 1, [(4, 5)]))
 
 
-def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves() -> None:
+def ten_a_second() -> Throughput:
     throughput = Throughput()
-    assert throughput.per_second(0.0) is None
-    for tenth in range(101):  # ten a second
+    for tenth in range(101):
         throughput.finished(tenth / 10)
+    return throughput
+
+
+def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves() -> None:
+    assert Throughput().per_second(0.0) is None
+    throughput = ten_a_second()
     assert throughput.per_second(10.0) == pytest.approx(10.0)
     waits = [throughput.retry_after_seconds(256, 10.0) for _ in range(400)]
     assert waits[0] == 1.0  # never less
@@ -57,10 +58,14 @@ def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves()
     assert max(waits) == pytest.approx(25.6)  # by then everything in flight has left
 
 
+def test_several_places_take_longer() -> None:
+    throughput = ten_a_second()
+    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(5.0)
+    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(10.0)
+
+
 def test_old_answers_say_nothing_about_the_present_rate() -> None:
-    throughput = Throughput()
-    for second in range(10):
-        throughput.finished(float(second))
+    throughput = ten_a_second()
     assert throughput.per_second(100.0) is None
     assert throughput.retry_after_seconds(256, 100.0) > 0
 
@@ -87,14 +92,6 @@ def test_places_that_come_free_together_do_not_look_like_a_high_rate() -> None:
     for _ in range(16):  # a batch that ends in one step
         throughput.finished(2.0)
     assert throughput.per_second(2.0) == pytest.approx(8.0)
-
-
-def test_several_places_take_longer() -> None:
-    throughput = Throughput()
-    for tenth in range(101):
-        throughput.finished(tenth / 10)
-    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(5.0)
-    assert throughput.retry_after_seconds(256, 10.0, 50) == pytest.approx(10.0)
 
 
 def test_statistics_add_up_and_start_afresh() -> None:

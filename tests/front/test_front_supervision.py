@@ -26,7 +26,21 @@ from server.errors import (
 from server.front.engine import Engine
 from server.front.pending import Pending
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.front.scripted import CONFIG, SCRIPT, alive, answer, configured, job, kill_worker, running, tokens_of, until
+from tests.front.scripted import (
+    CONFIG,
+    SCRIPT,
+    alive,
+    answer,
+    configured,
+    job,
+    kill_worker,
+    pid_of,
+    pids,
+    restarts,
+    running,
+    tokens_of,
+    until,
+)
 from tests.front.scripted_worker import Do
 
 
@@ -52,8 +66,8 @@ async def test_a_killed_worker_is_replaced_and_nobody_notices() -> None:
         assert isinstance(last, Finished)
         assert last.result.trajectories[0].token_ids == tokens_of(8, 40)
         assert engine.ready
-        assert engine.stats.worker_restarts == 1
-        assert engine.stats.runner.denoising_steps >= 80 + 11  # the dead worker's share is counted too
+        assert restarts(engine) == 1
+        assert engine.stats.denoising_steps >= 80 + 11  # the dead worker's share is counted too
 
 
 async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None:
@@ -83,33 +97,35 @@ async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None
         assert len(outcomes) == 120
         assert outcomes.count("right") >= 15
         assert isinstance(await answer(engine.submit(job("after"))), Finished)
-        assert engine.stats.worker_restarts == 6
-        assert engine.stats.jobs_in_flight == 0
+        assert restarts(engine) == 6
+        assert engine.in_flight == 0
+
+
+async def spare_of(engine: Engine) -> int:
+    """The process that stands by, when it does."""
+    spare = engine._spare
+    assert spare is not None
+    await until(lambda: spare._spawning is not None)
+    assert spare._spawning is not None
+    return (await spare._spawning).pid
 
 
 async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
     async with running(configured(spare_worker=True)) as engine:
-        spare = engine._spare
-        assert spare is not None
-        await until(lambda: spare.pid is not None)
-        first_spare = spare.pid
+        first_spare = await spare_of(engine)
         stream = engine.submit(job("a", steps=20, step_ms=10))
         await kill_worker(engine)
         assert isinstance(await answer(stream), Finished)
-        assert engine.worker_pids[0] == first_spare
-        await until(lambda: spare.pid is not None)
-        second_spare = spare.pid
-        assert second_spare is not None
+        assert pid_of(engine) == first_spare
+        second_spare = await spare_of(engine)
         assert second_spare != first_spare
         # A spare that died unnoticed is no worse than none.
         os.kill(second_spare, signal.SIGKILL)
         await until(lambda: not alive(second_spare))
         await kill_worker(engine)
         assert isinstance(await answer(engine.submit(job("b"))), Finished)
-        assert engine.worker_pids[0] != second_spare
-        await until(lambda: spare.pid is not None)
-        last_spare = spare.pid
-        assert last_spare is not None
+        assert pid_of(engine) != second_spare
+        last_spare = await spare_of(engine)
     assert not alive(last_spare)
 
 
@@ -119,10 +135,10 @@ async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> No
         assert isinstance(last, Failed)
         assert last.kind == "unavailable"
         assert isinstance(await answer(engine.submit(job("next"))), Finished)
-        assert engine.stats.worker_restarts == 2
+        assert restarts(engine) == 2
 
 
-async def test_the_log_names_who_ran_alone_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_names_who_ran_apart_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.front.engine")
     async with running() as engine:
         innocent = engine.submit(job("innocent", steps=30, step_ms=10))
@@ -132,14 +148,19 @@ async def test_the_log_names_who_ran_alone_and_who_killed_twice(caplog: pytest.L
         assert isinstance(await answer(engine.submit(job("after"))), Finished)
     records = [record for record in caplog.records if record.name == "server.front.engine"]
     assert [record.getMessage() for record in records] == [
-        "worker 0 had 2 requests; after its death 2 wait to run alone",
-        "request innocent runs alone on worker 0",
-        "request innocent has run alone",
-        "request poison runs alone on worker 0",
-        "worker 0 had 1 requests; after its death 0 wait to run alone",
+        "worker 0 had 2 requests; after its death 2 run apart from new ones",
+        "request innocent runs apart on worker 0",
+        "request poison runs apart on worker 0",
+        "worker 0 had 1 requests; after its death 1 run apart from new ones",
+        "request poison runs apart on worker 0",
+        "worker 0 had 1 requests; after its death 0 run apart from new ones",
     ]
     deaths = [vars(record) for record in records if record.levelno == logging.WARNING]
-    assert [(death["suspects"], death["convicted"]) for death in deaths] == [(2, []), (0, ["poison"])]
+    assert [(death["had"], death["convicted"]) for death in deaths] == [
+        (["innocent", "poison"], []),
+        (["poison"], []),
+        (["poison"], ["poison"]),
+    ]
 
 
 async def test_a_second_run_that_differs_is_an_error_not_a_spliced_text() -> None:
@@ -160,7 +181,7 @@ async def test_a_lost_device_fails_its_batch_and_then_needs_a_new_worker() -> No
         assert isinstance(last, Failed)
         assert last.kind == "internal"
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
-        assert engine.stats.worker_restarts == 1
+        assert restarts(engine) == 1
 
 
 async def test_a_bug_in_the_engine_itself_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,22 +212,21 @@ async def test_the_watchdog_turns_a_hang_into_a_restart(do: Do) -> None:
 async def test_the_watchdog_replaces_a_stopped_worker() -> None:
     async with running(configured(watchdog_seconds=0.6)) as engine:
         stream = engine.submit(job("a", steps=20, step_ms=20))
-        pid = engine.worker_pids[0]
-        assert pid is not None
+        pid = pid_of(engine)
         assert isinstance(await anext(stream), Started)
         os.kill(pid, signal.SIGSTOP)
         assert isinstance(await answer(stream), Finished)
-        assert engine.worker_pids[0] != pid
+        assert pid_of(engine) != pid
 
 
 async def test_an_idle_worker_is_not_taken_for_a_hanging_one() -> None:
     async with running(configured(watchdog_seconds=1.5)) as engine:
-        pid = engine.worker_pids[0]
+        pid = pid_of(engine)
         await asyncio.sleep(2.5)
-        assert engine.worker_pids[0] == pid
+        assert pid_of(engine) == pid
         # Work that takes longer than the limit in all, in steps that do not, is no hang either.
         assert isinstance(await answer(engine.submit(job("long", steps=60, step_ms=40))), Finished)
-        assert engine.worker_pids[0] == pid
+        assert pid_of(engine) == pid
 
 
 async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
@@ -237,8 +257,7 @@ async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
     await engine.start()
     stream = engine.submit(job("stuck", Do.HANG))
     assert isinstance(await anext(stream), Started)
-    pid = engine.worker_pids[0]
-    assert pid is not None
+    pid = pid_of(engine)
     await engine.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -249,12 +268,11 @@ async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
 async def test_the_worker_leaves_draining_to_its_parent(name: str) -> None:
     async with running() as engine:
         stream = engine.submit(job("a", steps=20, step_ms=10))
-        pid = engine.worker_pids[0]
-        assert pid is not None
+        pid = pid_of(engine)
         assert os.getpgid(pid) != os.getpgid(0)  # a Ctrl-C in the terminal does not even reach it
         os.kill(pid, getattr(signal, name))
         assert isinstance(await answer(stream), Finished)
-        assert engine.stats.worker_restarts == 0
+        assert restarts(engine) == 0
 
 
 @pytest.mark.parametrize("model", ["scripted", "hang"])
@@ -265,13 +283,13 @@ import asyncio, sys
 sys.path.insert(0, {str(SCRIPT.parents[2])!r})
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Configure, frame
-from server.front.supervisor import WorkerHandle
+from server.front.process import WorkerProcess
 async def main():
     config = EngineConfig(WorkerConfig({model!r}, heartbeat_seconds=0.1), worker_command={CONFIG.worker_command!r})
-    handle = await WorkerHandle.spawn(config.worker_command)
-    handle.channel.send(frame(Configure(config.worker)))
+    handle = await WorkerProcess.spawn(config.worker_command)
+    handle.send(frame(Configure(config.worker)))
     await handle.receive()
-    print(handle.process.pid, flush=True)
+    print(handle.pid, flush=True)
     await asyncio.sleep(3600)
 asyncio.run(main())
 """
@@ -297,7 +315,7 @@ async def test_a_failed_start_says_why_and_leaves_nothing(model: str, error: typ
     engine = Engine(configured(model, start_limit_seconds=20.0 if model != "hang" else 1.0))
     with pytest.raises(error, match=text):
         await engine.start()
-    assert engine.worker_pids[0] is None
+    assert not pids(engine)
     assert not engine.ready
     with pytest.raises(NotReady):
         engine.submit(job("a"))
@@ -326,12 +344,12 @@ async def test_restarts_that_fail_back_off_and_refuse_work_until_one_succeeds(tm
         flag.unlink()
         await until(lambda: engine.ready)
         assert isinstance(await answer(engine.submit(job("b"))), Finished)
-        assert engine.stats.worker_restarts >= 2
+        assert restarts(engine) >= 2
 
 
 def test_only_deaths_before_ready_slow_the_next_start_down() -> None:
-    supervisor = Engine(replace(CONFIG, backoff_seconds=0.5, max_backoff_seconds=3.0))._replicas[0].supervisor
+    (replica,) = Engine(replace(CONFIG, backoff_seconds=0.5, max_backoff_seconds=3.0)).replicas
     waits = []
-    for supervisor.failed_starts in (0, 1, 2, 3, 4, 1000):
-        waits.append(supervisor.backoff_seconds)
+    for replica.failed_starts in (0, 1, 2, 3, 4, 1000):
+        waits.append(replica.backoff_seconds)
     assert waits == [0.0, 0.5, 1.0, 2.0, 3.0, 3.0]
