@@ -10,14 +10,15 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.types import DiffusionParams, Job, SamplingParams
+from server.methods import METHODS
+from server.types import DiffusionParams, GuidanceParams, Job, SamplingParams
 from server.wire import messages
 from server.wire.channel import ChannelClosed, WorkerChannel
 from server.wire.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
@@ -39,6 +40,8 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
     if hint in simple:
         return simple[hint]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return within(anything(args[0]), args[0], args[1:])
     if origin is typing.Literal:
         return st.sampled_from(args)
     if origin in (typing.Union, types.UnionType):
@@ -52,8 +55,24 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
     if origin is dict:
         return st.dictionaries(anything(args[0]), anything(args[1]), max_size=3)
     assert dataclasses.is_dataclass(hint) or issubclass(hint, msgspec.Struct), hint
-    hints = typing.get_type_hints(hint)
-    return st.builds(hint, **{name: st.deferred(lambda h=h: anything(h)) for name, h in hints.items()})
+    hints = typing.get_type_hints(hint, include_extras=True)
+    fields = {name: st.deferred(lambda h=h: anything(h)) for name, h in hints.items()}
+    if hint is GuidanceParams:  # it refuses a method that is not in the table
+        fields["method"] = st.sampled_from([*METHODS])
+    return st.builds(hint, **fields)
+
+
+def within(values: st.SearchStrategy[Any], kind: Any, constraints: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+    """Those values that msgspec's constraints let through."""
+    for meta in constraints:
+        if meta.pattern is not None:
+            values = st.from_regex(meta.pattern, fullmatch=True)
+        if kind is int:
+            values = st.integers(-(2**63) if meta.ge is None else meta.ge, 2**64 - 1 if meta.le is None else meta.le)
+        if kind is float:
+            least = meta.gt if meta.ge is None else meta.ge
+            values = st.floats(least, meta.le, allow_nan=False, exclude_min=meta.gt is not None)
+    return values
 
 
 @pytest.mark.parametrize("kind", typing.get_args(ToWorker), ids=lambda kind: kind.__name__)
