@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.convert import Plan
 from server.diffusion.approximations import approximations
-from server.types import FinishReason, JobResult, TrajectoryResult
+from server.types import FinishReason, JobResult, StepTrace, TrajectoryResult
 
 
 class Answer(BaseModel):
@@ -53,19 +53,6 @@ class GuidanceReport(Answer):
     generation_ms: float
 
 
-class StepReport(Answer):
-    """One denoising step of one trajectory."""
-
-    step: int
-    time: float
-    masked: int
-    revealed: int
-    mean_entropy: float | None
-    mean_w: float | None
-    reward_before: float | None
-    reward_after: float | None
-
-
 class Choice(Answer):
     """What both kinds of choice share."""
 
@@ -104,7 +91,7 @@ class Head(Answer):
     id: str
     created: int
     model: str
-    trace: list[list[list[StepReport]]] = []
+    trace: list[list[list[StepTrace]]] = []
 
 
 class CompletionResponse(Head):
@@ -163,12 +150,9 @@ def guidance_report(plan: Plan, results: Sequence[JobResult]) -> GuidanceReport:
     )
 
 
-def trace(results: Sequence[JobResult]) -> list[list[list[StepReport]]]:
-    """Every step of every trajectory of every prompt."""
-    return [
-        [[StepReport(**asdict(step)) for step in trajectory.trace] for trajectory in result.trajectories]
-        for result in results
-    ]
+def trace(results: Sequence[JobResult]) -> list[list[list[dict[str, Any]]]]:
+    """Every step of every trajectory of every prompt, JSON-ready."""
+    return [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
 
 
 def choice_fields(plan: Plan, index: int, answer: TrajectoryResult) -> dict[str, Any]:

@@ -1,23 +1,59 @@
-"""Reading a JSON body strictly. Python's parser alone takes NaN, repeated keys and any nesting."""
+"""Routes that take a JSON body, and reading it strictly: Python's parser alone takes NaN and repeated keys."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
+from server.api import openapi
 from server.api.disconnect import ClientGone
 from server.api.errors import validate
 from server.api.frontend import Frontend
 from server.errors import InvalidRequest, UnsupportedMediaType, quote
 
 Model = TypeVar("Model", bound=BaseModel)
+Handler = Callable[[Request, Frontend, Model], Awaitable[Response]]
 
 SMALL_BYTES = 32_768  # what is larger would hold up the event loop
 MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
+
+
+STATUSES = (400, 404, 408, 413, 415, 429, 503)
+
+
+def posts(
+    router: APIRouter,
+    paths: Sequence[str],
+    schema: type[Model],
+    answer: type[BaseModel],
+    description: str,
+    chunk: type[BaseModel] | None = None,
+) -> Callable[[Handler[Model]], Handler[Model]]:
+    """Register a handler of the body `schema` on some paths; its answer, and the chunks of its stream if it has one,
+    are for the OpenAPI document."""
+
+    def register(handler: Handler[Model]) -> Handler[Model]:
+        async def endpoint(request: Request) -> Response:
+            frontend: Frontend = request.app.state.frontend
+            return await handler(request, frontend, await read(request, schema))
+
+        for path in paths:
+            router.post(
+                path,
+                name=handler.__name__,
+                description=handler.__doc__,
+                responses=openapi.success(answer, description, chunk) | openapi.errors(*STATUSES),
+                openapi_extra=openapi.body(schema),
+            )(endpoint)
+        return handler
+
+    return register
 
 
 async def read(request: Request, schema: type[Model]) -> Model:

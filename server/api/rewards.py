@@ -5,26 +5,22 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api import body
 from server.api.answers import Answer
+from server.api.body import posts
 from server.api.convert import messages
 from server.api.disconnect import unless_disconnected
 from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
 from server.api.frontend import Frontend
-from server.api.openapi import body as documented_body
-from server.api.openapi import errors, success
-from server.api.ops import frontend_of
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Message
 
 router = APIRouter()
-STATUSES = (400, 404, 408, 413, 415, 429, 503)
 
 
 class ReadUsage(Answer):
@@ -92,15 +88,9 @@ class DetokenizeResponse(Answer):
     prompt: str
 
 
-@router.post(
-    "/v1/score",
-    responses=success(ScoreResponse, "Scores") | errors(*STATUSES),
-    openapi_extra=documented_body(ScoreRequest),
-)
-async def score(request: Request) -> Response:
+@posts(router, ["/v1/score"], ScoreRequest, ScoreResponse, "Scores")
+async def score(request: Request, frontend: Frontend, asked: ScoreRequest) -> Response:
     """Reward of each response to its prompt."""
-    frontend = frontend_of(request)
-    asked = await body.read(request, ScoreRequest)
     queries = [messages(query) for query in asked.queries]
     if len(queries) == 1:
         queries *= len(asked.documents)
@@ -122,29 +112,21 @@ async def score(request: Request) -> Response:
     return JSONResponse(answer.to_json())
 
 
-_RERANK: dict[str, Any] = {
-    "responses": success(RerankResponse, "Documents, best first") | errors(*STATUSES),
-    "openapi_extra": documented_body(RerankRequest),
-}
-
-
-@router.post("/v1/rerank", **_RERANK)
-@router.post("/v2/rerank", **_RERANK)
-@router.post("/rerank", **_RERANK)
-async def rerank(request: Request) -> Response:
+@posts(router, ["/v1/rerank", "/v2/rerank", "/rerank"], RerankRequest, RerankResponse, "Documents, best first")
+async def rerank(request: Request, frontend: Frontend, asked: RerankRequest) -> Response:
     """Responses to one prompt, best first; equal ones in the order given."""
-    return await _rerank(request, lambda text: Document(text=text))
+    return await _rerank(request, frontend, asked, lambda text: Document(text=text))
 
 
-@router.post("/infinity/rerank", **_RERANK)
-async def infinity_rerank(request: Request) -> Response:
+@posts(router, ["/infinity/rerank"], RerankRequest, RerankResponse, "Documents, best first")
+async def infinity_rerank(request: Request, frontend: Frontend, asked: RerankRequest) -> Response:
     """The same for clients of Infinity, which read each result's document as a string."""
-    return await _rerank(request, lambda text: text)
+    return await _rerank(request, frontend, asked, lambda text: text)
 
 
-async def _rerank(request: Request, shown: Callable[[str], Document | str]) -> Response:
-    frontend = frontend_of(request)
-    asked = await body.read(request, RerankRequest)
+async def _rerank(
+    request: Request, frontend: Frontend, asked: RerankRequest, shown: Callable[[str], Document | str]
+) -> Response:
     queries = [messages(asked.query)] * len(asked.documents)
     name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
     best = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))[: asked.top_n or None]
@@ -162,15 +144,9 @@ async def _rerank(request: Request, shown: Callable[[str], Document | str]) -> R
     return JSONResponse(answer.to_json())
 
 
-@router.post(
-    "/tokenize",
-    responses=success(TokenizeResponse, "Token ids") | errors(*STATUSES),
-    openapi_extra=documented_body(TokenizeRequest),
-)
-async def tokenize(request: Request) -> Response:
+@posts(router, ["/tokenize"], TokenizeRequest, TokenizeResponse, "Token ids")
+async def tokenize(request: Request, frontend: Frontend, asked: TokenizeRequest) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
-    frontend = frontend_of(request)
-    asked = await body.read(request, TokenizeRequest)
     tokenizer = await frontend.tokenizer()
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
@@ -195,15 +171,9 @@ def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_stri
     return JSONResponse(answer.to_json())
 
 
-@router.post(
-    "/detokenize",
-    responses=success(DetokenizeResponse, "Text") | errors(*STATUSES),
-    openapi_extra=documented_body(DetokenizeRequest),
-)
-async def detokenize(request: Request) -> Response:
+@posts(router, ["/detokenize"], DetokenizeRequest, DetokenizeResponse, "Text")
+async def detokenize(request: Request, frontend: Frontend, asked: DetokenizeRequest) -> Response:
     """Text of token ids, special tokens included."""
-    frontend = frontend_of(request)
-    asked = await body.read(request, DetokenizeRequest)
     tokenizer = await frontend.tokenizer()
     text = await frontend.aside(tokenizer.decode, asked.tokens, skip_special_tokens=False)
     return JSONResponse(DetokenizeResponse(prompt=text).to_json())

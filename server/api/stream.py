@@ -215,9 +215,7 @@ class Chunks:
                 results = [self._results[each] for each in range(len(plan.jobs))]
                 chunk["guidance"] = guidance_report(plan, results).to_json()
                 if plan.trace:
-                    chunk["trace"] = [
-                        [[step.to_json() for step in steps] for steps in steps_of] for steps_of in trace(results)
-                    ]
+                    chunk["trace"] = trace(results)
             yield chunk
         if whole and self._mode.include_usage:
             results = [self._results[each] for each in range(len(plan.jobs))]
