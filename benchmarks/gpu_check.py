@@ -137,7 +137,7 @@ def waits(device: torch.device) -> dict[str, Any]:
 
 
 def passes(device: torch.device) -> dict[str, Any]:
-    """A reward model's passes with `reward_cuda_graphs` and without, or why there are none."""
+    """A reward model's passes with `cuda_graphs` and without, or why there are none."""
     setup = Setup()
     try:
         heads = setup.reward.hidden // setup.reward.heads
@@ -159,7 +159,7 @@ def markdown(report: dict[str, Any]) -> str:
             times = " | ".join(f"{value:.2f} ms" for value in entry["milliseconds"].values())
             lines.append(f"| {entry['way']} | {entry['attention']} | {times} |")
     if "unavailable" in report["passes"]:
-        lines += ["", f"`reward_cuda_graphs`: {report['passes']['unavailable']}"]
+        lines += ["", f"`cuda_graphs`: {report['passes']['unavailable']}"]
     else:
         lines += ["", "| rows of a reward pass | kernel by kernel | graphs | gain |", "|---|---|---|---|"]
         for entry in report["passes"]["rows"]:

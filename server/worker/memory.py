@@ -10,8 +10,8 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
   width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3). Rows of
   smaller M leave the inner steps early, but in the same memory: they take no less.
 * A token of its own in a guided pass of a reward model keeps the activations of every block until the backward pass:
-  layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run as `rewards.trunk` writes it out
-  the modules keep about twice as much.
+  layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run on our own layers
+  (`models.layers`) the modules keep about twice as much.
 * A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
   trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
   own token.

@@ -11,18 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    GemmaConfig,
-    GemmaForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForSequenceClassification,
-    Qwen2Config,
-    Qwen2ForSequenceClassification,
-)
 
 from server.errors import ConfigurationError
 from server.models.packing import PackedLayout, Prefix
@@ -32,54 +22,18 @@ from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import Message
 from tests.support.models import GOLDEN, load_reward, reward
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 511,
-    "max_position_embeddings": 512,
-    "num_labels": 1,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-FAMILIES: dict[str, Any] = {
-    "llama": (LlamaConfig, LlamaForSequenceClassification),
-    "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
-    "gemma": (GemmaConfig, GemmaForSequenceClassification),
-    "mistral": (MistralConfig, MistralForSequenceClassification),  # without its window
-}
-
-
-def write_checkpoint(folder: Path, family: str, **changes: Any) -> Path:
-    """A random checkpoint of a family with the golden reward tokenizer, in the published layout."""
-    config_class, model_class = FAMILIES[family]
-    if family == "mistral":
-        changes = {"sliding_window": None, **changes}
-    torch.manual_seed(1)
-    model_class(config_class(**{**SMALL, **changes})).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        shutil.copy(GOLDEN / "dream-tiny/rm" / name, folder / name)
-    return folder
+from tests.support.rewards import FAMILIES, edit_json, load_stock, write_reward_model
 
 
 @pytest.fixture(scope="session", params=["qwen3", *FAMILIES])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "qwen3":
         return GOLDEN / "dream-tiny/rm"
-    return write_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    return write_reward_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> RewardModel:
     return load_reward("dream", dtype, folder=folder, **options)
-
-
-def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
-    stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return stock.eval().requires_grad_(False)
 
 
 def exact_norms(network: Any) -> None:
@@ -338,32 +292,65 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_what_is_no_plain_reward_model_is_refused(
     family: str, changes: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
-    folder = write_checkpoint(tmp_path, family, **changes)
+    folder = write_reward_model(tmp_path, family, **changes)
     with pytest.raises(ConfigurationError, match=f"reward model rm: {key}"):
         load(folder)
 
 
-def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "rm"
-    shutil.copytree(GOLDEN / "dream-tiny/rm", folder)
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ConfigurationError, match="chat_template"):
-        load(folder)
-    shutil.copy(GOLDEN / "dream-tiny/rm/chat_template.jinja", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None}))
-    with pytest.raises(ConfigurationError, match=r"lacks 11 weights, first model\.layers\.2"):
-        load(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
-    with pytest.raises(ConfigurationError, match="architectures"):
-        load(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no-such-model"}))
-    with pytest.raises(ConfigurationError, match="no-such-model"):
-        load(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match=r"safetensors"):
-        load(folder)
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of a golden reward model, for a test to break."""
+    return Path(shutil.copytree(GOLDEN / "dream-tiny/rm", tmp_path / "rm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": None}, r"lacks 11 weights, first model\.layers\.2"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "architectures"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+        ({"pad_token_id": 511}, "pad_token_id: 511 is outside the vocabulary, whose vocab_size is 511"),
+        ({"pad_token_id": -512}, "pad_token_id: -512 is outside"),
+    ],
+)
+def test_a_wrong_config_is_refused(broken: Path, changes: dict[str, Any], words: str) -> None:
+    edit_json(broken / "config.json", **changes)
+    with pytest.raises(ConfigurationError, match=f"reward model rm: .*{words}"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("chat_template.jinja", "chat_template"), ("model.safetensors", "safetensors")]
+)
+def test_a_missing_file_is_refused(broken: Path, file: str, words: str) -> None:
+    (broken / file).unlink()
+    with pytest.raises(ConfigurationError, match=f"reward model rm: .*{words}"):
+        load(broken)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_token_past_the_embeddings_is_refused_by_name(broken: Path, special: bool) -> None:
+    """Such as a token that somebody added without resizing the model."""
+    vocabulary = json.loads((broken / "tokenizer.json").read_text())
+    vocabulary["added_tokens"].append(
+        {"id": 511, "content": "<think>", "special": special, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+    )  # fmt: skip
+    (broken / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(
+        ConfigurationError, match=r"reward model rm: .*'<think>' has id 511, the embeddings only 511 rows"
+    ):
+        load(broken)
+
+
+def test_the_heads_shape_tells_the_number_of_labels(broken: Path) -> None:
+    edit_json(broken / "config.json", id2label=None, label2id=None, num_labels=None)
+    sequences = random_ids(7, 4)
+    assert torch.equal(load(broken).score(sequences), reward().score(sequences))
+    tensors = load_file(broken / "model.safetensors")
+    save_file(tensors | {"score.weight": tensors["score.weight"].repeat(3, 1)}, broken / "model.safetensors")
+    with pytest.raises(ConfigurationError, match=r"reward model rm: num_labels: .*score\.weight has 3 rows"):
+        load(broken)
 
 
 def test_a_hub_id_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,8 +144,8 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(rewards: str) -> None:
 @gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
-    """Torch counts every wait as an error between the first inner step and the last. tests/unit/test_no_waits.py looks
-    for the same on a CPU."""
+    """Torch counts every wait as an error between the first inner step and the last. On a CPU
+    tests/rewards/test_no_waits.py looks for the same."""
     rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
     config = replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
     if reason := unavailable("varlen", torch.device("cuda"), torch.bfloat16, 24):
