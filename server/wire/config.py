@@ -66,7 +66,9 @@ class WorkerSettings:
     ] = 0.8
     plugins: Annotated[
         tuple[str, ...],
-        Meta(description="Python module that server and workers import, and that may register guidance methods"),
+        Meta(
+            description="Python module on PYTHONPATH that server and workers import; it may register guidance methods"
+        ),
     ] = ()
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Meta(description="least level logged")
