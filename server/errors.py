@@ -14,7 +14,9 @@
     |   +-- UnsupportedMediaType    415  the body is not JSON
     |   +-- HeadersTooLarge         431  the header fields are over the limit
     |   +-- QueueFull               429  come back after `retry_after` seconds
+    |   +-- ClientGone              499  nobody is left to read the answer
     |   +-- EngineFailed            500  our fault: the step, the worker or the handler broke
+    |   |   +-- EngineUnusable      503  no restart of the worker will help
     |   +-- Unavailable             503  come back after `retry_after` seconds
     |       +-- NotReady                 still loading, or the worker is being restarted
     |       +-- Draining                 shutting down
@@ -29,6 +31,14 @@ an address or a traceback, and `quote` caps what they repeat of the input.
 from __future__ import annotations
 
 QUOTED_CHARACTERS = 200
+_TYPES = {
+    401: "authentication_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+_BY_KIND: dict[str, type[RequestError]] = {}
 
 
 def quote(value: object) -> str:
@@ -56,9 +66,11 @@ class ConfigurationError(EntrgiError):
 class RequestError(EntrgiError):
     """One request fails; the server goes on.
 
-    `status`, `type` and `code` are the HTTP status and OpenAI's error fields; `kind` names the class on the
-    worker's wire; `retry_after` (seconds) becomes the header of the same name; `retryable` False tells clients that
-    would retry the status by habit not to (`x-should-retry: false`).
+    Each class is a row: `status` (its parent's, where it does not say) and `code` are the HTTP status and OpenAI's
+    field, OpenAI's `type` follows from the status, and `kind` names the class on the worker's wire (its code, where it
+    does not say).
+    `retry_after` (seconds) becomes the header of the same name; `retryable` False tells clients that would retry the
+    status by habit not to (`x-should-retry: false`).
     """
 
     status = 500
@@ -66,191 +78,104 @@ class RequestError(EntrgiError):
     code: str | None = None
     kind = "failed"
     retryable: bool | None = None
+    retry_after: float | None = None
+
+    def __init_subclass__(cls, *, code: str, status: int | None = None, kind: str | None = None) -> None:
+        super().__init_subclass__()
+        cls.status, cls.code, cls.kind = status or cls.status, code, kind or code
+        cls.type = _TYPES.get(cls.status, "invalid_request_error")
+        _BY_KIND[cls.kind] = cls
 
     def __init__(self, message: str, param: str | None = None, *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.param = param
-        self.retry_after = retry_after
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
-class InvalidRequest(RequestError):
+class InvalidRequest(RequestError, status=400, code="invalid_value", kind="invalid_request"):
     """A field is wrong, has no effect, or does not fit the models; `param` is its path (`guidance.eta`)."""
 
-    status = 400
-    type = "invalid_request_error"
-    code = "invalid_value"
-    kind = "invalid_request"
+
+class NotFinite(InvalidRequest, code="not_finite"):
+    """The model's or the reward's numbers left the finite range under the request's parameters."""
 
 
-class Unauthorized(RequestError):
+class Unauthorized(RequestError, status=401, code="invalid_api_key"):
     """The API key is missing or wrong."""
 
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
-    kind = "unauthorized"
 
-
-class NotFound(RequestError):
+class NotFound(RequestError, status=404, code="not_found"):
     """No such route."""
 
-    status = 404
-    type = "invalid_request_error"
-    code = "not_found"
-    kind = "not_found"
 
-
-class UnknownModel(NotFound):
+class UnknownModel(NotFound, code="model_not_found"):
     """No model of that name is served."""
 
-    code = "model_not_found"
-    kind = "unknown_model"
-
-    def __init__(self, message: str, param: str | None = "model", *, retry_after: float | None = None) -> None:
-        super().__init__(message, param, retry_after=retry_after)
+    def __init__(self, message: str, param: str | None = "model") -> None:
+        super().__init__(message, param)
 
 
-class MethodNotAllowed(RequestError):
+class MethodNotAllowed(RequestError, status=405, code="method_not_allowed"):
     """The route exists, but not for this HTTP method."""
 
-    status = 405
-    type = "invalid_request_error"
-    code = "method_not_allowed"
-    kind = "method_not_allowed"
 
-
-class DeadlineExceeded(RequestError):
+class DeadlineExceeded(RequestError, status=408, code="deadline_exceeded", kind="deadline"):
     """The request's deadline passed before its work began."""
 
-    status = 408
-    type = "timeout_error"
-    code = "deadline_exceeded"
-    kind = "deadline"
     retryable = False
 
 
-class RequestTimeout(RequestError):
+class RequestTimeout(RequestError, status=408, code="request_timeout"):
     """The request's header or body did not arrive in time."""
 
-    status = 408
-    type = "timeout_error"
-    code = "request_timeout"
-    kind = "request_timeout"
 
-
-class BodyTooLarge(RequestError):
+class BodyTooLarge(RequestError, status=413, code="body_too_large"):
     """The request body is larger than the server takes."""
 
-    status = 413
-    type = "invalid_request_error"
-    code = "body_too_large"
-    kind = "body_too_large"
 
-
-class UnsupportedMediaType(RequestError):
+class UnsupportedMediaType(RequestError, status=415, code="unsupported_media_type"):
     """The request body is not declared to be JSON."""
 
-    status = 415
-    type = "invalid_request_error"
-    code = "unsupported_media_type"
-    kind = "unsupported_media_type"
 
-
-class HeadersTooLarge(RequestError):
+class HeadersTooLarge(RequestError, status=431, code="headers_too_large"):
     """The request's header fields are larger than the server takes."""
 
-    status = 431
-    type = "invalid_request_error"
-    code = "headers_too_large"
-    kind = "headers_too_large"
 
-
-class QueueFull(RequestError):
+class QueueFull(RequestError, status=429, code="queue_full"):
     """No room in the queue. `retry_after` is the estimated wait in seconds."""
 
-    status = 429
-    type = "rate_limit_error"
-    code = "queue_full"
-    kind = "queue_full"
-
-    def __init__(
-        self,
-        message: str = "the queue is full; try again later",
-        param: str | None = None,
-        *,
-        retry_after: float | None = 1.0,
-    ) -> None:
-        super().__init__(message, param, retry_after=retry_after)
+    retry_after = 1.0
 
 
-class EngineFailed(RequestError):
+class ClientGone(RequestError, status=499, code="client_closed_request"):
+    """Nobody is left to read this answer."""
+
+
+class EngineFailed(RequestError, code="internal_error", kind="engine_failed"):
     """The server's own fault."""
 
-    kind = "engine_failed"
-    code = "internal_error"
+
+class EngineUnusable(EngineFailed, status=503, code="engine_failed", kind="engine_unusable"):
+    """The engine could not be started, and no restart of the worker will help."""
 
 
-class Unavailable(RequestError):
+class Unavailable(RequestError, status=503, code="unavailable"):
     """Not able to take work now."""
 
-    status = 503
-    type = "service_unavailable_error"
-    code = "unavailable"
-    kind = "unavailable"
-
-    def __init__(
-        self,
-        message: str = "the server cannot take requests now",
-        param: str | None = None,
-        *,
-        retry_after: float | None = 1.0,
-    ) -> None:
-        super().__init__(message, param, retry_after=retry_after)
+    retry_after = 1.0
 
 
-class NotReady(Unavailable):
+class NotReady(Unavailable, code="not_ready"):
     """Still loading, or the worker is being restarted."""
 
-    code = "not_ready"
-    kind = "not_ready"
 
-
-class Draining(Unavailable):
+class Draining(Unavailable, code="draining"):
     """Shutting down: requests in flight finish, new ones are refused."""
 
-    code = "draining"
-    kind = "draining"
 
-
-class TooManyConnections(Unavailable):
+class TooManyConnections(Unavailable, code="too_many_connections"):
     """As many connections are open as the server takes."""
-
-    code = "too_many_connections"
-    kind = "too_many_connections"
-
-
-class NotFinite(InvalidRequest):
-    """The model's or the reward's numbers left the finite range under the request's parameters."""
-
-    code = "not_finite"
-    kind = "not_finite"
-
-
-_BY_KIND: dict[str, type[RequestError]] = {
-    error.kind: error
-    for error in (
-        InvalidRequest,
-        NotFinite,
-        NotFound,
-        UnknownModel,
-        DeadlineExceeded,
-        QueueFull,
-        EngineFailed,
-        Unavailable,
-        NotReady,
-        Draining,
-    )
-}
 
 
 def from_kind(kind: str, message: str, param: str | None = None) -> RequestError:

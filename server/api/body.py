@@ -12,10 +12,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.api import openapi
-from server.api.disconnect import ClientGone
 from server.api.errors import validate
 from server.api.frontend import Frontend
-from server.errors import InvalidRequest, UnsupportedMediaType, quote
+from server.errors import ClientGone, InvalidRequest, UnsupportedMediaType, quote
 
 Model = TypeVar("Model", bound=BaseModel)
 Handler = Callable[[Request, Frontend, Model], Awaitable[Response]]

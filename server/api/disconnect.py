@@ -8,16 +8,9 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from server.errors import RequestError
+from server.errors import ClientGone
 
 Result = TypeVar("Result")
-
-
-class ClientGone(RequestError):
-    """Nobody is left to read this answer."""
-
-    status = 499
-    code = "client_closed_request"
 
 
 async def disconnected(receive: Receive) -> None:

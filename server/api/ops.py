@@ -16,7 +16,7 @@ from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
 from server.api.openapi import errors, success
 from server.api.rules import Limits, Served
-from server.errors import EngineFailed, NotReady, UnknownModel, quote
+from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.metrics import CONTENT_TYPE
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
@@ -97,13 +97,6 @@ async def health(request: Request) -> Response:
     if frontend_of(request).failure is not None:
         raise EngineUnusable("the engine could not be started")
     return JSONResponse({"status": "ok"})
-
-
-class EngineUnusable(EngineFailed):
-    """No restart of the worker will help."""
-
-    status = 503
-    code = "engine_failed"
 
 
 @readable("/ready", responses=success(Status, "Can serve") | errors(503))

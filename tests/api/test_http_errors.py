@@ -90,7 +90,7 @@ async def test_a_start_that_fails_is_unhealthy() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (QueueFull(retry_after=6.2), 429, "queue_full"),
+        (QueueFull("no room", retry_after=6.2), 429, "queue_full"),
         (Draining("shutting down", retry_after=5.0), 503, "draining"),
         (NotReady("no worker"), 503, "not_ready"),
     ],
