@@ -14,10 +14,10 @@ from opentelemetry.trace import TracerProvider
 from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
+from server.api.metrics import Metrics
 from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
 from server.api.rules import Limits
 from server.front.engine import Engine
-from server.metrics import Metrics, WorkerSnapshot
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def create_app(
 ) -> FastAPI:
     """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
     while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
-    metrics = Metrics(lambda: worker_snapshot(engine))
+    metrics = Metrics(engine)
     frontend = Frontend(
         engine=engine,
         limits=Limits(
@@ -112,37 +112,3 @@ def create_app(
         )
     app.add_middleware(Observe, root_path=settings.root_path)
     return app
-
-
-def worker_snapshot(engine: Engine) -> WorkerSnapshot:
-    """The workers' numbers for a scrape."""
-    stats = engine.stats
-    backend: dict[str, str] = {}
-    infos = [replica.info for replica in engine.replicas if replica.ready and replica.info]
-    if engine.ready:
-        backend = {
-            "backend": ", ".join(sorted({info.kernel_backend for info in infos})),
-            "device": ", ".join(dict.fromkeys(info.device for info in infos)),
-            "dtype": engine.info.model.dtype,
-        }
-    return WorkerSnapshot(
-        counters={
-            "denoising_steps": stats.denoising_steps,
-            "committed_tokens": stats.committed_tokens,
-            "worker_restarts": sum(replica.restarts for replica in engine.replicas),
-            "out_of_memory_batches": stats.out_of_memory,
-        },
-        histograms={
-            name: getattr(stats, name)
-            for name in (
-                "model_forward_seconds",
-                "guidance_seconds",
-                "reward_forward_seconds",
-                "reward_backward_seconds",
-                "batch_trajectories",
-                "batch_rows",
-            )
-        },
-        kernel_backend=backend,
-        ready={str(replica.rank): replica.ready for replica in engine.replicas},
-    )

@@ -11,10 +11,10 @@ from typing import ParamSpec, TypeVar
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
+from server.api.metrics import Metrics
 from server.api.rules import Limits, Served
 from server.errors import InvalidRequest, NotReady, QueueFull, RequestError
 from server.front.engine import Engine, JobStream
-from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
 from server.types import EngineInfo, Job
 

@@ -14,10 +14,10 @@ from server.api.answers import Answer
 from server.api.convert import DEFAULT_BEST_OF
 from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
+from server.api.metrics import CONTENT_TYPE
 from server.api.openapi import errors, success
 from server.api.rules import Limits, Served
 from server.errors import EngineUnusable, NotReady, UnknownModel, quote
-from server.metrics import CONTENT_TYPE
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
 PLAYGROUND = Path(__file__).parent / "playground" / "index.html"

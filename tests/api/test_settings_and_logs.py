@@ -17,11 +17,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import log
+from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
 from server.cli import engine_config, parser
-from server.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics, WorkerSnapshot
 from server.settings import SETTINGS, SettingsError, load, reward_models, unknown_variables
 from server.wire.config import FrontSettings, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
+from tests.api.scripted_engine import unloaded
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +223,7 @@ def test_console_lines_cannot_be_forged(
 
 
 def test_two_applications_do_not_share_metrics() -> None:
-    first, second = (Metrics(lambda: WorkerSnapshot()) for _ in range(2))
+    first, second = (Metrics(unloaded()) for _ in range(2))
     first.introduce("m")
     first.prompt_tokens.labels("m").inc(5)
     assert b'prompt_tokens_total{model_name="m"} 5.0' in first.render()
@@ -230,7 +231,7 @@ def test_two_applications_do_not_share_metrics() -> None:
 
 
 def test_the_sum_of_final_rewards_is_exported_though_some_are_negative() -> None:
-    metrics = Metrics(lambda: WorkerSnapshot())
+    metrics = Metrics(unloaded())
     for reward in (2.5, -4.0, 0.25):
         metrics.observe_reward("rm", "bon", reward)
     metrics.observe_reward("rm", "entrgi", 1.0)

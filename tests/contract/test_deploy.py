@@ -18,9 +18,9 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.metrics import HELP, Metrics, WorkerSnapshot
+from server.api.metrics import Metrics
 from server.settings import SETTINGS, Settings
-from server.wire.stats import RunnerStats
+from tests.api.scripted_engine import ScriptedEngine, at_once
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
@@ -219,10 +219,7 @@ def test_healthcheck_fails_when_nobody_listens(site: HTTPServer) -> None:
 @pytest.fixture(scope="module")
 def exported() -> set[str]:
     """The names of all samples that a scrape can hold, each metric having been used once."""
-    stats = RunnerStats()
-    distributions = {name: getattr(stats, name) for name in HELP if hasattr(getattr(stats, name, None), "bounds")}
-    counters = {name: 1.0 for name in HELP if name not in distributions}
-    metrics = Metrics(lambda: WorkerSnapshot(counters, distributions, {"op": "reference"}, {"0": True}))
+    metrics = Metrics(ScriptedEngine(at_once))
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             child: Any = metric.labels(*("x" for _ in metric._labelnames))

@@ -10,8 +10,8 @@ import pytest
 from server.api.convert import Plan
 from server.api.frontend import Frontend
 from server.api.generation import results
+from server.api.metrics import Metrics
 from server.errors import RequestError
-from server.metrics import Metrics, WorkerSnapshot
 from server.types import DiffusionParams, Job, SamplingParams
 from server.wire.messages import Event, Failed
 
@@ -44,7 +44,7 @@ def job(index: int) -> Job:
 @pytest.mark.parametrize("turns", range(8))
 def test_a_client_that_leaves_while_its_request_fails_leaves_nothing_behind(turns: int) -> None:
     """The cancellation comes so many turns of the loop after the start, that is before, in and after the clean-up."""
-    metrics = Metrics(WorkerSnapshot)
+    metrics = Metrics(cast(Any, None))
     streams = [Stream(Failed("job-0", "deadline", "too late", "timeout")), Stream()]
 
     class Engine:

@@ -2,18 +2,19 @@
 name's ending, the labels and the buckets.
 
 One registry per application, so that two of them in one process (tests, replicas) do not collide. What the HTTP
-process sees is counted here as it happens; what the worker counts arrives as a `WorkerSnapshot` at every scrape.
+process sees is counted here as it happens; what the workers count is asked of the engine at every scrape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from server.front.engine import Engine
+from server.wire.stats import Distribution
 
 PREFIX = "entrgi:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,35 +34,12 @@ REWARD_BUCKETS = (
 )  # fmt: skip
 
 
-class Distribution(Protocol):
-    """A histogram as the worker keeps it: `counts` has one entry a bound and one for what lies above."""
-
-    @property
-    def bounds(self) -> Sequence[float]: ...
-
-    @property
-    def counts(self) -> Sequence[int]: ...
-
-    @property
-    def total(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSnapshot:
-    """The workers' side at this moment: counters and histograms by name without prefix (sums over all workers), a
-    description, and by worker number whether it can take work."""
-
-    counters: Mapping[str, float] = field(default_factory=dict)
-    histograms: Mapping[str, Distribution] = field(default_factory=dict)
-    kernel_backend: Mapping[str, str] = field(default_factory=dict)
-    ready: Mapping[str, bool] = field(default_factory=dict)
-
-
+RENAMED = {"out_of_memory": "out_of_memory_batches"}
+# By the names of fields of `RunnerStats`.
 HELP = {
     "denoising_steps": "Denoising steps done, one for each trajectory in a step",
     "committed_tokens": "Canvas tokens revealed",
-    "worker_restarts": "Worker processes started after the first",
-    "out_of_memory_batches": "Denoising steps that ran out of memory and were done again in halves",
+    "out_of_memory": "Denoising steps that ran out of memory and were done again in halves",
     "model_forward_seconds": "Diffusion model forward of one denoising step",
     "guidance_seconds": "Reward guidance of one denoising step",
     "reward_forward_seconds": "Reward model forward passes of one denoising step",
@@ -74,7 +52,7 @@ HELP = {
 class Metrics:
     """The metrics of one application. Attributes are prometheus-client objects; `render` is the scrape."""
 
-    def __init__(self, snapshot: Callable[[], WorkerSnapshot]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
         model = ("model_name",)
 
@@ -118,7 +96,7 @@ class Metrics:
         self.admission_rejections = counter(
             "admission_rejections", "Requests refused for want of room, time or readiness", ("reason",)
         )
-        self.registry.register(_WorkerCollector(snapshot))
+        self.registry.register(_WorkerCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
         """Count the final reward of one returned answer."""
@@ -149,10 +127,10 @@ class Metrics:
 
 
 class _WorkerCollector(Collector):
-    """The worker's numbers, read when scraped."""
+    """The workers' numbers, sums over all of them, read when scraped."""
 
-    def __init__(self, snapshot: Callable[[], WorkerSnapshot]) -> None:
-        self._snapshot = snapshot
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the names are fixed and unique, and no worker is asked at registration."""
@@ -160,25 +138,36 @@ class _WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family a number."""
-        snapshot = self._snapshot()
-        for name, value in snapshot.counters.items():
-            yield CounterMetricFamily(PREFIX + name, HELP[name], value=value)
-        for name, distribution in snapshot.histograms.items():
-            family = HistogramMetricFamily(PREFIX + name, HELP[name])
-            family.add_metric([], _cumulative(distribution), sum_value=distribution.total)
-            yield family
+        engine = self._engine
+        stats = engine.stats
+        for name, text in HELP.items():
+            value = getattr(stats, name)
+            if isinstance(value, Distribution):
+                family = HistogramMetricFamily(PREFIX + name, text)
+                family.add_metric([], _cumulative(value), sum_value=value.total)
+                yield family
+            else:
+                yield CounterMetricFamily(PREFIX + RENAMED.get(name, name), text, value=value)
+        restarts = sum(replica.restarts for replica in engine.replicas)
+        yield CounterMetricFamily(
+            PREFIX + "worker_restarts", "Worker processes started after the first", value=restarts
+        )
         ready = GaugeMetricFamily(
             PREFIX + "worker_ready", "1 for a worker that can take work, else 0", labels=["worker"]
         )
-        for worker, is_ready in snapshot.ready.items():
-            ready.add_metric([worker], float(is_ready))
+        for replica in engine.replicas:
+            ready.add_metric([str(replica.rank)], float(replica.ready))
         yield ready
-        if snapshot.kernel_backend:
-            info = GaugeMetricFamily(
-                PREFIX + "kernel_backend_info", "What computes: always 1", labels=list(snapshot.kernel_backend)
-            )
-            info.add_metric(list(snapshot.kernel_backend.values()), 1.0)
-            yield info
+        if engine.ready:
+            infos = [replica.info for replica in engine.replicas if replica.ready and replica.info]
+            what = {
+                "backend": ", ".join(sorted({info.kernel_backend for info in infos})),
+                "device": ", ".join(dict.fromkeys(info.device for info in infos)),
+                "dtype": engine.info.model.dtype,
+            }
+            backend = GaugeMetricFamily(PREFIX + "kernel_backend_info", "What computes: always 1", labels=list(what))
+            backend.add_metric(list(what.values()), 1.0)
+            yield backend
 
 
 def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:
