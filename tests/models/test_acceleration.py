@@ -21,9 +21,8 @@ from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import Arena, cached_tokens, pad, shape_of
 from server.types import DecoderShape
 from tests.support.graphs import Again
-from tests.support.models import diffusion, load_diffusion
+from tests.support.models import FAMILIES, diffusion, load_diffusion
 
-FAMILIES = ("dream", "llada")
 LENGTHS = ([9], [20, 20, 20], [3, 17, 40, 8], [1, 1], [33] * 7, [5, 64, 5, 64, 12])
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Both families against logits recorded from the published research code, and packed against one at a time."""
+"""All families against logits recorded from the published research code, and packed against one at a time."""
 
 import json
 
@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from server.models.packing import PackedLayout
-from server.models.registry import FAMILIES, family_of
-from tests.support.models import GOLDEN, diffusion, load_diffusion
+from server.models.registry import family_of
+from tests.support.models import FAMILIES, GOLDEN, diffusion, load_diffusion
 
-NAMES = [family.family for family in FAMILIES]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
 

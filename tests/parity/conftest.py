@@ -1,14 +1,14 @@
-"""The golden checkpoints with the plain loop over the same weights, for both families and in both precisions."""
+"""The golden checkpoints with the plain loop over the same weights, for all families and in both precisions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.support.models import Pair, pair
+from tests.support.models import FAMILIES, Pair, pair
 
 
-@pytest.fixture(scope="session", params=["dream", "llada"])
+@pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -14,13 +14,13 @@ from server.wire.messages import Failed, Finished
 from server.worker.runner import Runner
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = {"dream": ("trajectories",), "llada": ("trajectories", "blocks")}
+FILES = ("trajectories.json", "blocks.json")  # a family has one or both
 
 
 def golden_jobs(pair: Any, family: str) -> Iterator[tuple[Job, list[int], float]]:
     """(job, recorded tokens, recorded final reward) for every prompt of every case."""
-    for file in FILES[family]:
-        for case in json.loads((GOLDEN / f"{family}-tiny" / f"{file}.json").read_text()):
+    for path in filter(Path.is_file, (GOLDEN / f"{family}-tiny" / file for file in FILES)):
+        for case in json.loads(path.read_text()):
             diffusion = DiffusionParams(
                 steps=case["steps"],
                 algorithm=case["alg"],
@@ -43,7 +43,7 @@ def golden_jobs(pair: Any, family: str) -> Iterator[tuple[Job, list[int], float]
                     ignore_eos=True,
                 )
                 job = Job(
-                    id=f"{file}/{case['id']}[{index}]",
+                    id=f"{path.stem}/{case['id']}[{index}]",
                     prompt_ids=tuple(pair.loaded.tokenizer.render_chat(conversation)),
                     conversation=conversation,
                     sampling=sampling,

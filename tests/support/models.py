@@ -15,11 +15,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from server.guidance.plain import PlainLoop, PlainReward
+from server.models import registry
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+FAMILIES = tuple(family.family for family in registry.FAMILIES)
+"""Names of all families of diffusion models; each has its golden data in a folder NAME-tiny."""
 CPU = torch.device("cpu")
 
 
