@@ -16,16 +16,17 @@ MOST_SECONDS = 60.0
 
 
 class Throughput:
-    """Places that came free lately, and the promises made on them. All times are seconds of one monotonic clock.
+    """Places that came free lately, and the promises made on them. All times are seconds of one monotonic clock, whose
+    time at the start is `now`.
 
     The rate is measured only while at least half of the places are taken: how much leaves an idle server says nothing
     about how much can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self._finished: deque[float] = deque(maxlen=4096)  # by the clock that stands still in idle times
-        self._began: float | None = None
-        self._idle_since: float | None = None
+        self._began = now
+        self._idle_since: float | None = now
         self._idle_seconds = 0.0
         self._promised_until = 0.0
 
@@ -37,18 +38,16 @@ class Throughput:
             self._idle_since = None
         elif not loaded and self._idle_since is None:
             self._idle_since = now
-        self._start(now)
 
     def finished(self, now: float) -> None:
         """One place has come free."""
-        self._start(now)
         if self._idle_since is None:
             self._finished.append(self._clock(now))
 
     def per_second(self, now: float) -> float | None:
         """Places that came free a second, lately; None when fewer than two did."""
         clock = self._clock(now)
-        since = max(clock - WINDOW_SECONDS, clock if self._began is None else self._began)
+        since = max(clock - WINDOW_SECONDS, self._began)
         while self._finished and self._finished[0] <= since:
             self._finished.popleft()
         if len(self._finished) < 2:
@@ -66,7 +65,3 @@ class Throughput:
 
     def _clock(self, now: float) -> float:
         return (now if self._idle_since is None else self._idle_since) - self._idle_seconds
-
-    def _start(self, now: float) -> None:
-        if self._began is None:
-            self._began = self._clock(now)

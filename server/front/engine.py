@@ -15,16 +15,7 @@ import time
 from collections.abc import Sequence
 from functools import reduce
 
-from server.errors import (
-    DeadlineExceeded,
-    Draining,
-    EngineFailed,
-    InvalidRequest,
-    NotReady,
-    QueueFull,
-    RequestError,
-    Unavailable,
-)
+from server import errors
 from server.front.admission import Throughput
 from server.front.dispatch import Dispatcher, cost_of
 from server.front.pending import Answer, Pending
@@ -74,12 +65,6 @@ class JobStream:
         self._ended = True
         self._engine.cancel(self._pending.id)
 
-    async def __aenter__(self) -> JobStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
     def __del__(self) -> None:
         if not self._ended:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and the worker with it
@@ -94,15 +79,12 @@ class Engine:
         self._spare = Spare(config.worker_command) if config.spare_worker else None
         self.replicas = tuple(Replica(rank, config, self, self._spare) for rank in range(config.worker.data_parallel))
         self._dispatcher = Dispatcher(len(self.replicas))
-        self._info: EngineInfo | None = None
         self._pending: dict[str, Pending] = {}
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._throughput = Throughput()
+        self._throughput = Throughput(time.monotonic())
         self._score_ids = itertools.count()
-
-    # -- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load and warm up; returns when all workers are ready (work is taken as soon as one is). Raises
@@ -119,24 +101,20 @@ class Engine:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
 
-    async def drain(self, grace_seconds: float) -> bool:
-        """Take no new work and wait for the work in flight; what is left after the grace time fails. Returns
-        whether everything was finished."""
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no new work and wait for the work in flight; what is left after the grace time fails."""
         self._draining = True
-        if not self._pending:
-            return True
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_seconds)
-        except TimeoutError:
-            logger.warning("%d requests did not finish within %g seconds", len(self._pending), grace_seconds)
-            self._fail_all(Draining(SHUT_DOWN))
-            return False
-        return True
+        if self._pending:
+            try:
+                await asyncio.wait_for(self._idle.wait(), grace_seconds)
+            except TimeoutError:
+                logger.warning("%d requests did not finish within %g seconds", len(self._pending), grace_seconds)
+                self._fail_all(errors.Draining(SHUT_DOWN))
 
     async def stop(self) -> None:
         """End the workers; whatever is in flight fails."""
         self._draining = True
-        self._fail_all(Draining(SHUT_DOWN))
+        self._fail_all(errors.Draining(SHUT_DOWN))
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
         if self._spare is not None:
             await self._spare.stop()
@@ -148,33 +126,27 @@ class Engine:
 
     @property
     def info(self) -> EngineInfo:
-        """The loaded models; `device` is the first worker's. Raises NotReady before any worker is ready."""
-        if self._info is None:
-            raise NotReady("the models are being loaded")
-        return self._info
-
-    @property
-    def in_flight(self) -> int:
-        """How many requests have no answer yet."""
-        return len(self._pending)
+        """What the first worker that has been ready loaded. Raises NotReady before there is one."""
+        for replica in self.replicas:
+            if replica.info is not None:
+                return replica.info
+        raise errors.NotReady("the models are being loaded")
 
     @property
     def stats(self) -> RunnerStats:
         """Sums over all workers so far; gauges of the present ones."""
         return reduce(RunnerStats.plus, (replica.stats for replica in self.replicas))
 
-    # -- work ------------------------------------------------------------------------------------------------
-
     def check_room(self, jobs: int = 1) -> None:
         """Raises Draining, NotReady or QueueFull when so many more jobs cannot be taken now. Nothing can come
         between this and as many calls of `submit` that follow without an await."""
         if self._draining:
-            raise Draining(SHUT_DOWN, retry_after=5.0)
-        if self._info is None or self._nobody_will_come():
+            raise errors.Draining(SHUT_DOWN, retry_after=5.0)
+        if self._nobody_will_come() or not any(replica.info for replica in self.replicas):
             wait = min(replica.backoff_seconds for replica in self.replicas)
-            raise NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
+            raise errors.NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
         if len(self._pending) + jobs > self.config.max_queue:
-            raise QueueFull(
+            raise errors.QueueFull(
                 f"{len(self._pending)} requests are in flight; the server takes {self.config.max_queue}",
                 retry_after=self._throughput.retry_after_seconds(len(self._pending), time.monotonic(), jobs),
             )
@@ -182,12 +154,12 @@ class Engine:
     def submit(self, job: Job) -> JobStream:
         """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it.
         Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
-        return self._enqueue(job.id, Submit(job), cost_of(job), job.deadline)
+        return self._enqueue(job, job.deadline)
 
     def cancel(self, identity: str) -> None:
         """Drop a request; its reader, if there is one, gets a Failed. Unknown ids are ignored."""
         if identity in self._pending:
-            self._drop(self._pending[identity], EngineFailed("the request was cancelled"))
+            self._drop(self._pending[identity], errors.EngineFailed("the request was cancelled"))
 
     async def score(
         self,
@@ -199,26 +171,29 @@ class Engine:
         """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
         does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
         request = Score(f"score:{next(self._score_ids)}", reward_model, list(items))
-        async with self._enqueue(request.id, request, cost_of(request), deadline) as stream:
+        stream = self._enqueue(request, deadline)
+        try:
             answer = await anext(stream)
+        finally:
+            await stream.aclose()
         if isinstance(answer, Scored):
             return answer
-        raise answer.error() if isinstance(answer, Failed) else EngineFailed("the scores got no answer")
+        raise answer.error() if isinstance(answer, Failed) else errors.EngineFailed("the scores got no answer")
 
-    def _enqueue(self, identity: str, message: Submit | Score, cost: float, deadline: float | None) -> JobStream:
+    def _enqueue(self, work: Job | Score, deadline: float | None) -> JobStream:
         self.check_room()
-        if identity in self._pending:
-            raise ValueError(f"job {identity!r} is in flight already")
+        if work.id in self._pending:
+            raise ValueError(f"request {work.id!r} is in flight already")
         try:
-            data = frame(message)
+            data = frame(Submit(work) if isinstance(work, Job) else work)
         except (FrameTooLarge, TypeError) as error:
-            raise InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
-        pending = Pending(identity, data, isinstance(message, Submit), cost)
-        self._pending[identity] = pending
+            raise errors.InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
+        pending = Pending(work.id, data, isinstance(work, Job), cost_of(work))
+        self._pending[work.id] = pending
         self._throughput.taken(len(self._pending), self.config.max_queue, time.monotonic())
         self._idle.clear()
         if deadline is not None:
-            self._look_later(pending, deadline - time.time())
+            self._look_after(max(0.0, deadline - time.time()), pending)
         self._dispatcher.add(pending)
         self._dispatch()
         return JobStream(self, pending)
@@ -232,12 +207,8 @@ class Engine:
                 logger.info("request %s runs apart on worker %d", pending.id, rank)
             self.replicas[rank].send(pending.frame)
 
-    # -- what the replicas report ----------------------------------------------------------------------------
-
     def on_ready(self, replica: Replica) -> None:
         """A worker can take work."""
-        if self._info is None or replica.rank == 0:
-            self._info = replica.info
         self._dispatch()
 
     def on_event(self, replica: Replica, event: Event) -> None:
@@ -253,7 +224,7 @@ class Engine:
             self._answer(pending, event)
         elif not pending.deliver(event):
             logger.error("job %s: the second run differs from the first", pending.id)
-            self._drop(pending, EngineFailed("the worker was lost and the text could not be continued"))
+            self._drop(pending, errors.EngineFailed("the worker was lost and the text could not be continued"))
 
     def on_lost(self, replica: Replica) -> None:
         """A worker is gone, or did not start. What it had runs again, but for what is convicted of its death. When no
@@ -269,15 +240,13 @@ class Engine:
                 extra={"had": [pending.id for pending in had], "convicted": [pending.id for pending in convicted]},
             )
         for pending in convicted:
-            self._fail(pending, Unavailable("the worker was lost twice while it ran nothing but this request"))
+            self._drop(pending, errors.Unavailable("the worker was lost twice while it ran nothing but this request"))
         if self._nobody_will_come():
-            self._fail_all(Unavailable("the worker was lost and could not be restarted"))
+            self._fail_all(errors.Unavailable("the worker was lost and could not be restarted"))
         self._dispatch()
 
     def _nobody_will_come(self) -> bool:
         return all(_given_up(replica) for replica in self.replicas)
-
-    # -- bookkeeping -----------------------------------------------------------------------------------------
 
     def _answer(self, pending: Pending, answer: Answer) -> None:
         del self._pending[pending.id]
@@ -290,30 +259,26 @@ class Engine:
             self._idle.set()
         self._dispatch()  # the worker may have been kept free for the next suspects
 
-    def _fail(self, pending: Pending, error: RequestError) -> None:
-        self._answer(pending, Failed.of(pending.id, error))
-
-    def _drop(self, pending: Pending, error: RequestError) -> None:
+    def _drop(self, pending: Pending, error: errors.RequestError) -> None:
         """Answer instead of the worker, and tell it, if it has the request."""
         if pending.worker is not None:
             self.replicas[pending.worker].send(frame(Cancel(pending.id)))
-        self._fail(pending, error)
+        self._answer(pending, Failed.of(pending.id, error))
 
-    def _fail_all(self, error: RequestError) -> None:
+    def _fail_all(self, error: errors.RequestError) -> None:
         for pending in list(self._pending.values()):
             self._drop(pending, error)
 
-    def _look_later(self, pending: Pending, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        pending.timer = loop.call_later(max(0.0, seconds), self._deadline_passed, pending)
+    def _look_after(self, seconds: float, pending: Pending) -> None:
+        pending.timer = asyncio.get_running_loop().call_later(seconds, self._deadline_passed, pending)
 
     def _deadline_passed(self, pending: Pending) -> None:
         """A worker that has the job ends it at its next step, a running one with what is there; only while no worker
         has it, and for scores, the word is ours."""
         if pending.is_job and pending.worker is not None:
-            self._look_later(pending, DEADLINE_SECONDS)
+            self._look_after(DEADLINE_SECONDS, pending)
         else:
-            self._drop(pending, DeadlineExceeded("the deadline passed while the request was queued", "timeout"))
+            self._drop(pending, errors.DeadlineExceeded("the deadline passed while the request was queued", "timeout"))
 
 
 def _given_up(replica: Replica) -> bool:

@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 from server.errors import EngineFailed
-from server.wire.channel import ChannelClosed
-from server.wire.messages import LENGTH, Event, Heartbeat, body_length, decode_event
+from server.wire.messages import LENGTH, ChannelClosed, Event, Heartbeat, body_length, decode_event
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class WorkerProcess:
     def __init__(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self._process = process
+        self.process = process
         self._reader = reader
         self._writer = writer
         self._heard_at = asyncio.get_running_loop().time()
@@ -37,9 +36,17 @@ class WorkerProcess:
         """Start the process; it waits for `Configure`. It gets no stdin, its own process group (so that a Ctrl-C in
         the terminal reaches only us) and no file but its end of the socket. Raises EngineFailed."""
         ours, theirs = socket.socketpair()
+        # The child must find this very source tree, whatever its working directory.
+        python_path = os.pathsep.join(filter(None, (str(SOURCE_ROOT), os.environ.get("PYTHONPATH"))))
         try:
             with theirs:
-                process = _start_process(command, theirs.fileno())
+                process = subprocess.Popen(  # noqa: ASYNC220  (it does not wait for the process)
+                    [*command, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env={**os.environ, "PYTHONPATH": python_path},
+                    process_group=0,
+                )
         except OSError as error:
             ours.close()
             raise EngineFailed(f"the worker process cannot be started: {error}") from error
@@ -50,11 +57,6 @@ class WorkerProcess:
             process.wait()
             ours.close()
             raise
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
 
     def send(self, data: bytes) -> None:
         """Queue a frame for sending; the bounded number of jobs bounds what can wait here. A frame for a dead
@@ -80,9 +82,9 @@ class WorkerProcess:
 
     def exited(self) -> bool:
         """Whether the process has ended. Leaves its exit status, and with it its id, in place for `reap`."""
-        if self._process.returncode is not None:
+        if self.process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def hang_up(self) -> None:
         """Close our end at once; a waiting `receive` raises ChannelClosed."""
@@ -90,18 +92,18 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kill the process and whatever it started."""
-        if self._process.returncode is None:
+        if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     async def reap(self, grace_seconds: float = 0.0) -> str:
         """Let it leave within the grace time, then kill it; returns how it ended, in words."""
         if grace_seconds > 0:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, grace_seconds)
+                await asyncio.to_thread(self.process.wait, grace_seconds)
         self.kill()
         self.hang_up()
-        status = await asyncio.to_thread(self._process.wait)
+        status = await asyncio.to_thread(self.process.wait)
         return f"signal {-status}" if status < 0 else f"exit status {status}"
 
 
@@ -138,16 +140,3 @@ class Spare:
         """End it."""
         if (worker := await self.take()) is not None:
             await worker.reap()
-
-
-def _start_process(command: tuple[str, ...], fd: int) -> subprocess.Popen[bytes]:
-    # The child must find this very source tree, whatever its working directory.
-    inherited = os.environ.get("PYTHONPATH")
-    python_path = os.pathsep.join([str(SOURCE_ROOT), *([inherited] if inherited else [])])
-    return subprocess.Popen(
-        [*command, str(fd)],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(fd,),
-        env={**os.environ, "PYTHONPATH": python_path},
-        process_group=0,
-    )

@@ -10,32 +10,21 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from server.errors import ConfigurationError, EngineFailed, EntrgiError
 from server.front.process import Spare, WorkerProcess
 from server.types import EngineInfo
-from server.wire.channel import ChannelClosed
 from server.wire.config import EngineConfig
-from server.wire.messages import Configure, Event, Heartbeat, ProtocolError, Ready, Shutdown, WorkerError, frame
+from server.wire.messages import ChannelClosed, Configure, Heartbeat, Ready, Shutdown, WorkerError, frame
 from server.wire.stats import RunnerStats
+
+if TYPE_CHECKING:
+    from server.front.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
-
-
-class Owner(Protocol):
-    """The engine. All are called on the event loop and must not block."""
-
-    def on_ready(self, replica: Replica) -> None:
-        """Its worker can take work; `replica.info` says what it loaded."""
-
-    def on_event(self, replica: Replica, event: Event) -> None:
-        """Its worker said something about a request."""
-
-    def on_lost(self, replica: Replica) -> None:
-        """Its worker is gone with all that it held, or the next one did not get ready."""
 
 
 class Replica:
@@ -45,7 +34,7 @@ class Replica:
     how many in a row did not get ready.
     """
 
-    def __init__(self, rank: int, config: EngineConfig, owner: Owner, spare: Spare | None) -> None:
+    def __init__(self, rank: int, config: EngineConfig, engine: Engine, spare: Spare | None) -> None:
         self.rank = rank
         self.name = f"worker {rank}"
         self.info: EngineInfo | None = None
@@ -54,7 +43,7 @@ class Replica:
         self.failed_starts = 0
         self.worker: WorkerProcess | None = None
         self._config = config
-        self._owner = owner
+        self._engine = engine
         self._spare = spare
         self._past = RunnerStats()  # of processes that are no more
         self._present = RunnerStats()
@@ -101,27 +90,20 @@ class Replica:
     async def _supervise(self) -> None:
         while True:
             try:
-                if self.worker is None:
-                    await self._restart()
-                else:
-                    await self._attend(self.worker)
-            except Exception:
-                # A bug of ours. Nobody may wait for ever because of it: start afresh, not too fast.
-                logger.exception("supervision failed; %s is replaced", self.name)
+                worker = self.worker
+                if worker is None:
+                    await asyncio.sleep(self.backoff_seconds)
+                    self.restarts += 1
+                    worker = await self._launch()
+                await self._attend(worker)
+            except Exception as error:
+                # What is none of our errors is a bug. Nobody may wait for ever because of it: start afresh, in a while.
                 self.failed_starts += 1
+                unforeseen = not isinstance(error, EntrgiError)
+                logger.error("%s failed (%d in a row): %s", self.name, self.failed_starts, error, exc_info=unforeseen)
                 await self._bury()
 
-    async def _restart(self) -> None:
-        await asyncio.sleep(self.backoff_seconds)
-        self.restarts += 1
-        try:
-            await self._launch()
-        except EntrgiError as error:
-            self.failed_starts += 1
-            logger.error("%s did not start (attempt %d): %s", self.name, self.failed_starts, error)
-            self._owner.on_lost(self)
-
-    async def _launch(self) -> None:
+    async def _launch(self) -> WorkerProcess:
         """Start a process, or take the spare one, and wait until it is ready."""
         spare = None if self._spare is None else await self._spare.take()
         self.worker = worker = spare or await WorkerProcess.spawn(self._config.worker_command)
@@ -134,13 +116,14 @@ class Replica:
             ended = await asyncio.shield(worker.reap())
             if isinstance(error, TimeoutError):
                 raise EngineFailed(f"the worker was not ready within {limit:g} seconds") from error
-            if isinstance(error, ChannelClosed | ProtocolError):
+            if isinstance(error, ChannelClosed):
                 raise EngineFailed(f"the worker ended with {ended} while it loaded the models") from error
             raise
         self.failed_starts = 0
         self.ready = True
-        logger.info("%s (process %d) is ready", self.name, worker.pid)
-        self._owner.on_ready(self)
+        logger.info("%s (process %d) is ready", self.name, worker.process.pid)
+        self._engine.on_ready(self)
+        return worker
 
     async def _attend(self, worker: WorkerProcess) -> None:
         """Pass on what a ready worker says, until it dies."""
@@ -156,9 +139,9 @@ class Replica:
                         logger.error("%s gives up: %s", self.name, message)
                         break
                     case event:
-                        self._owner.on_event(self, event)
-        except (ChannelClosed, ProtocolError) as error:
-            logger.error("lost %s (process %d): %s", self.name, worker.pid, error)
+                        self._engine.on_event(self, event)
+        except ChannelClosed as error:
+            logger.error("lost %s (process %d): %s", self.name, worker.process.pid, error)
         finally:
             watchdog.cancel()
         await self._bury()
@@ -171,7 +154,7 @@ class Replica:
             logger.error("%s ended with %s", self.name, await worker.reap())
         self._past = self._past.plus(replace(self._present, running=0, waiting=0))
         self._present = RunnerStats()
-        self._owner.on_lost(self)
+        self._engine.on_lost(self)
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """Kill a worker that makes no progress; notice one whose socket outlives it."""
@@ -187,7 +170,7 @@ class Replica:
 
 
 async def _ignore(worker: WorkerProcess) -> None:
-    with contextlib.suppress(ChannelClosed, ProtocolError):
+    with contextlib.suppress(ChannelClosed):
         while True:
             await worker.receive()
 

@@ -6,13 +6,9 @@ import socket
 import threading
 from collections.abc import Iterable
 
-from server.wire.messages import LENGTH, Event, ToWorker, body_length, decode_to_worker, frame
+from server.wire.messages import LENGTH, ChannelClosed, Event, ToWorker, body_length, decode_to_worker, frame
 
 READ_BYTES = 256 * 2**10
-
-
-class ChannelClosed(Exception):
-    """The other end is closed: its process has ended, or has let go of us."""
 
 
 class WorkerChannel:

@@ -20,8 +20,12 @@ MAX_FRAME_BYTES = 64 * 2**20
 LENGTH = struct.Struct(">I")
 
 
-class ProtocolError(Exception):
-    """The other side sent what is no message, or a frame over the limit."""
+class ChannelClosed(Exception):
+    """Nothing more comes from the other end: its process has ended, or has let go of us."""
+
+
+class ProtocolError(ChannelClosed):
+    """The other end sent what is no message, or a frame over the limit; what follows cannot be trusted."""
 
 
 class FrameTooLarge(ValueError):

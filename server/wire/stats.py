@@ -41,10 +41,6 @@ class Distribution:
         return Distribution(self.bounds, counts, self.total + other.total)
 
 
-def _sizes() -> Distribution:
-    return Distribution(COUNT_BOUNDS)
-
-
 @dataclass(slots=True)
 class RunnerStats:
     """Gauges: trajectories that run and wait now. Counters: trajectory steps done, tokens revealed, and how often
@@ -60,8 +56,8 @@ class RunnerStats:
     guidance_seconds: Distribution = field(default_factory=Distribution)
     reward_forward_seconds: Distribution = field(default_factory=Distribution)
     reward_backward_seconds: Distribution = field(default_factory=Distribution)
-    batch_trajectories: Distribution = field(default_factory=_sizes)
-    batch_rows: Distribution = field(default_factory=_sizes)
+    batch_trajectories: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
+    batch_rows: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
 
     def plus(self, other: RunnerStats) -> RunnerStats:
         """Field by field sum: the history of dead workers and the present of a live one."""

@@ -26,18 +26,18 @@ from server import log
 from server.errors import ConfigurationError
 from server.methods import load_plugins
 from server.types import EngineInfo, Job
-from server.wire.channel import ChannelClosed, WorkerChannel
+from server.wire.channel import WorkerChannel
 from server.wire.config import WorkerConfig
 from server.wire.messages import (
     Begun,
     Cancel,
+    ChannelClosed,
     Configure,
     Event,
     Failed,
     Finished,
     FrameTooLarge,
     Heartbeat,
-    ProtocolError,
     Ready,
     Score,
     Scored,
@@ -278,7 +278,7 @@ def main(load: Load = load_service, prepare: Callable[[], None] = import_service
         sock.set_inheritable(False)
         try:
             serve(WorkerChannel(sock), load, prepare)
-        except (ChannelClosed, ProtocolError):
+        except ChannelClosed:
             return 1
     return 0
 

@@ -67,12 +67,16 @@ def pid_of(engine: Engine, rank: int = 0) -> int:
     """The process of a worker that is there."""
     worker = engine.replicas[rank].worker
     assert worker is not None
-    return worker.pid
+    return worker.process.pid
 
 
 def pids(engine: Engine) -> list[int]:
     """The processes of the workers that are there."""
-    return [replica.worker.pid for replica in engine.replicas if replica.worker is not None]
+    return [replica.worker.process.pid for replica in engine.replicas if replica.worker is not None]
+
+
+def in_flight(engine: Engine) -> int:
+    return len(engine._pending)
 
 
 def restarts(engine: Engine) -> int:
@@ -98,4 +102,4 @@ async def kill_worker(engine: Engine, rank: int = 0) -> None:
     """Kill a present worker, be it ready or still loading, and wait until the engine has noticed."""
     await until(lambda: engine.replicas[rank].worker is not None)
     os.kill(pid := pid_of(engine, rank), signal.SIGKILL)
-    await until(lambda: (worker := engine.replicas[rank].worker) is None or worker.pid != pid)
+    await until(lambda: (worker := engine.replicas[rank].worker) is None or worker.process.pid != pid)

@@ -18,6 +18,7 @@ from tests.front.scripted import (
     alive,
     answer,
     configured,
+    in_flight,
     job,
     kill_worker,
     pid_of,
@@ -54,7 +55,7 @@ async def test_jobs_and_scores_are_spread_over_the_workers() -> None:
         assert found == [[float(n)] for n in range(9)]
         for stream in streams:
             await stream.aclose()
-        assert engine.in_flight == 0
+        assert in_flight(engine) == 0
         # Cancelled where they ran: every worker is idle again.
         await until(lambda: engine.stats.running == 0)
         assert [replica.ready for replica in engine.replicas] == [True] * 3
@@ -153,7 +154,7 @@ async def test_drain_waits_for_all_workers() -> None:
         await asyncio.sleep(0)
         draining = asyncio.create_task(engine.drain(20.0))
         await kill_worker(engine, 1)
-        assert await draining
+        await draining
         assert {type(last) for last in await asyncio.gather(*readers)} == {Finished}
 
 

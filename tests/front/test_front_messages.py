@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from server.methods import METHODS
 from server.types import DiffusionParams, GuidanceParams, Job, SamplingParams
 from server.wire import messages
-from server.wire.channel import ChannelClosed, WorkerChannel
-from server.wire.messages import Cancel, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
+from server.wire.channel import WorkerChannel
+from server.wire.messages import Cancel, ChannelClosed, Event, FrameTooLarge, ProtocolError, Shutdown, Submit, ToWorker
 
 ROOT = Path(__file__).parents[2]
 # Text as clients send it: any code point but the surrogates, which UTF-8 cannot hold.

@@ -42,14 +42,15 @@ async def test_a_second_run_gives_only_what_is_new() -> None:
 
 
 def ten_a_second() -> Throughput:
-    throughput = Throughput()
+    throughput = Throughput(0.0)
+    throughput.taken(256, 256, 0.0)
     for tenth in range(101):
         throughput.finished(tenth / 10)
     return throughput
 
 
 def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves() -> None:
-    assert Throughput().per_second(0.0) is None
+    assert Throughput(0.0).per_second(0.0) is None
     throughput = ten_a_second()
     assert throughput.per_second(10.0) == pytest.approx(10.0)
     waits = [throughput.retry_after_seconds(256, 10.0) for _ in range(400)]
@@ -71,7 +72,7 @@ def test_old_answers_say_nothing_about_the_present_rate() -> None:
 
 
 def test_idle_times_do_not_slow_the_rate() -> None:
-    throughput = Throughput()
+    throughput = Throughput(0.0)
     throughput.taken(0, 10, 0.0)
     for minute in range(1, 10):  # one request a minute
         throughput.taken(1, 10, 60.0 * minute)
@@ -87,7 +88,7 @@ def test_idle_times_do_not_slow_the_rate() -> None:
 
 
 def test_places_that_come_free_together_do_not_look_like_a_high_rate() -> None:
-    throughput = Throughput()
+    throughput = Throughput(0.0)
     throughput.taken(32, 32, 0.0)
     for _ in range(16):  # a batch that ends in one step
         throughput.finished(2.0)

@@ -25,7 +25,7 @@ from server.types import Job, Message
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
 from tests.faults.faulty_worker import COMMAND, Fault
-from tests.front.scripted import answer, pids, restarts, scores, until
+from tests.front.scripted import answer, in_flight, pids, restarts, scores, until
 from tests.support.jobs import make_job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
@@ -91,7 +91,7 @@ async def test_a_job_in_a_crowd_on_any_worker_gets_the_tokens_that_it_gets_alone
     steps = [replica.stats.denoising_steps for replica in engine.replicas]
     assert min(steps) > 0
     assert engine.stats.denoising_steps == sum(steps)
-    assert (engine.in_flight, engine.stats.running) == (0, 0)
+    assert (in_flight(engine), engine.stats.running) == (0, 0)
 
 
 async def test_streamed_tokens_make_up_the_answer(engine: Engine) -> None:
@@ -131,9 +131,10 @@ async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Engi
         assert [(type(event), event.step) for event in ours] == [(type(event), event.step) for event in theirs]
         assert [e for e in ours if isinstance(e, Progress)] == [e for e in theirs if isinstance(e, Progress)]
     assert list(map(tokens, await neighbours)) == list(map(tokens, calm))
-    assert engine.in_flight == 0
+    assert in_flight(engine) == 0
 
 
+@pytest.mark.slow
 async def test_poison_gets_a_503_and_its_neighbours_their_tokens(engine: Engine) -> None:
     undisturbed = await crowd(engine, "before", 4)
     await until_all_ready(engine)

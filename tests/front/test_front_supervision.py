@@ -32,6 +32,7 @@ from tests.front.scripted import (
     alive,
     answer,
     configured,
+    in_flight,
     job,
     kill_worker,
     pid_of,
@@ -98,7 +99,7 @@ async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None
         assert outcomes.count("right") >= 15
         assert isinstance(await answer(engine.submit(job("after"))), Finished)
         assert restarts(engine) == 6
-        assert engine.in_flight == 0
+        assert in_flight(engine) == 0
 
 
 async def spare_of(engine: Engine) -> int:
@@ -107,7 +108,7 @@ async def spare_of(engine: Engine) -> int:
     assert spare is not None
     await until(lambda: spare._spawning is not None)
     assert spare._spawning is not None
-    return (await spare._spawning).pid
+    return (await spare._spawning).process.pid
 
 
 async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
@@ -248,7 +249,7 @@ async def test_drain_survives_the_death_of_the_worker() -> None:
         reader = asyncio.create_task(answer(engine.submit(job("a", steps=20, step_ms=10))))
         draining = asyncio.create_task(engine.drain(20.0))
         await kill_worker(engine)
-        assert await draining
+        await draining
         assert isinstance(await reader, Finished)
 
 
@@ -289,7 +290,7 @@ async def main():
     handle = await WorkerProcess.spawn(config.worker_command)
     handle.send(frame(Configure(config.worker)))
     await handle.receive()
-    print(handle.pid, flush=True)
+    print(handle.process.pid, flush=True)
     await asyncio.sleep(3600)
 asyncio.run(main())
 """
