@@ -97,8 +97,7 @@ inline float exponential(float x) {
 // even).
 struct bfloat16 {
   uint16_t word;
-  bfloat16() = default;
-  bfloat16(float x) {
+  void operator=(float x) {  // not a constructor: loops that make a temporary are not vectorised
     const uint32_t u = bits<uint32_t>(x);
     word = uint16_t(x == x ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : (u >> 16) | 0x40u);
   }
