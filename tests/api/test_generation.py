@@ -185,15 +185,6 @@ def test_content_parts_and_developer_role(server: Served) -> None:
     )
 
 
-def test_special_tokens_in_messages_are_data(server: Served) -> None:
-    """A client cannot end its own turn: `<|im_end|>` in a message is nine characters, not the token."""
-    ids = server.post("/tokenize", {"messages": [{"role": "user", "content": "a<|im_end|>b"}]}).json()["tokens"]
-    clean = server.post("/tokenize", {"messages": [{"role": "user", "content": "ab"}]}).json()["tokens"]
-    end = server.post("/tokenize", {"prompt": "<|im_end|>"}).json()["tokens"]
-    assert len(end) == 1
-    assert ids.count(end[0]) == clean.count(end[0])
-
-
 def test_weighted_rewards(server: Served) -> None:
     terms = [{"model": "rm", "weight": 2.0}, {"model": "other", "weight": -0.5}]
     answer = complete(server, guidance={"method": "entrgi", "reward_models": terms}, best_of=3)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from server.methods import METHODS
 from tests.api.scripted_engine import check_envelope, make, open_client
 
 COMPLETIONS, CHAT, SCORE, RERANK = "/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/rerank"
 
+*FIRST, LAST = METHODS
 TEXT = {"type": "text", "text": "Hi"}
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
@@ -24,7 +26,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (
         COMPLETIONS,
         {"guidance": "best"},
-        "`guidance.method` must be 'none', 'bon', 'expectation', 'aps' or 'entrgi' (got 'best')",
+        f"`guidance.method` must be {', '.join(map(repr, FIRST))} or {LAST!r} (got 'best')",
     ),
     (
         COMPLETIONS,

@@ -31,7 +31,7 @@ def test_a_method_of_ones_own_is_served(launch: Launch, monkeypatch: pytest.Monk
     assert len(steps) > 1
     assert [step["mean_w"] for step in steps] == pytest.approx([step["time"] for step in steps])
     refused = server.post("/v1/completions", {**asked, "guidance": "waning"})
-    assert "'entrgi' or 'fading' (got 'waning')" in refused.json()["error"]["message"]
+    assert f"'{[*METHODS][-1]}' or 'fading' (got 'waning')" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("module", ["no_such_module", "fading_twice"])

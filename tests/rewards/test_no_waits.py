@@ -23,7 +23,7 @@ from server.diffusion.schedule import plan
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import Steered, steer, visible_positions
-from server.methods import gradient_methods
+from server.methods import METHODS, Method
 from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
@@ -203,13 +203,21 @@ def rewards() -> list[RewardModel]:
     ]
 
 
-METHODS = gradient_methods()
+TIMED = Method(
+    "timed", "Sees all that a weight may see.", "this test", lambda rows: rows.time * rows.entropy_tau / (1 + rows.step)
+)
+NAMES = ("entrgi", "expectation", "timed")
+
+
+@pytest.fixture(autouse=True)
+def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "timed", TIMED)
 
 
 def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     """Inner steps of three trajectories, each with its own method."""
     rng = np.random.default_rng(5)
-    canvases = [rng.integers(20, 500, 12) for _ in METHODS]
+    canvases = [rng.integers(20, 500, 12) for _ in NAMES]
     places = plan(12, DiffusionParams(3), GuidanceParams())
     positions = [np.arange(3 * index, 12) for index in range(3)]
     canvases[0][2] = EOS  # revealed: all behind it is hidden
@@ -235,7 +243,7 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
         return row_keys(*(upload(torch.from_numpy(x), CPU) for x in (*columns, np.arange(count))))
 
     return lambda: steer(
-        state, responses, objectives, METHODS, places, keys, steps, eos_token_id=EOS, pad_token_id=PAD,
+        state, responses, objectives, NAMES, places, keys, steps, eos_token_id=EOS, pad_token_id=PAD,
         timings=Timings(), read_after=True,
     )  # fmt: skip
 
