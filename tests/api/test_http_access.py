@@ -30,6 +30,11 @@ async def test_every_route_is_guarded() -> None:
             for key in KEYS:
                 response = await client.request(method, path, headers={"Authorization": f"bearer {key}"})
                 assert response.status_code not in (401, 403)
+        for path in {path for _, path in found} - open_paths:
+            for method in ("HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", "BREW"):
+                response = await client.request(method, path)
+                assert response.status_code == 401, (method, path)
+                assert "x-request-id" in response.headers
         for path in ("/nowhere", "/health/", "//health", "/HEALTH", "/v1/%2e%2e/health"):
             assert (await client.get(path)).status_code == 401
 
