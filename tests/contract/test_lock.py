@@ -1,69 +1,64 @@
-"""The lock files: versions and nothing that belongs to one machine."""
+"""Pinned versions, in the lock files and for the conformance clients: nothing in them belongs to one machine."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ("requirements.lock", "requirements-otel.lock", "requirements-dev.lock")
+LOCKS = [ROOT / name for name in ("requirements.lock", "requirements-otel.lock", "requirements-dev.lock")]
+CLIENTS = sorted((ROOT / "tests/conformance").glob("*/requirements.txt"))
 FROM_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 
 
-def pinned(lock: str) -> list[Requirement]:
-    lines = (ROOT / lock).read_text("utf-8").splitlines()
+def requirements(path: Path) -> list[Requirement]:
+    """Refuses options and hashes, which are none."""
+    lines = path.read_text("utf-8").splitlines()
     return [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+def pins(path: Path) -> set[tuple[str, str]]:
+    return {pin(requirement) for requirement in requirements(path)}
 
 
-@pytest.mark.parametrize("lock", LOCKS)
-def test_every_line_is_one_exact_public_version(lock: str) -> None:
-    """No options, URLs or hashes (Requirement refuses them), no local versions such as +cpu."""
-    requirements = pinned(lock)
-    assert len(requirements) > 40
-    for requirement in requirements:
+def pin(requirement: Requirement) -> tuple[str, str]:
+    return canonicalize_name(requirement.name), str(requirement.specifier)
+
+
+@pytest.mark.parametrize("path", [*LOCKS, *CLIENTS], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_line_is_one_exact_public_version(path: Path) -> None:
+    """No local versions such as +cpu, no URLs, and no CUDA libraries, which are left to torch."""
+    for requirement in requirements(path):
         assert re.fullmatch(r"==[0-9][0-9A-Za-z.]*", str(requirement.specifier)), requirement
         assert requirement.url is None
-        assert not requirement.extras
+        assert not FROM_TORCH.fullmatch(requirement.name), requirement
 
 
-@pytest.mark.parametrize("lock", LOCKS)
-def test_no_host_anywhere_in_the_file(lock: str) -> None:
-    text = (ROOT / lock).read_text("utf-8")
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.name)
+def test_locks_hold_no_host_and_not_the_package_that_would_shadow_our_kernels(path: Path) -> None:
+    text = path.read_text("utf-8")
     assert "://" not in text
     assert "--" not in text
-
-
-@pytest.mark.parametrize("lock", LOCKS)
-def test_cuda_libraries_are_left_to_torch(lock: str) -> None:
-    assert [r.name for r in pinned(lock) if FROM_TORCH.fullmatch(r.name)] == []
-
-
-@pytest.mark.parametrize("lock", LOCKS)
-def test_the_package_that_would_shadow_our_kernels_is_not_there(lock: str) -> None:
-    assert "kernels" not in {canonicalize_name(r.name) for r in pinned(lock)}
+    assert len(requirements(path)) > 40
+    assert not any(requirement.extras for requirement in requirements(path))
+    assert "kernels" not in {name for name, _ in pins(path)}
 
 
 def test_the_locks_agree_with_the_project_and_with_each_other() -> None:
-    runtime = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements.lock")}
-    everything = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements-dev.lock")}
-    tracing = {(canonicalize_name(r.name), str(r.specifier)) for r in pinned("requirements-otel.lock")}
+    runtime, tracing, everything = (pins(path) for path in LOCKS)
     assert runtime < tracing < everything
-    for line in project()["project"]["optional-dependencies"]["otel"]:
-        wanted = Requirement(line)
-        assert (canonicalize_name(wanted.name), str(wanted.specifier)) in tracing - runtime
-    for line in project()["project"]["dependencies"]:
-        wanted = Requirement(line)
-        assert (canonicalize_name(wanted.name), str(wanted.specifier)) in runtime
-    for line in project()["dependency-groups"]["dev"]:
-        wanted = Requirement(line)
-        assert (canonicalize_name(wanted.name), str(wanted.specifier)) in everything
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert {pin(Requirement(line)) for line in project["project"]["dependencies"]} <= runtime
+    assert {pin(Requirement(line)) for line in project["project"]["optional-dependencies"]["otel"]} <= tracing - runtime
+    assert {pin(Requirement(line)) for line in project["dependency-groups"]["dev"]} <= everything
+
+
+def test_the_clients_environments_hold_what_they_were_made_for() -> None:
+    assert len(CLIENTS) >= 6
+    for path in CLIENTS:
+        assert pins(path.with_suffix(".in")) <= pins(path), path

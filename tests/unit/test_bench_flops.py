@@ -7,7 +7,6 @@ sees nothing of our C++ kernels: where those would run, the reference takes thei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,12 +27,11 @@ from benchmarks.flops import (
     reward_prefix,
     vocabulary_product,
 )
-from benchmarks.workload import Pair, Workload, load, run_engine
+from benchmarks.workload import Workload, load, run_engine
 from kernels.random import row_keys
 from server.models.packing import PackedLayout
 from server.rewards.reward_model import RewardModel
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+from tests.support.models import GOLDEN, load_diffusion, load_reward
 
 
 class Dispatched(TorchDispatchMode):
@@ -52,23 +50,24 @@ class Dispatched(TorchDispatchMode):
         return out
 
 
-def visible(pair: Pair) -> Pair:
+@pytest.fixture(scope="module")
+def reward() -> RewardModel:
     """With attention that torch counts, not ours in C++."""
-    pair.loaded.model.model.attention_backend = "sdpa"
-    if pair.reward is not None:
-        pair.reward.attention_backend = "sdpa"
-    return pair
+    return load_reward(dtype=torch.float32, attention="sdpa")
 
 
 @pytest.fixture(scope="module")
-def dream() -> Pair:
-    folder = GOLDEN / "dream-tiny"
-    return visible(load(folder / "dlm", folder / "rm", torch.float32, torch.device("cpu")))
+def dream() -> Any:
+    model = load_diffusion("dream", torch.float32).model
+    model.model.attention_backend = "sdpa"
+    return model
 
 
 @pytest.fixture(scope="module")
-def llada() -> Pair:
-    return visible(load(GOLDEN / "llada-tiny" / "dlm", None, torch.float32, torch.device("cpu")))
+def llada() -> Any:
+    model = load_diffusion("llada", torch.float32).model
+    model.model.attention_backend = "sdpa"
+    return model
 
 
 @pytest.fixture
@@ -78,7 +77,7 @@ def counter() -> Iterator[Dispatched]:
 
 
 def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tuple[PackedLayout, torch.Tensor]:
-    """Rows of these lengths behind one prefix, and random embeddings for them."""
+    """Rows of these lengths that continue one prefix, and random embeddings for them."""
     cached = reward.prefill(list(range(1, prefix + 1)))
     embeds = torch.randn(sum(lengths), reward.hidden_size)
     return reward.layout([cached] * len(lengths), lengths), embeds
@@ -88,92 +87,74 @@ def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tupl
 def test_the_diffusion_trunk_is_counted_exactly(
     family: str, counter: Dispatched, request: pytest.FixtureRequest
 ) -> None:
-    pair: Pair = request.getfixturevalue(family)
+    model = request.getfixturevalue(family)
     lengths = (5, 9, 9, 14)
-    layout = PackedLayout.of(lengths)
-    tokens = torch.randint(0, 100, (sum(lengths),))
-    with torch.no_grad(), recording(pair.loaded.model, pair.reward) as recorder, counter:
-        hidden = pair.loaded.model.hidden(tokens, layout)
-        pair.loaded.model.head(hidden[:7])
+    with torch.no_grad(), recording(model, None) as recorder, counter:
+        hidden = model.hidden(torch.randint(0, 100, (sum(lengths),)), PackedLayout.of(lengths))
+        model.head(hidden[:7])
     flops = recorder.count()
     assert flops.total == counter.flops
-    assert flops.head == vocabulary_product(7, pair.loaded.model.vocab_size, hidden.shape[1])
-    decoder = Decoder.of(pair.loaded.model.shape)
-    assert flops.attention == diffusion_attention(decoder, lengths, lengths)
+    assert flops.head == vocabulary_product(7, model.vocab_size, hidden.shape[1])
+    assert flops.attention == diffusion_attention(Decoder.of(model.shape), lengths, lengths)
 
 
-def test_rows_that_are_not_read_cost_less_and_never_more_than_is_done(dream: Pair, counter: Dispatched) -> None:
-    lengths = (8, 12)
-    rows = torch.tensor([3, 4, 10, 11, 12, 19])
-    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder, counter:
-        dream.loaded.model.masked_logits(torch.randint(0, 100, (20,)), PackedLayout.of(lengths), rows)
+def test_rows_that_are_not_read_cost_less_and_never_more_than_is_done(dream: Any, counter: Dispatched) -> None:
+    layout, tokens = PackedLayout.of((8, 12)), torch.randint(0, 100, (20,))
+    with torch.no_grad(), recording(dream, None) as recorder, counter:
+        dream.masked_logits(tokens, layout, torch.tensor([3, 4, 10, 11, 12, 19]))
     needed, done = recorder.count().total, counter.flops
-    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder:
-        dream.loaded.model.head(dream.loaded.model.hidden(torch.randint(0, 100, (20,)), PackedLayout.of(lengths)))
+    with torch.no_grad(), recording(dream, None) as recorder:
+        dream.head(dream.hidden(tokens, layout))
     assert needed <= done < recorder.count().total
 
 
-def test_reward_rows_of_one_token_are_counted_exactly(dream: Pair, counter: Dispatched) -> None:
-    assert dream.reward is not None
-    rows, embeds = own_rows(dream.reward, 6, (1, 1, 1))
-    with torch.no_grad(), recording(dream.loaded.model, dream.reward) as recorder, counter:
-        dream.reward.read(rows, embeds)
-    decoder = Decoder.of(dream.reward.shape)
-    assert recorder.count() == Flops(reward_forward=reward_forward(decoder, (6, 6, 6), (1, 1, 1)))
-    assert recorder.count().total == counter.flops
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (7, 7)])
+def test_the_reward_forward_does_only_whole_rectangles_on_top(
+    dream: Any, reward: RewardModel, counter: Dispatched, lengths: tuple[int, ...]
+) -> None:
+    rows, embeds = own_rows(reward, 6, lengths)
+    with torch.no_grad(), recording(dream, reward) as recorder, counter:
+        reward.read(rows, embeds)
+    decoder = Decoder.of(reward.shape)
+    needed = reward_forward(decoder, (6,) * len(lengths), lengths)
+    hidden = sum(length * (length - 1) // 2 for length in lengths)  # the triangles that causality hides
+    assert recorder.count() == Flops(reward_forward=needed)
+    assert counter.flops == needed + decoder.attention((decoder.layers - 1) * hidden)
 
 
-def test_the_reward_forward_does_no_more_than_whole_rectangles_on_top(dream: Pair, counter: Dispatched) -> None:
-    assert dream.reward is not None
-    rows, embeds = own_rows(dream.reward, 6, (7, 7))
-    with torch.no_grad(), counter:
-        dream.reward.read(rows, embeds)
-    decoder = Decoder.of(dream.reward.shape)
-    above = decoder.attention((decoder.layers - 1) * 2 * (7 * 6 // 2))  # the triangle that causality hides
-    assert counter.flops == reward_forward(decoder, (6, 6), (7, 7)) + above
-
-
-def test_the_reward_backward_wastes_only_hidden_triangles_and_cached_keys(dream: Pair) -> None:
-    assert dream.reward is not None
+def test_the_reward_backward_wastes_only_hidden_triangles_and_cached_keys(reward: RewardModel) -> None:
     prefixes, lengths = (6, 6), (7, 7)
-    rows, embeds = own_rows(dream.reward, 6, lengths)
+    rows, embeds = own_rows(reward, 6, lengths)
     embeds.requires_grad_(True)
     backward = Dispatched()
     with sdpa_kernel(SDPBackend.MATH):
-        total = dream.reward.read(rows, embeds).sum()
+        total = reward.read(rows, embeds).sum()
         with backward:
             torch.autograd.grad(total, [embeds])
-    decoder = Decoder.of(dream.reward.shape)
-    behind, own = causal_pairs(prefixes, lengths)
+    decoder = Decoder.of(reward.shape)
+    cached, own = causal_pairs(prefixes, lengths)
     rectangle = sum(length * length for length in lengths)
-    wasted = (decoder.layers - 1) * (2 * (rectangle - own) + behind) + sum(prefixes)
+    wasted = (decoder.layers - 1) * (2 * (rectangle - own) + cached) + sum(prefixes)
     assert backward.flops == reward_backward(decoder, prefixes, lengths) + decoder.attention(wasted)
 
 
-def test_a_prefix_needs_no_more_than_its_keys_and_values(dream: Pair, counter: Dispatched) -> None:
-    assert dream.reward is not None
+def test_a_prefix_needs_no_more_than_its_keys_and_values(reward: RewardModel, counter: Dispatched) -> None:
     with counter:
-        dream.reward.prefill(list(range(1, 10)))
-    decoder = Decoder.of(dream.reward.shape)
+        reward.prefill(list(range(1, 10)))
+    decoder = Decoder.of(reward.shape)
     needed = reward_prefix(decoder, (0,), (9,))
     hidden = decoder.attention((decoder.layers - 1) * (9 * 8 // 2))
-    queries = decoder.queries(9) - 2 * 9 * decoder.hidden * (
-        decoder.heads * decoder.size + 3 * decoder.intermediate
-    )  # q comes with k and v in one product
+    # q comes with k and v in one product
+    queries = decoder.queries(9) - 2 * 9 * decoder.hidden * (decoder.heads * decoder.size + 3 * decoder.intermediate)
     assert needed + hidden <= counter.flops <= needed + hidden + queries
 
 
-def test_the_products_over_the_vocabulary_are_counted_exactly(dream: Pair, counter: Dispatched) -> None:
+def test_the_products_over_the_vocabulary_are_counted_exactly(dream: Any, counter: Dispatched) -> None:
     rows, vocab_size, width = 6, 50, 8
     table = torch.randn(vocab_size, width)
-    params = kernels.RowParams(
-        tau=torch.full((rows,), 0.7),
-        top_p=torch.full((rows,), 0.9),
-        top_k=torch.full((rows,), vocab_size),
-        greedy=torch.zeros(rows, dtype=torch.bool),
-        eta=torch.full((rows,), 0.5),
-    )
-    with recording(dream.loaded.model, None) as recorder, counter:
+    whole, greedy = torch.full((rows,), vocab_size), torch.zeros(rows, dtype=torch.bool)
+    params = kernels.RowParams(*(torch.full((rows,), value) for value in (0.7, 0.9)), whole, greedy, torch.ones(rows))
+    with recording(dream, None) as recorder, counter:
         state = kernels.begin(torch.randn(rows, vocab_size), params, backend="reference")
         tokens = kernels.draw(state, row_keys(*(torch.arange(rows) for _ in range(6))))
         mixed = kernels.mix(state, table, tokens, torch.rand(rows))
@@ -182,25 +163,26 @@ def test_the_products_over_the_vocabulary_are_counted_exactly(dream: Pair, count
     assert recorder.count().total == counter.flops
 
 
-def test_a_whole_guided_run_needs_no_more_than_it_does(
-    dream: Pair, counter: Dispatched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_guided_run_needs_no_more_than_it_does(counter: Dispatched, monkeypatch: pytest.MonkeyPatch) -> None:
     """... and most of what it does: what is beyond is the waste that the tests above name."""
     monkeypatch.setenv("KERNELS_BACKEND", "reference")
-    jobs = Workload(prompts=2, best_of=2, max_tokens=12, steps=6).jobs(dream)
+    pair = load(GOLDEN / "dream-tiny/dlm", GOLDEN / "dream-tiny/rm", torch.float32, torch.device("cpu"))
+    pair.loaded.model.model.attention_backend = "sdpa"
+    assert pair.reward is not None
+    pair.reward.attention_backend = "sdpa"
+    jobs = Workload(prompts=2, best_of=2, max_tokens=12, steps=6).jobs(pair)
     with counter:
-        run = run_engine(dream, jobs)
+        run = run_engine(pair, jobs)
     assert run.flops is not None
     assert 0.6 * counter.flops < run.flops.total <= counter.flops
     assert all(value > 0 for value in run.flops.by_phase().values())
 
 
-def test_watching_leaves_no_trace(dream: Pair) -> None:
-    assert dream.reward is not None
-    before = (kernels.mix, kernels.update, set(vars(dream.reward)), set(vars(dream.loaded.model)))
-    with recording(dream.loaded.model, dream.reward), pytest.raises(ValueError, match="no trace"):
+def test_watching_leaves_no_trace(dream: Any, reward: RewardModel) -> None:
+    before = (kernels.mix, kernels.update, set(vars(reward)), set(vars(dream)))
+    with recording(dream, reward), pytest.raises(ValueError, match="no trace"):
         raise ValueError("no trace")
-    assert before == (kernels.mix, kernels.update, set(vars(dream.reward)), set(vars(dream.loaded.model)))
+    assert before == (kernels.mix, kernels.update, set(vars(reward)), set(vars(dream)))
 
 
 def test_flops_add_up() -> None:
