@@ -21,7 +21,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from server.wire.config import FrontSettings, WorkerSettings
+from server.wire.config import FrontSettings, WorkerSettings, says
 
 ENV_PREFIX = "ENTRGI_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
@@ -44,87 +44,62 @@ class Settings(WorkerSettings, FrontSettings):
     # Models
     model: Annotated[
         Annotated[str, Meta(pattern=r"\S")] | None,
-        Meta(description="diffusion model: local folder, hub id or ID@REVISION; none: the bundled one"),
+        says("diffusion model: local folder, hub id or ID@REVISION; none: the bundled one"),
     ] = None
     reward_model: Annotated[
-        tuple[str, ...],
-        Meta(description="reward model as NAME=PATH_OR_ID or PATH_OR_ID; repeatable, the first is the default"),
+        tuple[str, ...], says("reward model as NAME=PATH_OR_ID or PATH_OR_ID; repeatable, the first is the default")
     ] = ()
     served_model_name: Annotated[
         tuple[Annotated[str, Meta(pattern=NAME)], ...],
-        Meta(description="the id that clients use, then other names for it; repeatable; default: folder or hub name"),
+        says("the id that clients use, then other names for it; repeatable; default: folder or hub name"),
     ] = ()
 
     # Network
-    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0: any free one")] = 8000
+    host: Annotated[str, says("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, says("port to listen on; 0: any free one", ge=0, le=65535)] = 8000
     root_path: Annotated[
         str,
-        Meta(
-            pattern=r"^((/[A-Za-z0-9._~-]+)+)?$",
-            description="prefix under which a proxy publishes the server, as /some/prefix",
-        ),
+        says("prefix under which a proxy publishes the server, as /some/prefix", pattern=r"^((/[A-Za-z0-9._~-]+)+)?$"),
     ] = ""
-    cors_origins: Annotated[tuple[str, ...], Meta(description="origins allowed by CORS; repeatable")] = ()
-    ssl_certfile: Annotated[str | None, Meta(description="TLS certificate (PEM)")] = None
-    ssl_keyfile: Annotated[str | None, Meta(description="TLS private key (PEM), not encrypted")] = None
+    cors_origins: Annotated[tuple[str, ...], says("origins allowed by CORS; repeatable")] = ()
+    ssl_certfile: Annotated[str | None, says("TLS certificate (PEM)")] = None
+    ssl_keyfile: Annotated[str | None, says("TLS private key (PEM), not encrypted")] = None
 
     # Access
     api_key: Annotated[
         tuple[str, ...],
-        Meta(
-            description="accepted API key, sha256:HEX of one, or file:PATH of a file with one a line; repeatable; "
-            "none: no authentication"
-        ),
+        says("accepted API key, sha256:HEX of one, or file:PATH with one a line; repeatable; none: everybody may come"),
     ] = field(default=(), repr=False)
     public_paths: Annotated[
-        tuple[Literal["/metrics", "/"], ...],
-        Meta(description="served without an API key: /metrics, and / (the page); repeatable"),
+        tuple[Literal["/metrics", "/"], ...], says("served without an API key: /metrics, and / (the page); repeatable")
     ] = ()
 
     # Limits
-    max_trajectories: Annotated[int, Meta(ge=1, le=1024, description="best_of x prompts a request")] = 128
-    max_score_pairs: Annotated[int, Meta(ge=1, le=65536, description="pairs in a score or rerank request")] = 1024
+    max_trajectories: Annotated[int, says("best_of x prompts a request", ge=1, le=1024)] = 128
+    max_score_pairs: Annotated[int, says("pairs in a score or rerank request", ge=1, le=65536)] = 1024
     max_connections: Annotated[
-        int,
-        Meta(
-            ge=1,
-            le=1_000_000,
-            description="open connections; past them only probes are answered, others get a 503",
-        ),
+        int, says("open connections; past them only probes are answered, others get a 503", ge=1, le=1_000_000)
     ] = 2048
-    max_body_bytes: Annotated[int, Meta(ge=1024, le=50_000_000, description="request body, bytes")] = 2_000_000
+    max_body_bytes: Annotated[int, says("request body, bytes", ge=1024, le=50_000_000)] = 2_000_000
     request_timeout: Annotated[
-        Annotated[float, Meta(gt=0, le=86_400)] | None,
-        Meta(description="deadline of a request that names none, seconds"),
+        Annotated[float, Meta(gt=0, le=86_400)] | None, says("deadline of a request that names none, seconds")
     ] = None
     slow_client_seconds: Annotated[
-        float,
-        Meta(
-            gt=0,
-            le=3600,
-            description="for a request's header to arrive, again for its body, and for a client to read anything of an "
-            "answer that waits for it",
-        ),
+        float, says("a client may take this long to send a header, a body, or to read any of its answer", gt=0, le=3600)
     ] = 30.0
     idle_connection_seconds: Annotated[
         int,
-        Meta(
-            ge=1,
-            le=86_400,
-            description="an idle connection is kept this long for its client's next request; more than a proxy that "
-            "pools connections keeps them",
-        ),
+        says("a connection between two requests is kept this long; longer than proxies keep theirs", ge=1, le=86_400),
     ] = 75
 
     # Operation
-    drain_seconds: Annotated[float, Meta(ge=0, le=86_400, description="grace for requests in flight at SIGTERM")] = 30.0
+    drain_seconds: Annotated[float, says("grace for requests in flight at SIGTERM", ge=0, le=86_400)] = 30.0
     stream_comment_seconds: Annotated[
-        float, Meta(gt=0, le=3600, description="silence in a stream before a comment that keeps it open")
+        float, says("silence in a stream before a comment that keeps it open", gt=0, le=3600)
     ] = 10.0
     otlp_endpoint: Annotated[
         Annotated[str, Meta(pattern=r"^https?://[^\s/]+(/\S*)?$")] | None,
-        Meta(description="collector for OpenTelemetry traces, as http://HOST:4318; none: OTEL_EXPORTER_OTLP_ENDPOINT"),
+        says("collector for OpenTelemetry traces, as http://HOST:4318; none: OTEL_EXPORTER_OTLP_ENDPOINT"),
     ] = None
 
     def of(self, part: type[WorkerSettings] | type[FrontSettings]) -> dict[str, Any]:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
+
+
+def says(description: str, **bounds: Any) -> Meta:
+    """What a setting is, in the words of `--help`, and its bounds."""
+    return Meta(description=description, **bounds)
+
 
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?)$")]
 AtLeastOne = Annotated[int, Meta(ge=1)]
@@ -24,56 +30,45 @@ class WorkerSettings:
     """Settings for the worker processes. The descriptions are those of `--help`; `attention_backend`, `compile` and
     `cuda_graphs` are explained in `server.models.acceleration`, the three about batches in `server.worker.memory`."""
 
-    device: Annotated[Device, Meta(description="auto, cpu, cuda or cuda:N")] = "auto"
+    device: Annotated[Device, says("auto, cpu, cuda or cuda:N")] = "auto"
     reward_device: Annotated[
-        Device | None,
-        Meta(description="device of the reward models, as cuda:1 or cpu; none: that of the diffusion model"),
+        Device | None, says("device of the reward models, as cuda:1 or cpu; none: that of the diffusion model")
     ] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32", "float64"],
-        Meta(description="weights' type; auto: bfloat16 on a GPU, float32 on a CPU"),
+        says("weights' type; auto: bfloat16 on a GPU, float32 on a CPU"),
     ] = "auto"
     attention_backend: Annotated[
-        Literal["auto", "varlen", "flash", "cpp", "sdpa"],
-        Meta(description="attention over packed sequences: torch's varlen kernel, flash-attn's, C++, or one a length"),
+        Literal["auto", "varlen", "cpp", "sdpa"],
+        says("attention over packed sequences: torch's varlen kernel, our pass in C++, or one product a length"),
     ] = "auto"
-    compile: Annotated[
-        bool, Meta(description="torch.compile of the diffusion model's blocks; a minute or more at start")
-    ] = False
+    compile: Annotated[bool, says("torch.compile of the diffusion model's blocks; a minute or more at start")] = False
     cuda_graphs: Annotated[
-        bool,
-        Meta(
-            description="CUDA graphs of the diffusion model's blocks and the reward models' passes, for small batches"
-        ),
+        bool, says("CUDA graphs of the diffusion model's blocks and the reward models' passes, for small batches")
     ] = False
-    max_model_len: Annotated[AtLeastOne | None, Meta(description="lower the context length to this many tokens")] = None
+    max_model_len: Annotated[AtLeastOne | None, says("lower the context length to this many tokens")] = None
     vocab_fallback: Annotated[
-        Literal["unk", "zero"], Meta(description="reward embedding of a token that the reward vocabulary lacks")
+        Literal["unk", "zero"], says("reward embedding of a token that the reward vocabulary lacks")
     ] = "unk"
     threads: Annotated[
-        int,
-        Meta(ge=0, le=1024, description="CPU threads of each worker; 0: all cores but one, shared by the workers"),
+        int, says("CPU threads of each worker; 0: all cores but one, shared by the workers", ge=0, le=1024)
     ] = 0
     data_parallel: Annotated[
-        int, Meta(ge=1, le=64, description="worker processes: with `device` cuda one a GPU, from the named one on")
+        int, says("worker processes: with `device` cuda one a GPU, from the named one on", ge=1, le=64)
     ] = 1
     batch_tokens: Annotated[
-        int, Meta(ge=0, description="canvas tokens in one denoising step; 0: computed from the free memory")
+        int, says("canvas tokens in one denoising step; 0: computed from the free memory", ge=0)
     ] = 0
-    batch_trajectories: Annotated[int, Meta(ge=1, description="trajectories in one denoising step")] = 256
+    batch_trajectories: Annotated[int, says("trajectories in one denoising step", ge=1)] = 256
     memory_fraction: Annotated[
-        float, Meta(gt=0, le=1, description="share of the memory that is free after loading that batches may take")
+        float, says("share of the memory that is free after loading that batches may take", gt=0, le=1)
     ] = 0.8
     plugins: Annotated[
         tuple[str, ...],
-        Meta(
-            description="Python module on PYTHONPATH that server and workers import; it may register guidance methods"
-        ),
+        says("Python module on PYTHONPATH that server and workers import; it may register guidance methods"),
     ] = ()
-    log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Meta(description="least level logged")
-    ] = "INFO"
-    log_format: Annotated[Literal["auto", "json", "console"], Meta(description="auto: console on a terminal")] = "auto"
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], says("least level logged")] = "INFO"
+    log_format: Annotated[Literal["auto", "json", "console"], says("auto: console on a terminal")] = "auto"
 
 
 @dataclass(frozen=True)
@@ -98,12 +93,12 @@ class WorkerConfig(WorkerSettings):
 class FrontSettings:
     """Settings for the process that keeps the workers."""
 
-    max_queue: Annotated[int, Meta(ge=1, le=100_000, description="prompts in flight, waiting ones included")] = 256
+    max_queue: Annotated[int, says("prompts in flight, waiting ones included", ge=1, le=100_000)] = 256
     watchdog_seconds: Annotated[
-        float, Meta(gt=0, le=86_400, description="a worker without progress for this long is killed and replaced")
+        float, says("a worker without progress for this long is killed and replaced", gt=0, le=86_400)
     ] = 120.0
     spare_worker: Annotated[
-        bool, Meta(description="keep one more process at hand (about 300 MB), so that a restart skips the imports")
+        bool, says("keep one more process at hand (about 300 MB), so that a restart skips the imports")
     ] = True
 
 
