@@ -45,9 +45,8 @@ from server.wire.config import EngineConfig, FrontSettings, WorkerConfig, Worker
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# After the drain only answers that are being written are left.
-LAST_WRITES_SECONDS = 5
-OTHER_DESCRIPTORS = 128  # than those of clients: workers, files, libraries
+LAST_WRITES_SECONDS = 5  # after the drain, for answers that are still being written to their clients
+OTHER_DESCRIPTORS = 128  # which workers, files and libraries need beside those of clients
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

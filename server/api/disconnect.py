@@ -13,8 +13,7 @@ from server.errors import ClientGone
 Result = TypeVar("Result")
 
 
-async def disconnected(receive: Receive) -> None:
-    """Return when the client has gone."""
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -23,7 +22,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[None, None, Resu
     """The result of `work`, which is cancelled when the client goes first (then ClientGone). The request's body must
     have been read."""
     working = asyncio.create_task(work)
-    gone = asyncio.create_task(disconnected(receive))
+    gone = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():

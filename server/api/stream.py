@@ -7,6 +7,7 @@ tokens that touches the left edge grows. Where several trajectories compete, the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
@@ -16,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import choice_fields, chosen, guidance_report, make_usage, trace, usage
 from server.api.convert import Plan
-from server.api.disconnect import disconnected
+from server.api.disconnect import unless_disconnected
 from server.api.errors import envelope, unexpected
 from server.api.fields import StreamOptions
 from server.api.frontend import Frontend
 from server.api.generation import events
-from server.errors import RequestError
+from server.errors import ClientGone, RequestError
 from server.text.response import StreamDecoder
 from server.text.tokenizer import Tokenizer
 from server.types import Job, JobResult
@@ -75,18 +76,12 @@ class EventStream(Response):
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Race the sending against the client's leaving."""
-        sending = asyncio.create_task(self._send_all(send))
-        gone = asyncio.create_task(disconnected(receive))
+        """Send for as long as the client stays."""
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(ClientGone):
+                await unless_disconnected(receive, self._send_all(send))
         finally:
-            gone.cancel()
-            sending.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
             await _abandon(self._pending, self._sequence)
-        if not sending.cancelled():
-            sending.result()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
