@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from server.budget import Budget
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
-from server.worker.memory import FIXED_BYTES, Footprint, reward_tokens
+from server.worker.memory import FIXED_BYTES, Footprint, cached_share
 from server.worker.runner import Runner
 
 
@@ -123,7 +124,7 @@ def predict(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case:
     if case.gradient_steps:
         (reward,) = rewards.values()
         cached = case.prompt + TEMPLATE_TOKENS
-        passed = case.count * reward_tokens(reward, case.canvas + TEMPLATE_TOKENS, cached)
+        passed = case.count * (case.canvas + TEMPLATE_TOKENS + math.ceil(cached * cached_share(reward)))
         after = rows * footprint.guided_row + passed * footprint.reward_token
     step = max(tokens * footprint.token, after) + tokens * footprint.hidden
     return int(step + case.count * cached * footprint.cached_token) + FIXED_BYTES

@@ -76,24 +76,18 @@ def above_threshold(probabilities: FloatArray, threshold: float) -> int:
     return int(np.logical_and.accumulate(exceeds).sum())
 
 
-def adaptive_count(ranked: FloatArray, least: int, diffusion: DiffusionParams) -> int:
-    """How many candidates an adaptive algorithm reveals from the top of a ranking: at least `least`, or all.
-
-    `ranked` (n,) holds their confidences in ranking order: minus the entropy in nats for `entropy_bound`, the largest
-    probability for `threshold`.
-    """
-    if diffusion.algorithm == "entropy_bound":
-        count = entropy_bounded(-ranked, diffusion.entropy_bound)
-    else:
-        count = above_threshold(ranked, diffusion.confidence_threshold)
-    return min(len(ranked), max(least, count))
-
-
 def reveal_adaptively(confidence: FloatArray, is_eos: BoolArray, least: int, diffusion: DiffusionParams) -> IndexArray:
-    """Indices of the candidates that an adaptive algorithm reveals, in ascending order; arguments as above, in any
-    order. Drawn EOS tokens rank last with `deprioritize_eos`, so they wait until all others fit."""
+    """Indices of the candidates that an adaptive algorithm reveals, in ascending order: at least `least`, or all.
+
+    `confidence` (n,) is minus the entropy in nats for `entropy_bound`, the largest probability for `threshold`. Drawn
+    EOS tokens rank last with `deprioritize_eos`, so they wait until all others fit.
+    """
     order = rank(confidence, is_eos if diffusion.deprioritize_eos else np.zeros_like(is_eos))
-    return np.sort(order[: adaptive_count(confidence[order], least, diffusion)])
+    if diffusion.algorithm == "entropy_bound":
+        count = entropy_bounded(-confidence[order], diffusion.entropy_bound)
+    else:
+        count = above_threshold(confidence[order], diffusion.confidence_threshold)
+    return np.sort(order[: max(least, count)])
 
 
 def reveal_independently(uniforms: FloatArray, probability: float) -> IndexArray:

@@ -58,9 +58,9 @@ SUSPICIOUS = ("internal", "out_of_memory")
 """Kinds of failure for which the device may be to blame."""
 
 
-class Part(Protocol):
-    """What the loop needs of a Runner and of a Scorer. An exception in `step` that can be laid to some requests ends
-    these with a Failed event; one that passes ends the worker."""
+class Steps(Protocol):
+    """What the loop needs of a Runner and of a Scorer alike. An exception in `step` that can be laid to some requests
+    ends these with a Failed event; one that passes ends the worker."""
 
     @property
     def has_work(self) -> bool: ...
@@ -70,7 +70,7 @@ class Part(Protocol):
     def step(self) -> list[Event]: ...
 
 
-class Runner(Part, Protocol):
+class Runner(Steps, Protocol):
     """What the loop needs of worker/runner.Runner."""
 
     @property
@@ -82,7 +82,7 @@ class Runner(Part, Protocol):
     """Called with a job's id before anything is computed for it."""
 
 
-class Scorer(Part, Protocol):
+class Scorer(Steps, Protocol):
     """What the loop needs of worker/scoring.Scorer."""
 
     def add(self, request: Score) -> None: ...
@@ -119,79 +119,58 @@ def load_service(config: WorkerConfig) -> Service:
     return load(config)
 
 
-class Clock:
-    """How long the loop has been at one pass; read by the heartbeat thread."""
-
-    def __init__(self) -> None:
-        self._began: float | None = None
-
-    def begin(self) -> None:
-        """A pass begins."""
-        self._began = time.monotonic()
-
-    def end(self) -> None:
-        """It has ended; the loop may wait for messages."""
-        self._began = None
-
-    @property
-    def step_seconds(self) -> float:
-        """How long the present pass has been running; 0 between passes."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
-
-
 class Loop:
     """Messages in, steps, events out."""
 
-    def __init__(self, channel: WorkerChannel, service: Service, clock: Clock) -> None:
+    def __init__(self, channel: WorkerChannel, service: Service) -> None:
         self._channel = channel
         self._service = service
-        self._clock = clock
+        self._pass_began: float | None = None  # when the present pass did; the heartbeat thread reads it
 
     def run(self) -> None:
         """Until Shutdown. Raises ChannelClosed when the parent is gone, and whatever breaks the device."""
         runner, scorer = self._service.runner, self._service.scorer
         runner.begin = self._begin
         while True:
-            self._clock.end()
+            self._pass_began = None
             messages = self._channel.receive(block=not (runner.has_work or scorer.has_work))
-            self._clock.begin()
+            self._pass_began = time.monotonic()
             for message in messages:
                 if isinstance(message, Shutdown):
                     return
                 self._send(self._take(message))
-            for part in (scorer, runner):
-                if part.has_work:
-                    events = part.step()
+            for each in (scorer, runner):
+                if each.has_work:
+                    events = each.step()
                     self._send(events)
                     if any(isinstance(event, Failed) and event.kind in SUSPICIOUS for event in events):
                         self._service.check_device()
 
     def heartbeat(self) -> Heartbeat:
         """The state of this moment. Safe to call from another thread."""
-        return Heartbeat(self._service.runner.stats, self._clock.step_seconds)
+        began = self._pass_began
+        seconds = 0.0 if began is None else time.monotonic() - began
+        return Heartbeat(self._service.runner.stats, seconds)
 
     def _begin(self, job_id: str) -> None:
         """At once, not with the step's other events: there will be none if the step kills us."""
         self._channel.send([Begun(job_id)])
 
     def _take(self, message: ToWorker) -> list[Event]:
-        match message:
-            case Submit(job=job):
-                try:
-                    self._service.runner.add(job, time.time())
-                except Exception as error:
-                    return failed([job.id], error)
-            case Score():
-                try:
-                    self._service.scorer.add(message)
-                except Exception as error:
-                    return failed([message.id], error)
-            case Cancel(id=identity):
-                self._service.runner.cancel(identity)
-                self._service.scorer.cancel(identity)
-            case _:
-                raise ChannelClosed(f"unexpected {type(message).__name__}")
+        runner, scorer = self._service.runner, self._service.scorer
+        if isinstance(message, Cancel):
+            runner.cancel(message.id)
+            scorer.cancel(message.id)
+            return []
+        if not isinstance(message, Submit | Score):
+            raise ChannelClosed(f"unexpected {type(message).__name__}")
+        try:
+            if isinstance(message, Submit):
+                runner.add(message.job, time.time())
+            else:
+                scorer.add(message)
+        except Exception as error:
+            return failed([message.job.id if isinstance(message, Submit) else message.id], error)
         return []
 
     def _send(self, events: list[Event]) -> None:
@@ -251,7 +230,7 @@ def serve(channel: WorkerChannel, load: Load, prepare: Callable[[], None]) -> No
     except Exception as error:
         channel.send([_failure("loading or warm-up failed", error)])
         return
-    loop = Loop(channel, service, Clock())
+    loop = Loop(channel, service)
     beats.append(loop.heartbeat)
     channel.send([Ready(service.info)])
     try:

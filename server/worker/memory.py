@@ -26,7 +26,6 @@ batches than `CAPS` make a step longer without making it cheaper.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -100,9 +99,9 @@ class Footprint:
         return _each(largest, lambda name, value: min(value, getattr(caps, name))), largest
 
 
-def reward_tokens(model: RewardModel, own: int, cached: int) -> int:
-    """What a trajectory with so many tokens of its own, behind so many cached ones, takes of the reward tokens."""
-    return own + math.ceil(cached * _cached_token(model) / _own_token(model))
+def cached_share(model: RewardModel) -> float:
+    """What a cached token takes in a pass of a reward model, as a share of a token of the row's own."""
+    return _cached_token(model) / _own_token(model)
 
 
 def free_bytes(device: torch.device, *, root: Path = Path("/")) -> int:

@@ -26,7 +26,6 @@ from server.wire.stats import RunnerStats
 from server.worker.answer import answer
 from server.worker.book import Book, Entry
 from server.worker.failures import Attempt, failed, is_out_of_memory, out_of_memory
-from server.worker.memory import reward_tokens
 from server.worker.reveal import Decision
 from server.worker.savings import Savings
 from server.worker.step import Denoiser
@@ -222,7 +221,7 @@ class Runner:
                     param="messages",
                 )
             kept = len(before) if self.savings.reward_prefix_cache else 0
-            passed = max(passed, reward_tokens(model, tokens - kept, kept))
+            passed = max(passed, self.denoiser.reward_tokens(weighted.model, tokens - kept, kept))
             cached += kept
         grows = self.denoiser.inner_steps.grows
         grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0

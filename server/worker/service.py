@@ -22,17 +22,9 @@ from server.models.acceleration import Acceleration, accelerate, choose_attentio
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.graphs import graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
-from server.types import (
-    DiffusionParams,
-    EngineInfo,
-    GuidanceParams,
-    Job,
-    Message,
-    SamplingParams,
-    WeightedReward,
-)
+from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.wire.config import WorkerConfig
-from server.wire.messages import Failed, Finished
+from server.wire.messages import Failed
 from server.worker import memory
 from server.worker.allocator import keep_large_blocks
 from server.worker.runner import Runner
@@ -41,13 +33,7 @@ from server.worker.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-WARM_UP_TOKENS = 8
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +50,7 @@ class LoadedService:
         torch.ones(1, device=self.device).sum().item()
 
 
-def resolve_device(name: str, rank: int = 0) -> torch.device:
+def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torch.device:
     """The torch device of a setting for worker number `rank`: of CUDA devices the one that many after the one named.
     Raises ConfigurationError for an unknown or absent one."""
     if name == "auto":
@@ -74,27 +60,11 @@ def resolve_device(name: str, rank: int = 0) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", (device.index or 0) + rank)
         torch.ones(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         where = f" by worker {rank} (data_parallel)" if rank else ""
-        raise ConfigurationError(f"device: {quote(name)} cannot be used{where}: {reason}") from error
+        raise ConfigurationError(f"{setting}: {quote(name)} cannot be used{where}: {reason}") from error
     return device
-
-
-def resolve_reward_device(name: str | None, device: torch.device, rank: int = 0) -> torch.device:
-    """The reward models' device of a setting, for worker number `rank`: the diffusion model's where none is named.
-    Leaves that one the current device. Raises ConfigurationError."""
-    if name is None:
-        return device
-    try:
-        return resolve_device(name, rank)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"reward_{error}") from error
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -103,7 +73,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def default_threads(device: torch.device, workers: int = 1) -> int:
@@ -127,9 +98,14 @@ def load(config: WorkerConfig) -> LoadedService:
     device = resolve_device(config.device, config.rank)
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
-    reward_device = resolve_reward_device(config.reward_device, device, config.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
+    reward_device = device
+    if config.reward_device is not None:
+        reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
     dtype = resolve_dtype(config.dtype, device)
-    _note_slow_products(dtype, device)
+    if activation_dtype(dtype, device) != dtype:
+        logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)
     savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, dtype=dtype, device=device), config)
     acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
@@ -159,8 +135,8 @@ def load(config: WorkerConfig) -> LoadedService:
     info = EngineInfo(
         model=model.info,
         reward_models=tuple(reward.info for reward in reward_models.values()),
-        device=_device_name(device),
-        kernel_backend=_join(kernels.backend_info().values()),
+        device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
+        kernel_backend=", ".join(sorted(set(kernels.backend_info().values()))),
         largest=largest,
     )
     logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
@@ -181,21 +157,17 @@ def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable
             Job(
                 id=f"warm-up-{index}",
                 prompt_ids=tuple(prompt),
-                sampling=SamplingParams(max_tokens=WARM_UP_TOKENS),
+                sampling=SamplingParams(max_tokens=8),
                 diffusion=DiffusionParams(steps=2),
                 guidance=guidance,
                 conversation=conversation,
             ),
             runner.clock(),
         )
-    answered = 0
     while runner.has_work:
         for event in runner.step():
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
-            answered += isinstance(event, Finished)
-    if answered != max(1, len(guidances)):
-        raise RuntimeError("a warm-up job got no answer")
 
 
 def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionModel:
@@ -236,17 +208,3 @@ def _budgets(
         shared, largest = replace(shared, tokens=config.batch_tokens), replace(largest, tokens=config.batch_tokens)
     logger.info("budgets of a step, with %d MB free: %s; one trajectory: %s", free >> 20, shared, largest)
     return shared, largest
-
-
-def _note_slow_products(dtype: torch.dtype, device: torch.device) -> None:
-    if activation_dtype(dtype, device) != dtype:
-        name = str(dtype).removeprefix("torch.")
-        logger.info("dtype %s: this processor has no instructions for it; weights keep it, arithmetic is float32", name)
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _join(names: Iterable[str]) -> str:
-    return ", ".join(sorted(set(names)))

@@ -6,6 +6,7 @@ each trajectory's few dozen positions happens on the host.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from server.wire.stats import RunnerStats
 from server.worker.failures import free_memory
 from server.worker.group import Group, groups
 from server.worker.inner import Cohort, InnerSteps
-from server.worker.memory import reward_tokens
+from server.worker.memory import cached_share
 from server.worker.pack import Batch, Forward, Member, pack
 from server.worker.parts import Limits
 from server.worker.reveal import Decision, base_confidence, decide
@@ -67,6 +68,7 @@ class Denoiser:
         self.forwards = Limits("forward (canvas tokens)", (budget.tokens,), self.ran_out)
         self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self.ran_out)
         self.unguided = Limits("unguided rows", (budget.logit_rows,), self.ran_out)
+        self._cached_share = {name: cached_share(model) for name, model in reward_models.items()}
         self._spent = _Spent()
 
     def ran_out(self) -> None:
@@ -165,8 +167,13 @@ class Denoiser:
         for weighted in trajectory.job.guidance.reward_models:
             context = trajectory.contexts[weighted.model]
             own = len(context.lead_ids) + len(trajectory.tokens) + len(context.suffix_ids)
-            most = max(most, reward_tokens(self.reward_models[weighted.model], own, context.prefix.length))
+            most = max(most, self.reward_tokens(weighted.model, own, context.prefix.length))
         return rows, most
+
+    def reward_tokens(self, name: str, own: int, cached: int) -> int:
+        """What so many tokens of a trajectory's own, after so many cached ones, take of the limit for a reward model's
+        pass."""
+        return own + math.ceil(cached * self._cached_share[name])
 
     def _count(self, decisions: Sequence[Decision]) -> None:
         stats, spent, timings = self.stats, self._spent, self.inner_steps.timings

@@ -29,7 +29,7 @@ from server.wire.config import WorkerConfig
 from server.wire.messages import Finished
 from server.worker import inner
 from server.worker.runner import Runner
-from server.worker.service import LoadedService, load, resolve_reward_device
+from server.worker.service import LoadedService, load, resolve_device
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CONFIG = WorkerConfig(
@@ -50,14 +50,10 @@ def gpu(test: Any) -> Any:
 # -- on any machine ---------------------------------------------------------------------------------------------------
 
 
-def test_reward_models_are_where_the_diffusion_model_is_unless_named() -> None:
-    cpu = torch.device("cpu")
-    assert resolve_reward_device(None, cpu) == cpu
-    assert resolve_reward_device("cpu", cpu) == cpu
-    with pytest.raises(ConfigurationError, match="reward_device: 'toaster' cannot be used"):
-        resolve_reward_device("toaster", cpu)
-    with pytest.raises(ConfigurationError, match="reward_device: 'cuda:99'"):
-        resolve_reward_device("cuda:99", cpu)
+@pytest.mark.parametrize("name", ["toaster", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_with_its_setting(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"reward_device: '{name}' cannot be used"):
+        resolve_device(name, setting="reward_device")
 
 
 @pytest.mark.parametrize(
