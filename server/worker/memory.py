@@ -21,14 +21,17 @@ are reward models), the rest for the forward, and, because forward and guidance 
 rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
 The fraction that is left is a margin; what a CPU's allocator keeps (`worker.allocator`) comes out of it too.
 Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
-batches than `CAPS` make a step longer without making it cheaper.
+batches than `CAPS` make a step longer without making it cheaper. On a CPU they can even make it dearer: every inner
+step passes over phi several times, and once phi has outgrown the last cache each pass comes from memory. So there
+as many rows are steered at once as that cache holds of phi, c V bytes each, but at least `LEAST_STEERED`: with fewer
+the matrix products read the head and the embedding tables too often.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +50,8 @@ CAPS = {
     "cuda": Budget(16_384, 8_192, 256, 16_384, 65_536, 4_194_304),
 }
 FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
+LAST_CACHE_BYTES = 32 << 20  # where the system does not say
+LEAST_STEERED = 256  # rows; with half of them a guided step of the pair of `make bench` took a tenth longer
 LEAST = 16  # of anything: with less the models would not have fitted
 
 
@@ -58,6 +63,7 @@ class Footprint:
     hidden: float
     logit_row: float
     guided_row: float
+    phi_row: float
     reward_token: float
     cached_token: float
 
@@ -73,6 +79,7 @@ class Footprint:
             token=_forward_token(model.shape, e, c),
             hidden=2.0 * model.shape.hidden * e,
             logit_row=vocabulary * (e + c / 2),
+            phi_row=float(vocabulary * c),
             guided_row=vocabulary * (e + c * STATE[backend]) + 8.0 * c * widest,
             reward_token=max((_own_token(reward) for reward in rewards), default=0.0),
             cached_token=max((_cached_token(reward) for reward in rewards), default=0.0),
@@ -86,6 +93,9 @@ class Footprint:
         step = pool * (7 / 8 if rewards else 1.0)
         tokens = int(step / (self.token + self.hidden))
         caps = CAPS.get(device, CAPS["cuda"])
+        if device == "cpu":
+            steered = max(LEAST_STEERED, int(last_cache_bytes() / self.phi_row))
+            caps = replace(caps, guided_rows=min(caps.guided_rows, steered))
         guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
         rows = int(guidance / (self.guided_row + 2 * self.reward_token))
         largest = Budget(
@@ -111,6 +121,16 @@ def free_bytes(device: torch.device, *, root: Path = Path("/")) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min(_machine_bytes(root), *_group_bytes(root))
+
+
+def last_cache_bytes(*, root: Path = Path("/")) -> int:
+    """Size of the largest cache that the first processor has or shares, as Linux tells it."""
+    sizes = [LAST_CACHE_BYTES]
+    for path in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()  # as 32768K
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return max(sizes[1:], default=LAST_CACHE_BYTES)
 
 
 def _machine_bytes(root: Path) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,18 @@ import torch
 
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
 from server.wire.config import WorkerConfig
-from server.worker.memory import CAPS, Footprint, free_bytes
+from server.worker import memory
+from server.worker.memory import CAPS, LAST_CACHE_BYTES, Footprint, free_bytes, last_cache_bytes
 from server.worker.service import load
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
 CPU = torch.device("cpu")
+
+
+FOOTPRINT = Footprint(
+    token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, phi_row=6e5, reward_token=1.3e6, cached_token=1.1e5
+)
 
 
 def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
@@ -82,9 +88,7 @@ def test_free_memory_of_this_machine_can_be_had() -> None:
 
 
 def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
-    footprint = Footprint(
-        token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, reward_token=1.3e6, cached_token=1.1e5
-    )
+    footprint = FOOTPRINT
     before = None
     for gigabytes in (0, 1, 4, 16, 60, 10_000):
         shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", rewards=1, context_length=2048)
@@ -104,7 +108,45 @@ def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
     assert before == CAPS["cuda"]
 
 
-def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_request_may_take() -> None:
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, LAST_CACHE_BYTES),
+        ({"index0/size": "48K\n", "index2/size": "1024K\n", "index3/size": "16M\n"}, 16 << 20),
+        ({"index0/size": "32K\n", "index2/size": "2048K\n"}, 2 << 20),  # none is shared
+        ({"index0/size": "\n", "index1/size": "unknown\n"}, LAST_CACHE_BYTES),
+    ],
+)
+def test_the_last_cache_is_the_largest_that_linux_names(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    for name, text in files.items():
+        path = tmp_path / "sys/devices/system/cpu/cpu0/cache" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert last_cache_bytes(root=tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "cache", "rows"),
+    [
+        (16_384, 32 << 20, 512),  # 64 KiB a row
+        (16_384, 480 << 20, 2_048),  # the cap: larger batches gain nothing
+        (126_464, 32 << 20, 256),  # the least: smaller ones lose
+    ],
+)
+def test_on_a_cpu_as_many_rows_are_steered_at_once_as_the_last_cache_holds(
+    monkeypatch: pytest.MonkeyPatch, vocabulary: int, cache: int, rows: int
+) -> None:
+    monkeypatch.setattr(memory, "last_cache_bytes", lambda: cache)
+    footprint = replace(FOOTPRINT, phi_row=4.0 * vocabulary)
+    on_cpu, on_gpu = (footprint.budgets(1e13, 0.8, d, rewards=1, context_length=2048)[0] for d in ("cpu", "cuda"))
+    assert on_cpu == replace(CAPS["cpu"], guided_rows=rows)
+    assert on_gpu == CAPS["cuda"]
+
+
+def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_request_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "last_cache_bytes", lambda: 1 << 30)
     config = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")})
     computed = load(config)
     assert computed.runner.book.budget == CAPS["cpu"]  # so small a model fits in any memory
