@@ -39,7 +39,7 @@ class Step:
 
     def least(self, masked: int) -> int:
         """The fewest of a block's `masked` positions that an adaptive algorithm reveals in this step, so that the run
-        is never behind its schedule and never longer than T steps."""
+        keeps to its schedule and never takes more than T steps."""
         return max(1, masked - self.left)
 
 
@@ -70,8 +70,8 @@ def is_guided(place: float, count: int, guidance: GuidanceParams) -> bool:
 
 
 def adapted(step: Step, masked: int, max_tokens: int, taken: int, guidance: GuidanceParams) -> Step:
-    """A step of an adaptive run as it is met, with `masked` of `max_tokens` positions masked and `taken` steps behind
-    it. How long the run will be nobody knows, so its place in the run is the share of positions revealed before it."""
+    """A step of an adaptive run as it is met, after `taken` steps, with `masked` of `max_tokens` positions masked. The
+    length of the run is not known yet, so the step's place in it is the share of positions revealed before it."""
     return replace(step, guided=is_guided((max_tokens - masked) / max_tokens, taken, guidance))
 
 

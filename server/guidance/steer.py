@@ -30,7 +30,7 @@ class Steered:
 
 
 def visible_positions(tokens: Tensor, first: Tensor, eos_token_id: int, pad_token_id: int) -> Tensor:
-    """Which packed response positions (R,) the reward model sees: none behind a trajectory's first EOS, none that holds
+    """Which packed response positions (R,) the reward model sees: none after a trajectory's first EOS, none that holds
     the pad token. `first` (R,) is where each one's response begins."""
     ended = (tokens == eos_token_id).long()
     before = ended.cumsum(0) - ended

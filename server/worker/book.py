@@ -1,9 +1,9 @@
-"""The book of jobs: the only place that knows which jobs are here, and who runs in the next denoising step. It counts
-tokens and never sees a tensor.
+"""The book of jobs: the only place that knows which jobs are here, and which trajectories run in the next denoising
+step. It counts tokens and never sees a tensor.
 
 First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
 one as room allows, so a job may run in parts. Strict order means no starvation: when the head of the queue does not
-fit, nothing behind it overtakes, and running trajectories leave after a bounded number of steps. A trajectory larger
+fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
 than the budget, but not larger than what memory takes, runs alone.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the

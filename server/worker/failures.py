@@ -31,7 +31,7 @@ def out_of_memory(job_id: str) -> Failed:
 
 
 def free_memory() -> None:
-    """Give back what a failed try left behind."""
+    """Give back what a failed try still holds."""
     gc.collect()  # autograd's graph and frames may be cycles
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -39,7 +39,7 @@ def free_memory() -> None:
 
 
 class Attempt:
-    """A try that may run out of memory: `with Attempt() as attempt: ...` goes on behind the block when it does, with
+    """A try that may run out of memory: `with Attempt() as attempt: ...` goes on after the block when it does, with
     `attempt.ran_out` set and the tensors of the functions that had been called in the block let go. Other exceptions
     pass. `ran_out` (the argument) is called then; it frees the memory."""
 

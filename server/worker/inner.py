@@ -45,7 +45,7 @@ class Cohort:
 
 class InnerSteps:
     """Steers groups with these reward models. With `grows` the cached conversations take in what is settled of the
-    answers. `timings` adds up the reward models' seconds until somebody replaces it."""
+    answers. `timings` adds up the reward models' seconds; a denoising step begins with fresh ones."""
 
     def __init__(self, info: ModelInfo, reward_models: Mapping[str, RewardModel], *, grows: bool) -> None:
         self.info, self.reward_models, self.grows = info, reward_models, grows
@@ -115,7 +115,8 @@ class InnerSteps:
         )
 
     def _grow(self, name: str, group: Group) -> None:
-        """Take what has been settled since the last step into the contexts. That may stay if the step fails."""
+        """Take what has been settled since the last step into the contexts. They stay right if this step fails, because
+        what is settled never changes."""
         trajectories = [member.trajectory for member in group.members]
         started = time.perf_counter()
         grown: list[RewardContext] = grow(

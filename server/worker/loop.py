@@ -108,7 +108,7 @@ Load = Callable[[WorkerConfig], Service]
 
 
 def import_service() -> None:
-    """Import torch and the models' code: seconds that a spare worker has behind it when it is called upon."""
+    """Import torch and the models' code. It takes seconds, which a spare worker has spent before it is needed."""
     importlib.import_module("server.worker.service")
 
 

@@ -138,7 +138,7 @@ class Runner:
                 self._report(decision, events)
 
     def _report(self, decision: Decision, events: list[Event]) -> None:
-        """Progress of one trajectory, for those who asked; a trajectory that cannot go on fails its job."""
+        """Progress of one trajectory, where the job asks for it; a trajectory that cannot go on fails its job."""
         trajectory, step, job = decision.trajectory, decision.step, decision.trajectory.job
         if decision.failure:
             self.book.drop(job.id)

@@ -51,8 +51,8 @@ class LoadedService:
 
 
 def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torch.device:
-    """The torch device of a setting for worker number `rank`: of CUDA devices the one that many after the one named.
-    Raises ConfigurationError for an unknown or absent one."""
+    """The torch device that worker number `rank` takes for a setting: the named one or, of CUDA devices, the one with
+    a number larger by `rank`. Raises ConfigurationError for an unknown or absent one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -194,7 +194,7 @@ SPECS = st.lists(
 
 @settings(deadline=None, max_examples=300)
 @given(SPECS)
-def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_the_work_before_him(
+def test_everything_runs_once_within_the_budget_and_waits_for_no_more_than_the_work_before_it(
     specs: list[tuple[int, ...]],
 ) -> None:
     budget, largest = Budget(tokens=50, trajectories=5, cached_tokens=50), Budget(tokens=62, cached_tokens=80)
@@ -218,13 +218,13 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_t
             began.setdefault(index, step)
             assert (index, share[1]) not in running
             running[index, share[1]] = (share, step + specs[index][6])
-        assert running or not book.waiting  # there is always somebody to move on
+        assert running or not book.waiting  # there is always a trajectory that moves on
         costs = [2 + specs[index][1] for index, _ in running]
         assert len(running) <= budget.trajectories
         assert sum(costs) <= budget.tokens or len(costs) == 1
         open_jobs = {i for i in began if sum((i, k) in ended for k in range(specs[i][2])) < specs[i][2]}
         held = sum(specs[i][4] for i in open_jobs) + sum(specs[i][5] for i, _ in running)
-        # Above the budget is only who began when nothing ran; what caches nothing more may join him.
+        # Above the budget is only what began when nothing ran; what caches nothing more may join it.
         caching = [key for key in running if specs[key[0]][5] or (not key[1] and specs[key[0]][4])]
         assert held <= budget.cached_tokens or len(caching) <= 1
         step += 1
@@ -235,12 +235,12 @@ def test_everything_runs_once_within_the_budget_and_nobody_waits_for_more_than_t
     assert sorted(ended) == sorted((i, k) for i, spec in enumerate(specs) for k in range(spec[2]))
     assert book.waiting == book.running == 0
     for index in arrived:
-        # While it waits somebody runs, and only who has priority, came before, or had begun: at most all their steps.
+        # While it waits others run that have priority, came before, or had begun: for at most all their steps.
         at, _, _, priority, *_ = specs[index]
         ahead = [other for other in arrived if other != index and began[other] <= began[index]]
         assert began[index] - at <= sum(specs[other][2] * specs[other][6] for other in ahead)
         for other in ahead:
             assert not (at <= began[other] < began[index] and specs[other][3] > priority)
-        # Within a priority nobody begins before who came earlier.
+        # Within a priority no job begins before one that came earlier.
         same = [other for other in arrived[: arrived.index(index)] if specs[other][3] == priority]
         assert all(began[other] <= began[index] for other in same)

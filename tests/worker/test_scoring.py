@@ -1,5 +1,5 @@
 """Scores between denoising steps: the reward model's own values, a bounded part of the texts in each step, and failures
-that touch nobody else."""
+that touch no other request."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_item_that_is_too_long_fails_its_request_alone(models: dict[str, Rewa
 
 
 def test_only_the_items_of_a_step_are_read(models: dict[str, RewardModel]) -> None:
-    """A list that fills many steps is tokenised in as many parts: one behind that cannot be read is not reached."""
+    """A list that fills many steps is tokenised in as many parts: a last one that cannot be read is not reached."""
     scorer = Scorer(models, step_tokens=100)
     scorer.add(request("long", *["Yes."] * 50, "word " * 3000))
     assert scorer.step() == []
