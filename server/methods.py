@@ -23,31 +23,27 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """What a weight may need to know of N rows at an inner step, on the rows' device.
+    """What a weight may need to know of N rows at an inner step, on the rows' device; all but V are (N,).
 
-    Entropies are in nats, of softmax(phi) and of softmax(phi / tau), phi being the logits as steered so far; `step`
-    (int64) counts the denoising steps of a run from 0, and `time` is that step's t, from 1 down to nearly 0.
+    `entropy_1` and `entropy_tau` are the entropies in nats of softmax(phi) and of softmax(phi / tau), phi being the
+    logits as steered so far; `vocab_size` is V, the logits' width. `step` (int64) counts the denoising steps of a run
+    from 0, and `time` is that step's t, in (0, 1], which falls from 1.
     """
 
     @property
-    def entropy_1(self) -> Tensor:
-        """(N,)."""
+    def entropy_1(self) -> Tensor: ...
 
     @property
-    def entropy_tau(self) -> Tensor:
-        """(N,)."""
+    def entropy_tau(self) -> Tensor: ...
 
     @property
-    def vocab_size(self) -> int:
-        """V, the width of the logits."""
+    def vocab_size(self) -> int: ...
 
     @property
-    def step(self) -> Tensor:
-        """(N,), int64."""
+    def step(self) -> Tensor: ...
 
     @property
-    def time(self) -> Tensor:
-        """(N,), in (0, 1]."""
+    def time(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,19 +23,13 @@ class Answer(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-class CompletionTokensDetails(Answer):
-    """Tokens of all `best_of` trajectories, not only of the answers returned."""
-
-    trajectory_tokens: int
-
-
 class Usage(Answer):
-    """Tokens up to the end of each text."""
+    """Tokens up to the end of each text; `trajectory_tokens` are those of all `best_of` trajectories."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    completion_tokens_details: CompletionTokensDetails
+    completion_tokens_details: dict[Literal["trajectory_tokens"], int]
 
 
 class GuidanceReport(Answer):
@@ -54,19 +48,20 @@ class GuidanceReport(Answer):
 
 
 class Choice(Answer):
-    """What both kinds of choice share."""
+    """What all kinds of choice share. In a stream each holds a piece of one answer, and the last of them what the whole
+    answer has beside its text."""
 
     index: int
-    finish_reason: FinishReason
-    stop_reason: str | None
+    finish_reason: FinishReason | None
     logprobs: None
-    reward: float | None
+    stop_reason: str | None = None
+    reward: float | None = None
     rewards: dict[str, float] = {}
     token_ids: list[int] = []
 
 
 class CompletionChoice(Choice):
-    """One answer to a prompt."""
+    """One answer to a prompt, or text to append to it."""
 
     text: str
 
@@ -130,7 +125,7 @@ def make_usage(prompt_tokens: int, completion_tokens: int, trajectory_tokens: in
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        completion_tokens_details=CompletionTokensDetails(trajectory_tokens=trajectory_tokens),
+        completion_tokens_details={"trajectory_tokens": trajectory_tokens},
     )
 
 

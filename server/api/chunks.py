@@ -4,28 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from server.api.answers import Answer, GuidanceReport, Head, Usage
-from server.types import FinishReason
-
-
-class ChunkChoice(Answer):
-    """A piece of one answer; the last has its `finish_reason` and what the whole answer would have beside the text."""
-
-    index: int
-    finish_reason: FinishReason | None
-    logprobs: None
-    stop_reason: str | None = None
-    reward: float | None = None
-    rewards: dict[str, float] = Field(default={})
-    token_ids: list[int] = Field(default=[])
-
-
-class CompletionChunkChoice(ChunkChoice):
-    """Text to append."""
-
-    text: str
+from server.api.answers import Answer, Choice, CompletionChoice, GuidanceReport, Head, Usage
 
 
 class Delta(Answer):
@@ -35,7 +16,7 @@ class Delta(Answer):
     content: str = ""
 
 
-class ChatChunkChoice(ChunkChoice):
+class ChatChunkChoice(Choice):
     """Part of a turn."""
 
     delta: Delta
@@ -64,7 +45,7 @@ class CompletionChunk(Chunk):
     """A chunk of `POST /v1/completions`."""
 
     object: Literal["text_completion"]
-    choices: list[CompletionChunkChoice]
+    choices: list[CompletionChoice]
 
 
 class ChatCompletionChunk(Chunk):

@@ -49,18 +49,12 @@ class ScoreResponse(Answer):
     usage: ReadUsage
 
 
-class Document(Answer):
-    """A ranked text."""
-
-    text: str
-
-
 class RankedDocument(Answer):
     """A document's place: `relevance_score` is its reward as a response to the query, of any size."""
 
     index: int
     relevance_score: float
-    document: Document | str = ""
+    document: dict[Literal["text"], str] | str = ""
 
 
 class RerankResponse(Answer):
@@ -115,7 +109,7 @@ async def score(request: Request, frontend: Frontend, asked: ScoreRequest) -> Re
 @posts(router, ["/v1/rerank", "/v2/rerank", "/rerank"], RerankRequest, RerankResponse, "Documents, best first")
 async def rerank(request: Request, frontend: Frontend, asked: RerankRequest) -> Response:
     """Responses to one prompt, best first; equal ones in the order given."""
-    return await _rerank(request, frontend, asked, lambda text: Document(text=text))
+    return await _rerank(request, frontend, asked, lambda text: {"text": text})
 
 
 @posts(router, ["/infinity/rerank"], RerankRequest, RerankResponse, "Documents, best first")
@@ -125,7 +119,7 @@ async def infinity_rerank(request: Request, frontend: Frontend, asked: RerankReq
 
 
 async def _rerank(
-    request: Request, frontend: Frontend, asked: RerankRequest, shown: Callable[[str], Document | str]
+    request: Request, frontend: Frontend, asked: RerankRequest, shown: Callable[[str], dict[Literal["text"], str] | str]
 ) -> Response:
     queries = [messages(asked.query)] * len(asked.documents)
     name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
