@@ -71,8 +71,6 @@ class Pending:
                     return True
                 self._canvases[trajectory] = step
                 self._make_room(len(event.token_ids))
-            case _:
-                pass
         self._put(event)
         return True
 

@@ -184,5 +184,3 @@ async def _until_ready(worker: WorkerProcess) -> EngineInfo:
                 raise ConfigurationError(message)
             case WorkerError(message=message):
                 raise EngineFailed(message)
-            case _:
-                continue

@@ -20,8 +20,7 @@ class WorkerChannel:
         self._sending = threading.Lock()
 
     def send(self, events: Iterable[Event]) -> None:
-        """Send events with one write. Raises FrameTooLarge or TypeError before anything is sent,
-        ChannelClosed."""
+        """Send events with one write. Raises FrameTooLarge or TypeError before anything is sent, ChannelClosed."""
         self.send_frames([frame(event) for event in events])
 
     def send_frames(self, frames: Iterable[bytes]) -> None:
@@ -34,8 +33,7 @@ class WorkerChannel:
             raise ChannelClosed(str(error)) from error
 
     def receive(self, *, block: bool) -> list[ToWorker]:
-        """All messages that have arrived; with `block`, waits until there is at least one. Raises
-        ChannelClosed and ProtocolError."""
+        """All messages that have arrived; with `block`, waits until there is at least one. Raises ChannelClosed."""
         messages = self._whole_frames()
         while True:
             wait = block and not messages

@@ -110,8 +110,7 @@ class Started(_About, frozen=True):
 
 
 class Progress(_About, frozen=True):
-    """Response positions that a step revealed, as (position, token id). Only for jobs with
-    `stream_tokens`."""
+    """Response positions that a step revealed, as (position, token id). Only for jobs with `stream_tokens`."""
 
     trajectory: int
     step: int
@@ -161,7 +160,6 @@ class Scored(_About, frozen=True):
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown
 Event: TypeAlias = Begun | Started | Progress | Canvas | Finished | Failed | Scored | Ready | Heartbeat | WorkerError
-AnyMessage: TypeAlias = ToWorker | Event
 Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()
@@ -175,7 +173,7 @@ def subject(event: Event) -> str | None:
     return event.job_id if isinstance(event, _About) else None
 
 
-def frame(message: AnyMessage) -> bytes:
+def frame(message: ToWorker | Event) -> bytes:
     """The message as a frame. Raises FrameTooLarge over the limit, TypeError for what msgpack cannot hold."""
     try:
         body = _encoder.encode(message)
@@ -187,8 +185,7 @@ def frame(message: AnyMessage) -> bytes:
 
 
 def body_length(prefix: bytes | bytearray) -> int:
-    """How many bytes follow the four-byte prefix. Raises ProtocolError over the limit, before anything is
-    allocated."""
+    """How many bytes follow the four-byte prefix. Raises ProtocolError over the limit, before anything is allocated."""
     length: int = LENGTH.unpack(prefix)[0]
     if length > MAX_FRAME_BYTES:
         raise ProtocolError(f"a frame of {length} bytes is announced; the limit is {MAX_FRAME_BYTES}")

@@ -1,5 +1,4 @@
-"""What the worker counts for the metrics: gauges of this moment, and sums that only grow while the worker
-lives.
+"""What the worker counts for the metrics: gauges of this moment, and sums that only grow while the worker lives.
 
 The runner updates a `RunnerStats` in place; heartbeats carry it to the HTTP process, which keeps the sums
 growing across worker restarts (`RunnerStats.plus`). Plain numbers: no metrics library, no tensors.

@@ -59,6 +59,19 @@ async def answer(stream: JobStream) -> Event:
     return events[-1]
 
 
+async def failure(stream: JobStream) -> Failed:
+    last = await answer(stream)
+    assert isinstance(last, Failed), last
+    return last
+
+
+async def tokens(stream: JobStream) -> tuple[int, ...]:
+    """Those of a job that must finish."""
+    last = await answer(stream)
+    assert isinstance(last, Finished), last
+    return last.result.trajectories[0].token_ids
+
+
 def tokens_of(seed: int, count: int) -> tuple[int, ...]:
     return tuple((seed * 31 + position * 7) % 997 for position in range(count))
 

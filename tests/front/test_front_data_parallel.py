@@ -13,11 +13,12 @@ from server.errors import ConfigurationError
 from server.front.engine import Engine, JobStream
 from server.types import Message
 from server.wire.config import EngineConfig
-from server.wire.messages import Failed, Finished, Progress, Started
+from server.wire.messages import Finished, Progress, Started
 from tests.front.scripted import (
     alive,
     answer,
     configured,
+    failure,
     in_flight,
     job,
     kill_worker,
@@ -26,6 +27,7 @@ from tests.front.scripted import (
     restarts,
     running,
     scores,
+    tokens,
     tokens_of,
     until,
 )
@@ -70,9 +72,7 @@ async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on() -> N
         await kill_worker(engine, 0)
         assert engine.ready
         late = engine.submit(job("late", seed=99))
-        for n, last in enumerate(await asyncio.gather(*map(answer, streams))):
-            assert isinstance(last, Finished)
-            assert last.result.trajectories[0].token_ids == tokens_of(n, 60)
+        assert await asyncio.gather(*map(tokens, streams)) == [tokens_of(n, 60) for n in range(len(streams))]
         assert isinstance(await answer(late), Finished)
         assert pid_of(engine, 1) == survivor
         assert [replica.restarts for replica in engine.replicas] == [1, 0]
@@ -105,9 +105,7 @@ async def test_a_worker_that_does_not_come_back_keeps_no_job(tmp_path: Path) -> 
             assert isinstance(await anext(stream), Started)
         flag.touch()
         await kill_worker(engine, 0)
-        for n, last in enumerate(await asyncio.gather(*map(answer, streams))):
-            assert isinstance(last, Finished)
-            assert last.result.trajectories[0].token_ids == tokens_of(n, 40)
+        assert await asyncio.gather(*map(tokens, streams)) == [tokens_of(n, 40) for n in range(len(streams))]
         assert engine.ready
         assert isinstance(await answer(engine.submit(job("next"))), Finished)
 
@@ -119,15 +117,10 @@ async def test_poison_takes_no_neighbour_along(workers: int) -> None:
         poisons = [engine.submit(job(f"poison-{n}", Do.DIE)) for n in range(2)]
         await until(lambda: restarts(engine) > 0)
         streams |= {n: engine.submit(job(f"job-{n}", steps=5, seed=n)) for n in range(8, 12)}
-        again = await asyncio.gather(*map(answer, poisons))
-        again.append(await answer(engine.submit(job("poison once more", Do.DIE))))  # as a client that retries
-        for last in again:
-            assert isinstance(last, Failed)
-            assert last.kind == "unavailable"
+        poisons.append(engine.submit(job("poison once more", Do.DIE)))  # as a client that retries
+        assert {(await failure(stream)).kind for stream in poisons} == {"unavailable"}
         for n, stream in streams.items():
-            last = await answer(stream)
-            assert isinstance(last, Finished), (n, last)
-            assert last.result.trajectories[0].token_ids == tokens_of(n, 30 if n < 8 else 5)
+            assert await tokens(stream) == tokens_of(n, 30 if n < 8 else 5)
         assert restarts(engine) <= 12  # each at most four
 
 
@@ -139,23 +132,22 @@ async def test_all_workers_killed_at_once_and_one_spare() -> None:
             assert isinstance(await anext(stream), Started)
         for pid in pids(engine):
             os.kill(pid, signal.SIGKILL)
-        for n, last in enumerate(await asyncio.gather(*map(answer, streams))):
-            assert isinstance(last, Finished)
-            assert last.result.trajectories[0].token_ids == tokens_of(n, 30)
+        assert await asyncio.gather(*map(tokens, streams)) == [tokens_of(n, 30) for n in range(len(streams))]
         assert await asyncio.gather(*scoring) == [[4.0]] * 4
         await until(lambda: all(replica.ready for replica in engine.replicas))
         successors = pids(engine)
     assert not any(map(alive, successors))
 
 
-async def test_drain_waits_for_all_workers() -> None:
-    async with running(parallel()) as engine:
-        readers = [asyncio.create_task(answer(engine.submit(job(f"job-{n}", steps=20, step_ms=10)))) for n in range(4)]
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_drain_waits_for_all_workers_even_if_one_dies(workers: int) -> None:
+    async with running(parallel(workers)) as engine:
+        readers = [asyncio.create_task(tokens(engine.submit(job(f"job-{n}", steps=20, step_ms=10)))) for n in range(4)]
         await asyncio.sleep(0)
         draining = asyncio.create_task(engine.drain(20.0))
-        await kill_worker(engine, 1)
+        await kill_worker(engine, workers - 1)
         await draining
-        assert {type(last) for last in await asyncio.gather(*readers)} == {Finished}
+        assert await asyncio.gather(*readers) == [tokens_of(7, 20)] * 4
 
 
 async def test_one_worker_that_cannot_start_ends_the_start_and_leaves_nothing() -> None:

@@ -21,6 +21,7 @@ from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Star
 from tests.front.scripted import (
     answer,
     configured,
+    failure,
     in_flight,
     job,
     kill_worker,
@@ -28,6 +29,7 @@ from tests.front.scripted import (
     restarts,
     running,
     scores,
+    tokens,
     tokens_of,
     until,
 )
@@ -37,10 +39,7 @@ from tests.front.scripted_worker import Do
 async def test_many_jobs_at_once_each_get_their_own_answer() -> None:
     async with running() as engine:
         streams = [engine.submit(job(f"job-{seed}", seed=seed)) for seed in range(100)]
-        answers = await asyncio.gather(*map(answer, streams))
-        for seed, last in enumerate(answers):
-            assert isinstance(last, Finished)
-            assert last.result.trajectories[0].token_ids == tokens_of(seed, 4)
+        assert await asyncio.gather(*map(tokens, streams)) == [tokens_of(seed, 4) for seed in range(100)]
         assert in_flight(engine) == 0
         assert engine.stats.denoising_steps == 400
         assert engine.stats.model_forward_seconds.count == 400
@@ -59,8 +58,7 @@ async def test_events_come_in_order_and_only_when_asked_for() -> None:
 async def test_an_exception_fails_its_batch_and_not_the_worker(do: Do, kind: str) -> None:
     async with running() as engine:
         pid = pid_of(engine)
-        last = await answer(engine.submit(job("bad", do)))
-        assert isinstance(last, Failed)
+        last = await failure(engine.submit(job("bad", do)))
         assert last.kind == kind
         assert "secret" not in last.message
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
@@ -75,8 +73,7 @@ async def test_a_refused_job_says_why() -> None:
 
 async def test_an_answer_too_large_for_a_frame_fails_only_its_job() -> None:
     async with running() as engine:
-        last = await answer(engine.submit(job("large", Do.ANSWER_TOO_MUCH)))
-        assert isinstance(last, Failed)
+        await failure(engine.submit(job("large", Do.ANSWER_TOO_MUCH)))
         assert isinstance(await answer(engine.submit(job("small"))), Finished)
         assert restarts(engine) == 0
 
@@ -178,9 +175,7 @@ async def test_drain_ends_what_outlasts_the_grace_time() -> None:
     async with running() as engine:
         stream = engine.submit(job("endless", steps=4000, step_ms=10))
         await engine.drain(0.05)
-        last = await answer(stream)
-        assert isinstance(last, Failed)
-        assert last.kind == "draining"
+        assert (await failure(stream)).kind == "draining"
 
 
 async def test_an_idle_engine_drains_at_once() -> None:

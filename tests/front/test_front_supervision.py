@@ -32,6 +32,7 @@ from tests.front.scripted import (
     alive,
     answer,
     configured,
+    failure,
     in_flight,
     job,
     kill_worker,
@@ -39,6 +40,7 @@ from tests.front.scripted import (
     pids,
     restarts,
     running,
+    tokens,
     tokens_of,
     until,
 )
@@ -63,9 +65,7 @@ async def test_a_killed_worker_is_replaced_and_nobody_notices() -> None:
             [(position, token)] for position, token in enumerate(tokens_of(7, 40))
         ]
         assert [event.step for event in events if isinstance(event, Canvas)] == list(range(40))
-        last = await answer(other)
-        assert isinstance(last, Finished)
-        assert last.result.trajectories[0].token_ids == tokens_of(8, 40)
+        assert await tokens(other) == tokens_of(8, 40)
         assert engine.ready
         assert restarts(engine) == 1
         assert engine.stats.denoising_steps >= 80 + 11  # the dead worker's share is counted too
@@ -74,17 +74,17 @@ async def test_a_killed_worker_is_replaced_and_nobody_notices() -> None:
 async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None:
     async with running() as engine:
 
-        async def client(number: int) -> str:
+        async def client(number: int) -> bool:
             steps = 5 + number % 20
             last = await answer(engine.submit(job(f"job-{number}", steps=steps, step_ms=4, seed=number)))
             if isinstance(last, Failed):
                 assert last.kind == "unavailable"
-                return "lost twice"
+                return False
             assert isinstance(last, Finished)
             assert last.result.trajectories[0].token_ids == tokens_of(number, steps)
-            return "right"
+            return True
 
-        clients: list[asyncio.Task[str]] = []
+        clients: list[asyncio.Task[bool]] = []
         for turn in range(6):
             news = [asyncio.create_task(client(20 * turn + index)) for index in range(20)]
             clients += news
@@ -93,11 +93,9 @@ async def test_a_worker_killed_again_and_again_under_load_loses_no_job() -> None
             elif turn == 1:  # it dies as soon as it is there, and once while it loads
                 await until(lambda: engine.ready)
             await kill_worker(engine)
-        outcomes = await asyncio.gather(*clients)
+        assert sum(await asyncio.gather(*clients)) >= 117  # each one lost takes two kills for itself
         await until(lambda: engine.ready)
-        assert len(outcomes) == 120
-        assert outcomes.count("right") >= 15
-        assert isinstance(await answer(engine.submit(job("after"))), Finished)
+        await tokens(engine.submit(job("after")))
         assert restarts(engine) == 6
         assert in_flight(engine) == 0
 
@@ -128,15 +126,6 @@ async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
         assert pid_of(engine) != second_spare
         last_spare = await spare_of(engine)
     assert not alive(last_spare)
-
-
-async def test_a_job_that_kills_two_workers_fails_and_the_engine_goes_on() -> None:
-    async with running() as engine:
-        last = await answer(engine.submit(job("poison", Do.DIE)))
-        assert isinstance(last, Failed)
-        assert last.kind == "unavailable"
-        assert isinstance(await answer(engine.submit(job("next"))), Finished)
-        assert restarts(engine) == 2
 
 
 async def test_the_log_names_who_ran_apart_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,9 +167,7 @@ async def test_a_second_run_that_differs_is_an_error_not_a_spliced_text() -> Non
 
 async def test_a_lost_device_fails_its_batch_and_then_needs_a_new_worker() -> None:
     async with running() as engine:
-        last = await answer(engine.submit(job("bad", Do.LOSE_THE_DEVICE)))
-        assert isinstance(last, Failed)
-        assert last.kind == "internal"
+        assert (await failure(engine.submit(job("bad", Do.LOSE_THE_DEVICE)))).kind == "internal"
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
         assert restarts(engine) == 1
 
@@ -195,8 +182,7 @@ async def test_a_bug_in_the_engine_itself_leaves_nobody_waiting(monkeypatch: pyt
             return deliver(pending, event)
 
         monkeypatch.setattr(Pending, "deliver", broken)
-        last = await answer(engine.submit(job("bad")))
-        assert isinstance(last, Failed)
+        await failure(engine.submit(job("bad")))
         await until(lambda: engine.ready)
         assert isinstance(await answer(engine.submit(job("good"))), Finished)
 
@@ -204,9 +190,7 @@ async def test_a_bug_in_the_engine_itself_leaves_nobody_waiting(monkeypatch: pyt
 @pytest.mark.parametrize("do", [Do.HANG, Do.HANG_WITH_THE_LOCK])
 async def test_the_watchdog_turns_a_hang_into_a_restart(do: Do) -> None:
     async with running(configured(watchdog_seconds=0.6)) as engine:
-        last = await answer(engine.submit(job("stuck", do)))
-        assert isinstance(last, Failed)
-        assert last.kind == "unavailable"
+        assert (await failure(engine.submit(job("stuck", do)))).kind == "unavailable"
         assert isinstance(await answer(engine.submit(job("next"))), Finished)
 
 
@@ -237,20 +221,10 @@ async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -
         assert isinstance(await anext(stream), Started)
         flag.touch()
         await kill_worker(engine)
-        last = await answer(stream)
-        assert isinstance(last, Failed)
+        last = await failure(stream)
         assert (last.kind, last.param) == ("deadline", "timeout")
         with pytest.raises(DeadlineExceeded):
             await engine.score("length", [((), "four")], deadline=time.time())
-
-
-async def test_drain_survives_the_death_of_the_worker() -> None:
-    async with running() as engine:
-        reader = asyncio.create_task(answer(engine.submit(job("a", steps=20, step_ms=10))))
-        draining = asyncio.create_task(engine.drain(20.0))
-        await kill_worker(engine)
-        await draining
-        assert isinstance(await reader, Finished)
 
 
 async def test_stop_leaves_no_process_even_if_the_worker_hangs() -> None:
@@ -336,9 +310,7 @@ async def test_restarts_that_fail_back_off_and_refuse_work_until_one_succeeds(tm
         assert isinstance(await anext(stream), Started)
         flag.touch()
         await kill_worker(engine)
-        last = await answer(stream)
-        assert isinstance(last, Failed)
-        assert last.kind == "unavailable"
+        assert (await failure(stream)).kind == "unavailable"
         with pytest.raises(NotReady) as refused:
             engine.submit(job("b"))
         assert refused.value.retry_after is not None
