@@ -118,7 +118,14 @@ class Metrics:
             metric.labels(model_name)
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
-        for reason in ("queue_full", "deadline_exceeded", "not_ready", "draining", "too_many_connections"):
+        for reason in (
+            "queue_full",
+            "deadline_exceeded",
+            "request_timeout",
+            "not_ready",
+            "draining",
+            "too_many_connections",
+        ):
             self.admission_rejections.labels(reason)
 
     def render(self) -> bytes:

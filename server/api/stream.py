@@ -25,7 +25,7 @@ from server.api.generation import events
 from server.errors import ClientGone, RequestError
 from server.text.response import StreamDecoder
 from server.text.tokenizer import Tokenizer
-from server.types import Job, JobResult
+from server.types import JobResult
 from server.wire.messages import Canvas, Event, Finished, Progress
 
 # A failure that shows itself this soon gets its own status; after that the stream begins.
@@ -122,38 +122,6 @@ async def _abandon(pending: asyncio.Future[tuple[int, Event]], sequence: Sequenc
     await sequence.aclose()
 
 
-class _Text:
-    """One choice whose text is sent as it appears."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], job: Job) -> None:
-        self._decoder = StreamDecoder(
-            tokenizer, stop_token_ids, stop=job.sampling.stop, ignore_eos=job.sampling.ignore_eos
-        )
-        self._waiting: dict[int, int] = {}  # revealed, but not connected to the left edge
-        self._next = 0
-        self.characters = 0
-        self.tokens = 0
-
-    def reveal(self, revealed: list[tuple[int, int]]) -> str:
-        """Take what a step revealed; returns the text that is now sure."""
-        self._waiting.update(revealed)
-        run: list[int] = []
-        while self._next in self._waiting:
-            run.append(self._waiting.pop(self._next))
-            self._next += 1
-        if not run:
-            return ""
-        delta = self._decoder.push(run)
-        self.characters += len(delta)
-        if delta:
-            self.tokens = self._next
-        return delta
-
-    def rest(self, text: str) -> str:
-        """What of the final text has not been sent."""
-        return text[self.characters :]
-
-
 class Chunks:
     """Turns events into OpenAI's chunks."""
 
@@ -164,7 +132,7 @@ class Chunks:
         self._results: dict[int, JobResult] = {}
         n = plan.sampling.n
         self._texts = {
-            index * n + choice: _Text(tokenizer, stop_token_ids, job)
+            index * n + choice: StreamDecoder(tokenizer, stop_token_ids, job.sampling.stop, job.sampling.ignore_eos)
             for index, job in enumerate(plan.jobs)
             for choice in range(n)
         }
@@ -200,7 +168,6 @@ class Chunks:
             index = prompt * plan.sampling.n + rank
             text = self._texts[index]
             if rest := text.rest(answer.text):
-                text.characters += len(rest)
                 text.tokens = answer.completion_tokens
                 yield self._text_chunk(index, rest)
             text.tokens = answer.completion_tokens

@@ -6,7 +6,7 @@ string* of the request, whichever comes first in the text. Special tokens are ne
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from server.text.tokenizer import Tokenizer
@@ -51,9 +51,10 @@ def finish_text(
 
 
 class StreamDecoder:
-    """Turns growing runs of token ids into text deltas whose concatenation is `finish_text(...).text`.
+    """Turns what is revealed anywhere on a canvas into text deltas whose concatenation is `finish_text(...).text`.
 
-    A delta never holds half a character, nor characters that may turn out to belong to a stop string.
+    Text is sent up to the first masked position. A delta never holds half a character, nor characters that may turn
+    out to belong to a stop string. `tokens` counts the tokens that what has been sent takes.
     """
 
     def __init__(
@@ -67,24 +68,30 @@ class StreamDecoder:
         self.stop_token_ids = frozenset(stop_token_ids)
         self.stop = tuple(stop)
         self.ignore_eos = ignore_eos
-        self._ids: list[int] = []
-        self._sent = 0
+        self.tokens = 0
+        self._ids: list[int] = []  # from the left edge to the first masked position
+        self._waiting: dict[int, int] = {}  # revealed beyond it
+        self._sent = 0  # characters
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Take the next ids from the left; returns the text that is now sure, often empty."""
-        self._ids += ids
+    def reveal(self, revealed: Iterable[tuple[int, int]]) -> str:
+        """Take (position, token id) pairs; returns the text that is now sure, often empty."""
+        before = len(self._ids)
+        self._waiting.update(revealed)
+        while (token := self._waiting.pop(len(self._ids), None)) is not None:
+            self._ids.append(token)
+        if len(self._ids) == before:
+            return ""
         length = len(self._ids) if self.ignore_eos else _first_stop_token(self._ids, self.stop_token_ids)
         text = self.tokenizer.decode(self._ids[:length])
-        return self._send(text[: self._sure(text)])
+        delta = self.rest(text[: self._sure(text)])
+        if delta:
+            self.tokens = len(self._ids)
+        return delta
 
-    def finish(self) -> str:
-        """The rest of the text; call it once, when no more ids will come."""
-        finished = finish_text(self.tokenizer, self._ids, self.stop_token_ids, self.stop, self.ignore_eos)
-        return self._send(finished.text)
-
-    def _send(self, text: str) -> str:
+    def rest(self, text: str) -> str:
+        """What of `text`, the final one in the end, has not been sent; now it has."""
         delta = text[self._sent :]
-        self._sent = max(self._sent, len(text))
+        self._sent += len(delta)
         return delta
 
     def _sure(self, text: str) -> int:

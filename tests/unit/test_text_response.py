@@ -76,23 +76,28 @@ def test_the_stream_is_the_text(ignore_eos: bool, data: st.DataObject) -> None:
     inside = st.tuples(st.integers(0, len(text)), st.integers(1, 4)).map(lambda at: text[at[0] : sum(at)])
     strings = (st.text(letters + "\ufffd", min_size=1, max_size=4) | inside).filter(bool)
     stop = data.draw(st.lists(strings, max_size=3))
+    order = data.draw(st.permutations(range(len(tokens))) | st.just(range(len(tokens))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
+    whole_text = finish_text(TOKENIZER, tokens, STOPS, stop, ignore_eos).text
     decoder = StreamDecoder(TOKENIZER, STOPS, stop, ignore_eos)
     sent = ""
     for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        sent += decoder.push(tokens[start:end])
-        assert finish_text(TOKENIZER, tokens, STOPS, stop, ignore_eos).text.startswith(sent)
-    assert sent + decoder.finish() == finish_text(TOKENIZER, tokens, STOPS, stop, ignore_eos).text
+        sent += decoder.reveal((position, tokens[position]) for position in order[start:end])
+        assert whole_text.startswith(sent)
+    assert sent + decoder.rest(whole_text) == whole_text
 
 
 def test_the_stream_sends_as_soon_as_it_can() -> None:
     decoder = StreamDecoder(TOKENIZER, STOPS, ["END"])
-    assert decoder.push(ids("hello ")) == "hello "
-    assert decoder.push(ids("E")) == ""
-    assert decoder.push(ids("N")) == ""
-    assert decoder.push(ids("d")) == "ENd"
     first, *rest = ids("😀")
-    assert decoder.push([first]) == ""
-    assert decoder.push(rest) == "😀"
-    assert decoder.push(ids("END more")) == ""
-    assert decoder.finish() == ""
+    steps = [
+        (ids("hello "), "hello "), (ids("E"), ""), (ids("N"), ""), (ids("d"), "ENd"), ([first], ""), (rest, "😀"),
+        (ids("END more"), ""),
+    ]  # fmt: skip
+    position = 0
+    for tokens, delta in steps:
+        assert decoder.reveal(enumerate(tokens, position)) == delta
+        position += len(tokens)
+    assert decoder.tokens == position - len(ids("END more"))
+    assert decoder.reveal([(position + 1, ids("a")[0])]) == ""  # a position before it is masked still
+    assert decoder.rest("hello ENd😀") == ""
