@@ -43,7 +43,8 @@ DEFAULT_CANVAS = 48  # tokens; the corpus' longest answers just fit
 
 
 def save_weights(module: torch.nn.Module, folder: Path) -> int:
-    """model.safetensors in bfloat16. Returns the number of parameters."""
+    """model.safetensors in bfloat16, half the size of what was trained; config.json says that they are meant for
+    float32, so that every processor gives the same tokens. Returns the number of parameters."""
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in module.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
@@ -59,7 +60,7 @@ def save_dlm(model: DreamModel, tokenizer: Tokenizer, folder: Path) -> int:
             "architectures": ["DreamModel"],
             "attention_dropout": 0.0,
             "bos_token_id": eos,
-            "dtype": "bfloat16",
+            "dtype": "float32",
             "eos_token_id": eos,
             "hidden_act": "silu",
             "hidden_size": config.hidden_size,
@@ -114,7 +115,7 @@ def save_reward(model: Qwen3ForSequenceClassification, tokenizer: Tokenizer, fol
         folder / "config.json",
         {
             "architectures": ["Qwen3ForSequenceClassification"],
-            "dtype": "bfloat16",
+            "dtype": "float32",
             "rope_scaling": None,
             "rope_theta": rope.get("rope_theta", 10000.0),
             **{key: config[key] for key in REWARD_KEYS},

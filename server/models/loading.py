@@ -65,9 +65,7 @@ def load_diffusion_model(
     """
     name = checkpoint_name(path_or_id)
     row = known_model(name)
-    if row is not None and revision is None and "@" not in str(path_or_id):
-        revision = row.revision
-    folder = resolve_checkpoint(path_or_id, revision, check_config=family_of, known=known_ids())
+    folder = checkpoint_folder(path_or_id, revision)
     config = read_json(folder / "config.json")
     family = family_of(config)
     generation_file = folder / "generation_config.json"
@@ -97,6 +95,14 @@ def load_diffusion_model(
         dtype=str(dtype).removeprefix("torch."),
     )
     return LoadedDiffusionModel(model, tokenizer, info)
+
+
+def checkpoint_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """Where a diffusion model's checkpoint is; a published one without a revision is pinned as the registry says."""
+    row = known_model(checkpoint_name(path_or_id))
+    if row is not None and revision is None and "@" not in str(path_or_id):
+        revision = row.revision
+    return resolve_checkpoint(path_or_id, revision, check_config=family_of, known=known_ids())
 
 
 def special_ids(config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialIds:

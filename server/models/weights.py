@@ -92,6 +92,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def checkpoint_dtype(folder: Path) -> torch.dtype | None:
+    """The type that config.json gives the weights, else the one that most of them are stored in; None for any that is
+    not loaded. Weights may be stored in fewer bits than they are meant for, as those of the bundled models are."""
+    config = read_json(folder / "config.json")
+    named = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(named, str):
+        return next((dtype for dtype in STORED_DTYPES.values() if str(dtype) == f"torch.{named}"), None)
+    stored = [tensor.dtype for tensor in stored_tensors(folder).values()]
+    return STORED_DTYPES.get(max(set(stored), key=stored.count, default=""))
+
+
 def check_tensors(
     expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], ignored: Iterable[str] = ()
 ) -> None:

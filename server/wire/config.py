@@ -36,11 +36,11 @@ class WorkerSettings:
     ] = None
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32", "float64"],
-        says("weights' type; auto: bfloat16 on a GPU, float32 on a CPU"),
+        says("weights' type; auto: bfloat16 on a GPU, and on a CPU that multiplies it for a model in it; else float32"),
     ] = "auto"
     attention_backend: Annotated[
         Literal["auto", "varlen", "cpp", "sdpa"],
-        says("attention over packed sequences: torch's varlen kernel, our pass in C++, or one product a length"),
+        says("attention over packed sequences: torch's varlen kernel, our pass in C++, or plain, a row at a time"),
     ] = "auto"
     compile: Annotated[bool, says("torch.compile of the diffusion model's blocks; a minute or more at start")] = False
     cuda_graphs: Annotated[

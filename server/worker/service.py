@@ -16,10 +16,12 @@ from transformers.utils import logging as transformers_logging
 
 import kernels
 from kernels.linear import activation_dtype
+from kernels.settings import settings
 from server.budget import Budget
 from server.errors import ConfigurationError, quote
 from server.models.acceleration import Acceleration, accelerate, choose_attention
-from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_diffusion_model
+from server.models.weights import checkpoint_dtype
 from server.rewards.graphs import graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
@@ -67,10 +69,15 @@ def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torc
     return device
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a setting. Raises ConfigurationError for an unknown one."""
+def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
+    """The torch dtype of a setting; `own` is the checkpoint's. Raises ConfigurationError for an unknown one.
+
+    "auto" is bfloat16 on a GPU, and on a CPU where the checkpoint is in it and the processor multiplies such matrices;
+    else float32. No timing has a say, so a server gives the same tokens at every start.
+    """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        natively = device.type == "cuda" or (own == torch.bfloat16 and settings().bfloat16)
+        return torch.bfloat16 if natively else torch.float32
     if name not in DTYPES:
         raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
@@ -103,7 +110,10 @@ def load(config: WorkerConfig) -> LoadedService:
     reward_device = device
     if config.reward_device is not None:
         reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
-    dtype = resolve_dtype(config.dtype, device)
+    own = None
+    if config.dtype == "auto" and device.type == "cpu":
+        own = checkpoint_dtype(checkpoint_folder(config.model))
+    dtype = resolve_dtype(config.dtype, device, own)
     if activation_dtype(dtype, device) != dtype:
         logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)
     savings = Savings.without(config.disable_savings)

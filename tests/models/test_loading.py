@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from server.errors import ConfigurationError
 from server.models.loading import load_diffusion_model, resolve_checkpoint
 from server.models.registry import KNOWN_MODELS
-from server.models.weights import stored_tensors
+from server.models.weights import checkpoint_dtype, stored_tensors
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -89,6 +89,18 @@ def test_every_stored_dtype_comes_out_in_the_wanted_one(dream, stored, wanted):
     assert loaded.model.dtype == wanted
     assert loaded.info.dtype == str(wanted).removeprefix("torch.")
     assert_same(state(loaded.model), {name: tensor.to(stored).to(wanted) for name, tensor in original.items()})
+
+
+def test_a_checkpoints_own_dtype_is_what_its_config_says_else_what_it_is_stored_in(dream):
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in weights(dream).items()}, dream / "model.safetensors")
+    for keys, expected in (
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"dtype": None, "torch_dtype": None}, torch.bfloat16),
+        ({"dtype": "int8"}, None),
+    ):
+        edit(dream / "config.json", **{"dtype": None} | keys)
+        assert checkpoint_dtype(dream) == expected
 
 
 def test_tied_embeddings_are_one_parameter(checkpoint):

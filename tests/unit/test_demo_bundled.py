@@ -54,7 +54,7 @@ def test_the_folders_hold_the_files_of_a_published_checkpoint():
         ours, theirs = (json.loads((place / "config.json").read_text("utf-8")) for place in (folder, published))
         assert ours.keys() >= theirs.keys()
         assert ours["architectures"] == theirs["architectures"]
-        assert ours["dtype"] == "bfloat16"
+        assert ours["dtype"] == "float32"  # what they are meant for; they are stored in half of it
     assert (bundled_model_path() / "model.safetensors").stat().st_size <= 12e6
     assert (MODELS / "README.md").is_file()
 

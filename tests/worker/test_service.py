@@ -69,6 +69,18 @@ def test_automatic_device_and_dtype_fit_each_other() -> None:
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_automatic_dtype_on_a_cpu_follows_the_checkpoint_and_the_processor(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERNELS_BFLOAT16", native)
+    expected = torch.bfloat16 if native == "1" else torch.float32
+    assert resolve_dtype("auto", torch.device("cpu"), torch.bfloat16) == expected
+    for own in (torch.float32, torch.float16, None):
+        assert resolve_dtype("auto", torch.device("cpu"), own) == torch.float32
+    assert resolve_dtype("float32", torch.device("cpu"), torch.bfloat16) == torch.float32
+
+
 def test_memory_that_runs_out_is_recognised_by_what_torch_really_raises() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
