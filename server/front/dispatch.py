@@ -5,7 +5,7 @@ Work goes to the ready worker with the least of it. When a worker dies, what it 
 from outside, or by one of the requests that it was computing (*poison*: a request that crashes whatever runs it). Which
 of the two it was shows only when they run again, so they are *suspects* until they have their answers:
 
-- Requests that the worker had not begun to compute are innocent; any other worker takes them at once.
+- Requests that the worker had not begun to compute are innocent, the first two times; any worker takes them at once.
 - The n that it was computing run again in groups of about sqrt(n). A group has a worker to itself.
 - When a worker dies of a group, the requests of that group run again alone, one after the other.
 - A death while a request is alone counts against it, and the second one convicts it.

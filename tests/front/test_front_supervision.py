@@ -131,7 +131,7 @@ async def test_a_spare_worker_takes_over_and_is_replaced() -> None:
 async def test_the_log_names_who_ran_apart_and_who_killed_twice(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "server.front.engine")
     async with running() as engine:
-        innocent = engine.submit(job("innocent", steps=30, step_ms=10))
+        innocent = engine.submit(job("innocent", steps=100, step_ms=10))
         await anext(innocent)  # it has begun
         assert isinstance(await answer(engine.submit(job("poison", Do.DIE))), Failed)
         assert isinstance(await answer(innocent), Finished)
