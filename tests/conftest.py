@@ -1,9 +1,10 @@
-"""What any test may ask for: a server of its own, and the one that all share."""
+"""What any test may ask for: a server of its own, the one that all share, exact norms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,14 @@ def server(launch: Launch) -> Served:
     served = launch(*golden_flags("dream-tiny", "llada-tiny"), model=None)
     served.wait_ready()
     return served
+
+
+@pytest.fixture
+def exact_qwen3_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3's RMSNorm rounds to float32 even inside a float64 model; finite differences need all the digits."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def forward(self: Any, x: Any) -> Any:
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,18 +10,7 @@ import torch
 
 import kernels
 from kernels import dispatch
-
-
-def golden_trajectories() -> ModuleType:
-    """The neighbouring test module, whose replay is used here (tests are not a package)."""
-    name = "golden_trajectories_for_backends"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("test_golden_trajectories.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+from tests.support.golden import replay
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
@@ -42,7 +27,7 @@ def test_recorded_runs_in_float32(pair32: Any, family: str, backend: str, monkey
 
     monkeypatch.setattr(dispatch, "choose", lambda device, dtype: backend)
     monkeypatch.setattr(kernels, "begin", count)
-    wrong, runs = golden_trajectories().replay(pair32, family)
+    wrong, runs = replay(pair32, family)
     assert not wrong
     assert runs > 20
     assert set(opened) == {backend}

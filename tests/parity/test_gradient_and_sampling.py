@@ -11,7 +11,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import Tensor
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import kernels
 from server.diffusion.schedule import plan
@@ -22,23 +21,13 @@ from server.guidance.steer import steer
 from server.methods import METHODS, gradient_methods
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
-from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams
 from server.wire.messages import Finished
 from server.worker.runner import Runner
+from tests.support.jobs import make_job, run
 
 PROMPT = (Message("user", "Explain the copyright notice."),)
 STEP = plan(1, DiffusionParams(1), GuidanceParams())[0]
-
-
-@pytest.fixture
-def _exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3's RMSNorm rounds to float32 even inside a float64 model; finite differences need all the digits."""
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", forward)
 
 
 class Problem:
@@ -125,7 +114,7 @@ class Problem:
         return (up - down) / (2 * step)
 
 
-@pytest.mark.usefixtures("_exact_norms")
+@pytest.mark.usefixtures("exact_qwen3_norms")
 @pytest.mark.parametrize("method", gradient_methods())
 def test_gradient_agrees_with_finite_differences(pair64: Any, method: str) -> None:
     problem = Problem(pair64, method)
@@ -147,22 +136,11 @@ def test_drawn_tokens_follow_the_exact_distribution(
 ) -> None:
     """One-token canvases, many trajectories: counts against the filtered softmax of the model's logits."""
     tokenizer, info = pair64.loaded.tokenizer, pair64.loaded.info
-    job = Job(
-        id="job",
-        prompt_ids=tuple(tokenizer.render_chat(PROMPT)),
-        sampling=SamplingParams(
-            max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k, n=4000, best_of=4000, seed=11
-        ),
-        diffusion=DiffusionParams(steps=1),
-        guidance=GuidanceParams(),
-    )
-    runner = Runner(pair64.loaded, {})
-    runner.add(job, now=0.0)
-    tokens: list[int] = []
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Finished):
-                tokens = [trajectory.token_ids[0] for trajectory in event.result.trajectories]
+    job = make_job(
+        "job", PROMPT[0].content, tokenizer, max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k,
+        n=4000, best_of=4000, seed=11,
+    )  # fmt: skip
+    tokens = [trajectory.token_ids[0] for trajectory in run(pair64, [job])[job.id].trajectories]
     canvas = torch.tensor([*job.prompt_ids, info.mask_token_id])
     with torch.no_grad():
         logits = pair64.loaded.model.masked_logits(
@@ -184,15 +162,11 @@ def test_drawn_tokens_follow_the_exact_distribution(
 
 def test_a_guided_job_alone_and_in_a_crowd_gives_the_same_tokens(pair64: Any) -> None:
     """Neighbours of other methods, lengths and seeds come and go between steps."""
-    sampling = SamplingParams(max_tokens=7, best_of=2, seed=5)
-    job = Job(
-        id="mine",
-        prompt_ids=tuple(pair64.loaded.tokenizer.render_chat(PROMPT)),
-        conversation=PROMPT,
-        sampling=sampling,
-        diffusion=DiffusionParams(steps=7),
-        guidance=GuidanceParams(method="entrgi", reward_models=(WeightedReward("rm"),), gradient_steps=2),
-    )
+    job = make_job(
+        "mine", PROMPT[0].content, pair64.loaded.tokenizer, max_tokens=7, best_of=2, seed=5, method="entrgi",
+        gradient_steps=2,
+    )  # fmt: skip
+    sampling = job.sampling
 
     def tokens(neighbours: list[tuple[int, Job]]) -> list[tuple[int, ...]]:
         runner = Runner(pair64.loaded, pair64.rewards)

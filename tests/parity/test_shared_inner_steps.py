@@ -13,18 +13,14 @@ import torch
 
 from server.budget import Budget
 from server.types import (
-    DiffusionParams,
-    GuidanceParams,
     Job,
     JobResult,
-    Message,
-    SamplingParams,
     StepTrace,
     WeightedReward,
 )
 from server.worker.runner import Runner
 from server.worker.savings import Savings
-from tests.support.jobs import run
+from tests.support.jobs import make_job, run
 
 # (M, guidance, diffusion, sampling, traced): with and without a walk, methods, two rewards, more updates than Adam's
 # history holds, equal M in different jobs, and nobody's smallest M last.
@@ -47,19 +43,12 @@ KINDS: tuple[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], bool], .
 def make_jobs(pair: Any) -> list[Job]:
     jobs = []
     for index, (steps, guidance, diffusion, sampling, traced) in enumerate(KINDS):
-        conversation = (Message("user", ("Hi", "Tell me about the licence.")[index % 2]),)
-        named = {"method": "entrgi", "reward_models": ("rm",)} | guidance
-        weighted = tuple(WeightedReward(name, 1.0 - i) for i, name in enumerate(named["reward_models"]))
+        values = {"method": "entrgi", "gradient_steps": steps, "seed": 70 + index} | guidance | diffusion | sampling
+        names = values.pop("reward_models", ("rm",))
+        weighted = tuple(WeightedReward(name, 1.0 - i) for i, name in enumerate(names))
+        prompt = ("Hi", "Tell me about the licence.")[index % 2]
         jobs.append(
-            Job(
-                id=f"job-{index}",
-                prompt_ids=tuple(pair.loaded.tokenizer.render_chat(conversation)),
-                conversation=conversation,
-                sampling=SamplingParams(max_tokens=8, seed=70 + index, **sampling),
-                diffusion=DiffusionParams(steps=8, **diffusion),
-                guidance=GuidanceParams(**named | {"reward_models": weighted, "gradient_steps": steps}),
-                trace=traced,
-            )
+            make_job(f"job-{index}", prompt, pair.loaded.tokenizer, reward_models=weighted, trace=traced, **values)
         )
     return jobs
 
