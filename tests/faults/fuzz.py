@@ -81,22 +81,18 @@ async def run(server: Server, requests: int, at_once: int, seed: int, first: int
     idle = await seconds_until_idle(server)
 
     verdict = Verdict("fuzz")
-    growth = {"front": growth_percent(front), "worker": growth_percent(worker)}
     verdict.figures = {
-        "requests": requests,
         "seed": seed,
         "kinds": dict(sorted(fuzz.kinds.items())),
         "outcomes": dict(sorted(fuzz.outcomes.items())),
-        "front_mb": tenths(front),
-        "worker_mb": tenths(worker),
-        "growth_percent": {name: round(percent, 2) for name, percent in growth.items()},
         "failed": fuzz.failed[:20],
     }
     verdict.promise("no case got a wrong answer, or none", not fuzz.failed, fuzz.failed[:3] or requests)
     verdict.bystander("the known request got its answer each time", known)
-    for name, percent in growth.items():
+    for name, samples in (("front", front), ("worker", worker)):
+        percent = growth_percent(samples)
         verdict.promise(f"memory of the {name} process flat within {GROWTH_PERCENT:g}%", percent <= GROWTH_PERCENT,
-                        f"{percent:+.2f}%")  # fmt: skip
+                        f"{percent:+.2f}%: {tenths(samples)}")  # fmt: skip
     return verdict.close(server, idle)
 
 

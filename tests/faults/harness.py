@@ -233,6 +233,11 @@ def percentile(values: Sequence[float], q: float) -> float:
     return ranked[max(math.ceil(q / 100 * len(ranked)) - 1, 0)] if ranked else math.nan
 
 
+def quantiles(values: Sequence[float], *qs: float) -> dict[str, float]:
+    """Percentiles by name."""
+    return {f"p{q:g}": round(percentile(values, q), 3) for q in qs}
+
+
 def growth_percent(samples: Sequence[float], warm_up: float = 0.25, window: float = 0.25) -> float:
     """By how much the median of the last `window` of the samples exceeds that of the `window` after the warm-up (both
     as shares of the whole), in percent. Medians, because single samples catch work in progress."""
@@ -250,7 +255,7 @@ def tenths(values: Sequence[float]) -> list[float]:
 
 
 class Verdict:
-    """Promises and figures, as they are found."""
+    """Promises, with what was seen of each, and the figures that no promise shows."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -270,7 +275,6 @@ class Verdict:
         `idle` seconds, at most ten. Returns the exit status."""
         if server is not None:
             errors = server.errors_logged()
-            self.figures |= {"idle_after_seconds": round(idle, 2), "errors_logged": errors[:5]}
             self.promise("slots are free within 10 s", idle <= 10, f"{idle:.1f} s")
             self.promise("no error logged", not errors, errors[:1])
         table = Table("promise", "seen", "kept", title=self.program)
@@ -279,7 +283,8 @@ class Verdict:
         console = Console(highlight=False, width=140)
         console.print(table)
         broken = [text for text, kept, _ in self._promises if not kept]
-        print(json.dumps({"program": self.program, **self.figures, "broken": broken}))
+        promises = {text: seen for text, _, seen in self._promises}
+        print(json.dumps({"program": self.program, "promises": promises, **self.figures, "broken": broken}))
         return 1 if broken else 0
 
 

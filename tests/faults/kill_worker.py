@@ -26,7 +26,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from tests.faults.harness import Server, Verdict, client, options, percentile, seconds_until_idle, served
+from tests.faults.harness import Server, Verdict, client, options, quantiles, seconds_until_idle, served
 from tests.faults.load import Load, catalogue
 
 READY_SECONDS = 10.0
@@ -120,9 +120,7 @@ def main() -> int:
             kills = await attack(server, load, given.kills, given.gap, given.data_parallel, given.seed)
             return kills, await seconds_until_idle(server)
 
-        started = time.monotonic()
         kills, idle_after = asyncio.run(run())
-        seconds = time.monotonic() - started
         if given.log.name:
             given.log.write_bytes(server.log.read_bytes())
         killed = sum("ended with signal 9" in line for line in server.errors_logged())
@@ -142,15 +140,8 @@ def main() -> int:
     verdict.promise("the server lives and is idle afterwards", alive and idle_after < math.inf, f"{idle_after:.1f} s")
     verdict.figures = {
         "kills": [asdict(kill) for kill in kills],
-        "sent": load.sent,
-        "outcomes": dict(outcomes),
-        "lost": lost,
-        "ready_seconds": {f"p{q}": percentile([kill.server_ready for kill in kills], q) for q in (50, 90, 100)},
-        "latency_seconds": {f"p{q}": percentile(load.latencies, q) for q in (50, 90, 99, 100)},
-        "clients": given.clients,
-        "data_parallel": given.data_parallel,
-        "spare": not given.no_spare,
-        "seconds": seconds,
+        "ready_seconds": quantiles([kill.server_ready for kill in kills], 50, 90, 100),
+        "latency_seconds": quantiles(load.latencies, 50, 90, 99, 100),
     }
     return verdict.close()
 

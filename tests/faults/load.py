@@ -216,8 +216,8 @@ async def ask(http: httpx.AsyncClient, case: Case) -> tuple[str, Any, str]:
     if response.headers["x-request-id"] != name:
         return "another request's answer", response.text, ""
     if response.status_code != 200:
-        error = response.json()["error"]
-        return f"{response.status_code} {error['code']}", error["message"], ""
+        told = response.json()["error"]
+        return f"{response.status_code} {told['code']}", told["message"], ""
     try:
         whole = chunks_of(response.text)[0] if case.stream else response.json()
         return "answer", what_counts(case, response.text), whole.get("id", "")

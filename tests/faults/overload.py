@@ -36,6 +36,7 @@ from tests.faults.harness import (
     chat,
     options,
     percentile,
+    quantiles,
     seconds_until_idle,
     served,
 )
@@ -210,28 +211,11 @@ async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
         "queue": queue,
         "sustainable_per_second": round(rate, 2),
         "offered_per_second": round(sum(traffic.statuses.values()) / (60 * minutes), 2),
-        "answered_per_second": round(served_rate, 2),
-        "statuses": {str(status): count for status, count in sorted(traffic.statuses.items())},
-        "accepted_latency_seconds": {f"p{q}": round(percentile(traffic.latencies, q), 2) for q in (50, 90, 99, 100)},
+        "accepted_latency_seconds": quantiles(traffic.latencies, 50, 90, 99, 100),
         "full_queue_seconds": round(queue / served_rate, 2),
-        "answered_before_the_accepted_p99": before,
-        "generator_late_seconds": {f"p{q}": round(percentile(traffic.lateness, q), 3) for q in (50, 99)},
-        "retry_after_seconds": {
-            f"p{q}": percentile([wait for _, wait in traffic.refusals], q) for q in (0, 50, 99, 100)
-        },
-        "retry_after": {
-            "a_place_came_free_before": round(free_before, 3),
-            "at_most_twice_the_turnover": round(not_too_long, 3),
-            "median_ratio_to_turnover": round(ratio, 2),
-        },
-        "health_seconds": {f"p{q}": round(percentile(health, q), 4) for q in (50, 99, 100)},
-        "crowd": {
-            "clients": len(attempts),
-            "seconds": round(crowd_seconds, 2),
-            "per_second": round(crowd_rate, 2),
-            "mean_attempts": round(statistics.mean(attempts), 2),
-            "most_attempts": max(attempts),
-        },
+        "retry_after_seconds": quantiles([wait for _, wait in traffic.refusals], 0, 50, 99, 100),
+        "health_seconds": quantiles(health, 50, 99, 100),
+        "crowd_seconds": round(crowd_seconds, 2),
     }
     statuses = set(traffic.statuses)
     late = percentile(traffic.lateness, 99)

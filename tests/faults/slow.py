@@ -148,14 +148,6 @@ async def part(
     ends = sorted({str(end) for _, end in outcomes})
     slowest = max(seconds for seconds, _ in outcomes)
     grown = max(memory) - memory[0]
-    verdict.figures[name] = {
-        "clients": clients,
-        "ends": ends,
-        "slowest_seconds": round(slowest, 1),
-        "front_mb_at_most": round(grown, 1),
-        "front_mb_left": round(after.front_mb - before.front_mb, 1),
-        "bystander": bystander.report,
-    }
     kept = slowest < math.inf and {end for _, end in outcomes} <= allowed
     verdict.promise(f"{name}: all cut or served", kept, f"{ends} within {slowest:.1f} s")
     verdict.promise(f"{name}: memory bounded", grown <= memory_mb, f"{grown:+.1f} MB at most")
@@ -184,7 +176,6 @@ async def table(verdict: Verdict, server: Server) -> None:
             if (what := expected(case, reply)) is not None:
                 wrong[case.name] = what
             await bystander.ask(http)
-    verdict.figures["hostile"] = {"requests": bystander.answers, "wrong": wrong}
     verdict.promise("every hostile request got its answer", not wrong, wrong or f"{bystander.answers} requests")
     verdict.bystander("and the next client its own", bystander)
 

@@ -24,7 +24,7 @@ from tests.faults.harness import (
     Verdict,
     growth_percent,
     options,
-    percentile,
+    quantiles,
     seconds_until_idle,
     served,
     tenths,
@@ -84,22 +84,19 @@ async def run(server: Server, minutes: float, users: int, seed: int, samples_fil
         "users": users,
         "outcomes": dict(sorted(load.outcomes.items())),
         "cases": len(load.cases),
-        "latency_seconds": {f"p{q}": round(percentile(load.latencies, q), 3) for q in (50, 99)},
-        "problems": problems,
+        "latency_seconds": quantiles(load.latencies, 50, 99),
     }
     for name in ("front_mb", "worker_mb"):
         values = [getattr(usage, name) for _, usage in samples]
         growth = growth_percent(values)
-        verdict.figures[name] = {"tenths": tenths(values), "growth_percent": round(growth, 2)}
         verdict.promise(f"{name} flat within {GROWTH_PERCENT:g}% after the first quarter", growth <= GROWTH_PERCENT,
                         f"{growth:+.2f}%: {tenths(values)}")  # fmt: skip
     for name in ("front_fds", "worker_fds", "front_threads", "worker_threads"):
         values = [getattr(usage, name) for _, usage in samples]
         # Descriptors of the HTTP process follow its connections; what is left at the end must be no more than at first.
         quarter = max(values[: max(1, len(values) // 4)])
-        verdict.figures[name] = {"first_quarter_max": quarter, "max": max(values), "end": values[-1]}
         verdict.promise(f"{name}: no more at the end than in the first quarter", values[-1] <= quarter,
-                        f"{values[-1]} <= {quarter}")  # fmt: skip
+                        f"{values[-1]} <= {quarter}, {max(values)} at most")  # fmt: skip
     verdict.promise("no answer lost, doubled, mixed up or different", not problems, problems or len(load.requests))
     return verdict.close(server, idle)
 
