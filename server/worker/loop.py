@@ -6,7 +6,8 @@ which models to load. It runs until it is told to stop or the other end closes, 
 parent: the main thread sees the end of file between steps, and the heartbeat thread sees it within a second
 even while a step hangs.
 
-This module imports no torch by itself, so that another service than the real one can be run by `main`.
+This module imports no torch by itself, so that `main` can run another service than the real one: anything with the
+`info`, `runner`, `scorer` and `check_device` of worker/service.LoadedService.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from server import log
 from server.errors import ConfigurationError
 from server.methods import load_plugins
-from server.types import EngineInfo, Job
 from server.wire.channel import WorkerChannel
 from server.wire.config import WorkerConfig
 from server.wire.messages import (
@@ -51,60 +51,16 @@ from server.wire.messages import (
 from server.wire.stats import RunnerStats
 from server.worker.failures import failed
 
+if TYPE_CHECKING:
+    from server.worker.service import LoadedService
+
 logger = logging.getLogger(__name__)
 
 MESSAGE_CHARACTERS = 2000
 SUSPICIOUS = ("internal", "out_of_memory")
 """Kinds of failure for which the device may be to blame."""
 
-
-class Steps(Protocol):
-    """What the loop needs of a Runner and of a Scorer alike. An exception in `step` that can be laid to some requests
-    ends these with a Failed event; one that passes ends the worker."""
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def cancel(self, request_id: str, /) -> bool: ...
-
-    def step(self) -> list[Event]: ...
-
-
-class Runner(Steps, Protocol):
-    """What the loop needs of worker/runner.Runner."""
-
-    @property
-    def stats(self) -> RunnerStats: ...
-
-    def add(self, job: Job, now: float) -> None: ...
-
-    begin: Callable[[str], None]
-    """Called with a job's id before anything is computed for it."""
-
-
-class Scorer(Steps, Protocol):
-    """What the loop needs of worker/scoring.Scorer."""
-
-    def add(self, request: Score) -> None: ...
-
-
-class Service(Protocol):
-    """Loaded models and what runs on them."""
-
-    @property
-    def info(self) -> EngineInfo: ...
-
-    @property
-    def runner(self) -> Runner: ...
-
-    @property
-    def scorer(self) -> Scorer: ...
-
-    def check_device(self) -> None:
-        """Raises when the device can no longer compute (a CUDA context does not survive some errors)."""
-
-
-Load = Callable[[WorkerConfig], Service]
+Load = Callable[[WorkerConfig], "LoadedService"]
 
 
 def import_service() -> None:
@@ -112,7 +68,7 @@ def import_service() -> None:
     importlib.import_module("server.worker.service")
 
 
-def load_service(config: WorkerConfig) -> Service:
+def load_service(config: WorkerConfig) -> LoadedService:
     """The real service: models loaded and warmed up."""
     from server.worker.service import load
 
@@ -122,13 +78,15 @@ def load_service(config: WorkerConfig) -> Service:
 class Loop:
     """Messages in, steps, events out."""
 
-    def __init__(self, channel: WorkerChannel, service: Service) -> None:
+    def __init__(self, channel: WorkerChannel, service: LoadedService) -> None:
         self._channel = channel
         self._service = service
         self._pass_began: float | None = None  # when the present pass did; the heartbeat thread reads it
 
     def run(self) -> None:
-        """Until Shutdown. Raises ChannelClosed when the parent is gone, and whatever breaks the device."""
+        """Until Shutdown. An exception that can be laid to some requests becomes their Failed events in the runner and
+        the scorer; what passes ends the worker: ChannelClosed when the parent is gone, and whatever breaks the device.
+        """
         runner, scorer = self._service.runner, self._service.scorer
         runner.begin = self._begin
         while True:

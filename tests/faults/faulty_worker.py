@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from server.wire.config import WorkerConfig
-from server.worker.loop import Service, load_service, main
+from server.worker.loop import load_service, main
 
 COMMAND = (sys.executable, "-P", "-m", "tests.faults.faulty_worker")
 FAULTY_STEP = 3
@@ -45,7 +45,7 @@ def commit(fault: Fault) -> None:
             time.sleep(3600)
 
 
-def load(config: WorkerConfig) -> Service:
+def load(config: WorkerConfig) -> Any:
     """The real service around a denoiser that looks at the seeds first."""
     service = load_service(config)
     denoiser: Any = service.runner.denoiser  # type: ignore[attr-defined]
