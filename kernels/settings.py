@@ -8,8 +8,8 @@ Four environment variables change a choice, for tests and experiments on any mac
   Unset, its flags tell. Torch computes these products on every processor, only slowly without the instructions.
 * `KERNELS_CPP` says what the C++ passes are compiled for: "native" (this processor; the default), "baseline" (every
   processor of its architecture) or "off" (as if there were no compiler).
-* `KERNELS_FUSED` names the passes, "forward", "update" or both with a comma, that run as one fused kernel on a GPU.
-  Unset, they run as library products and elementwise kernels, which no measurement has beaten yet.
+* `KERNELS_FUSED`, 1 or 0 (the default), says whether an update on a GPU is one fused kernel where it can be, or a
+  library product and an elementwise kernel, which no measurement has beaten yet.
 
 Nothing is ever chosen by a timing: the same machine and environment give the same tokens at every start.
 """
@@ -28,7 +28,7 @@ _KNOWN = {
     "KERNELS_BACKEND": ("", *BACKENDS),
     "KERNELS_BFLOAT16": ("", "0", "1"),
     "KERNELS_CPP": ("", "native", "baseline", "off"),
-    "KERNELS_FUSED": ("", "forward", "update", "forward,update"),
+    "KERNELS_FUSED": ("", "0", "1"),
 }
 
 
@@ -39,7 +39,7 @@ class Settings:
     backend: str | None
     bfloat16: bool  # whether the processor multiplies bfloat16 matrices natively
     cpp: str  # "native", "baseline" or "off"
-    fused: tuple[str, ...]
+    fused: bool
 
     @property
     def plain(self) -> bool:
@@ -59,7 +59,7 @@ def _read(*values: str) -> Settings:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known[1:])}")
     backend, bfloat16, cpp, fused = values
     native = bfloat16 == "1" if bfloat16 else not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
-    return Settings(backend or None, native, cpp or "native", tuple(fused.split(",")) if fused else ())
+    return Settings(backend or None, native, cpp or "native", fused == "1")
 
 
 @functools.cache

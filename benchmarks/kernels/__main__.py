@@ -3,7 +3,7 @@
 python -m benchmarks.kernels                                              # N=128 V=32768 D=256 M=3 float32
 python -m benchmarks.kernels --vocab 151936 --hidden 1024 --repeats 2
 python -m benchmarks.kernels --device cuda --dtype bfloat16 --rows 2048 --vocab 151936 --hidden 2048
-KERNELS_FUSED=forward,update python -m benchmarks.kernels --device cuda   # the fused variants
+KERNELS_FUSED=1 python -m benchmarks.kernels --device cuda                # with the fused update
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _TYPES = {
     **dict.fromkeys(("top_k", "keys", "index", "tokens", "argmax"), "*i64"),
     **dict.fromkeys(("logits", "table", "g"), "*bf16"),
     **dict.fromkeys(("rows", "plane", "vocab", "row_stride", "tile_count", "first", "width", "blocks"), "i32"),
-    **dict.fromkeys(("count", "hidden", "table_stride", "part_width", "part_count", "drawn", "never"), "i32"),
+    **dict.fromkeys(("count", "hidden", "table_stride", "drawn", "never"), "i32"),
     **dict.fromkeys(("m_correction", "v_correction"), "fp32"),
     "greedy": "*u8",
 }  # everything else is a pointer to float32
@@ -69,8 +69,8 @@ class Compiled:
 
 def cases() -> Iterator[Case]:
     """Every kernel in every form in which kernels.gpu.ops launches it."""
-    from kernels.gpu import draw, fused_forward, mix, row_stats, update
-    from kernels.gpu.ops import FORWARD, UPDATE, pieces
+    from kernels.gpu import draw, mix, row_stats, update
+    from kernels.gpu.ops import DEPTH, ROWS, STAGES, WARPS, WIDTH, pieces
 
     for dtype in ("bf16", "fp16", "fp32"):
         constants = {"KIND": 0, "TILE": 128, "TILES": 32}
@@ -103,16 +103,6 @@ def cases() -> Iterator[Case]:
             types=(("out", "*bf16"),),
             quick=heavy,
         )
-        forward = {"BM": FORWARD.rows, "BD": FORWARD.width, "BV": FORWARD.depth}
-        yield Case(
-            fused_forward.fused_forward,
-            f"fused_forward kind {kind}",
-            {"KIND": kind, **forward, "UPCAST": False},
-            FORWARD.warps,
-            FORWARD.stages,
-            tensor_cores=True,
-            quick=heavy,
-        )
         for write in (1, 0 if kind < 2 else 2):
             constants = {"KIND": kind, "WRITE": write}
             yield Case(
@@ -120,13 +110,13 @@ def cases() -> Iterator[Case]:
             )
             if kind == 3:
                 continue
-            blocks = {"BM": UPDATE.rows, "BN": UPDATE.width, "BK": UPDATE.depth, "GROUP": 16, "UPCAST": False}
+            blocks = {"BM": ROWS, "BN": WIDTH, "BK": DEPTH, "GROUP": 16, "UPCAST": False}
             yield Case(
                 update.fused_step,
                 f"fused_step kind {kind} write {write}",
                 {**constants, **blocks, "SUB": pieces(kind, write)},
-                UPDATE.warps,
-                UPDATE.stages,
+                WARPS,
+                STAGES,
                 tensor_cores=True,
                 quick=kind in (0, 2),
             )
@@ -141,9 +131,9 @@ def cases() -> Iterator[Case]:
         update.fused_step,
         "fused_step N=1",
         {"KIND": 0, "WRITE": 0, "UPCAST": False, "plane": 1, "tile_count": 1, "count": 1}
-        | {"BM": UPDATE.rows, "BN": UPDATE.width, "BK": UPDATE.depth, "GROUP": 16, "SUB": pieces(0, 0)},
-        UPDATE.warps,
-        UPDATE.stages,
+        | {"BM": ROWS, "BN": WIDTH, "BK": DEPTH, "GROUP": 16, "SUB": pieces(0, 0)},
+        WARPS,
+        STAGES,
         tensor_cores=True,
     )
 

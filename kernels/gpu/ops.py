@@ -1,13 +1,12 @@
 """The state of a denoising step whose passes are Triton kernels; launches only, no arithmetic and no host sync.
 
-Launches check nothing that the public functions have checked. `kernels.settings` says which variant of the two passes
-with a matrix product runs: the library's product with an elementwise kernel, or one fused kernel.
+Launches check nothing that the public functions have checked. An update is the library's product with an elementwise
+kernel, or (`KERNELS_FUSED`) one fused kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,7 +17,6 @@ from kernels.gpu import draw as draw_kernels
 from kernels.gpu import mix as mix_kernels
 from kernels.gpu import row_stats as row_kernels
 from kernels.gpu import update as update_kernels
-from kernels.gpu.fused_forward import fused_forward
 from kernels.ops import BETA_1, BETA_2, FilteredStats, Mixed, RowParams, RowStats, Term
 from kernels.settings import interpreted, settings
 from kernels.tiled import Rows, TiledState, Tiles
@@ -26,21 +24,9 @@ from kernels.tiled import Rows, TiledState, Tiles
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """How a fused kernel cuts its product: `rows` x `width` results a program, `depth` summed at a time."""
-
-    rows: int
-    width: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# These compile without spills for sm_80, sm_90 and sm_100. The interpreter runs programs one after another: fewer rows.
-UPDATE = Blocks(rows=16 if interpreted() else 128, width=128, depth=64, warps=8, stages=3)
-FORWARD = Blocks(rows=16 if interpreted() else 64, width=64 if interpreted() else 128, depth=16, warps=8, stages=2)
-PROGRAMS = 4 if interpreted() else 264  # what the fused forward splits the vocabulary for: two a multiprocessor
+# How the fused update cuts its product: ROWS x WIDTH results a program, DEPTH summed at a time. It compiles without
+# spills for sm_80, sm_90 and sm_100. The interpreter runs programs one after another, so it takes fewer rows.
+ROWS, WIDTH, DEPTH, WARPS, STAGES = 16 if interpreted() else 128, 128, 64, 8, 3
 
 
 def pieces(kind: int, write: int) -> int:
@@ -52,7 +38,7 @@ class TritonState(TiledState):
     """Tiles of 128 columns, the width of the fused update's block, so that both update variants leave the same sums."""
 
     backend = "triton"
-    tile = UPDATE.width
+    tile = WIDTH
     tile_dtype = torch.float32
     slab_elements = 1 << 25
 
@@ -133,14 +119,11 @@ class TritonState(TiledState):
 
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
         hidden = table.shape[1]
-        if "forward" in settings().fused:
-            product, sums = self._fused_forward(table)
-        else:
-            product = torch.zeros(self.rows, hidden, device=table.device)
-            sums = torch.zeros(self.rows, device=table.device)
-            for start, stop, slab in self._buffers(self._product_dtype(table)):
-                sums += self._write_weights(start, slab)
-                self._accumulate(product, slab, table[start:stop])
+        product = torch.zeros(self.rows, hidden, device=table.device)
+        sums = torch.zeros(self.rows, device=table.device)
+        for start, stop, slab in self._buffers(self._product_dtype(table)):
+            sums += self._write_weights(start, slab)
+            self._accumulate(product, slab, table[start:stop])
         soft, embeds = torch.empty_like(product), torch.empty_like(product)
         block = min(1024, triton.next_power_of_2(hidden))
         mix_kernels.mix[(self.rows, triton.cdiv(hidden, block))](
@@ -148,47 +131,27 @@ class TritonState(TiledState):
         )
         return Mixed(embeds=embeds, soft=soft)
 
-    def _fused_forward(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Unnormalised soft embeddings (N, D) and their normaliser (N,), without (N, V) weights."""
-        hidden = table.shape[1]
-        grid = triton.cdiv(self.rows, FORWARD.rows), triton.cdiv(hidden, FORWARD.width)
-        most = triton.cdiv(self.vocab_size, FORWARD.depth)
-        count = max(1, min(most, PROGRAMS // (grid[0] * grid[1])))
-        width = triton.cdiv(most, count) * FORWARD.depth
-        count = triton.cdiv(self.vocab_size, width)
-        parts = torch.empty(count, self.rows, hidden, device=table.device)
-        sums, maxima = torch.empty(2, self.rows, count, device=table.device)
-        fused_forward[(*grid, count)](
-            *self._source(), self._tau, self._eta, table, parts, sums, maxima,
-            self.rows, hidden, table.stride(0), self.vocab_size, self.logits.stride(0), width, count,
-            KIND=self._kind, BM=FORWARD.rows, BD=FORWARD.width, BV=FORWARD.depth,
-            UPCAST=interpreted(), num_warps=FORWARD.warps, num_stages=FORWARD.stages,
-        )  # fmt: skip
-        delta = torch.where(maxima == -torch.inf, 0.0, maxima - maxima.amax(-1, keepdim=True))
-        scale = (delta / self._tau[:, None]).exp()
-        return (parts * scale.T[:, :, None]).sum(0), (sums * scale).sum(-1)
-
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def _update(self, terms: Sequence[Term]) -> None:
         table = terms[0].table
         fits = len(terms) == 1 and self.trail.phi is None and table.stride(-1) == 1
         fits &= table.dtype != torch.float32 or interpreted()
-        if not fits or "update" not in settings().fused:
+        if not fits or not settings().fused:
             super()._update(terms)
             return
         plan = self._plan()
         g = terms[0].g.to(self.dtype)
         offset = (g * terms[0].soft.to(self.dtype)).sum(-1)
         targets, write = self._targets(plan)
-        update_kernels.fused_step[(triton.cdiv(self.rows, UPDATE.rows) * self._tile_count,)](
+        update_kernels.fused_step[(triton.cdiv(self.rows, ROWS) * self._tile_count,)](
             g.to(table.dtype).contiguous(), table, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
             self._plane, self.rows, table.shape[1], table.stride(0), self.vocab_size, self.logits.stride(0),
             self._tile_count, 1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
-            KIND=self._kind, WRITE=write, BM=UPDATE.rows, BN=UPDATE.width, BK=UPDATE.depth,
+            KIND=self._kind, WRITE=write, BM=ROWS, BN=WIDTH, BK=DEPTH,
             SUB=pieces(self._kind, write), GROUP=16,
-            UPCAST=interpreted(), num_warps=UPDATE.warps, num_stages=UPDATE.stages,
+            UPCAST=interpreted(), num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         self._follow(plan)
 

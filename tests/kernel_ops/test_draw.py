@@ -21,6 +21,12 @@ def parameters(n, v, device, tau=1.0, top_p=1.0, top_k=None, greedy=False, dtype
     )
 
 
+def keys_of(n: int, device: str, seed: int = 0) -> torch.Tensor:
+    position = torch.arange(n, device=device)
+    zero = torch.zeros_like(position)
+    return row_keys(zero + seed, zero, zero, zero, zero, position)
+
+
 def row_of(kind: str, v: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(11)
     if kind == "flat":
@@ -51,22 +57,22 @@ def filtered(row, tau, top_p, top_k, never=None):
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "bf16-tied"])
-@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, None), (0.9, None), (0.6, None), (1.0, 20), (0.8, 15), (0.3, 3)])
-@pytest.mark.parametrize("rank", [None, 0, 2])
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "rank"),
+    [(1.0, None, None), (0.9, None, 0), (0.6, None, None), (1.0, 20, 2), (0.8, 15, 0), (0.3, 3, 1), (1.0, 3, None)],
+)
 def test_distribution(implementation, kind, top_p, top_k, rank):
     """With the token of some rank never drawn, or with none."""
     if implementation.interpreted:
         pytest.skip("too many rows for the interpreter, which compares tokens with the reference instead")
-    v, n, tau = 96, 8000, 0.8
+    v, n, tau = 96, 3000, 0.8
     row = row_of(kind, v)
     never = None if rank is None else int(row.float().sort(descending=True, stable=True).indices[rank])
     expected = filtered(row, tau, top_p, top_k or v, never)
     logits = row.to(implementation.device).expand(n, v).contiguous()
     params = parameters(n, v, implementation.device, tau, top_p, top_k)
     state = kernels.begin(logits, params, backend=implementation.backend)
-    position = torch.arange(n, device=implementation.device)
-    zero = torch.zeros_like(position)
-    tokens = kernels.draw(state, row_keys(zero + 5, zero, zero, zero, zero, position), never=never).cpu()
+    tokens = kernels.draw(state, keys_of(n, implementation.device, 5), never=never).cpu()
     counts = torch.bincount(tokens, minlength=v)
     assert counts[expected == 0].sum() == 0  # nothing outside the nucleus, ever
     likely = expected * n >= 5
@@ -79,7 +85,7 @@ def test_distribution(implementation, kind, top_p, top_k, rank):
 
 
 def test_distribution_over_several_tiles(implementation):
-    """A vocabulary of several tiles, the last of them short: ids are counted in 25 groups."""
+    """A vocabulary of several tiles, the last of them short: ids are counted in groups."""
     if implementation.interpreted:
         pytest.skip("too many rows for the interpreter")
     v, n = 2600, 4000
@@ -87,9 +93,7 @@ def test_distribution_over_several_tiles(implementation):
     row[2500:] += 1.0
     logits = row.to(implementation.device).expand(n, v).contiguous()
     state = kernels.begin(logits, parameters(n, v, implementation.device, 0.7, 0.95), backend=implementation.backend)
-    position = torch.arange(n, device=implementation.device)
-    zero = torch.zeros_like(position)
-    tokens = kernels.draw(state, row_keys(zero + 6, zero, zero, zero, zero, position)).cpu()
+    tokens = kernels.draw(state, keys_of(n, implementation.device, 6)).cpu()
     expected = filtered(row, 0.7, 0.95, v)
     assert (expected[tokens] > 0).all()
     groups = torch.arange(v) // 104
@@ -101,7 +105,7 @@ def test_distribution_over_several_tiles(implementation):
 def test_same_tokens_as_the_reference(implementation, make_case):
     """Every implementation draws the same token for the same key: exactly in float64, and but for a draw within
     rounding of a boundary in float32 (a chance below 1e-4 a row)."""
-    for n, v in [(30, 37), (6, 1500)] if implementation.interpreted else [(300, 37), (300, 1500), (60, 9001)]:
+    for n, v in [(12, 37), (3, 600)] if implementation.interpreted else [(300, 37), (300, 1500), (60, 9001)]:
         for dtype in implementation.dtypes:
             case = make_case(n, v, 2, dtype, implementation.device, seed=n + v)
             state, reference = case.begin(implementation.backend), case.begin("reference")
@@ -135,9 +139,7 @@ def test_a_token_that_is_never_drawn_leaves_the_rule_as_it_is(implementation):
     for top_p, top_k in ((1.0, 5), (0.7, 5), (1.0, 2), (0.5, 1)):
         params = parameters(n, v, implementation.device, 0.7, top_p, top_k)
         state = kernels.begin(row.expand(n, v).to(implementation.device), params, backend=implementation.backend)
-        position = torch.arange(n, device=implementation.device)
-        zero = torch.zeros_like(position)
-        keys = row_keys(zero + 3, zero, zero, zero, zero, position)
+        keys = keys_of(n, implementation.device, 3)
         cumulative = (row.double() / 0.7).softmax(-1).cumsum(-1).tolist()
         for never in range(v):
             accepted = filtered(row, 0.7, top_p, top_k, never) > 0
@@ -152,8 +154,8 @@ def test_a_token_that_is_never_drawn_leaves_the_rule_as_it_is(implementation):
 def test_where_a_token_that_is_never_drawn_is_all_there_is(implementation):
     """The best other token is taken: by greedy rows, where nothing else is kept, where all others are impossible, and
     (among equal ones, by the rule) where the others' mass is too small for a number. Statistics stay as they are."""
-    v = 1100
-    for never, best in ((0, 1), (7, 3), (v - 1, 1050)):
+    v = 140 if implementation.interpreted else 1100
+    for never, best in ((0, 1), (v - 1, v - 50)) if implementation.interpreted else ((0, 1), (7, 3), (v - 1, v - 50)):
         logits = torch.full((5, v), -30.0)
         logits[:, best] = -20.0
         logits[:, min(best + 20, v - 2)] = -20.0  # equal, with a higher id
@@ -166,16 +168,14 @@ def test_where_a_token_that_is_never_drawn_is_all_there_is(implementation):
         params.greedy[0], params.top_k[1], params.top_p[2] = True, 1, 0.9
         state = kernels.begin(logits.to(implementation.device), params, backend=implementation.backend)
         reference = kernels.begin(logits.to(implementation.device), params, backend="reference")
-        position = torch.arange(5, device=implementation.device)
-        zero = torch.zeros_like(position)
-        keys = row_keys(zero + 1, zero, zero, zero, zero, position)
+        keys = keys_of(5, implementation.device, 1)
         tokens = kernels.draw(state, keys, never=never).tolist()
         assert tokens[:4] == [best, best, best, 1 if never == 0 else 0]
         assert tokens[4] in (best, best + 20)
         assert tokens == kernels.draw(reference, keys, never=never).tolist()
         assert kernels.draw(state, keys)[:4].tolist() == [never] * 4
         assert state.stats.argmax.tolist() == [never] * 5
-        assert kernels.filtered_stats(state, zero + never).token_probability[1] == 1
+        assert kernels.filtered_stats(state, torch.full_like(state.stats.argmax, never)).token_probability[1] == 1
 
 
 @pytest.mark.parametrize("never", [-1, 9])
@@ -185,10 +185,10 @@ def test_an_id_that_does_not_exist_cannot_be_ruled_out(make_case, never):
         kernels.draw(case.begin("reference"), case.keys(), never=never)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("top_k", [1, 3])
 def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k):
     """On flat rows two tokens of thousands are kept, so nearly every row spends its 64 rejections."""
-    n, v = (4, 1100) if implementation.interpreted else (200, 3000)
+    n, v = (2, 300) if implementation.interpreted else (200, 3000)
     case = make_case(n, v, 2, torch.float32, implementation.device, seed=30)
     logits = (case.logits * 0.01).float()
     params = parameters(n, v, implementation.device, 0.9, 1.0, top_k)
@@ -201,22 +201,20 @@ def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k
 
 
 def test_equal_values_are_ranked_by_id(implementation):
-    """All values equal: top_k 3 keeps ids 0, 1, 2; top_p 0.4999 of 1030 keeps the 515 lowest (the last one crosses)."""
-    v = 1030
-    n = 6 if implementation.interpreted else 2000
-    position = torch.arange(n, device=implementation.device)
-    zero = torch.zeros_like(position)
-    keys = row_keys(zero, zero, zero, zero, zero, position)
+    """All values equal: top_k 3 keeps ids 0, 1, 2; top_p just below a half keeps the lower half (the last crosses)."""
+    n, v = (3, 300) if implementation.interpreted else (2000, 1030)
+    keys, half = keys_of(n, implementation.device), v // 2
     logits = torch.zeros(n, v, device=implementation.device)
     state = kernels.begin(logits, parameters(n, v, implementation.device, top_k=3), backend=implementation.backend)
     drawn = set(kernels.draw(state, keys).tolist())
     assert drawn <= {0, 1, 2} if implementation.interpreted else drawn == {0, 1, 2}
-    # Not 0.5, which the mass of 515 tokens hits exactly, where rounding would decide.
+    # Not a half, which the mass of the lower half hits exactly, where rounding would decide.
     state = kernels.begin(logits, parameters(n, v, implementation.device, top_p=0.4999), backend=implementation.backend)
-    assert int(kernels.draw(state, keys).max()) <= 514
-    probability = kernels.filtered_stats(state, position * 0 + 514).token_probability
-    torch.testing.assert_close(probability, torch.full_like(probability, 1 / 515))
-    assert (kernels.filtered_stats(state, position * 0 + 515).token_probability == 0).all()
+    assert int(kernels.draw(state, keys).max()) < half
+    last = torch.full((n,), half - 1, device=implementation.device)
+    probability = kernels.filtered_stats(state, last).token_probability
+    torch.testing.assert_close(probability, torch.full_like(probability, 1 / half))
+    assert (kernels.filtered_stats(state, last + 1).token_probability == 0).all()
 
 
 def test_greedy_rows_take_the_argmax(implementation, make_case):
@@ -227,7 +225,7 @@ def test_greedy_rows_take_the_argmax(implementation, make_case):
 
 
 def test_a_row_does_not_depend_on_the_batch(implementation, make_case):
-    case = make_case(6 if implementation.interpreted else 64, 1700, 2, torch.float32, implementation.device, seed=50)
+    case = make_case(5 if implementation.interpreted else 64, 1700, 2, torch.float32, implementation.device, seed=50)
     keys = case.keys()
     together = kernels.draw(case.begin(implementation.backend), keys)
     order = torch.randperm(case.n, generator=torch.Generator().manual_seed(1)).to(case.device)
@@ -249,9 +247,7 @@ def test_rows_that_are_not_numbers_still_give_an_id(implementation):
     logits[1, 7] = torch.nan
     logits = logits.to(implementation.device)
     state = kernels.begin(logits, parameters(3, v, implementation.device, 0.7, 0.9), backend=implementation.backend)
-    position = torch.arange(3, device=implementation.device)
-    zero = torch.zeros_like(position)
-    tokens = kernels.draw(state, row_keys(zero, zero, zero, zero, zero, position))
+    tokens = kernels.draw(state, keys_of(3, implementation.device))
     assert ((tokens >= 0) & (tokens < v)).all()
     assert not torch.isfinite(state.stats.entropy_tau[:2]).any()
     assert torch.isfinite(state.stats.entropy_tau[2])

@@ -59,7 +59,7 @@ def test_a_split_state_goes_on_as_the_whole_would(implementation, make_case):
     """Both parts share the memory of the whole; each gets its own number of updates, in turn with the other's."""
     n, v, d, at = (5, 300, 9, 2) if implementation.interpreted else (20, 1300, 9, 13)
     parts = slice(0, at), slice(at, None)
-    for before in (0, 1, 2, 3):
+    for before in (0, 2) if implementation.interpreted else (0, 1, 2, 3):
         case = make_case(n, v, d, implementation.dtypes[0], implementation.device, seed=65)
         whole, expected = case.begin(implementation.backend, before + 3), case.begin(implementation.backend)
 
