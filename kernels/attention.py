@@ -75,7 +75,7 @@ class Rows:
             row.q_start, row.q_count, row.k_start, row.k_count = q_start, q_count, k_start, k_count
             row.first_piece, row.pieces = first, len(own)
             if min(q_count, k_count) < 0 or k_count + sum(lengths[index] for index in own) < q_count:
-                raise ValueError(f"{q_count} queries for {k_count} keys behind pieces {list(own)}")
+                raise ValueError(f"{q_count} queries for {k_count} keys of its own and pieces {list(own)}")
             q_start, k_start, first = q_start + q_count, k_start + k_count, first + len(own)
 
     def arguments(

@@ -126,10 +126,9 @@ class Guided(ABC):
     def stats(self) -> RowStats:
         """Statistics of the current phi."""
 
-    def phi(self, rows: Tensor | None = None) -> Tensor:
-        """The current phi (n, V) in the compute dtype, of all rows or of `rows` (n,) int64. Do not write to it."""
-        check_rows(rows)
-        return self._phi(rows)
+    @abstractmethod
+    def phi(self) -> Tensor:
+        """The current phi (N, V) in the compute dtype. Do not write to it."""
 
     def split(self, at: int, updates: int | None = None) -> tuple[Guided, Guided]:
         """Two states, of the first `at` rows and of the others, in the memory of this one, which must not be used any
@@ -141,9 +140,6 @@ class Guided(ABC):
     @abstractmethod
     def _part(self, rows: slice) -> Guided:
         """A state of its own with the phi and Adam history of some rows, in the memory of this one."""
-
-    @abstractmethod
-    def _phi(self, rows: Tensor | None) -> Tensor: ...
 
     @abstractmethod
     def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor: ...

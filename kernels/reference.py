@@ -126,17 +126,16 @@ class ReferenceState(Guided):
             chosen._m, chosen._v = self._m[rows], self._v[rows]
         return chosen
 
-    def _phi(self, rows: Tensor | None) -> Tensor:
-        return self._current if rows is None else self._current[rows]
-
-    def _params(self, rows: Tensor | None) -> RowParams:
-        return self.params if rows is None else self.params.select(rows)
+    def phi(self) -> Tensor:
+        return self._current
 
     def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
-        return draw(self._phi(rows), self._params(rows), keys, never)
+        some = slice(None) if rows is None else rows
+        return draw(self._current[some], self.params.select(some), keys, never)
 
     def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
-        return filtered_stats(self._phi(rows), self._params(rows), tokens)
+        some = slice(None) if rows is None else rows
+        return filtered_stats(self._current[some], self.params.select(some), tokens)
 
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
         q = torch.softmax(self._current / self.params.tau[:, None], dim=-1)

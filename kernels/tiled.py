@@ -151,10 +151,8 @@ class TiledState(Guided):
         chosen._refresh()
         return chosen
 
-    def _phi(self, rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return self._compose(lambda tensor: tensor, None)
-        return self._compose(lambda tensor: tensor[rows], rows)
+    def phi(self) -> Tensor:
+        return self._compose(lambda tensor: tensor, None)
 
     def _block(self, index: slice | Tensor, start: int, stop: int) -> Tensor:
         """phi at some rows and the columns start..stop; may be a view of the logits."""

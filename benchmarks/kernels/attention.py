@@ -1,8 +1,8 @@
 """python -m benchmarks.kernels.attention: attention of packed rows, one pass against groups of sdpa.
 
 Two cases of the generated pair's shapes: whole sequences of a diffusion model (both directions, forward only) and rows
-of a reward model behind cached prefixes (causal, forward and gradient). `groups` is how sdpa takes them: one call a
-length, prefixes copied in front of the rows' keys, and a mask. "cpp" is `kernels.attention`; float32 on a CPU.
+of a reward model that continue cached prefixes (causal, forward and gradient). `groups` is how sdpa takes them: one call
+a length, prefixes copied in front of the rows' keys, and a mask. "cpp" is `kernels.attention`; float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Case:
 CASES = (
     Case("sequences of one length", (92,) * 16, 0, 8, 8, 32),
     Case("sequences of all lengths", tuple(range(56, 120, 4)), 0, 8, 8, 32),
-    Case("rows behind a prefix", (64,) * 16, 48, 6, 2, 32),
-    Case("rows of all lengths behind it", tuple(range(32, 96, 4)), 48, 6, 2, 32),
+    Case("rows that continue a prefix", (64,) * 16, 48, 6, 2, 32),
+    Case("rows of all lengths that do", tuple(range(32, 96, 4)), 48, 6, 2, 32),
 )
 
 
@@ -94,7 +94,7 @@ def in_one_pass(case: Case, piece: attention.Piece, q: Tensor, k: Tensor, v: Ten
 
 
 def measure(case: Case, way: Callable[..., Tensor], repeats: int) -> tuple[float, float]:
-    """Seconds of the forward, and of the gradient behind it."""
+    """Seconds of the forward, and of its gradient."""
     tensors, piece, g = inputs(case)
     with torch.no_grad():
         forward = seconds(lambda: way(case, piece, *tensors), tensors[0].device, repeats)
