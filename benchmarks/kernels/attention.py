@@ -1,7 +1,7 @@
 """python -m benchmarks.kernels.attention: attention of packed rows, one pass against groups of sdpa.
 
 Two cases of the generated pair's shapes: whole sequences of a diffusion model (both directions, forward only) and rows
-of a reward model that continue cached prefixes (causal, forward and gradient). `groups` is how sdpa takes them: one call
+of a reward model that continue cached prefixes (causal, forward and gradient). `groups` is sdpa: one call
 a length, prefixes copied in front of the rows' keys, and a mask. "cpp" is `kernels.attention`; float32 on a CPU.
 """
 
