@@ -47,31 +47,25 @@ def checkpoint_name(path_or_id: str | Path) -> str:
 
 def resolve_checkpoint(
     path_or_id: str | Path,
-    revision: str | None = None,
     *,
     check_config: Callable[[Mapping[str, Any]], object] | None = None,
     known: str = "",
 ) -> Path:
     """The local folder of a checkpoint, fetched from the hub unless it is one already.
 
-    `revision` pins a hub model, best by its full commit hash. `check_config` gets the parsed config.json before any
-    weight is fetched and raises to refuse it. `known` lists model names for the message of a wrong one. Raises
-    ConfigurationError.
+    `check_config` gets the parsed config.json before any weight is fetched and raises to refuse it. `known` lists model
+    names for the message of a wrong one. Raises ConfigurationError.
     """
     folder = _local_folder(path_or_id)
     if folder is not None:
-        if revision is not None:
-            raise ConfigurationError(f"revision {quote(revision)} has no effect on a local folder")
         return folder
     match = _HUB_ID.fullmatch(str(path_or_id))
     hint = f"; known models: {known}" if known else ""
     if match is None:
         raise ConfigurationError(f"{quote(str(path_or_id))} is neither a folder nor a hub id (owner/name){hint}")
     repository, pinned = match.groups()
-    if revision is not None and pinned not in (None, revision):
-        raise ConfigurationError(f"revision {quote(revision)} contradicts {quote(str(path_or_id))}")
     try:
-        snapshot = _fetch(repository, revision or pinned, ("config.json",))
+        snapshot = _fetch(repository, pinned, ("config.json",))
         if check_config is not None:
             check_config(read_json(snapshot / "config.json"))
         # By commit hash, so that both fetches see the same commit.

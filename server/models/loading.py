@@ -29,8 +29,6 @@ from server.models.weights import load_weights
 from server.text.tokenizer import Tokenizer
 from server.types import ModelInfo
 
-__all__ = ["LoadedDiffusionModel", "SpecialIds", "load_diffusion_model", "resolve_checkpoint", "special_ids"]
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedDiffusionModel:
@@ -54,18 +52,17 @@ class SpecialIds:
 def load_diffusion_model(
     path_or_id: str | Path,
     *,
-    revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoadedDiffusionModel:
     """Load a checkpoint of a family in the registry from a local folder or the hub, with its weights frozen.
 
-    `revision` pins a hub model (as does `owner/name@revision`). Weights are stored in bfloat16, float16, float32 or
-    float64 and come out in `dtype` on `device`. Raises ConfigurationError, which names the key, file or tensors.
+    `owner/name@revision` pins a hub model. Weights are stored in bfloat16, float16, float32 or float64 and come out in
+    `dtype` on `device`. Raises ConfigurationError, which names the key, file or tensors.
     """
     name = checkpoint_name(path_or_id)
     row = known_model(name)
-    folder = checkpoint_folder(path_or_id, revision)
+    folder = checkpoint_folder(path_or_id)
     config = read_json(folder / "config.json")
     family = family_of(config)
     generation_file = folder / "generation_config.json"
@@ -97,12 +94,9 @@ def load_diffusion_model(
     return LoadedDiffusionModel(model, tokenizer, info)
 
 
-def checkpoint_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """Where a diffusion model's checkpoint is; a published one without a revision is pinned as the registry says."""
-    row = known_model(checkpoint_name(path_or_id))
-    if row is not None and revision is None and "@" not in str(path_or_id):
-        revision = row.revision
-    return resolve_checkpoint(path_or_id, revision, check_config=family_of, known=known_ids())
+def checkpoint_folder(path_or_id: str | Path) -> Path:
+    """Where a diffusion model's checkpoint is, fetched if need be. Raises ConfigurationError."""
+    return resolve_checkpoint(path_or_id, check_config=family_of, known=known_ids())
 
 
 def special_ids(config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialIds:

@@ -23,11 +23,10 @@ END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>")
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A published model. `revision` None follows the hub's main branch; `max_tokens` is its default canvas."""
+    """A published model. `max_tokens` is its default canvas."""
 
     id: str
     family: str
-    revision: str | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import varlen
+from kernels.linear import activation_dtype
 from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
@@ -72,6 +73,8 @@ class RewardModel:
         self.device: torch.device = self._embed.weight.device
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
+        own: torch.dtype = self._embed.weight.dtype
+        self.activation_dtype = activation_dtype(own, self.device) if self.written_out else own
         where = self.device, self.activation_dtype, self.shape.head_size
         self.attention_backend = varlen.choose("auto", *where)
         self.graphed_passes: Passes | None = None
@@ -82,11 +85,6 @@ class RewardModel:
         self.table = self.own_embeddings(ids.clamp_min(0)).masked_fill_(unknown, 0.0).to(table_device or self.device)
         padding = ids == self.pad_token_id if self.pad_token_id is not None else torch.zeros_like(ids, dtype=torch.bool)
         self.padding, self.padding_on_host = padding.to(self.table.device), padding.numpy()
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What it computes in: the weights' dtype, or float32 where the device has no instructions for that."""
-        return self._trunk.activation_dtype
 
     @property
     def written_out(self) -> bool:

@@ -58,11 +58,6 @@ class Trunk:
             block.mlp.stack()
         self._rotary = base.rotary_emb
 
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What states are in."""
-        return self._decoder.activation_dtype
-
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""
         attention = partial(attend, layout, backend=backend)
@@ -88,12 +83,6 @@ class Wrapped:
 
     def __init__(self, base: Any) -> None:
         self._base = base
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What states are in."""
-        dtype: torch.dtype = self._base.get_input_embeddings().weight.dtype
-        return dtype
 
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""

@@ -24,13 +24,12 @@ VocabFallback = Literal["unk", "zero"]
 class VocabMap:
     """For each of V diffusion ids the reward id of the same string, or the fallback.
 
-    `ids[i]` is a reward id; where `known[i]` is False it is the fallback's: the reward tokenizer's unknown token, else
-    its EOS, or -1 for a zero vector (`zero`). `coverage` is the share of the diffusion tokenizer's tokens that the
-    reward vocabulary knows (rows past the tokenizer's end, which pad the logits, do not count).
+    The fallback is the reward tokenizer's unknown token, else its EOS, or -1 for a zero vector (`zero`). `coverage` is
+    the share of the diffusion tokenizer's tokens that the reward vocabulary knows (rows past the tokenizer's end, which
+    pad the logits, do not count).
     """
 
     ids: tuple[int, ...]
-    known: tuple[bool, ...]
     coverage: float
 
 
@@ -60,23 +59,19 @@ def map_vocabulary(
         raise ConfigurationError(
             f"the diffusion tokenizer has id {last}, past the {diffusion_vocab_size} rows of the model's vocab_size"
         )
-    ids = [fallback_id] * diffusion_vocab_size
-    known = [False] * diffusion_vocab_size
     vocabulary = reward.vocab()
+    ids = [fallback_id] * diffusion_vocab_size
     for string, index in entries.items():
-        reward_id = vocabulary.get(string)
-        if reward_id is not None:
-            ids[index] = reward_id
-            known[index] = True
-    coverage = sum(known) / max(len(entries), 1)
-    missing = [string for string, index in entries.items() if not known[index]]
+        ids[index] = vocabulary.get(string, fallback_id)
+    missing = [string for string in entries if string not in vocabulary]
+    coverage = 1 - len(missing) / max(len(entries), 1)
     logger.info(
         "reward model %s knows %d of %d tokens of the diffusion vocabulary (%.2f%%); the others, %s..., read as %s",
         name,
-        sum(known),
+        len(entries) - len(missing),
         len(entries),
         100 * coverage,
         missing[:5],
         "a zero vector" if fallback_id < 0 else repr(reward.token_string(fallback_id)),
     )
-    return VocabMap(tuple(ids), tuple(known), coverage)
+    return VocabMap(tuple(ids), coverage)

@@ -12,7 +12,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from server.errors import ConfigurationError
-from server.models.loading import load_diffusion_model, resolve_checkpoint
+from server.hub import resolve_checkpoint
+from server.models.loading import load_diffusion_model
 from server.models.registry import KNOWN_MODELS
 from server.models.weights import checkpoint_dtype, stored_tensors
 
@@ -350,11 +351,6 @@ def test_a_wrong_name_is_refused_with_the_list(name):
     assert all(model.id in caught.value.message for model in KNOWN_MODELS)
 
 
-def test_a_revision_of_a_local_folder_is_refused(dream):
-    with pytest.raises(ConfigurationError, match="revision 'main' has no effect"):
-        load_diffusion_model(dream, revision="main")
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub cache, offline, with two commits of owner/tiny; `main` is the second."""
@@ -378,11 +374,8 @@ def test_a_hub_id_without_a_revision_is_the_main_branch(hub):
 
 def test_a_hub_id_can_be_pinned(hub):
     pinned = "1" * 40
-    assert resolve_checkpoint("owner/tiny", pinned) == hub / pinned
     assert resolve_checkpoint(f"owner/tiny@{pinned}") == hub / pinned
     assert load_diffusion_model(f"owner/tiny@{pinned}").info.id == "owner/tiny"
-    with pytest.raises(ConfigurationError, match="contradicts"):
-        resolve_checkpoint(f"owner/tiny@{pinned}", "main")
 
 
 def test_a_hub_model_of_another_kind_is_refused_by_its_config(hub):
