@@ -1,5 +1,5 @@
-"""Attention over packed sequences of different lengths in one kernel: torch's own on a GPU ("varlen"), ours on a CPU
-("cpp", `kernels.attention`).
+"""Attention over packed sequences of different lengths in one kernel: torch's own on a GPU ("varlen"). What plays its
+part on a CPU ("cpp") is `kernels.attention`.
 
 Sequence i has the queries cu_q[i]:cu_q[i + 1] and the keys cu_k[i]:cu_k[i + 1]. With `causal` its last query sees all
 of its keys, the one before all but the last, and so on (aligned at the bottom right), which is what rows that continue
@@ -97,16 +97,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, s
     return out if isinstance(out, Tensor) else out[0]
 
 
-def _cpp(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
-    rows = attention.Rows(spans.cu_q.diff().tolist(), spans.cu_k.diff().tolist())
-    return attention.attend(q, k, v, rows, causal=causal, scale=scale)
-
-
-_IMPLEMENTATIONS: dict[str, Attention] = {
-    "varlen": _torch_varlen,
-    "cpp": _cpp,
-    "reference": reference,
-}
+_IMPLEMENTATIONS: dict[str, Attention] = {"varlen": _torch_varlen, "reference": reference}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:

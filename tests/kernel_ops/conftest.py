@@ -25,6 +25,7 @@ SMALL_SHAPES = [(3, 37, 3), (2, 1031, 17)]
 class Implementation:
     backend: str
     device: str
+    target: str = "native"  # of C++
 
     @property
     def interpreted(self) -> bool:
@@ -48,6 +49,7 @@ def _implementations() -> list[object]:
     found = [pytest.param(Implementation("torch", "cpu"), id="torch-cpu")]
     if "cpp" in kernels.available_backends():
         found.append(pytest.param(Implementation("cpp", "cpu"), id="cpp-cpu"))
+        found.append(pytest.param(Implementation("cpp", "cpu", "baseline"), id="cpp-baseline"))
     if torch.cuda.is_available():
         found += [
             pytest.param(Implementation(backend, "cuda"), id=f"{backend}-cuda", marks=pytest.mark.gpu)
@@ -57,8 +59,9 @@ def _implementations() -> list[object]:
 
 
 @pytest.fixture(params=_implementations())
-def implementation(request: pytest.FixtureRequest) -> Implementation:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Implementation:
     found: Implementation = request.param
+    monkeypatch.setenv("KERNELS_CPP", found.target)
     return found
 
 

@@ -137,6 +137,22 @@ def test_products_with_a_bfloat16_table_cost_its_rounding_and_no_more(make_case,
     assert not moved["0", 1].equal(moved["1", 1])
 
 
+def test_the_number_of_threads_changes_nothing(make_case):
+    """Of what C++ computes by itself; a library's products may be summed in another order."""
+    if "cpp" not in kernels.available_backends():
+        pytest.skip("no C++ compiler")
+    case, threads, results = make_case(9, 3001, 3, torch.float32, "cpu", seed=72), torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            state = case.begin("cpp")
+            tokens = kernels.draw(state, case.keys(), never=7)
+            results.append([state.stats.entropy_tau, tokens, kernels.filtered_stats(state, tokens).neg_entropy])
+        finally:
+            torch.set_num_threads(threads)
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
 def test_three_updates_hold_at_most_three_tensors(make_case):
     """Memory beyond the logits, in torch's allocator: Adam's state is two kept gradients, the rest is slabs."""
     from benchmarks.kernels import compare, measure
