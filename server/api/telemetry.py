@@ -19,6 +19,7 @@ from opentelemetry.trace import NoOpTracer, Span, SpanKind, Status, StatusCode, 
 
 from server import __version__
 from server.api.convert import Plan
+from server.api.middleware import QUIET_PATHS
 from server.errors import ConfigurationError
 from server.log import request_id
 from server.types import Job, JobResult
@@ -31,7 +32,6 @@ PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_
 PROTOCOL = "http/protobuf"
 SERVICE = "entrgi-server"
 LAST_SPANS_SECONDS = 3.0
-PROBES = ("/health", "/ready", "/ping", "/metrics")
 Attributes = dict[str, str | bool | int | float | list[str]]
 
 
@@ -74,7 +74,7 @@ def send_last_spans(provider: SdkTracerProvider) -> None:
 
 def fastapi_config(provider: TracerProvider | None, root_path: str) -> TelemetryConfig:
     """FastAPI's own telemetry: spans of requests other than probes, and nothing else."""
-    probes = frozenset({*PROBES, *(root_path + path for path in PROBES)})
+    probes = frozenset(prefix + path for prefix in {"", root_path} for path in QUIET_PATHS)
     exclude: Callable[[MutableMapping[str, Any]], bool] = lambda scope: scope["path"] in probes  # noqa: E731
     return {
         "tracing": provider is not None,
