@@ -22,7 +22,7 @@ def start_probe(**environment: str) -> subprocess.Popen:
     """A fresh Python that prints which backend it chose."""
     return subprocess.Popen(
         [sys.executable, "-c", PROBE],
-        env={**os.environ, **environment},
+        env={**os.environ, "KERNELS_CPP": "native", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
