@@ -50,7 +50,6 @@ CASES: dict[str, dict[str, Any]] = {
     "none": {"n": 2, "best_of": 2},
     "none, scored, greedy": {"temperature": 0.0, "reward_models": ONE},
     "bon": {"method": "bon", "reward_models": ONE, "best_of": 3},
-    **{method: gradient(method, top_p=0.8) for method in gradient_methods()},
     "entrgi, M = 3, eta 1": gradient("entrgi", gradient_steps=3, eta=1.0, best_of=1),
     "entrgi, M = 0": gradient("entrgi", gradient_steps=0),
     "entrgi, greedy": gradient("entrgi", temperature=0.0, best_of=1),
@@ -87,6 +86,8 @@ CASES: dict[str, dict[str, Any]] = {
     "entrgi, threshold, guided confidence": gradient("entrgi", **adaptive("threshold", confidence="guided")),
     "entrgi, threshold, blocks": gradient("entrgi", **adaptive("threshold", block_length=5, schedule="even")),
     "entrgi, threshold, no EOS rule": gradient("entrgi", **adaptive("threshold", deprioritize_eos=False)),
+    # Last, so that another method changes no other case's seed.
+    **{method: gradient(method, top_p=0.8) for method in gradient_methods()},
 }
 
 
