@@ -31,7 +31,7 @@ def run(scorer: Scorer) -> tuple[dict[str, Event], int]:
         steps += 1
         for event in scorer.step():
             assert isinstance(event, Scored | Failed)
-            identity = event.id if isinstance(event, Scored) else event.job_id
+            identity = event.job_id
             assert identity not in answers
             answers[identity] = event
     return answers, steps
