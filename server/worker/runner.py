@@ -13,18 +13,16 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from server.budget import Budget, Cost
+from server.budget import Budget
 from server.diffusion.schedule import Step
-from server.errors import InvalidRequest, quote
-from server.guidance.prefixes import RewardContext
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
-from server.text.template import split_at_response
 from server.types import Job
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
 from server.wire.stats import RunnerStats
 from server.worker.answer import answer
 from server.worker.book import Book, Entry
+from server.worker.demand import Demand
 from server.worker.failures import Attempt, failed, is_out_of_memory, out_of_memory
 from server.worker.reveal import Decision
 from server.worker.savings import Savings
@@ -52,6 +50,7 @@ class Runner:
         self.book = Book(budget or Budget(), largest)
         self.savings = savings or Savings()
         self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget)
+        self.demand = Demand(loaded.info, self.reward_models, self.savings)
         self.clock = clock
         self.begin: Callable[[str], None] = lambda job_id: None
 
@@ -69,7 +68,7 @@ class Runner:
 
     def add(self, job: Job, now: float) -> None:
         """Queue a job. Raises InvalidRequest for one that can never run."""
-        self.book.add(job, self._cost(job), now)
+        self.book.add(job, self.demand.cost(job), now)
 
     def cancel(self, job_id: str) -> bool:
         """Forget a job before the next denoising step; no event follows. Returns whether it was known."""
@@ -109,9 +108,9 @@ class Runner:
         with self._alone(entry, events):
             if entry.started_at is None:
                 with self._attempt() as attempt:
-                    entry.contexts = self._contexts(job)
+                    entry.contexts = self.demand.contexts(job)
                 if attempt.ran_out:
-                    entry.contexts = self._contexts(job)
+                    entry.contexts = self.demand.contexts(job)
                 entry.started_at = self.clock()
                 events.append(Started(job.id))
             entry.running[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id, entry.contexts)
@@ -195,46 +194,3 @@ class Runner:
 
     def _next_step(self, trajectory: Trajectory) -> Step | None:
         return trajectory.next_step(skip_empty=self.savings.skip_empty_steps)
-
-    def _cost(self, job: Job) -> Cost:
-        """What a trajectory of the job takes. Refuses what could only fail later: a reward model that is not loaded, a
-        conversation too long for it."""
-        canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
-        if canvas > self.loaded.info.context_length:
-            raise InvalidRequest(
-                f"prompt, suffix and max_tokens take {canvas} tokens; the context is {self.loaded.info.context_length}",
-                param="max_tokens",
-            )
-        passed = cached = 0
-        for weighted in job.guidance.reward_models:
-            model = self.reward_models.get(weighted.model)
-            if model is None:
-                names = ", ".join(sorted(self.reward_models)) or "none"
-                message = f"reward model {quote(weighted.model)} is not loaded; loaded: {names}"
-                raise InvalidRequest(message, param="guidance.reward_model")
-            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
-            tokens = len(before) + job.sampling.max_tokens + len(after)
-            if tokens > model.info.context_length:
-                raise InvalidRequest(
-                    f"conversation and response take {tokens} tokens; the context of reward model "
-                    f"{weighted.model!r} is {model.info.context_length}",
-                    param="messages",
-                )
-            kept = len(before) if self.savings.reward_prefix_cache else 0
-            passed = max(passed, self.denoiser.reward_tokens(weighted.model, tokens - kept, kept))
-            cached += kept
-        grows = self.denoiser.inner_steps.grows
-        grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
-        return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)
-
-    def _contexts(self, job: Job) -> dict[str, RewardContext]:
-        """Reward prefixes of a job, computed once for all its trajectories and steps. Only the gradient needs them."""
-        contexts: dict[str, RewardContext] = {}
-        if not job.guidance.uses_gradient or job.guidance.gradient_steps == 0:
-            return contexts
-        for weighted in job.guidance.reward_models:
-            model = self.reward_models[weighted.model]
-            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
-            cached = self.savings.reward_prefix_cache
-            contexts[weighted.model] = RewardContext.of(model, before, after, cached=cached)
-        return contexts

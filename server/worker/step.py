@@ -167,13 +167,8 @@ class Denoiser:
         for weighted in trajectory.job.guidance.reward_models:
             context = trajectory.contexts[weighted.model]
             own = len(context.lead_ids) + len(trajectory.tokens) + len(context.suffix_ids)
-            most = max(most, self.reward_tokens(weighted.model, own, context.prefix.length))
+            most = max(most, own + math.ceil(context.prefix.length * self._cached_share[weighted.model]))
         return rows, most
-
-    def reward_tokens(self, name: str, own: int, cached: int) -> int:
-        """What so many tokens of a trajectory's own, after so many cached ones, take of the limit for a reward model's
-        pass."""
-        return own + math.ceil(cached * self._cached_share[name])
 
     def _count(self, decisions: Sequence[Decision]) -> None:
         stats, spent, timings = self.stats, self._spent, self.inner_steps.timings

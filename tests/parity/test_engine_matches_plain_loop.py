@@ -200,7 +200,7 @@ class Shaken:
 
 def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int, before: list[int]) -> tuple[Any, ...]:
     """What one step reveals from a given canvas, `taken` steps into the run."""
-    contexts = Runner(pair.loaded, pair.rewards)._contexts(job)
+    contexts = Runner(pair.loaded, pair.rewards).demand.contexts(job)
     trajectory = Trajectory.start(job, index, pair.loaded.info.mask_token_id, contexts)
     for position, token in enumerate(before):
         if token >= 0:

@@ -1,0 +1,67 @@
+"""What a job asks of the models before its first step: whether it can run at all, what each of its trajectories takes
+of the budgets, and what its reward models read around the response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from server.budget import Cost
+from server.errors import InvalidRequest, quote
+from server.guidance.prefixes import RewardContext
+from server.rewards.reward_model import RewardModel
+from server.text.template import split_at_response
+from server.types import Job, ModelInfo
+from server.worker.memory import cached_share
+from server.worker.savings import Savings
+
+
+class Demand:
+    """Of any job, with these models."""
+
+    def __init__(self, info: ModelInfo, reward_models: Mapping[str, RewardModel], savings: Savings) -> None:
+        self.info, self.reward_models, self.savings = info, reward_models, savings
+
+    def cost(self, job: Job) -> Cost:
+        """What a trajectory of the job takes. Raises InvalidRequest for what could only fail later: a reward model that
+        is not loaded, a prompt or a conversation too long for its model."""
+        canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
+        if canvas > self.info.context_length:
+            raise InvalidRequest(
+                f"prompt, suffix and max_tokens take {canvas} tokens; the context is {self.info.context_length}",
+                param="max_tokens",
+            )
+        passed = cached = 0
+        for weighted in job.guidance.reward_models:
+            model = self.reward_models.get(weighted.model)
+            if model is None:
+                names = ", ".join(sorted(self.reward_models)) or "none"
+                message = f"reward model {quote(weighted.model)} is not loaded; loaded: {names}"
+                raise InvalidRequest(message, param="guidance.reward_model")
+            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            tokens = len(before) + job.sampling.max_tokens + len(after)
+            if tokens > model.info.context_length:
+                raise InvalidRequest(
+                    f"conversation and response take {tokens} tokens; the context of reward model "
+                    f"{weighted.model!r} is {model.info.context_length}",
+                    param="messages",
+                )
+            kept = len(before) if self.savings.reward_prefix_cache else 0
+            passed = max(passed, tokens - kept + math.ceil(kept * cached_share(model)))
+            cached += kept
+        grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
+        grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
+        return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)
+
+    def contexts(self, job: Job) -> dict[str, RewardContext]:
+        """What each reward model reads around the response of a guided job, by name; the conversation's keys and values
+        are computed here, once for all trajectories and steps."""
+        contexts: dict[str, RewardContext] = {}
+        if not job.guidance.uses_gradient or job.guidance.gradient_steps == 0:
+            return contexts
+        for weighted in job.guidance.reward_models:
+            model = self.reward_models[weighted.model]
+            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            cached = self.savings.reward_prefix_cache
+            contexts[weighted.model] = RewardContext.of(model, before, after, cached=cached)
+        return contexts
