@@ -29,9 +29,6 @@ class Part(Attempt, Generic[T]):
         self.items = items
         self._again = again
 
-    def __enter__(self) -> Part[T]:
-        return self
-
     @property
     def lost(self) -> bool:
         """Whether these items are given up."""

@@ -8,7 +8,7 @@ is drawn from (point 5).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,12 +26,8 @@ from server.worker.pack import Member
 from server.worker.trajectory import BoolArray, FloatArray, IntArray, Trajectory
 
 
-def _nothing() -> IntArray:
+def _nothing() -> Any:
     return np.zeros(0, dtype=np.int64)
-
-
-def _no_numbers() -> FloatArray:
-    return np.zeros(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class Decision:
     chosen: IntArray = field(default_factory=_nothing)
     tokens: IntArray = field(default_factory=_nothing)
     positions: IntArray = field(default_factory=_nothing)
-    entropy: FloatArray = field(default_factory=_no_numbers)
+    entropy: FloatArray = field(default_factory=_nothing)
     mean_w: float | None = None
     rewards: tuple[float, ...] = ()
     failure: Literal["", "not_finite", "out_of_memory"] = ""

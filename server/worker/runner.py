@@ -107,7 +107,7 @@ class Runner:
             self.begin(job.id)
         with self._alone(entry, events):
             if entry.started_at is None:
-                with self._attempt() as attempt:
+                with Attempt(self.denoiser.ran_out) as attempt:
                     entry.contexts = self.demand.contexts(job)
                 if attempt.ran_out:
                     entry.contexts = self.demand.contexts(job)
@@ -169,7 +169,7 @@ class Runner:
                 entry.finished[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id)
         if len(entry.finished) < job.sampling.best_of:
             return
-        with self._attempt() as attempt:
+        with Attempt(self.denoiser.ran_out) as attempt:
             result = answer(entry, self.loaded, self.reward_models, self.clock())
         if attempt.ran_out:
             result = answer(entry, self.loaded, self.reward_models, self.clock(), one_by_one=True)
@@ -188,9 +188,6 @@ class Runner:
             events += failed([entry.job.id], error)
             if is_out_of_memory(error):
                 self.denoiser.ran_out()
-
-    def _attempt(self) -> Attempt:
-        return Attempt(self.denoiser.ran_out)
 
     def _next_step(self, trajectory: Trajectory) -> Step | None:
         return trajectory.next_step(skip_empty=self.savings.skip_empty_steps)
