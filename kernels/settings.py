@@ -47,13 +47,20 @@ class Settings:
         return self.backend in ("reference", "torch")
 
 
+_current: Settings | None = None
+
+
 def settings() -> Settings:
-    """Reads the environment anew; ValueError names the variable that holds something unknown."""
-    return _read(*(os.environ.get(name, "") for name in _KNOWN))
+    """As the environment was at the first call: every pass asks, some thousand times a denoising step, so it is read
+    once. Tests change it with `tests.support.kernels`. ValueError names the variable that holds something unknown."""
+    global _current
+    if _current is None:
+        _current = _read()
+    return _current
 
 
-@functools.cache
-def _read(*values: str) -> Settings:
+def _read() -> Settings:
+    values = [os.environ.get(name, "") for name in _KNOWN]
     for (name, known), value in zip(_KNOWN.items(), values, strict=True):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known[1:])}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels.random import row_keys
+from tests.support.kernels import choose_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -61,7 +62,7 @@ def _implementations() -> list[object]:
 @pytest.fixture(params=_implementations())
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Implementation:
     found: Implementation = request.param
-    monkeypatch.setenv("KERNELS_CPP", found.target)
+    choose_kernels(monkeypatch, CPP=found.target)
     return found
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from tests.support.kernels import choose_kernels
 
 FLOATS = ("lse_1", "lse_tau", "entropy_1", "entropy_tau")
 
@@ -86,7 +87,7 @@ def test_mix(implementation, make_case, assert_as_good_as_torch):
 
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_mix_takes_a_table_in_another_dtype(implementation, make_case, assert_as_good_as_torch, monkeypatch, native):
-    monkeypatch.setenv("KERNELS_BFLOAT16", native)
+    choose_kernels(monkeypatch, BFLOAT16=native)
     case = make_case(4, 300, 33, torch.bfloat16, implementation.device, seed=3)
     table = case.table.bfloat16()
     actual, plain = (

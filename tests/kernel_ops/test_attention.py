@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import attention, varlen
 from kernels.attention import Piece, Rows
 from kernels.cpp import library
+from tests.support.kernels import choose_kernels
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
 
@@ -70,7 +71,7 @@ def test_it_is_the_written_out_softmax(
     monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int, int], dtype: torch.dtype, target: str
 ) -> None:
     """Values and gradients, against float64 on what the inputs hold."""
-    monkeypatch.setenv("KERNELS_CPP", target)
+    choose_kernels(monkeypatch, CPP=target)
     for shape, causal in itertools.product(range(len(SHAPES)), (False, True)):
         tensors, pieces, rows = inputs(shape, heads, dtype)
         g = torch.randn_like(tensors[0])
@@ -157,9 +158,9 @@ def test_what_a_cpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert varlen.choose("auto", cpu, torch.float64, 32) == "sdpa"
     with pytest.raises(ValueError, match="cpp cannot run here: it needs float32 or bfloat16 on the CPU, not float16"):
         varlen.choose("cpp", cpu, torch.float16, 32)
-    for name, value in (("KERNELS_BACKEND", "torch"), ("KERNELS_CPP", "off")):
+    for name, value in (("BACKEND", "torch"), ("CPP", "off")):
         with monkeypatch.context() as patch:
-            patch.setenv(name, value)
+            choose_kernels(patch, **{name: value})
             assert varlen.choose("auto", cpu, torch.float32, 32) == "sdpa"
             with pytest.raises(ValueError, match="the environment turns the C"):
                 varlen.choose("cpp", cpu, torch.float32, 32)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kernels import blocks
 from kernels.cpp import library
+from tests.support.kernels import choose_kernels
 
 EPSILON = 1e-6
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}  # a handful of float32 roundings
@@ -36,7 +37,7 @@ def turn(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for this processor and for every one of its architecture."""
     torch.manual_seed(0)
-    monkeypatch.setenv("KERNELS_CPP", request.param)
+    choose_kernels(monkeypatch, CPP=request.param)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -126,7 +127,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert blocks.runs(torch.ones(2, 2, dtype=torch.bfloat16))
     assert not blocks.runs(torch.ones(2, 2, dtype=torch.float16))
     assert not blocks.runs(torch.ones(0, 2))
-    monkeypatch.setenv("KERNELS_BACKEND", "torch")
+    choose_kernels(monkeypatch, BACKEND="torch")
     assert not blocks.runs(torch.ones(2, 2))
     with pytest.raises(ValueError, match="heads of 2048 channels"):
         blocks.split_heads(torch.ones(1, 2048), 1, 0, None, None, EPSILON, torch.ones(1, 1024), torch.ones(1, 1024))

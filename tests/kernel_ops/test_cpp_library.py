@@ -12,6 +12,7 @@ import torch
 import kernels
 from kernels.cpp import CppState, build
 from kernels.random import row_keys, uniform
+from tests.support.kernels import choose_kernels
 
 needs_compiler = pytest.mark.skipif("cpp" not in kernels.available_backends(), reason="no C++ compiler")
 
@@ -86,7 +87,7 @@ def test_without_a_compiler_plain_torch_runs(tmp_path):
 
 
 def test_c_plus_plus_can_be_turned_off(monkeypatch):
-    monkeypatch.setenv("KERNELS_CPP", "off")
+    choose_kernels(monkeypatch, CPP="off")
     assert "cpp" not in kernels.available_backends()
     with pytest.raises(ValueError, match="not available: KERNELS_CPP is off"):
         CppState(torch.zeros(1, 2), None, None)

@@ -7,6 +7,7 @@ import torch
 
 from kernels import linear as module
 from kernels.linear import NARROW, activation_dtype, linear
+from tests.support.kernels import choose_kernels
 
 SHAPES = ((1, 3, 5), (7, 64, 1), (33, 256, 5000), (512, 129, 1025))
 
@@ -65,6 +66,6 @@ def test_activations_are_wider_only_on_a_cpu(device: str, weights: torch.dtype, 
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_processor_with_instructions_for_bfloat16_uses_them(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setenv("KERNELS_BFLOAT16", str(int(native)))
+    choose_kernels(monkeypatch, BFLOAT16=str(int(native)))
     expected = torch.bfloat16 if native else torch.float32
     assert activation_dtype(torch.bfloat16, torch.device("cpu")) == expected

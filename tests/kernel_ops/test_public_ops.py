@@ -8,6 +8,7 @@ import torch
 
 import kernels
 from kernels.settings import settings
+from tests.support.kernels import choose_kernels
 
 
 @pytest.fixture
@@ -91,23 +92,32 @@ def test_no_gradient_flows_through_the_operations(case):
 
 def test_the_environment_names_a_backend(make_case, monkeypatch):
     for name in ("reference", "torch"):
-        monkeypatch.setenv("KERNELS_BACKEND", name)
+        choose_kernels(monkeypatch, BACKEND=name)
         for dtype in (torch.float32, torch.float64):
             case = make_case(2, 9, 2, dtype, "cpu")
             assert kernels.begin(case.logits, case.params).backend == name
     if "cpp" in kernels.available_backends():
-        monkeypatch.setenv("KERNELS_BACKEND", "cpp")
+        choose_kernels(monkeypatch, BACKEND="cpp")
         case = make_case(2, 9, 2, torch.float64, "cpu")
         assert kernels.begin(case.logits, case.params).backend == "torch"  # cpp cannot take float64
-    monkeypatch.setenv("KERNELS_BACKEND", "cuda")
+    choose_kernels(monkeypatch, BACKEND="cuda")
     with pytest.raises(ValueError, match="KERNELS_BACKEND is 'cuda'"):
         kernels.begin(case.logits, case.params)
-    monkeypatch.delenv("KERNELS_BACKEND")
+    choose_kernels(monkeypatch, BACKEND="")
     for name, known in (("BFLOAT16", "0, 1"), ("CPP", "native, baseline, off"), ("FUSED", "0, 1")):
         with monkeypatch.context() as patch:
-            patch.setenv(f"KERNELS_{name}", "int8")
+            choose_kernels(patch, **{name: "int8"})
             with pytest.raises(ValueError, match=f"KERNELS_{name} is 'int8'; known: {known}"):
                 settings()
+
+
+def test_the_environment_is_read_once(monkeypatch):
+    choose_kernels(monkeypatch, BACKEND="torch")
+    first = settings()
+    monkeypatch.setenv("KERNELS_BACKEND", "reference")
+    assert settings() is first
+    choose_kernels(monkeypatch)
+    assert settings().backend == "reference"
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
@@ -119,7 +129,7 @@ def test_products_with_a_bfloat16_table_cost_its_rounding_and_no_more(make_case,
     exact, tables = case.truth(), [case.table.bfloat16(), case.table.flip(0).bfloat16()]
     moved = {}
     for native in "01":
-        monkeypatch.setenv("KERNELS_BFLOAT16", native)
+        choose_kernels(monkeypatch, BFLOAT16=native)
         for count in (1, 2):  # reward models
             state, exact, g = case.begin(backend), case.truth(), [case.normal(9, 33) * 1e-9 for _ in range(count)]
             terms: list[list[kernels.Term]] = [[], []]

@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels.random import row_keys, uniform
+from tests.support.kernels import choose_kernels
 
 if "triton" not in kernels.available_backends():
     pytest.skip("neither a CUDA device nor triton's interpreter", allow_module_level=True)
@@ -25,9 +26,9 @@ def test_fused_and_library_updates_agree(triton_only, make_case, monkeypatch, dt
     if not triton_only.interpreted and dtype == torch.float32:
         pytest.skip("float32 products stay with the library on a GPU")
     moved = []
-    monkeypatch.setenv("KERNELS_BFLOAT16", "0")
+    choose_kernels(monkeypatch, BFLOAT16="0")
     for fused in "01":
-        monkeypatch.setenv("KERNELS_FUSED", fused)
+        choose_kernels(monkeypatch, FUSED=fused)
         case = make_case(n, v, d, dtype, triton_only.device, seed=80)
         table = case.table.to(dtype)
         state = case.begin("triton")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from server.models.packing import PackedLayout
 from server.models.registry import family_of
+from tests.support.kernels import choose_kernels
 from tests.support.models import FAMILIES, GOLDEN, diffusion, load_diffusion
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
@@ -70,7 +71,7 @@ def test_masked_logits_are_the_full_logits_at_their_rows(family, cases):
 def test_bfloat16_stays_near(family, cases, native, monkeypatch):
     """Half precision computes norms and rotations in float32: rounding errors stay at the size of bfloat16's own.
     So do they where activations are in float32, for want of instructions for bfloat16."""
-    monkeypatch.setenv("KERNELS_BFLOAT16", "1" if native else "0")
+    choose_kernels(monkeypatch, BFLOAT16="1" if native else "0")
     model = load_diffusion(family, torch.bfloat16).model
     canvas, recorded = cases[1]
     logits = model.masked_logits(canvas, PackedLayout.of([len(canvas)]), masked_rows(model, canvas))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, attend
+from tests.support.kernels import choose_kernels
 
 Heads = tuple[int, int]
 
@@ -131,7 +132,7 @@ def test_attention_is_the_written_out_softmax(
 
 
 def test_without_a_compiler_the_plain_way_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KERNELS_CPP", "off")
+    choose_kernels(monkeypatch, CPP="off")
     q, k, v = random(0, (5, 2, 4), (5, 1, 4), (5, 1, 4))  # float64, which the C++ pass would refuse
     layout = PackedLayout.of([2, 3])
     torch.testing.assert_close(attend(layout, 0, q, k, v, "cpp"), written_out(layout, q, k, v), rtol=0, atol=1e-12)

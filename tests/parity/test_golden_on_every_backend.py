@@ -11,6 +11,7 @@ import torch
 import kernels
 from kernels import dispatch
 from tests.support.golden import replay
+from tests.support.kernels import choose_kernels
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
@@ -35,7 +36,7 @@ def test_recorded_runs_in_float32(pair32: Any, family: str, backend: str, monkey
 
 def test_the_compiled_backend_runs_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which implementation is chosen is no accident: float64 takes plain torch, float32 the compiled passes if any."""
-    monkeypatch.delenv("KERNELS_BACKEND", raising=False)
+    choose_kernels(monkeypatch, BACKEND="")
     assert dispatch.choose(torch.device("cpu"), torch.float64) == "torch"
     expected = "cpp" if "cpp" in dispatch.available_backends() else "torch"
     assert dispatch.choose(torch.device("cpu"), torch.float32) == expected

@@ -31,6 +31,7 @@ from benchmarks.workload import Workload, load, run_engine
 from kernels.random import row_keys
 from server.models.packing import PackedLayout
 from server.rewards.reward_model import RewardModel
+from tests.support.kernels import choose_kernels
 from tests.support.models import GOLDEN, load_diffusion, load_reward
 
 
@@ -165,7 +166,7 @@ def test_the_products_over_the_vocabulary_are_counted_exactly(dream: Any, counte
 
 def test_a_whole_guided_run_needs_no_more_than_it_does(counter: Dispatched, monkeypatch: pytest.MonkeyPatch) -> None:
     """... and most of what it does: what is beyond is the waste that the tests above name."""
-    monkeypatch.setenv("KERNELS_BACKEND", "reference")
+    choose_kernels(monkeypatch, BACKEND="reference")
     pair = load(GOLDEN / "dream-tiny/dlm", GOLDEN / "dream-tiny/rm", torch.float32, torch.device("cpu"))
     pair.loaded.model.model.attention_backend = "sdpa"
     assert pair.reward is not None

@@ -30,6 +30,7 @@ from server.wire.messages import Finished
 from server.worker import inner
 from server.worker.runner import Runner
 from server.worker.service import LoadedService, load, resolve_device
+from tests.support.kernels import choose_kernels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CONFIG = WorkerConfig(
@@ -114,7 +115,7 @@ def answered(service: LoadedService) -> JobResult:
 def test_sixteen_bit_weights_on_a_cpu_cost_no_accuracy(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """The bundled weights are stored in bfloat16: kept so, with arithmetic in float32, they give what they give when
     they are widened at loading."""
-    monkeypatch.setenv("KERNELS_BFLOAT16", "0")
+    choose_kernels(monkeypatch, BFLOAT16="0")
     rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
     config = replace(CONFIG, model=str(bundled_model_path()), reward_models=rewards)
     narrow, wide = (rewarded(replace(config, dtype=each)) for each in (dtype, "float32"))

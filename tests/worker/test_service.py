@@ -13,6 +13,7 @@ from server.wire.config import WorkerConfig
 from server.worker.failures import is_out_of_memory
 from server.worker.savings import Savings
 from server.worker.service import load, resolve_device, resolve_dtype
+from tests.support.kernels import choose_kernels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
 CONFIG = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64")
@@ -73,7 +74,7 @@ def test_automatic_device_and_dtype_fit_each_other() -> None:
 def test_automatic_dtype_on_a_cpu_follows_the_checkpoint_and_the_processor(
     native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KERNELS_BFLOAT16", native)
+    choose_kernels(monkeypatch, BFLOAT16=native)
     expected = torch.bfloat16 if native == "1" else torch.float32
     assert resolve_dtype("auto", torch.device("cpu"), torch.bfloat16) == expected
     for own in (torch.float32, torch.float16, None):
