@@ -15,9 +15,7 @@ from server.front.engine import Engine, JobStream
 from server.types import DiffusionParams, Job, Message, SamplingParams
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished
-from tests.front.scripted_worker import Do
-
-SCRIPT = Path(__file__).with_name("scripted_worker.py")
+from tests.front.scripted_worker import Do, token
 
 CONFIG = EngineConfig(
     WorkerConfig("scripted", heartbeat_seconds=0.1, log_level="CRITICAL"),
@@ -25,7 +23,7 @@ CONFIG = EngineConfig(
     backoff_seconds=0.05,
     stop_grace_seconds=2.0,
     spare_worker=False,
-    worker_command=(sys.executable, "-P", str(SCRIPT)),
+    worker_command=(sys.executable, "-P", str(Path(__file__).with_name("scripted_worker.py"))),
 )
 
 
@@ -34,9 +32,42 @@ def configured(model: str = "scripted", data_parallel: int = 1, **changes: objec
     return replace(CONFIG, worker=worker, **changes)  # type: ignore[arg-type]
 
 
+class Driven(Engine):
+    """An engine, and what its tests ask of it and do to it."""
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def restarts(self) -> int:
+        return sum(replica.restarts for replica in self.replicas)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the workers that are there."""
+        return [replica.worker.process.pid for replica in self.replicas if replica.worker is not None]
+
+    async def last(self, job: Job) -> Event:
+        """What ends a job."""
+        return await answer(self.submit(job))
+
+    async def scores(self, items: list[tuple[tuple[Message, ...], str]], model: str = "length") -> list[float]:
+        return (await self.score(model, items)).scores
+
+    async def kill(self, rank: int = 0) -> None:
+        """Kill a worker, ready or still loading, as soon as it is there, and wait until the engine has noticed."""
+        replica = self.replicas[rank]
+        await until(lambda: replica.worker is not None)
+        victim = replica.worker
+        assert victim is not None
+        os.kill(victim.process.pid, signal.SIGKILL)
+        await until(lambda: replica.worker is not victim)
+
+
 @asynccontextmanager
-async def running(config: EngineConfig = CONFIG) -> AsyncIterator[Engine]:
-    engine = Engine(config)
+async def running(config: EngineConfig = CONFIG) -> AsyncIterator[Driven]:
+    engine = Driven(config)
     await engine.start()
     try:
         yield engine
@@ -46,10 +77,6 @@ async def running(config: EngineConfig = CONFIG) -> AsyncIterator[Engine]:
 
 def job(name: str, do: Do = Do.FINISH, *, steps: int = 4, step_ms: int = 1, seed: int = 7, **fields: object) -> Job:
     return Job(name, (do, step_ms), SamplingParams(steps, seed=seed), DiffusionParams(steps), **fields)  # type: ignore[arg-type]
-
-
-async def scores(engine: Engine, items: list[tuple[tuple[Message, ...], str]], model: str = "length") -> list[float]:
-    return (await engine.score(model, items)).scores
 
 
 async def answer(stream: JobStream) -> Event:
@@ -73,27 +100,7 @@ async def tokens(stream: JobStream) -> tuple[int, ...]:
 
 
 def tokens_of(seed: int, count: int) -> tuple[int, ...]:
-    return tuple((seed * 31 + position * 7) % 997 for position in range(count))
-
-
-def pid_of(engine: Engine, rank: int = 0) -> int:
-    """The process of a worker that is there."""
-    worker = engine.replicas[rank].worker
-    assert worker is not None
-    return worker.process.pid
-
-
-def pids(engine: Engine) -> list[int]:
-    """The processes of the workers that are there."""
-    return [replica.worker.process.pid for replica in engine.replicas if replica.worker is not None]
-
-
-def in_flight(engine: Engine) -> int:
-    return len(engine._pending)
-
-
-def restarts(engine: Engine) -> int:
-    return sum(replica.restarts for replica in engine.replicas)
+    return tuple(token(seed, position) for position in range(count))
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -109,10 +116,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-async def kill_worker(engine: Engine, rank: int = 0) -> None:
-    """Kill a present worker, be it ready or still loading, and wait until the engine has noticed."""
-    await until(lambda: engine.replicas[rank].worker is not None)
-    os.kill(pid := pid_of(engine, rank), signal.SIGKILL)
-    await until(lambda: (worker := engine.replicas[rank].worker) is None or worker.process.pid != pid)

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from server.errors import InvalidRequest
-from server.front.engine import Engine
 from server.methods import METHODS
 from server.types import Job, Message
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
 from tests.faults.faulty_worker import COMMAND, Fault
-from tests.front.scripted import answer, in_flight, pids, restarts, scores, until
+from tests.front.scripted import Driven, running, until
 from tests.support.jobs import make_job
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
@@ -45,11 +42,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(EngineConfig(WORKER, worker_command=COMMAND))
-    await engine.start()
-    yield engine
-    await engine.stop()
+async def engine() -> AsyncIterator[Driven]:
+    async with running(EngineConfig(WORKER, worker_command=COMMAND)) as engine:
+        yield engine
 
 
 def job_of(name: str, number: int = 4, **values: Any) -> Job:
@@ -60,9 +55,9 @@ def job_of(name: str, number: int = 4, **values: Any) -> Job:
     return make_job(name, **{**defaults, **({} if method == "none" else {"gradient_steps": 2}), **values})
 
 
-async def crowd(engine: Engine, name: str, size: int = CROWD) -> list[Event]:
+async def crowd(engine: Driven, name: str, size: int = CROWD) -> list[Event]:
     jobs = [job_of(f"{name}-{number}", number) for number in range(size)]
-    return await asyncio.gather(*(answer(engine.submit(job)) for job in jobs))
+    return await asyncio.gather(*map(engine.last, jobs))
 
 
 def tokens(event: Event) -> list[tuple[int, ...]]:
@@ -70,19 +65,19 @@ def tokens(event: Event) -> list[tuple[int, ...]]:
     return [trajectory.token_ids for trajectory in event.result.trajectories]
 
 
-async def until_all_ready(engine: Engine) -> None:
+async def until_all_ready(engine: Driven) -> None:
     await until(lambda: all(replica.ready for replica in engine.replicas), 120)
 
 
-async def kill_all(engine: Engine) -> None:
+async def kill_all(engine: Driven) -> None:
     await until_all_ready(engine)
-    for pid in pids(engine):
+    for pid in engine.pids:
         os.kill(pid, signal.SIGKILL)
 
 
-async def test_a_job_in_a_crowd_on_any_worker_gets_the_tokens_that_it_gets_alone(engine: Engine) -> None:
+async def test_a_job_in_a_crowd_on_any_worker_gets_the_tokens_that_it_gets_alone(engine: Driven) -> None:
     together = await crowd(engine, "together")
-    alone = [await answer(engine.submit(job_of(f"alone-{number}", number))) for number in range(CROWD)]
+    alone = [await engine.last(job_of(f"alone-{number}", number)) for number in range(CROWD)]
     assert list(map(tokens, together)) == list(map(tokens, alone))
     for one, other in zip(together, alone, strict=True):
         assert isinstance(one, Finished)
@@ -91,10 +86,10 @@ async def test_a_job_in_a_crowd_on_any_worker_gets_the_tokens_that_it_gets_alone
     steps = [replica.stats.denoising_steps for replica in engine.replicas]
     assert min(steps) > 0
     assert engine.stats.denoising_steps == sum(steps)
-    assert (in_flight(engine), engine.stats.running) == (0, 0)
+    assert (engine.in_flight, engine.stats.running) == (0, 0)
 
 
-async def test_streamed_tokens_make_up_the_answer(engine: Engine) -> None:
+async def test_streamed_tokens_make_up_the_answer(engine: Driven) -> None:
     job = job_of("stream", 7, stream_tokens=True, stream_canvas=True)
     *events, last = [event async for event in engine.submit(job)]
     canvases = [[-1] * job.sampling.max_tokens for _ in range(job.sampling.best_of)]
@@ -108,19 +103,19 @@ async def test_streamed_tokens_make_up_the_answer(engine: Engine) -> None:
     assert list(map(tuple, canvases)) == tokens(last)
 
 
-async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Engine) -> None:
+async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Driven) -> None:
     long = {"max_tokens": 12, "best_of": 2, "stream_tokens": True, "stream_canvas": True}
     *undisturbed, right = [event async for event in engine.submit(job_of("calm", 7, **long))]
     calm = await crowd(engine, "calm")
     await until_all_ready(engine)
-    before = restarts(engine)
+    before = engine.restarts
     neighbours = asyncio.create_task(crowd(engine, "killed"))
     events = []
     async for event in engine.submit(job_of("calm", 7, **long)):
         events.append(event)
-        if isinstance(event, Progress) and event.step == 6 and restarts(engine) == before:
+        if isinstance(event, Progress) and event.step == 6 and engine.restarts == before:
             await kill_all(engine)
-            await until(lambda: restarts(engine) > before)
+            await until(lambda: engine.restarts > before)
     last = events.pop()
     assert tokens(last) == tokens(right)
     assert [type(event) for event in events].count(Started) == 1
@@ -131,30 +126,30 @@ async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Engi
         assert [(type(event), event.step) for event in ours] == [(type(event), event.step) for event in theirs]
         assert [e for e in ours if isinstance(e, Progress)] == [e for e in theirs if isinstance(e, Progress)]
     assert list(map(tokens, await neighbours)) == list(map(tokens, calm))
-    assert in_flight(engine) == 0
+    assert engine.in_flight == 0
 
 
 @pytest.mark.slow
-async def test_poison_gets_a_503_and_its_neighbours_their_tokens(engine: Engine) -> None:
+async def test_poison_gets_a_503_and_its_neighbours_their_tokens(engine: Driven) -> None:
     undisturbed = await crowd(engine, "before", 4)
     await until_all_ready(engine)
-    before = restarts(engine)
-    poison = asyncio.create_task(answer(engine.submit(job_of("poison", seed=Fault.DIE))))
+    before = engine.restarts
+    poison = asyncio.create_task(engine.last(job_of("poison", seed=Fault.DIE)))
     neighbours = await crowd(engine, "neighbour", 4)
     last = await poison
     assert isinstance(last, Failed)
     assert last.kind == "unavailable"
     assert list(map(tokens, neighbours)) == list(map(tokens, undisturbed))
     await until_all_ready(engine)
-    assert before + 2 <= restarts(engine) <= before + 4
+    assert before + 2 <= engine.restarts <= before + 4
 
 
 @pytest.mark.parametrize(("fault", "kind"), [(Fault.RAISE, "internal"), (Fault.EXHAUST_MEMORY, "out_of_memory")])
-async def test_an_error_in_one_batch_does_not_take_later_ones(engine: Engine, fault: Fault, kind: str) -> None:
+async def test_an_error_in_one_batch_does_not_take_later_ones(engine: Driven, fault: Fault, kind: str) -> None:
     await until_all_ready(engine)
     undisturbed = await crowd(engine, f"{kind}-before")
-    workers = pids(engine)
-    bad = asyncio.create_task(answer(engine.submit(make_job(kind, seed=fault))))
+    workers = engine.pids
+    bad = asyncio.create_task(engine.last(make_job(kind, seed=fault)))
     neighbours = await crowd(engine, f"{kind}-neighbour")
     last = await bad
     assert isinstance(last, Failed)
@@ -163,64 +158,24 @@ async def test_an_error_in_one_batch_does_not_take_later_ones(engine: Engine, fa
         assert isinstance(neighbour, Failed) or tokens(neighbour) == tokens(calm)
     later = await crowd(engine, f"{kind}-later")
     assert list(map(tokens, later)) == list(map(tokens, undisturbed))
-    assert pids(engine) == workers
+    assert engine.pids == workers
 
 
-async def test_a_cancelled_job_frees_its_place(engine: Engine) -> None:
-    stream = engine.submit(job_of("long", max_tokens=60, stream_tokens=True))
-    while not isinstance(await anext(stream), Progress):
-        continue
-    await stream.aclose()
-    tokens(await answer(engine.submit(job_of("short"))))
-    await until(lambda: (engine.stats.running, engine.stats.waiting) == (0, 0))
-
-
-async def test_a_deadline_in_the_middle_ends_the_run_with_what_is_there(engine: Engine) -> None:
-    """However fast the machine is and however busy, one of these times ends in the middle."""
-    for seconds in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
-        job = job_of(f"late-{seconds}", max_tokens=200, gradient_steps=8, deadline=time.time() + seconds)
-        last = await answer(engine.submit(job))
-        if isinstance(last, Finished):
-            break
-        assert isinstance(last, Failed)
-        assert last.kind == "deadline"  # it passed before the work began
-    assert isinstance(last, Finished)
-    assert {trajectory.stop_reason for trajectory in last.result.trajectories} == {"deadline"}
-    assert {trajectory.finish_reason for trajectory in last.result.trajectories} == {"length"}
-    assert last.result.model_calls < 200
-
-
-async def test_scores_are_the_recorded_rewards(engine: Engine) -> None:
+async def test_scores_among_running_jobs_are_the_recorded_rewards(engine: Driven) -> None:
     recorded = json.loads((GOLDEN / "units.json").read_text())["scores"]
     items = [((Message("user", entry["prompt"]),), entry["response"]) for entry in recorded]
-    one_call = await scores(engine, items, "rm")
-    assert one_call == pytest.approx([entry["reward"] for entry in recorded], abs=1e-5)
-    # Several calls at once, among running jobs, share packs and get the same.
     busy = asyncio.create_task(crowd(engine, "busy"))
-    apart = await asyncio.gather(*[scores(engine, [item], "rm") for item in items])
-    assert [score for (score,) in apart] == pytest.approx(one_call, abs=1e-9)
+    together, *apart = await asyncio.gather(engine.scores(items, "rm"), *(engine.scores([one], "rm") for one in items))
+    assert together == pytest.approx([entry["reward"] for entry in recorded], abs=1e-5)
+    assert [score for (score,) in apart] == pytest.approx(together, abs=1e-9)
     await busy
-    assert await scores(engine, [], "rm") == []
+    assert await engine.scores([], "rm") == []
 
 
-async def test_what_can_never_be_done_is_refused_by_name(engine: Engine) -> None:
-    item = ((Message("user", "Hi"),), "yes")
-    with pytest.raises(InvalidRequest, match="nothing-like-it"):
-        await scores(engine, [item], "nothing-like-it")
-    with pytest.raises(InvalidRequest, match="item 1 takes"):
-        await scores(engine, [item, (item[0], "yes " * 4000)], "rm")
-
-
-async def test_a_job_that_can_never_run_is_refused(engine: Engine) -> None:
-    last = await answer(engine.submit(job_of("huge", max_tokens=5000, steps=1)))
-    assert isinstance(last, Failed)
-    assert (last.kind, last.param) == ("invalid_request", "max_tokens")
-
-
-async def test_what_was_done_is_counted_when_the_answer_is_there(engine: Engine) -> None:
+async def test_what_was_done_is_counted_when_the_answer_is_there(engine: Driven) -> None:
     before = engine.stats
     job = job_of("only", 3)
-    last = await answer(engine.submit(job))
+    last = await engine.last(job)
     assert isinstance(last, Finished)
     after = engine.stats
     assert after.committed_tokens - before.committed_tokens == job.sampling.max_tokens * job.sampling.best_of
