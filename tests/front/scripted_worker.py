@@ -38,12 +38,6 @@ class Do(enum.IntEnum):
     LOSE_THE_DEVICE = 9
 
 
-class Device:
-    """Whether the device that is not there can still compute."""
-
-    lost = False
-
-
 def token(seed: int, position: int) -> int:
     """The token that a trajectory reveals at a position."""
     return (seed * 31 + position * 7) % 997
@@ -52,9 +46,7 @@ def token(seed: int, position: int) -> int:
 def result(job: Job) -> JobResult:
     """The answer of a job."""
     tokens = tuple(token(job.sampling.seed, position) for position in range(job.sampling.max_tokens))
-    text = " ".join(map(str, tokens))
-    if job.prompt_ids[0] == Do.ANSWER_TOO_MUCH:
-        text = "x" * (65 * 2**20)
+    text = "x" * (65 * 2**20) if job.prompt_ids[0] == Do.ANSWER_TOO_MUCH else " ".join(map(str, tokens))
     trajectory = TrajectoryResult(0, tokens, text, "length", len(tokens))
     return JobResult((trajectory,), (0,), len(tokens), len(tokens), 0, 0.0, 0.0)
 
@@ -67,6 +59,7 @@ class ScriptedRunner:
     jobs: dict[str, Job] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
     begin: Callable[[str], None] = lambda _: None
+    device_lost: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -97,15 +90,14 @@ class ScriptedRunner:
         return events
 
     def advance(self, job: Job) -> list[Event]:
-        step = self.steps[job.id]
+        do, step = Do(job.prompt_ids[0]), self.steps[job.id]
         if step == 0:
             self.begin(job.id)
         if step == 1:
-            misbehave(Do(job.prompt_ids[0]))
+            self.device_lost |= do == Do.LOSE_THE_DEVICE
+            misbehave(do)
         events: list[Event] = [Started(job.id)] if step == 0 else []
-        shown = token(job.sampling.seed, step)
-        if job.prompt_ids[0] == Do.VARY:
-            shown = os.getpid()
+        shown = os.getpid() if do == Do.VARY else token(job.sampling.seed, step)
         if job.stream_tokens:
             events.append(Progress(job.id, 0, step, [(step, shown)]))
         if job.stream_canvas:
@@ -121,19 +113,17 @@ class ScriptedRunner:
 
 
 def misbehave(what: Do) -> None:
-    if what == Do.RAISE:
-        raise ValueError("secret of the model")
-    if what == Do.LOSE_THE_DEVICE:
-        Device.lost = True
-        raise RuntimeError("an illegal memory access was encountered")
-    if what == Do.EXHAUST_MEMORY:
-        raise MemoryError
-    if what == Do.DIE:
-        os._exit(3)
-    if what == Do.HANG:
-        time.sleep(3600)
-    if what == Do.HANG_WITH_THE_LOCK:
-        ctypes.PyDLL(None).sleep(3600)
+    match what:
+        case Do.RAISE | Do.LOSE_THE_DEVICE:
+            raise ValueError("secret of the model")
+        case Do.EXHAUST_MEMORY:
+            raise MemoryError
+        case Do.DIE:
+            os._exit(3)
+        case Do.HANG:
+            time.sleep(3600)
+        case Do.HANG_WITH_THE_LOCK:
+            ctypes.PyDLL(None).sleep(3600)
 
 
 @dataclass
@@ -169,28 +159,26 @@ class ScriptedService:
     scorer: ScriptedScorer
 
     def check_device(self) -> None:
-        if Device.lost:
+        if self.runner.device_lost:
             raise RuntimeError("an illegal memory access was encountered")
 
 
 def load(config: WorkerConfig) -> ScriptedService:
-    """`model` is a script too: how the loading ends; `die-after:PATH` and `hang-after:PATH` do so when a file of that
-    name exists, `missing-from:N` has no device for worker N and those after it."""
-    if config.model == "missing":
-        raise ConfigurationError("model: no checkpoint of that name")
-    if config.model == "broken":
-        raise RuntimeError("a bug in the loader")
-    if config.model == "die":
-        os._exit(7)
-    if config.model == "hang":
-        time.sleep(3600)
-    how, _, flag = config.model.partition(":")
-    if how == "missing-from" and config.rank >= int(flag):
+    """`model` is a script too: how the loading ends, if a file of the name after the colon exists or there is no colon;
+    `missing-from:N` has no device for worker N and those after it."""
+    how, colon, condition = config.model.partition(":")
+    if how == "missing-from" and config.rank >= int(condition):
         raise ConfigurationError(f"device: there is none for worker {config.rank}")
-    if os.path.exists(flag):
-        if how == "die-after":
-            os._exit(7)
-        time.sleep(3600)
+    if not colon or os.path.exists(condition):
+        match how:
+            case "missing":
+                raise ConfigurationError("model: no checkpoint of that name")
+            case "broken":
+                raise RuntimeError("a bug in the loader")
+            case "die":
+                os._exit(7)
+            case "hang":
+                time.sleep(3600)
     model = ModelInfo("scripted", "none", "", 4096, 1000, 1, 2, 2, (2,), 8, "float32")
     return ScriptedService(EngineInfo(model, (), "cpu", "none"), ScriptedRunner(), ScriptedScorer())
 

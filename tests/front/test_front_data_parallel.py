@@ -45,7 +45,7 @@ async def test_jobs_and_scores_are_spread_over_the_workers() -> None:
 @pytest.mark.parametrize("comes_back", [True, False])
 async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on(comes_back: bool, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    async with running(configured(f"die-after:{flag}", data_parallel=2)) as engine:
+    async with running(configured(f"die:{flag}", data_parallel=2)) as engine:
         streams = [engine.submit(job(f"job-{n}", steps=60, step_ms=10, seed=n, stream_tokens=True)) for n in range(8)]
         for stream in streams:
             assert isinstance(await anext(stream), Started)
@@ -64,7 +64,7 @@ async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on(comes_
 
 async def test_ready_while_one_worker_is_and_new_work_goes_there(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    async with running(configured(data_parallel=2, model=f"hang-after:{flag}")) as engine:
+    async with running(configured(data_parallel=2, model=f"hang:{flag}")) as engine:
         flag.touch()
         await engine.kill(0)
         assert engine.ready

@@ -191,7 +191,7 @@ async def test_an_idle_worker_is_not_taken_for_a_hanging_one() -> None:
 
 async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    async with running(configured(f"hang-after:{flag}")) as engine:
+    async with running(configured(f"hang:{flag}")) as engine:
         stream = engine.submit(job("late", Do.HANG, deadline=time.time() + 0.5))
         assert isinstance(await anext(stream), Started)
         flag.touch()
@@ -278,7 +278,7 @@ async def test_a_failed_start_says_why_and_leaves_nothing(
 
 async def test_restarts_that_fail_back_off_and_refuse_work_until_one_succeeds(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
-    async with running(configured(f"die-after:{flag}")) as engine:
+    async with running(configured(f"die:{flag}")) as engine:
         stream = engine.submit(job("a", steps=40, step_ms=20))
         assert isinstance(await anext(stream), Started)
         flag.touch()
