@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,12 +12,11 @@ import httpx
 from fastapi import FastAPI
 from opentelemetry.trace import TracerProvider
 from starlette.routing import Route
-from starlette.types import Message, Scope
 
 from server.api.app import create_app
 from server.cli import Server, http_config
 from server.front.engine import Engine
-from server.settings import Settings, load
+from server.settings import load
 from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Progress, Scored, Started
@@ -44,6 +42,7 @@ class ScriptedEngine(Engine):
         self.refuse = refuse
         self.is_ready = is_ready
         self.cancelled: list[str] = []
+        self.closed: set[str] = set()
 
     async def start(self) -> None:
         """Nothing to load."""
@@ -71,7 +70,7 @@ class ScriptedEngine(Engine):
 
 
 class Scripted:
-    """A job's events; notes when it is closed early."""
+    """A job's events; notes when it is closed, and when early."""
 
     begun_at: float | None = None
 
@@ -91,6 +90,7 @@ class Scripted:
         return event
 
     async def aclose(self) -> None:
+        self._engine.closed.add(self._job.id)
         if not self._ended:
             self._engine.cancelled.append(self._job.id)
         self._ended = True
@@ -129,9 +129,10 @@ async def open_client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, engine: Engine | None = None) -> AsyncIterator[int]:
+async def serving(engine: Engine | None = None, **settings: Any) -> AsyncIterator[int]:
     """The application on a real socket, as the command line serves it; the port."""
-    server = Server(http_config(create_app(engine or ScriptedEngine(at_once), settings), settings))
+    loaded = load({"port": 0, **settings})
+    server = Server(http_config(create_app(engine or ScriptedEngine(at_once), loaded), loaded))
     sock = server.config.bind_socket()
     running = asyncio.create_task(server.serve(sockets=[sock]))
     try:
@@ -162,6 +163,11 @@ def operations(app: FastAPI) -> Iterator[tuple[str, str]]:
             yield method.upper(), path.replace("{model_id}", "dlm")
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The header that gives a key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
 def check_envelope(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
@@ -173,25 +179,3 @@ def check_envelope(response: httpx.Response, status: int) -> dict[str, Any]:
     assert isinstance(error["type"], str)
     assert error["code"] is None or isinstance(error["code"], str)
     return error
-
-
-def scope_of(path: str = "/v1/completions") -> Scope:
-    return {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "scheme": "http", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"host", b"server")], "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80), "state": {},
-    }  # fmt: skip
-
-
-def receive_once(body: dict[str, Any]) -> Callable[[], Any]:
-    """A client that sends its body and stays."""
-    messages = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
-
-    async def receive() -> Message:
-        if (message := next(messages, None)) is None:
-            await asyncio.Event().wait()
-            raise AssertionError
-        return message
-
-    return receive

@@ -17,7 +17,6 @@ import pytest
 
 from server.api.protocol import EXTRA_CONNECTIONS
 from server.cli import allow_descriptors
-from server.settings import load
 from tests.api.scripted_engine import ScriptedEngine, check_envelope, never, serving
 from tests.faults import hostile
 
@@ -50,8 +49,7 @@ async def until_served(client: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("root_path", ["", "/llm"])
 async def test_past_the_limit_only_probes_are_answered(root_path: str) -> None:
-    settings = load({"port": 0, "max_connections": LIMIT, "root_path": root_path})
-    async with serving(settings) as port, asking(port) as client:
+    async with serving(max_connections=LIMIT, root_path=root_path) as port, asking(port) as client:
         async with idle(port, LIMIT):
             refused = await client.post("/v1/completions", json=BODY)
             assert check_envelope(refused, 503)["code"] == "too_many_connections"
@@ -64,16 +62,15 @@ async def test_past_the_limit_only_probes_are_answered(root_path: str) -> None:
                     assert (await client.head(prefix + path)).status_code == 200
             for path in ("/", "/v1/models", "/nowhere", "/health/", "/openapi.json"):
                 check_envelope(await client.get(path), 503)
-            assert (
-                'admission_rejections_total{reason="too_many_connections"} 6.0' in (await client.get("/metrics")).text
-            )
+            counted = 'admission_rejections_total{reason="too_many_connections"} 6.0'
+            assert counted in (await client.get("/metrics")).text
         await until_served(client)
-        assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+        assert (await client.post(f"{root_path}/v1/completions", json=BODY)).status_code == 200
 
 
 async def test_those_within_the_limit_are_served_meanwhile() -> None:
     async with (
-        serving(load({"port": 0, "max_connections": LIMIT})) as port,
+        serving(max_connections=LIMIT) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as regular,
         asking(port) as client,
     ):
@@ -85,8 +82,7 @@ async def test_those_within_the_limit_are_served_meanwhile() -> None:
 
 
 async def test_running_requests_count_whatever_they_wait_for() -> None:
-    settings = load({"port": 0, "max_connections": LIMIT})
-    async with serving(settings, ScriptedEngine(never)) as port, asking(port) as client:
+    async with serving(ScriptedEngine(never), max_connections=LIMIT) as port, asking(port) as client:
         running = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LIMIT)]
         for _, writer in running:
             writer.write(GOOD)
@@ -100,7 +96,7 @@ async def test_running_requests_count_whatever_they_wait_for() -> None:
 
 async def test_one_answer_a_connection_past_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     """A probe's connection, too, is closed with its answer: kept alive, they would use up the few there are."""
-    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, idle(port, LIMIT):
+    async with serving(max_connections=LIMIT) as port, idle(port, LIMIT):
         head = hostile.get(path="/v1/models").replace(b"GET", b"HEAD")
         for request, status in ((hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503), (head, 503)):
             reply = await hostile.exchange(port, request, seconds=30, linger=30)
@@ -111,7 +107,7 @@ async def test_one_answer_a_connection_past_the_limit(caplog: pytest.LogCaptureF
 
 async def test_refusals_leave_room_for_probes() -> None:
     """A refused connection is closed at once, so that many of them in a row do not use up the places past the limit."""
-    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, asking(port) as client, idle(port, LIMIT):
+    async with serving(max_connections=LIMIT) as port, asking(port) as client, idle(port, LIMIT):
         for _ in range(3 * EXTRA_CONNECTIONS):
             check_envelope(await client.post("/v1/completions", json=BODY), 503)
         assert (await client.get("/ready")).status_code == 200
@@ -120,14 +116,14 @@ async def test_refusals_leave_room_for_probes() -> None:
 async def test_a_large_request_past_the_limit_gets_its_answer() -> None:
     """Not a reset, although nobody reads its body."""
     large = hostile.post(b"{" + b" " * 1_900_000 + b"}", path="/v1/completions")
-    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, idle(port, LIMIT):
+    async with serving(max_connections=LIMIT) as port, idle(port, LIMIT):
         reply = await hostile.exchange(port, large, seconds=30, linger=30)
         assert (reply.status, reply.closed) == (503, True)
         assert json.loads(reply.body)["error"]["code"] == "too_many_connections"
 
 
 async def test_far_past_the_limit_connections_are_cut_off() -> None:
-    async with serving(load({"port": 0, "max_connections": LIMIT})) as port, asking(port) as client:
+    async with serving(max_connections=LIMIT) as port, asking(port) as client:
         async with idle(port, LIMIT + EXTRA_CONNECTIONS), idle(port, 3) as too_many:
             for reader in too_many:
                 with suppress(ConnectionError):
@@ -138,8 +134,8 @@ async def test_far_past_the_limit_connections_are_cut_off() -> None:
 
 async def test_who_says_nothing_past_the_limit_soon_makes_room_for_probes() -> None:
     """Within seconds, whatever time `slow_client_seconds` gives to others."""
-    settings = load({"port": 0, "max_connections": LIMIT, "slow_client_seconds": 3000})
-    async with serving(settings) as port, asking(port) as client, idle(port, LIMIT + EXTRA_CONNECTIONS):
+    patient = serving(max_connections=LIMIT, slow_client_seconds=3000)
+    async with patient as port, asking(port) as client, idle(port, LIMIT + EXTRA_CONNECTIONS):
         async with asyncio.timeout(60):
             while True:
                 with suppress(httpx.TransportError):
@@ -151,7 +147,7 @@ async def test_an_offer_of_http_2_is_left_alone_in_silence(caplog: pytest.LogCap
     """JDK's client makes one with every request. After it the server still sees the client leave."""
     offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
     engine = ScriptedEngine(never)
-    async with serving(load({"port": 0}), engine) as port, asyncio.timeout(60):
+    async with serving(engine) as port, asyncio.timeout(60):
         assert (await hostile.exchange(port, hostile.get(*offer))).status == 200
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(hostile.post(json.dumps({**BODY, "stream": True}).encode(), *offer) + b"GET /version")
@@ -163,7 +159,7 @@ async def test_an_offer_of_http_2_is_left_alone_in_silence(caplog: pytest.LogCap
 
 
 async def test_idle_connections_live_as_long_as_a_setting_says() -> None:
-    async with serving(load({"port": 0, "idle_connection_seconds": 1})) as port, asyncio.timeout(60):
+    async with serving(idle_connection_seconds=1) as port, asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(hostile.get())
         assert b"200 OK" in await reader.read()  # to the end, which the server makes

@@ -27,6 +27,8 @@ async def test_envelope_on_every_path() -> None:
             check_envelope(await client.post(path, content=b"{}", headers={"Content-Type": "text/plain"}), 415)
             check_envelope(await client.post(path, content=b"{", headers={"Content-Type": "application/json"}), 400)
             check_envelope(await client.post(path, json=[]), 400)
+            assert (await client.head(path)).status_code == 405
+        assert all("head" not in methods for methods in app.openapi()["paths"].values())
         response = await client.post(
             "/v1/completions", content=b"{}", headers={"Content-Type": "application/JSON; x=y"}
         )
@@ -85,6 +87,7 @@ async def test_a_start_that_fails_is_unhealthy() -> None:
     app.state.frontend.failure = RuntimeError("no such checkpoint")
     async with open_client(app) as client:
         check_envelope(await client.get("/health"), 503)
+        assert (await client.head("/health")).status_code == 503
 
 
 @pytest.mark.parametrize(

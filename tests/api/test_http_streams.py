@@ -4,53 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator
+from typing import Any
 
+import httpx
 import pytest
-from starlette.types import Message
 
-from server.settings import load
+from server.api.convert import Plan
+from server.api.frontend import Frontend
+from server.api.generation import results
+from server.errors import RequestError
 from server.types import Job, JobResult, TrajectoryResult
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.api.scripted_engine import (
-    ScriptedEngine,
-    finished,
-    make,
-    open_client,
-    receive_once,
-    scope_of,
-    serving,
-)
+from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, serving
 from tests.faults import hostile
+from tests.support.jobs import make_job
+
+ASKED: dict[str, Any] = {"prompt": "Hi", "stream": True}
 
 
-async def test_failure_after_the_first_byte() -> None:
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (Failed("", "engine_failed", "lost"), "lost"),
+        (Progress("", 7, 0, [(0, 43)]), "an internal error ended this request"),  # no such choice: a bug
+    ],
+)
+async def test_a_failure_after_the_first_byte_is_told_without_detail(end: Event, message: str) -> None:
     async def breaks(job: Job) -> AsyncIterator[Event]:
         yield Started(job.id)
         yield Progress(job.id, 0, 0, [(0, 43)])
-        yield Failed(job.id, "engine_failed", "lost")
+        yield end
 
     async with open_client(make(ScriptedEngine(breaks))) as client:
-        response = await client.post("/v1/completions", json={"prompt": "Hi", "stream": True})
+        response = await client.post("/v1/completions", json=ASKED)
     assert response.status_code == 200
-    events = response.text.strip().split("\n\n")
-    assert json.loads(events[0].removeprefix("data: "))["choices"][0]["text"] == "H"
-    error = json.loads(events[-2].removeprefix("data: "))["error"]
-    assert error == {"message": "lost", "type": "server_error", "param": None, "code": "internal_error"}
-    assert events[-1] == "data: [DONE]"
-
-
-async def test_a_bug_after_the_first_byte_is_told_without_detail() -> None:
-    async def breaks(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        yield Progress(job.id, 7, 0, [(0, 43)])  # no such choice
-
-    async with open_client(make(ScriptedEngine(breaks))) as client:
-        response = await client.post("/v1/completions", json={"prompt": "Hi", "stream": True})
-    events = response.text.strip().split("\n\n")
-    assert json.loads(events[-2].removeprefix("data: "))["error"]["message"] == "an internal error ended this request"
-    assert events[-1] == "data: [DONE]"
+    first, *_, last, done = [event.removeprefix("data: ") for event in response.text.strip().split("\n\n")]
+    assert json.loads(first)["choices"][0]["text"] == "H"
+    expected = {"message": message, "type": "server_error", "param": None, "code": "internal_error"}
+    assert json.loads(last)["error"] == expected
+    assert done == "[DONE]"
 
 
 async def test_no_character_of_a_text_ends_a_line() -> None:
@@ -64,7 +57,7 @@ async def test_no_character_of_a_text_ends_a_line() -> None:
 
     async with (
         open_client(make(ScriptedEngine(says))) as client,
-        client.stream("POST", "/v1/completions", json={"prompt": "Hi", "stream": True}) as response,
+        client.stream("POST", "/v1/completions", json=ASKED) as response,
     ):
         lines = [line async for line in response.aiter_lines() if line]
     assert lines[-1] == "data: [DONE]"
@@ -80,17 +73,18 @@ async def test_keep_alive_comments() -> None:
         await release.wait()
         yield finished(job)
 
-    app = make(ScriptedEngine(slow), stream_comment_seconds=0.01)
-    sent: list[bytes] = []
-
-    async def send(message: Message) -> None:
-        sent.append(message.get("body", b""))
-        if sent.count(b": keep-alive\n\n") == 3:
-            release.set()
-
-    await app(scope_of(), receive_once({"prompt": "Hi", "stream": True}), send)
-    assert sent.count(b": keep-alive\n\n") >= 3
-    assert b"data: [DONE]\n\n" in sent
+    lines: list[str] = []
+    async with (
+        serving(ScriptedEngine(slow), stream_comment_seconds=0.01) as port,
+        httpx.AsyncClient(timeout=60) as client,
+        client.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=ASKED) as response,
+    ):
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if lines.count(": keep-alive") == 3:
+                release.set()
+    assert release.is_set()
+    assert lines[-2:] == ["data: [DONE]", ""]
 
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
@@ -101,8 +95,8 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
             await asyncio.sleep(0)
 
     engine = ScriptedEngine(flood)
-    body = json.dumps({"prompt": "Hi", "stream": True, "stream_canvas": True}).encode()
-    async with serving(load({"port": 0, "slow_client_seconds": 0.2}), engine) as port, asyncio.timeout(60):
+    body = json.dumps({**ASKED, "stream_canvas": True}).encode()
+    async with serving(engine, slow_client_seconds=0.2) as port, asyncio.timeout(60):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(hostile.post(body))
         while not engine.cancelled:  # noqa: ASYNC110
@@ -113,36 +107,47 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels_all_its_jobs(stream: bool) -> None:
-    running_jobs: list[str] = []
-    both_run = asyncio.Event()
+    running: list[str] = []
 
     async def run_for_ever(job: Job) -> AsyncIterator[Event]:
         yield Started(job.id)
-        running_jobs.append(job.id)
-        if len(running_jobs) == 2:
-            both_run.set()
+        running.append(job.id)
         await asyncio.Event().wait()
 
     engine = ScriptedEngine(run_for_ever)
-    app = make(engine)
-    left = asyncio.Event()
     body = json.dumps({"prompt": ["Hi", "Ho"], "stream": stream}).encode()
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def receive() -> Message:
-        if (message := next(messages, None)) is not None:
-            return message
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        pass
-
-    running = asyncio.create_task(app(scope_of(), receive, send))
-    await asyncio.wait_for(both_run.wait(), 30)
-    left.set()
-    await running
-    assert len(engine.cancelled) == 2
-    text = app.state.frontend.metrics.render().decode()
-    assert re.search(r"entrgi:num_requests_running\S* 0\.0", text)
+    async with serving(engine) as port, asyncio.timeout(60), httpx.AsyncClient() as client:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(hostile.post(body))
+        while len(running) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        writer.close()
+        while len(engine.cancelled) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    assert 'entrgi:num_requests_running{model_name="dlm"} 0.0' in text
     assert 'entrgi:request_success_total{finished_reason="abort",model_name="dlm"} 2.0' in text
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_client_that_leaves_while_its_request_fails_leaves_nothing_behind(turns: int) -> None:
+    """The cancellation comes so many turns of the loop after the start, that is before, in and after the clean-up."""
+
+    async def first_fails(job: Job) -> AsyncIterator[Event]:
+        if job.prompt_index == 0:
+            yield Failed(job.id, "deadline", "too late", "timeout")
+        async for event in never(job):
+            yield event
+
+    engine = ScriptedEngine(first_fails)
+    frontend: Frontend = make(engine).state.frontend
+    jobs = (make_job("one", prompt_index=0), make_job("two", prompt_index=1))
+    working = asyncio.create_task(results(frontend, Plan("cmpl-1", 0, "dlm", False, jobs, False, False, None)))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    working.cancel()
+    with pytest.raises((asyncio.CancelledError, RequestError)):
+        await working
+    for gauge in (frontend.metrics.requests_waiting, frontend.metrics.requests_running):
+        assert all(sample.value == 0 for family in gauge.collect() for sample in family.samples)
+    assert engine.closed == ({"one", "two"} if turns else set())

@@ -1,4 +1,4 @@
-"""TLS on a real socket, with a certificate made for the test; and a prefix that a proxy did not cut off."""
+"""TLS on a real socket, with a certificate made for the test."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 
 async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str]) -> None:
-    settings = load({"port": 0, "ssl_certfile": files["certificate"], "ssl_keyfile": files["key"]})
-    async with serving(settings) as port:
+    async with serving(ssl_certfile=files["certificate"], ssl_keyfile=files["key"]) as port:
         async with httpx.AsyncClient(verify=trusting(authority), base_url=f"https://localhost:{port}") as client:
             assert (await client.get("/health")).json() == {"status": "ok"}
             answer = await client.post("/v1/completions", json={"prompt": "Hi"})
@@ -75,18 +74,3 @@ def test_tls_settings_that_cannot_work_are_refused(files: dict[str, str], tmp_pa
     ):
         with pytest.raises(SettingsError, match=rf"^{key}\b"):
             load({**good, **wrong})
-
-
-async def test_behind_a_prefix_on_a_real_socket() -> None:
-    async with (
-        serving(load({"port": 0, "root_path": "/llm/v2"})) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
-    ):
-        for prefix in ("/llm/v2", ""):  # a proxy may or may not have cut it off
-            assert (await client.get(f"{prefix}/ready")).status_code == 200
-            assert (await client.get(f"{prefix}/v1/models/dlm")).json()["id"] == "dlm"
-            answer = await client.post(f"{prefix}/v1/completions", json={"prompt": "Hi"})
-            assert answer.json()["choices"][0]["text"] == "Hi"
-            document = (await client.get(f"{prefix}/openapi.json")).json()
-            assert document["servers"] == [{"url": "/llm/v2"}]
-        assert (await client.get("/llm/v1/models")).status_code == 404
