@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpp.build import PASS_DTYPES, call, number, threads
+from kernels.cpp.build import PASS_DTYPES, call
 from kernels.cpp.build import runs as cpp_runs
 
 MAX_HEAD_SIZE = 1024  # of the C++ gradient's buffer
@@ -71,7 +71,7 @@ def split_heads(
 
 def _call(name: str, x: Tensor, *arguments: Tensor | int | float | None) -> None:
     """Calls a C++ pass on x and the others, which are in its dtype."""
-    call(name, x, *arguments, number(x.dtype), threads())
+    call(name, x, *arguments, x.dtype, torch.get_num_threads())
 
 
 class _RMSNorm(torch.autograd.Function):

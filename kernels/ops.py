@@ -12,9 +12,11 @@ logits and float32 for everything else.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -137,9 +139,11 @@ class Guided(ABC):
         others.expected_updates = self.expected_updates if updates is None else updates
         return first, others
 
-    @abstractmethod
-    def _part(self, rows: slice) -> Guided:
+    def _part(self, rows: slice) -> Self:
         """A state of its own with the phi and Adam history of some rows, in the memory of this one."""
+        part = copy.copy(self)
+        part.logits, part.params = self.logits[rows], self.params.select(rows)
+        return part
 
     @abstractmethod
     def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor: ...

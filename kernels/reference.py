@@ -8,8 +8,8 @@ float64 whatever the logits' dtype, since in bfloat16 the cumulative sum of a fl
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -118,13 +118,12 @@ class ReferenceState(Guided):
             self._stats = row_stats(self._current, self.params.tau)
         return self._stats
 
-    def _part(self, rows: slice) -> Guided:
-        chosen = copy.copy(self)
-        chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
-        chosen._current, chosen._stats = self._current[rows], None
+    def _part(self, rows: slice) -> Self:
+        part = super()._part(rows)
+        part._current, part._stats = self._current[rows], None
         if self.updates:
-            chosen._m, chosen._v = self._m[rows], self._v[rows]
-        return chosen
+            part._m, part._v = self._m[rows], self._v[rows]
+        return part
 
     def phi(self) -> Tensor:
         return self._current

@@ -15,23 +15,21 @@ What a backend supplies is the arithmetic on one slab: `_row_sums`, `_weights`, 
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from kernels.adam import Plan, Trail, direction, follow, plan_update
-from kernels.ops import Guided, Mixed, RowParams, RowStats, Term
+from kernels.adam import Trail, direction
+from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term
 from kernels.settings import settings
 
 TILE = 1024  # columns a tile, unless a backend says otherwise
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Sums over each tile of each row, (N, T): with d = phi - maximum, s = sum exp(d) and t = sum d exp(d) at
     temperature 1, and the same with d / tau. An all -inf tile has zeros. Float64 on a CPU."""
 
@@ -41,18 +39,8 @@ class Tiles:
     s_tau: Tensor
     t_tau: Tensor
 
-    @staticmethod
-    def empty(rows: int, count: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tiles:
-        """Uninitialised sums of N rows with T = `count` tiles each."""
-        return Tiles(*torch.empty(5, rows, count, dtype=dtype, device=device).unbind(0))
 
-    def part(self, rows: slice) -> Tiles:
-        """The tiles of some rows."""
-        return Tiles(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """What tiles say about rows, (N,) float64: the maximum, and sum exp(phi - maximum), at temperature 1 and tau."""
 
     maximum: Tensor
@@ -92,7 +80,8 @@ class TiledState(Guided):
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         super().__init__(logits, params, updates)
         self.trail = Trail()
-        self.tiles = Tiles.empty(self.rows, -(-self.vocab_size // self.tile), logits.device, self.tile_dtype)
+        shape = 5, self.rows, -(-self.vocab_size // self.tile)
+        self.tiles = Tiles(*torch.empty(shape, dtype=self.tile_dtype, device=logits.device).unbind(0))
         self._prepare()
         self._row_sums()
         self._refresh()
@@ -107,13 +96,14 @@ class TiledState(Guided):
         """Fills `self.tiles` for phi_0."""
 
     @abstractmethod
-    def _weights(self, start: int, out: Tensor) -> None:
-        """exp((phi - maximum) / tau) at columns from `start` on, into `out` (N, columns) of any dtype."""
+    def _weights(self, start: int, out: Tensor) -> Tensor | None:
+        """exp((phi - maximum) / tau) at columns from `start` on, into `out` (N, columns) of any dtype. A backend whose
+        own `_mix` normalises by the sums (N,) of what was written returns them."""
 
     @abstractmethod
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
+    def _step(self, slope: Tensor, offset: Tensor, start: int, after: Trail) -> None:
         """One Adam step on columns from `start` on: `slope` (N, columns), of any dtype, is g @ E.T there, `offset` (N,)
-        is c. Writes what `plan` names and the new phi's tiles. `slope` may be overwritten."""
+        is c. Writes what is new in `after` and the new phi's tiles. `slope` may be overwritten."""
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
@@ -143,13 +133,12 @@ class TiledState(Guided):
         values = self._compose(lambda tensor: tensor[index[:, None], columns.clamp_max(self.vocab_size - 1)], index)
         return values.masked_fill(columns >= self.vocab_size, -torch.inf), columns
 
-    def _part(self, rows: slice) -> Guided:
-        chosen = copy.copy(self)
-        chosen.logits, chosen.params = self.logits[rows], self.params.select(rows)
-        chosen.trail, chosen.tiles = self.trail.part(rows), self.tiles.part(rows)
-        chosen._prepare()
-        chosen._refresh()
-        return chosen
+    def _part(self, rows: slice) -> Self:
+        part = super()._part(rows)
+        part.trail, part.tiles = self.trail.part(rows), Tiles(*(sums[rows] for sums in self.tiles))
+        part._prepare()
+        part._refresh()
+        return part
 
     def phi(self) -> Tensor:
         return self._compose(lambda tensor: tensor, None)
@@ -222,7 +211,7 @@ class TiledState(Guided):
         return sum(products, start=torch.zeros((), device=out.device))
 
     def _update(self, terms: Sequence[Term]) -> None:
-        plan = self._plan()
+        after = self._next_trail()
         gs = [term.g.to(self.dtype) for term in terms]
         offset = torch.zeros_like(self.params.tau)
         for term, g in zip(terms, gs, strict=True):
@@ -230,21 +219,68 @@ class TiledState(Guided):
         dtypes = {self._product_dtype(term.table) for term in terms}
         for start, stop, slope in self._buffers(dtypes.pop() if len(dtypes) == 1 else self.dtype):
             tables = [term.table[start:stop] for term in terms]
-            self._step(self._slope(gs, tables, slope), offset, start, plan)
-        self._follow(plan)
+            self._step(self._slope(gs, tables, slope), offset, start, after)
+        self._follow(after)
 
-    def _plan(self) -> Plan:
-        """Where the coming update writes."""
+    def _next_trail(self) -> Trail:
+        """The trail that the coming update writes."""
         last = self.updates + 1 == self.expected_updates
-        return plan_update(self.trail, self.updates + 1, last, self.dtype, self._new_gradient)
-
-    def _follow(self, plan: Plan) -> None:
-        """What an update has written is the state now."""
-        self.trail = follow(self.trail, plan)
-        self._refresh()
+        return self.trail.after(self.updates + 1, last, self._new_gradient)
 
     def _new_gradient(self) -> Tensor:
-        return torch.empty(self.rows, self.vocab_size, dtype=self.dtype, device=self.logits.device)
+        return self.logits.new_empty(self.logits.shape, dtype=self.dtype)
+
+    def _follow(self, after: Trail) -> None:
+        """What an update has written is the state now."""
+        self.trail = after
+        self._refresh()
+
+
+class CompiledState(TiledState):
+    """What backends with compiled passes share: parameters as float32 columns that a pass reads by address, and the
+    memory into which it writes what it finds."""
+
+    def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
+        if logits.ndim == 2 and logits.stride(-1) != 1:
+            logits = logits.contiguous()
+        super().__init__(logits, params, updates)
+
+    def _prepare(self) -> None:
+        params, like = self.params, self.tiles.maximum
+        self._tau, self._top_p, self._eta = (x.float().contiguous() for x in (params.tau, params.top_p, params.eta))
+        self._top_k, self._greedy = params.top_k.contiguous(), params.greedy.to(torch.uint8).contiguous()
+        sums = like.new_empty(2, self.rows, dtype=torch.float64)
+        self.sums = Rows(like.new_empty(self.rows), sums[0], sums[1], like.new_empty(like.shape))
+        self._top: Tensor | None = None  # the argmax, once it is known
+
+    def _refresh(self) -> None:
+        out = torch.empty(4, self.rows, device=self.logits.device)  # new ones: earlier statistics stay as they were
+        self._top = torch.empty(self.rows, dtype=torch.long, device=self.logits.device)
+        self._stats = RowStats(out[0], out[1], out[2], out[3], self._top)
+        self._combine(out)
+
+    @abstractmethod
+    def _combine(self, out: Tensor) -> None:
+        """Fills `sums`, `_top` and `out` (4, N), the other statistics in the order of `RowStats`, from the tiles."""
+
+    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
+        tokens = torch.empty(len(keys), dtype=torch.long, device=keys.device)
+        rows = None if rows is None else rows.contiguous()
+        self._draw_into(tokens, keys.contiguous(), rows, -1 if never is None else never)
+        return tokens
+
+    @abstractmethod
+    def _draw_into(self, out: Tensor, keys: Tensor, rows: Tensor | None, never: int) -> None:
+        """Fills out (n,) with tokens; `never` is -1 where every id may be drawn."""
+
+    def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
+        out = torch.empty(3, len(tokens), device=tokens.device)
+        self._filtered_into(out, tokens.contiguous(), None if rows is None else rows.contiguous())
+        return FilteredStats(*out.unbind(0))
+
+    @abstractmethod
+    def _filtered_into(self, out: Tensor, tokens: Tensor, rows: Tensor | None) -> None:
+        """Fills out (3, n) in the order of `FilteredStats`."""
 
 
 def _narrow_product(a: Tensor, b: Tensor) -> Tensor:

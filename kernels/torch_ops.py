@@ -8,13 +8,13 @@ last kept rank exactly, from a histogram and a sort of the one bin in which the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from kernels.adam import Plan, advance, direction, raw_coefficients, weighted_squares, weighted_sum
-from kernels.ops import BETA_1, BETA_2, FilteredStats, RowParams
+from kernels.adam import Trail, advance, direction, moments
+from kernels.ops import FilteredStats, RowParams
 from kernels.random import MAX_REJECTIONS, uniform
 from kernels.reference import first_exceeding
 from kernels.tiled import TILE, TiledState
@@ -123,7 +123,7 @@ class TorchState(TiledState):
         maximum = self.sums.maximum[index].to(self.dtype)
         return (phi - maximum[:, None]).div_(self.params.tau[index][:, None])
 
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
+    def _step(self, slope: Tensor, offset: Tensor, start: int, after: Trail) -> None:
         columns = slope.shape[1]
         stop = start + columns
         for block in self._blocks(self.rows, columns):
@@ -131,31 +131,23 @@ class TorchState(TiledState):
             scale = (self.params.tau[block] * self.sums.s_tau[block].to(self.dtype)).reciprocal()
             gradient = self._exponent(phi, block).exp_()
             gradient.mul_(slope[block].to(self.dtype).sub_(offset[block, None])).mul_(scale[:, None])
-            step = self._adam(gradient, block, start, stop, plan)
+            step = self._adam(gradient, block, start, stop, after)
             step.mul_(self.params.eta[block][:, None]).add_(phi)
-            if plan.phi is not None:
-                plan.phi[block, start:stop] = step
+            if after.phi is not None:
+                after.phi[block, start:stop] = step
             self._set_tiles(step, block, start)
 
-    def _adam(self, gradient: Tensor, index: slice, start: int, stop: int, plan: Plan) -> Tensor:
-        """Adam's direction for one block, its moments written where `plan` says."""
-        trail = self.trail
+    def _adam(self, gradient: Tensor, index: slice, start: int, stop: int, after: Trail) -> Tensor:
+        """Adam's direction for one block; its gradient or moments are written where `after` has them."""
+        trail, place = self.trail, (index, slice(start, stop))
         if trail.m is not None and trail.v is not None:
-            m, v = trail.m[index, start:stop], trail.v[index, start:stop]
-            result = advance(m, v, gradient, plan.t)
-            if plan.m is not None and plan.v is not None:
-                plan.m[index, start:stop] = m
-                plan.v[index, start:stop] = v
-            return result
-        gradients: Sequence[Tensor] = [*(g[index, start:stop].to(self.dtype) for g in trail.gradients), gradient]
+            return advance(trail.m[place], trail.v[place], gradient, self.updates + 1)
+        gradients = [*(g[place] for g in trail.gradients), gradient]
         result = direction(gradients)
-        if plan.gradient is not None:
-            plan.gradient[index, start:stop] = gradient
-        if plan.m is not None and plan.v is not None:
-            m = weighted_sum(gradients, raw_coefficients(plan.t, BETA_1))
-            v = weighted_squares(gradients, raw_coefficients(plan.t, BETA_2))
-            plan.m[index, start:stop] = m
-            plan.v[index, start:stop] = v
+        if after.newest is not None:
+            after.newest[place] = gradient
+        if after.m is not None and after.v is not None:
+            after.m[place], after.v[place] = moments(gradients, corrected=False)
         return result
 
     # -- drawing --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ inline void rms_gradient(const G* g, const T* x, const T* w, float inverse, int6
 
 // use(row, x) for each row, with x of the tensors' type.
 template <class Use>
-inline void each_row(int64_t rows, int32_t dtype, int32_t threads, Use use) {
+inline void each_row(int64_t rows, int32_t dtype, int64_t threads, Use use) {
   typed(dtype, [&](auto zero) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row) use(row, zero);
@@ -55,7 +55,7 @@ extern "C" {
 
 // y = x / sqrt(mean(x^2) + epsilon) * w, rows of `width`; the inverse root is kept for the gradient.
 void rms_norm(const void* x, const void* w, void* y, float* inverse, int64_t rows, int64_t width, float epsilon,
-              int32_t dtype, int32_t threads) {
+              int32_t dtype, int64_t threads) {
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const auto *from = at(x, row * width, type), *weight = at(w, 0, type);
     auto* to = at(y, row * width, type);
@@ -66,7 +66,7 @@ void rms_norm(const void* x, const void* w, void* y, float* inverse, int64_t row
 }
 
 void rms_norm_gradient(const void* g, const void* x, const void* w, const float* inverse, void* out, int64_t rows,
-                       int64_t width, int32_t dtype, int32_t threads) {
+                       int64_t width, int32_t dtype, int64_t threads) {
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const int64_t place = row * width;
     rms_gradient(at(g, place, type), at(x, place, type), at(w, 0, type), inverse[row], width, at(out, place, type));
@@ -75,7 +75,7 @@ void rms_norm_gradient(const void* g, const void* x, const void* w, const float*
 
 // y = silu(gate) * up; gate and up have rows `stride` elements apart.
 void swiglu(const void* gates, const void* ups, int64_t stride, void* y, int64_t rows, int64_t width, int32_t dtype,
-            int32_t threads) {
+            int64_t threads) {
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const auto *gate = at(gates, row * stride, type), *up = at(ups, row * stride, type);
     auto* to = at(y, row * width, type);
@@ -86,7 +86,7 @@ void swiglu(const void* gates, const void* ups, int64_t stride, void* y, int64_t
 
 // The gradient of swiglu, where a row of x holds gate and up, `width` each; out likewise.
 void swiglu_gradient(const void* g, const void* x, void* out, int64_t rows, int64_t width, int32_t dtype,
-                     int32_t threads) {
+                     int64_t threads) {
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const auto *gates = at(x, 2 * row * width, type), *ups = gates + width, *from = at(g, row * width, type);
     auto *d_gate = at(out, 2 * row * width, type), *d_up = d_gate + width;
@@ -104,7 +104,7 @@ void swiglu_gradient(const void* g, const void* x, void* out, int64_t rows, int6
 // i + size / 2. y is packed, (rows, heads, size).
 void rotate_heads(const void* x, int64_t stride, const void* w, float epsilon, const float* cosines,
                   const float* sines, void* y, int64_t rows, int64_t heads, int64_t size, int32_t dtype,
-                  int32_t threads) {
+                  int64_t threads) {
   const int64_t half = size / 2;
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const float *c = cosines + row * half, *s = sines + row * half;
@@ -132,7 +132,7 @@ void rotate_heads(const void* x, int64_t stride, const void* w, float epsilon, c
 // The gradient of rotate_heads: g (rows, heads, size) into out, strided like x.
 void rotate_heads_gradient(const void* g, const void* x, int64_t stride, const void* w, float epsilon,
                            const float* cosines, const float* sines, void* out, int64_t rows, int64_t heads,
-                           int64_t size, int32_t dtype, int32_t threads) {
+                           int64_t size, int32_t dtype, int64_t threads) {
   const int64_t half = size / 2;
   each_row(rows, dtype, threads, [=](int64_t row, auto type) {
     const float *c = cosines + row * half, *s = sines + row * half;

@@ -137,11 +137,13 @@ def runs() -> bool:
 
 def call(name: str, *arguments: Any) -> None:
     """Calls a function of the library: tensors go by address (None as a null pointer), integers as int64, floats as
-    float, what ctypes made as it is."""
+    float, dtypes as the library numbers them, what ctypes made as it is."""
     converted: list[Any] = []
     for value in arguments:
         if value is None or isinstance(value, Tensor):
             converted.append(ctypes.c_void_p(address(value)))
+        elif isinstance(value, torch.dtype):
+            converted.append(ctypes.c_int32(DTYPES[value]))
         elif isinstance(value, float):
             converted.append(ctypes.c_float(value))
         else:
@@ -152,13 +154,3 @@ def call(name: str, *arguments: Any) -> None:
 def address(tensor: Tensor | None) -> int | None:
     """Where a tensor's first element lies; None for None."""
     return None if tensor is None else tensor.data_ptr()
-
-
-def threads() -> ctypes.c_int32:
-    """OpenMP threads for the library: as many as torch uses."""
-    return ctypes.c_int32(torch.get_num_threads())
-
-
-def number(dtype: torch.dtype) -> ctypes.c_int32:
-    """A dtype as the library numbers it."""
-    return ctypes.c_int32(DTYPES[dtype])

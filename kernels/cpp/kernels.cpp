@@ -25,11 +25,11 @@ void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int
     g[i] = exponential((phi[i] - maximum) * inverse_tau) * (float(slope[i]) - offset) * scale;
 
   const float *g1 = s.g1 ? s.g1 + at : nullptr, *g2 = s.g2 ? s.g2 + at : nullptr;
-  const float *mw = plan.m_weight, *vw = plan.v_weight;
   if (s.m) {  // the moments are written out; in place where the plan says so
     const float *m = s.m + at, *v = s.v + at;
     float *m_out = plan.m ? plan.m + at : nullptr, *v_out = plan.v ? plan.v + at : nullptr;
-    const float m_scale = float(1.0 / plan.m_correction), v_scale = float(1.0 / plan.v_correction);
+    const float m_scale = float(1.0 / (1 - std::pow(0.9, plan.t)));
+    const float v_scale = float(1.0 / (1 - std::pow(0.999, plan.t)));
     for (int64_t i = 0; i < width; ++i) {
       const float m_new = BETA_1 * m[i] + (1 - BETA_1) * g[i], v_new = BETA_2 * v[i] + (1 - BETA_2) * g[i] * g[i];
       phi_new[i] = phi[i] + eta * (m_new * m_scale / (std::sqrt(v_new * v_scale) + EPSILON));
@@ -39,22 +39,25 @@ void adam_tile(const State& s, const Plan& plan, int64_t row, int64_t start, int
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) phi_new[i] = phi[i] + eta * direction_1(g[i]);
   } else if (!g2) {
+    const Weights w = SECOND;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) phi_new[i] = phi[i] + eta * direction_2(g1[i], g[i], mw, vw);
+    for (int64_t i = 0; i < width; ++i) phi_new[i] = phi[i] + eta * direction_2(g1[i], g[i], w);
   } else {
+    const Weights w = THIRD;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float m_hat = mw[0] * g1[i] + mw[1] * g2[i] + mw[2] * g[i];
-      const float v_hat = vw[0] * g1[i] * g1[i] + vw[1] * g2[i] * g2[i] + vw[2] * g[i] * g[i];
+      const float m_hat = w.m[0] * g1[i] + w.m[1] * g2[i] + w.m[2] * g[i];
+      const float v_hat = w.v[0] * g1[i] * g1[i] + w.v[1] * g2[i] * g2[i] + w.v[2] * g[i] * g[i];
       phi_new[i] = phi[i] + eta * (m_hat / (std::sqrt(v_hat) + EPSILON));
     }
   }
   if (!s.m && plan.m) {  // the first update past the kept gradients: from now on Adam's own moments
+    const Weights w = THIRD_RAW;
     float *m = plan.m + at, *v = plan.v + at;
     for (int64_t i = 0; i < width; ++i) {
       const float a = g1[i], b = g2[i], c = g[i];
-      m[i] = plan.m_raw[0] * a + plan.m_raw[1] * b + plan.m_raw[2] * c;
-      v[i] = plan.v_raw[0] * a * a + plan.v_raw[1] * b * b + plan.v_raw[2] * c * c;
+      m[i] = w.m[0] * a + w.m[1] * b + w.m[2] * c;
+      v[i] = w.v[0] * a * a + w.v[1] * b * b + w.v[2] * c * c;
     }
   }
   if (plan.gradient) std::copy(g, g + width, plan.gradient + at);
@@ -137,16 +140,18 @@ void weights(const State* state, int64_t start, int64_t columns, void* out, int3
   });
 }
 
-// One Adam step on columns start .. start + columns: slope (rows, columns) of `dtype`, offset (rows,).
-void step(const State* state, const Plan* plan, const void* slope, int32_t dtype, const float* offset, int64_t start,
-          int64_t columns) {
+// The t-th Adam step on columns start .. start + columns: slope (rows, columns) of `dtype`, offset (rows,). It writes
+// those of gradient, phi, m and v that are not null.
+void step(const State* state, float* gradient, float* phi, float* m, float* v, int64_t t, const void* slope,
+          int32_t dtype, const float* offset, int64_t start, int64_t columns) {
   const State& s = *state;
+  const Plan plan{gradient, phi, m, v, t};
   typed(dtype, [&](auto zero) {
     each_tile(s, columns, [&](int64_t row, int64_t first, int64_t width) {
-      alignas(64) float phi[TILE], scratch[TILE];
-      adam_tile(s, *plan, row, start + first, width, static_cast<const decltype(zero)*>(slope) + row * columns + first,
-                offset[row], phi, scratch);
-      tile_sums(s, row, (start + first) / TILE, phi);
+      alignas(64) float phi_new[TILE], scratch[TILE];
+      adam_tile(s, plan, row, start + first, width, static_cast<const decltype(zero)*>(slope) + row * columns + first,
+                offset[row], phi_new, scratch);
+      tile_sums(s, row, (start + first) / TILE, phi_new);
     });
   });
 }

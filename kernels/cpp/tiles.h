@@ -38,17 +38,15 @@ struct State {
   int32_t dtype;  // of the logits
   int32_t threads;
 };
+}
+
+namespace {
 
 // Where an update writes; outputs may alias g1, g2, phi, m, v of the state, element for element.
 struct Plan {
   float *gradient, *phi, *m, *v;
-  double m_correction, v_correction;  // 1 - beta^t
-  float m_weight[3], v_weight[3];      // bias-corrected closed form, oldest gradient first
-  float m_raw[3], v_raw[3];            // without correction
+  int64_t t;  // the update's number, from 1 on
 };
-}
-
-namespace {
 
 // Denormal weights cost a hundred cycles each and mean nothing here.
 class FlushDenormals {
@@ -131,20 +129,27 @@ inline void convert(const T* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-inline float direction_1(float g) { return g / (std::fabs(g) + EPSILON); }
-
-inline float direction_2(float g1, float g2, const float* mw, const float* vw) {
-  return (mw[0] * g1 + mw[1] * g2) / (std::sqrt(vw[0] * g1 * g1 + vw[1] * g2 * g2) + EPSILON);
-}
-
-struct Coefficients {
-  float m[2], v[2];
+// Adam's weights of g_1 .. g_t, oldest first, in the moments after t updates (kernels/adam.py).
+struct Weights {
+  float m[3], v[3];
 };
 
-Coefficients second_step() {
-  const double b1 = 0.9, b2 = 0.999;
-  return {{float((1 - b1) * b1 / (1 - b1 * b1)), float((1 - b1) / (1 - b1 * b1))},
-          {float((1 - b2) * b2 / (1 - b2 * b2)), float((1 - b2) / (1 - b2 * b2))}};
+Weights adam_weights(int t, bool corrected) {
+  Weights w{};
+  for (int i = 0; i < t; ++i)
+    for (const double beta : {0.9, 0.999}) {
+      const double raw = (1 - beta) * std::pow(beta, t - 1 - i);
+      (beta == 0.9 ? w.m : w.v)[i] = float(corrected ? raw / (1 - std::pow(beta, t)) : raw);
+    }
+  return w;
+}
+
+const Weights SECOND = adam_weights(2, true), THIRD = adam_weights(3, true), THIRD_RAW = adam_weights(3, false);
+
+inline float direction_1(float g) { return g / (std::fabs(g) + EPSILON); }
+
+inline float direction_2(float g1, float g2, const Weights& w) {
+  return (w.m[0] * g1 + w.m[1] * g2) / (std::sqrt(w.v[0] * g1 * g1 + w.v[1] * g2 * g2) + EPSILON);
 }
 
 inline int64_t tile_width(const State& s, int64_t tile) { return std::min(TILE, s.vocab - tile * TILE); }
@@ -172,10 +177,10 @@ const float* load(const State& s, int64_t row, int64_t start, int64_t width, flo
     return buffer;
   }
   const float* g2 = s.g2 + at;
-  const Coefficients c = second_step();
+  const Weights w = SECOND;
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i)
-    buffer[i] = (buffer[i] + eta * direction_1(g1[i])) + eta * direction_2(g1[i], g2[i], c.m, c.v);
+    buffer[i] = (buffer[i] + eta * direction_1(g1[i])) + eta * direction_2(g1[i], g2[i], w);
   return buffer;
 }
 

@@ -15,23 +15,8 @@ from kernels.ops import BETA_1, BETA_2, EPSILON
 
 # Constants stand to the right of tensors: in the interpreter a tl.constexpr on the left would swallow the tensor.
 EPS: tl.constexpr = tl.constexpr(EPSILON)
-B1: tl.constexpr = tl.constexpr(BETA_1)
-B2: tl.constexpr = tl.constexpr(BETA_2)
-
-_m2, _v2 = adam.coefficients(2, BETA_1), adam.coefficients(2, BETA_2)
-_m3, _v3 = adam.coefficients(3, BETA_1), adam.coefficients(3, BETA_2)
-M2_1: tl.constexpr = tl.constexpr(_m2[0])
-M2_2: tl.constexpr = tl.constexpr(_m2[1])
-V2_1: tl.constexpr = tl.constexpr(_v2[0])
-V2_2: tl.constexpr = tl.constexpr(_v2[1])
-M3_1: tl.constexpr = tl.constexpr(_m3[0])
-M3_2: tl.constexpr = tl.constexpr(_m3[1])
-M3_3: tl.constexpr = tl.constexpr(_m3[2])
-V3_1: tl.constexpr = tl.constexpr(_v3[0])
-V3_2: tl.constexpr = tl.constexpr(_v3[1])
-V3_3: tl.constexpr = tl.constexpr(_v3[2])
-RAW_M: tl.constexpr = tl.constexpr(1 - BETA_1**3)  # bias-corrected to raw moment, third update
-RAW_V: tl.constexpr = tl.constexpr(1 - BETA_2**3)
+M2: tl.constexpr = tl.constexpr(adam.coefficients(2, BETA_1))
+V2: tl.constexpr = tl.constexpr(adam.coefficients(2, BETA_2))
 
 
 @triton.jit
@@ -43,12 +28,14 @@ def direction_1(g):
 @triton.jit
 def direction_2(a, g):
     """After two updates, oldest gradient first."""
-    return (a * M2_1 + g * M2_2) / (tl.sqrt(a * a * V2_1 + g * g * V2_2) + EPS)
+    return (a * M2[0] + g * M2[1]) / (tl.sqrt(a * a * V2[0] + g * g * V2[1]) + EPS)
 
 
 @triton.jit
-def load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND: tl.constexpr):
-    """phi at `row` and `columns` (which broadcast; int64) in float32, -inf where `mask` is false."""
+def load_phi(source, columns, mask, KIND: tl.constexpr):
+    """phi at `columns` of a row in float32, -inf where `mask` is false. `source` is (logits, g1, g2, phi, row,
+    row_stride, vocab, eta); row and columns are int64 and broadcast."""
+    logits, g1, g2, phi, row, row_stride, vocab, eta = source
     at = row * vocab + columns
     if KIND == 3:
         x = tl.load(phi + at, mask=mask, other=0.0)
@@ -76,7 +63,8 @@ def exponential_sums(x, maximum, inverse_tau):
 
 @triton.jit
 def tile_sums(x, inverse_tau):
-    """Maximum along axis 1 of x (R, W) and the four sums relative to it; an all -inf row has zeros."""
+    """Maximum along axis 1 of x (R, W) and the four sums relative to it, in the order of `kernels.tiled.Tiles`; an all
+    -inf row has zeros."""
     maximum = tl.max(x, 1)
     safe = tl.where(maximum == -float("inf"), 0.0, maximum)[:, None]
     s_1, t_1 = exponential_sums(x, safe, 1.0)
@@ -85,13 +73,10 @@ def tile_sums(x, inverse_tau):
 
 
 @triton.jit
-def store_tiles(tiles, plane, at, mask, maximum, s_1, t_1, s_tau, t_tau):
+def store_tiles(tiles, plane, at, mask, sums):
     """Writes tile sums into the five planes of `tiles`, `plane` elements apart."""
-    tl.store(tiles + at, maximum, mask=mask)
-    tl.store(tiles + plane + at, s_1, mask=mask)
-    tl.store(tiles + 2 * plane + at, t_1, mask=mask)
-    tl.store(tiles + 3 * plane + at, s_tau, mask=mask)
-    tl.store(tiles + 4 * plane + at, t_tau, mask=mask)
+    for k in tl.static_range(5):
+        tl.store(tiles + k * plane + at, sums[k], mask=mask)
 
 
 @triton.jit

@@ -21,20 +21,29 @@ from kernels.random import MAX_REJECTIONS
 
 ROUNDS: tl.constexpr = tl.constexpr(MAX_REJECTIONS)
 INF: tl.constexpr = tl.constexpr(float("inf"))
+LOWEST: tl.constexpr = tl.constexpr(-2139095041)  # -infinity as an integer in the order of floats
+
+
+@triton.jit
+def _block(source, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """The ids from `start` on, and phi there."""
+    columns = start + tl.arange(0, BLOCK).to(tl.int64)
+    return columns, load_phi(source, columns, columns < source[6], KIND)
 
 
 @triton.jit
 def _invert(
-    u, total, logits, g1, g2, phi, mass, row, vocab, row_stride, tile_count, eta, maximum, inverse_tau, highest,
+    u, total, source, mass, tile_count, maximum, inverse_tau, highest,
     KIND: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The first id whose cumulative unfiltered mass exceeds u times the total (int64 scalar)."""
+    mass += source[4] * tile_count
     target = u * total
     base = total * 0.0
     passed = tl.zeros([TILES], tl.int32)
     for start in range(0, tile_count, TILES):
         j = start + tl.arange(0, TILES)
-        share = tl.load(mass + row * tile_count + j, mask=j < tile_count, other=0.0).to(tl.float64)
+        share = tl.load(mass + j, mask=j < tile_count, other=0.0).to(tl.float64)
         cumulative = base + tl.cumsum(share, 0)
         passed += ((cumulative <= target) & (j < tile_count)).to(tl.int32)
         base += tl.sum(share, 0)
@@ -42,54 +51,45 @@ def _invert(
     below = tl.zeros([TILES], tl.float64)
     for start in range(0, tile_count, TILES):
         j = start + tl.arange(0, TILES)
-        below += tl.load(mass + row * tile_count + j, mask=j < tile, other=0.0).to(tl.float64)
+        below += tl.load(mass + j, mask=j < tile, other=0.0).to(tl.float64)
     place = tl.arange(0, TILE)
-    columns = tile.to(tl.int64) * TILE + place
-    x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND)
+    x = _block(source, tile.to(tl.int64) * TILE, KIND, TILE)[1]
     weight = tl.exp((x - maximum) * inverse_tau)
     cumulative = tl.sum(below, 0) + tl.cumsum(weight.to(tl.float64), 0)
     first = tl.sum((cumulative <= target).to(tl.int32), 0)
     # Rounding can leave the tile's end at the target: then the last id with any mass.
     last = tl.max(tl.where(weight > 0, place, -1), 0)
     chosen = tl.where(first < TILE, first, last)
-    return tl.where(last < 0, highest, tl.minimum(tile.to(tl.int64) * TILE + chosen, vocab - 1))
+    return tl.where(last < 0, highest, tl.minimum(tile.to(tl.int64) * TILE + chosen, source[6] - 1))
 
 
 @triton.jit
-def _value(logits, g1, g2, phi, row, vocab, row_stride, column, eta, KIND: tl.constexpr):
+def _value(source, column, KIND: tl.constexpr):
     """phi at one place, as a scalar."""
-    columns = column + tl.arange(0, 1)
-    return tl.sum(load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND), 0)
+    return tl.sum(_block(source, column, KIND, 1)[1], 0)
 
 
 @triton.jit
-def _best_other(
-    never, logits, g1, g2, phi, row, vocab, row_stride, eta, KIND: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _best_other(never, source, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The lowest id of the largest value beside `never` (int64 scalar)."""
+    vocab = source[6]
     highest = tl.full([BLOCK], -INF, tl.float32)
     found = tl.full([BLOCK], 0, tl.int64) + vocab
     for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        mask = (columns < vocab) & (columns != never)
-        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND)
-        better = mask & ((x > highest) | (found == vocab))
+        columns, x = _block(source, start, KIND, BLOCK)
+        better = (columns < vocab) & (columns != never) & ((x > highest) | (found == vocab))
         highest = tl.where(better, x, highest)
         found = tl.where(better, columns, found)
     return tl.minimum(tl.min(tl.where(highest == tl.max(highest, 0), found, vocab), 0), vocab - 1)
 
 
 @triton.jit
-def _above(
-    value, token, logits, g1, g2, phi, row, vocab, row_stride, eta, maximum, inverse_tau,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _above(value, token, source, maximum, inverse_tau, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Mass (float64) and count of what ranks above a token of this value."""
     mass = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND)
+    for start in range(0, source[6], BLOCK):
+        columns, x = _block(source, start, KIND, BLOCK)
         above = (x > value) | ((x == value) & (columns < token))
         mass += tl.where(above, tl.exp((x - maximum) * inverse_tau), 0.0)
         count += above.to(tl.int32)
@@ -97,71 +97,65 @@ def _above(
 
 
 @triton.jit
-def _order(x):
-    """Floats as int64 in the same order; both zeros are equal."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+def _flip(bits):
+    """Bits of floats, as integers in the same order; and back again."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _last_kept(
-    limit, top_k, logits, g1, g2, phi, row, vocab, row_stride, eta, maximum, inverse_tau,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _last_kept(limit, top_k, source, maximum, inverse_tau, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """(value, id) of the lowest kept rank.
 
     "The mass above a value is at most the limit and its count below top_k" is monotone in the value: bisection finds
     the smallest such bit pattern, which is the value of the last kept token. Among its equals the lower ids are kept,
     as many as mass and count allow.
     """
-    low = tl.full([], -2147483648, tl.int64)
-    high = tl.max(_order(maximum + tl.zeros([1], tl.float32)), 0)
+    low = tl.full([], LOWEST, tl.int64)
+    high = _flip(maximum.to(tl.int32, bitcast=True)).to(tl.int64)
+    mass = tl.full([], 0.0, tl.float64)
+    count = tl.full([], 0, tl.int32)
     while low < high:
         middle = (low + high) >> 1
-        mass = tl.zeros([BLOCK], tl.float32)
-        count = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK).to(tl.int64)
-            x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND)
-            above = (columns < vocab) & (_order(x) > middle)
-            mass += tl.where(above, tl.exp((x - maximum) * inverse_tau), 0.0)
-            count += above.to(tl.int32)
-        total = tl.sum(count, 0)
-        open_ = (total == 0) | ((tl.sum(mass.to(tl.float64), 0) <= limit) & (total < top_k))
+        value = _flip(middle.to(tl.int32)).to(tl.float32, bitcast=True)
+        heavier, more = _above(value, 0, source, maximum, inverse_tau, KIND, BLOCK)
+        open_ = (more == 0) | ((heavier <= limit) & (more < top_k))
         high = tl.where(open_, middle, high)
         low = tl.where(open_, low, middle + 1)
+        mass = tl.where(open_, heavier, mass)
+        count = tl.where(open_, more, count)
 
-    mass = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.int32)
-    equal = tl.zeros([BLOCK], tl.int32)
-    found = tl.full([BLOCK], -INF, tl.float32)
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND)
-        rank = _order(x)
-        above = (columns < vocab) & (rank > high)
-        same = (columns < vocab) & (rank == high)
-        mass += tl.where(above, tl.exp((x - maximum) * inverse_tau), 0.0)
-        count += above.to(tl.int32)
-        equal += same.to(tl.int32)
-        found = tl.maximum(found, tl.where(same, x, -INF))
-    value = tl.max(found, 0)
+    value = _flip(high.to(tl.int32)).to(tl.float32, bitcast=True)
     weight = tl.exp((value - maximum) * inverse_tau)
-    slack = (limit - tl.sum(mass.to(tl.float64), 0)).to(tl.float32)
+    slack = (limit - mass).to(tl.float32)
     room = tl.where(weight > 0, tl.minimum(slack / tl.where(weight > 0, weight, 1.0), 4e9), 4e9).to(tl.int64) + 1
-    wanted = tl.minimum(tl.minimum(room, tl.sum(equal, 0).to(tl.int64)), top_k - tl.sum(count, 0))
-    wanted = tl.maximum(wanted, 1)
+    wanted = tl.maximum(tl.minimum(room, top_k - count), 1)
 
     seen = wanted * 0
     last = wanted * 0
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, eta, KIND)
-        same = (columns < vocab) & (x == value)
+    for start in range(0, source[6], BLOCK):
+        columns, x = _block(source, start, KIND, BLOCK)
+        same = (columns < source[6]) & (x == value)
         order = seen + tl.cumsum(same.to(tl.int32), 0)
         last = tl.maximum(last, tl.max(tl.where(same & (order <= wanted), columns, 0), 0))
         seen += tl.sum(same.to(tl.int32), 0)
     return value, last
+
+
+@triton.jit
+def _keeps(x, columns, value, last):
+    """Whether the filters keep ids of value x, the lowest kept rank being (value, last)."""
+    return (x > value) | ((x == value) & (columns <= last))
+
+
+@triton.jit
+def _acceptable(
+    start, source, value, last, never, best, inverse_tau, KIND: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The ids from `start` on and their weights, zero for `never` and what the filters drop. They are relative to
+    `best`, the largest that counts: what `never` leaves to the others may be too small for a number."""
+    columns, x = _block(source, start, KIND, BLOCK)
+    inside = _keeps(x, columns, value, last) & (columns != never)
+    return columns, tl.where(inside, tl.exp((x - best) * inverse_tau), 0.0)
 
 
 @triton.jit
@@ -175,8 +169,8 @@ def draw(
     row = i
     if HAS_INDEX:
         row = tl.load(index + i)
+    source = logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)
     inverse_tau = 1.0 / tl.load(tau + row)
-    step = tl.load(eta + row)
     maximum = tl.load(row_maximum + row)
     total = tl.load(row_s_tau + row)
     p = tl.load(top_p + row)
@@ -186,22 +180,17 @@ def draw(
     # One kept token needs no draw: the second is cut when the first alone (mass 1) exceeds top_p.
     done = ((tl.load(greedy + row) != 0) | (k == 1) | (limit < 1.0)).to(tl.int32)
     if highest == never:
-        highest = _best_other(never, logits, g1, g2, phi, row, vocab, row_stride, step, KIND, BLOCK)
+        highest = _best_other(never, source, KIND, BLOCK)
     token = highest
     bound_value = -INF + maximum * 0.0
     bound_token = highest * 0 + vocab
     rejections = done * 0
     while (done == 0) & (rejections < ROUNDS):
         u = uniform(keys, i, rejections)
-        x = _invert(
-            u, total, logits, g1, g2, phi, mass, row, vocab, row_stride, tile_count, step, maximum, inverse_tau,
-            highest, KIND, TILE, TILES,
-        )  # fmt: skip
-        value = _value(logits, g1, g2, phi, row, vocab, row_stride, x, step, KIND)
+        x = _invert(u, total, source, mass, tile_count, maximum, inverse_tau, highest, KIND, TILE, TILES)
+        value = _value(source, x, KIND)
         if (x != never) & ((value > bound_value) | ((value == bound_value) & (x < bound_token))):
-            above, count = _above(
-                value, x, logits, g1, g2, phi, row, vocab, row_stride, step, maximum, inverse_tau, KIND, BLOCK
-            )
+            above, count = _above(value, x, source, maximum, inverse_tau, KIND, BLOCK)
             if (count == 0) | ((above <= limit) & (count < k)):
                 token = x
                 done = done + 1
@@ -210,32 +199,23 @@ def draw(
                 bound_token = x
         rejections += 1
     if done == 0:
-        value, last = _last_kept(
-            limit, k, logits, g1, g2, phi, row, vocab, row_stride, step, maximum, inverse_tau, KIND, BLOCK
-        )
-        # Relative to the best of them: what `never` leaves to the others may be too small for a number.
-        best = _value(logits, g1, g2, phi, row, vocab, row_stride, highest, step, KIND)
+        value, last = _last_kept(limit, k, source, maximum, inverse_tau, KIND, BLOCK)
+        best = _value(source, highest, KIND)
         best = tl.where(best == -INF, 0.0, best)
         kept = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK).to(tl.int64)
-            x_block = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, step, KIND)
-            inside = ((x_block > value) | ((x_block == value) & (columns <= last))) & (columns != never)
-            kept += tl.where(inside, tl.exp((x_block - best) * inverse_tau), 0.0)
+            kept += _acceptable(start, source, value, last, never, best, inverse_tau, KIND, BLOCK)[1]
         target = uniform(keys, i, rejections) * tl.sum(kept.to(tl.float64), 0)
         base = target * 0.0
         chosen = highest * 0 + vocab
         fallback = highest * 0 - 1
         for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK).to(tl.int64)
-            x_block = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, step, KIND)
-            inside = ((x_block > value) | ((x_block == value) & (columns <= last))) & (columns != never)
-            weight = tl.where(inside, tl.exp((x_block - best) * inverse_tau), 0.0).to(tl.float64)
-            cumulative = base + tl.cumsum(weight, 0)
+            columns, weight = _acceptable(start, source, value, last, never, best, inverse_tau, KIND, BLOCK)
+            cumulative = base + tl.cumsum(weight.to(tl.float64), 0)
             hit = (cumulative > target) & (weight > 0)
             chosen = tl.minimum(chosen, tl.min(tl.where(hit, columns, vocab), 0))
             fallback = tl.maximum(fallback, tl.max(tl.where(weight > 0, columns, -1), 0))
-            base += tl.sum(weight, 0)
+            base += tl.sum(weight.to(tl.float64), 0)
         token = tl.where(chosen < vocab, chosen, tl.where(fallback < 0, highest, fallback))
     tl.store(tokens + i, token)
 
@@ -251,33 +231,27 @@ def filtered_stats(
     row = i
     if HAS_INDEX:
         row = tl.load(index + i)
+    source = logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)
     inverse_tau = 1.0 / tl.load(tau + row)
-    step = tl.load(eta + row)
     maximum = tl.load(row_maximum + row)
     p = tl.load(top_p + row)
     highest = tl.load(argmax + row)
     limit = tl.where(p >= 1.0, INF, p.to(tl.float64) * tl.load(row_s_tau + row))
-    value, last = _last_kept(
-        limit, tl.load(top_k + row), logits, g1, g2, phi, row, vocab, row_stride, step, maximum, inverse_tau,
-        KIND, BLOCK,
-    )  # fmt: skip
+    value, last = _last_kept(limit, tl.load(top_k + row), source, maximum, inverse_tau, KIND, BLOCK)
     s = tl.zeros([BLOCK], tl.float32)
     t = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
-        x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, step, KIND)
-        inside = (x > value) | ((x == value) & (columns <= last))
+        columns, x = _block(source, start, KIND, BLOCK)
         z = (x - maximum) * inverse_tau
-        weight = tl.where(inside, tl.exp(z), 0.0)
+        weight = tl.where(_keeps(x, columns, value, last), tl.exp(z), 0.0)
         s += weight
         t += tl.where(weight == 0.0, 0.0, weight * z)
         second = tl.maximum(second, tl.where(columns == highest, 0.0, weight))
     kept = tl.sum(s.to(tl.float64), 0).to(tl.float32)
     token = tl.load(tokens + i)
-    own = _value(logits, g1, g2, phi, row, vocab, row_stride, token, step, KIND)
-    inside = (own > value) | ((own == value) & (token <= last))
-    own_weight = tl.where(inside, tl.exp((own - maximum) * inverse_tau), 0.0)
+    own = _value(source, token, KIND)
+    own_weight = tl.where(_keeps(own, token, value, last), tl.exp((own - maximum) * inverse_tau), 0.0)
     tl.store(out + i, tl.sum(t.to(tl.float64), 0).to(tl.float32) / kept - tl.log(kept))
     tl.store(out + drawn + i, own_weight / kept)
     tl.store(out + 2 * drawn + i, (1.0 - tl.max(second, 0)) / kept)

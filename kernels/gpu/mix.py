@@ -26,9 +26,8 @@ def weights(
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     inside = place < width
-    x = load_phi(
-        logits, g1, g2, phi, row, row_stride, vocab, first + place, inside, tl.load(eta + row), KIND
-    )  # fmt: skip
+    source = logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)
+    x = load_phi(source, first + place, inside, KIND)
     weight = tl.exp((x - tl.load(row_maximum + row)) / tl.load(tau + row)).to(out.dtype.element_ty)
     tl.store(out + row * width + place, weight, mask=inside)
     tl.store(sums + row * blocks + tl.program_id(1), tl.sum(tl.where(inside, weight.to(tl.float32), 0.0), 0))

@@ -12,14 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.adam import Plan
+from kernels.adam import Trail
 from kernels.gpu import draw as draw_kernels
 from kernels.gpu import mix as mix_kernels
 from kernels.gpu import row_stats as row_kernels
 from kernels.gpu import update as update_kernels
-from kernels.ops import BETA_1, BETA_2, FilteredStats, Mixed, RowParams, RowStats, Term
+from kernels.ops import BETA_1, BETA_2, Mixed, RowParams, Term
 from kernels.settings import interpreted, settings
-from kernels.tiled import Rows, TiledState, Tiles
+from kernels.tiled import CompiledState, Tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def pieces(kind: int, write: int) -> int:
     return 8 if kind == 2 or write else 4
 
 
-class TritonState(TiledState):
+class TritonState(CompiledState):
     """Tiles of 128 columns, the width of the fused update's block, so that both update variants leave the same sums."""
 
     backend = "triton"
@@ -45,23 +45,11 @@ class TritonState(TiledState):
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         if logits.dtype not in DTYPES or not (logits.is_cuda or interpreted()):
             raise ValueError(f"the triton backend takes CUDA logits in {DTYPES}, not {logits.dtype} on {logits.device}")
-        if logits.ndim == 2 and logits.stride(-1) != 1:
-            logits = logits.contiguous()
         super().__init__(logits, params, updates)
 
     def _prepare(self) -> None:
-        device, count = self.logits.device, self.rows
-        floats = (self.params.tau, self.params.top_p, self.params.eta)
-        self._tau, self._top_p, self._eta = (x.float().contiguous() for x in floats)
-        self._top_k, self._greedy = self.params.top_k.contiguous(), self.params.greedy.to(torch.uint8)
-        sums = torch.empty(2, count, dtype=torch.float64, device=device)
-        self.sums = Rows(
-            maximum=torch.empty(count, device=device),
-            s_1=sums[0],
-            s_tau=sums[1],
-            mass=torch.empty(count, self._tile_count, device=device),
-        )
-        self._tile_planes = torch.stack([getattr(self.tiles, name) for name in Tiles.__slots__])
+        super()._prepare()
+        self._tile_planes = torch.stack(self.tiles)
         self.tiles = Tiles(*self._tile_planes.unbind(0))
 
     @property
@@ -89,24 +77,16 @@ class TritonState(TiledState):
             KIND=self._kind, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 
-    def _refresh(self) -> None:
-        stats = torch.empty(4, self.rows, device=self.logits.device)
-        argmax = torch.empty(self.rows, dtype=torch.long, device=self.logits.device)
+    def _combine(self, out: Tensor) -> None:
         row_kernels.combine[(self.rows,)](
-            *self._source(), self._tau, self._eta, self._tile_planes,
-            self.sums.maximum, self.sums.s_1, self.sums.s_tau, self.sums.mass, stats, argmax,
+            *self._source(), self._tau, self._eta, self._tile_planes, *self.sums, out, self._top,
             self.rows, self._plane, self.vocab_size, self.logits.stride(0), self._tile_count,
             KIND=self._kind, TILE=self.tile, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-        self._stats = RowStats(stats[0], stats[1], stats[2], stats[3], argmax)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def _weights(self, start: int, out: Tensor) -> None:
-        self._write_weights(start, out)
-
-    def _write_weights(self, start: int, out: Tensor) -> Tensor:
-        """exp((phi - maximum) / tau) of a slab into `out` (N, columns); the sums (N,) float32 of what was written."""
+    def _weights(self, start: int, out: Tensor) -> Tensor:
         block = 4096
         blocks = triton.cdiv(out.shape[1], block)
         sums = torch.empty(self.rows, blocks, device=out.device)
@@ -122,7 +102,7 @@ class TritonState(TiledState):
         product = torch.zeros(self.rows, hidden, device=table.device)
         sums = torch.zeros(self.rows, device=table.device)
         for start, stop, slab in self._buffers(self._product_dtype(table)):
-            sums += self._write_weights(start, slab)
+            sums += self._weights(start, slab)
             self._accumulate(product, slab, table[start:stop])
         soft, embeds = torch.empty_like(product), torch.empty_like(product)
         block = min(1024, triton.next_power_of_2(hidden))
@@ -140,58 +120,58 @@ class TritonState(TiledState):
         if not fits or not settings().fused:
             super()._update(terms)
             return
-        plan = self._plan()
+        after = self._next_trail()
         g = terms[0].g.to(self.dtype)
         offset = (g * terms[0].soft.to(self.dtype)).sum(-1)
-        targets, write = self._targets(plan)
+        targets, write = self._targets(after)
         update_kernels.fused_step[(triton.cdiv(self.rows, ROWS) * self._tile_count,)](
             g.to(table.dtype).contiguous(), table, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
             self._plane, self.rows, table.shape[1], table.stride(0), self.vocab_size, self.logits.stride(0),
-            self._tile_count, 1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
+            self._tile_count, *self._corrections(),
             KIND=self._kind, WRITE=write, BM=ROWS, BN=WIDTH, BK=DEPTH,
             SUB=pieces(self._kind, write), GROUP=16,
             UPCAST=interpreted(), num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
-        self._follow(plan)
+        self._follow(after)
 
-    def _targets(self, plan: Plan) -> tuple[tuple[Tensor, ...], int]:
+    def _targets(self, after: Trail) -> tuple[tuple[Tensor, ...], int]:
         """m, v and the outputs for gradient, phi, m, v; and the `WRITE` mode. Unused places are the logits again."""
-        held = (self.trail.m, self.trail.v, plan.gradient, plan.phi, plan.m, plan.v)
-        write = 0 if plan.gradient is not None else 2 if plan.m is not None else 1
+        held = (self.trail.m, self.trail.v, after.newest, after.phi, after.m, after.v)
+        write = 0 if after.newest is not None else 2 if after.m is not None else 1
         return tuple(self.logits if tensor is None else tensor for tensor in held), write
 
-    def _step(self, slope: Tensor, offset: Tensor, start: int, plan: Plan) -> None:
-        targets, write = self._targets(plan)
+    def _corrections(self) -> tuple[float, float]:
+        """By what the coming update divides Adam's moments."""
+        t = self.updates + 1
+        return 1 - BETA_1**t, 1 - BETA_2**t
+
+    def _step(self, slope: Tensor, offset: Tensor, start: int, after: Trail) -> None:
+        targets, write = self._targets(after)
         tiles_a_program = 16
         update_kernels.step[(self.rows, triton.cdiv(slope.shape[1], self.tile * tiles_a_program))](
             slope, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
             self._plane, start, slope.shape[1], self.vocab_size, self.logits.stride(0), self._tile_count,
-            1 - BETA_1**plan.t, 1 - BETA_2**plan.t,
+            *self._corrections(),
             KIND=self._kind, WRITE=write, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, keys: Tensor, rows: Tensor | None, never: int | None) -> Tensor:
-        tokens = torch.empty(len(keys), dtype=torch.long, device=keys.device)
+    def _draw_into(self, out: Tensor, keys: Tensor, rows: Tensor | None, never: int) -> None:
         draw_kernels.draw[(len(keys),)](
             *self._source(), self._tau, self._top_p, self._top_k, self._greedy, self._eta,
-            self.sums.maximum, self.sums.s_tau, self.sums.mass, self._stats.argmax, keys.contiguous(),
-            keys if rows is None else rows, tokens, -1 if never is None else never,
+            self.sums.maximum, self.sums.s_tau, self.sums.mass, self._top, keys,
+            keys if rows is None else rows, out, never,
             self.vocab_size, self.logits.stride(0), self._tile_count,
             KIND=self._kind, HAS_INDEX=rows is not None, TILE=self.tile, TILES=128, BLOCK=1024, num_warps=8,
         )  # fmt: skip
-        return tokens
 
-    def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
-        out = torch.empty(3, len(tokens), device=tokens.device)
+    def _filtered_into(self, out: Tensor, tokens: Tensor, rows: Tensor | None) -> None:
         draw_kernels.filtered_stats[(len(tokens),)](
             *self._source(), self._tau, self._top_p, self._top_k, self._eta,
-            self.sums.maximum, self.sums.s_tau, self._stats.argmax, tokens.contiguous(),
-            tokens if rows is None else rows, out,
+            self.sums.maximum, self.sums.s_tau, self._top, tokens, tokens if rows is None else rows, out,
             len(tokens), self.vocab_size, self.logits.stride(0),
             KIND=self._kind, HAS_INDEX=rows is not None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
-        return FilteredStats(out[0], out[1], out[2])

@@ -25,12 +25,10 @@ def row_sums(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     columns = tile.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    x = load_phi(
-        logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, tl.load(eta + row), KIND
-    )  # fmt: skip
-    maximum, s_1, t_1, s_tau, t_tau = tile_sums(x, 1.0 / tl.load(tau + row))
-    at = row * tile_count + tile
-    store_tiles(tiles, plane, at, tile < tile_count, maximum, s_1, t_1, s_tau, t_tau)
+    source = logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)
+    x = load_phi(source, columns, columns < vocab, KIND)
+    sums = tile_sums(x, 1.0 / tl.load(tau + row))
+    store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, sums)
 
 
 @triton.jit
@@ -88,8 +86,7 @@ def combine(
 
     best = tl.minimum(tl.min(first, 0), tile_count - 1)
     columns = best.to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = load_phi(
-        logits, g1, g2, phi, row, row_stride, vocab, columns, columns < vocab, tl.load(eta + row), KIND
-    )  # fmt: skip
+    source = logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)
+    x = load_phi(source, columns, columns < vocab, KIND)
     place = tl.min(tl.where(x == maximum, columns, vocab - 1), 0)
     tl.store(argmax + row, place.to(tl.int64))

@@ -16,34 +16,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu.common import (
-    B1,
-    B2,
-    EPS,
-    M3_1,
-    M3_2,
-    M3_3,
-    RAW_M,
-    RAW_V,
-    V3_1,
-    V3_2,
-    V3_3,
-    direction_1,
-    direction_2,
-    load_phi,
-    store_tiles,
-    tile_sums,
-)
+from kernels import adam
+from kernels.gpu.common import EPS, direction_1, direction_2, load_phi, store_tiles, tile_sums
+from kernels.ops import BETA_1, BETA_2
+
+B1: tl.constexpr = tl.constexpr(BETA_1)
+B2: tl.constexpr = tl.constexpr(BETA_2)
+M3: tl.constexpr = tl.constexpr(adam.coefficients(3, BETA_1))
+V3: tl.constexpr = tl.constexpr(adam.coefficients(3, BETA_2))
+RAW_M: tl.constexpr = tl.constexpr(1 - BETA_1**3)  # bias-corrected to raw moment, third update
+RAW_V: tl.constexpr = tl.constexpr(1 - BETA_2**3)
 
 
 @triton.jit
 def _epilogue(
-    slope, offset, row, columns, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
-    tau, eta, maximum, scale, vocab, row_stride, m_correction, v_correction,
+    slope, offset, source, columns, mask, m, v, outputs, tau, maximum, scale, m_correction, v_correction,
     KIND: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """One Adam step on a piece (R, C); `row`, `offset`, `tau`, `eta`, `maximum`, `scale` are (R, 1). The new phi."""
-    x = load_phi(logits, g1, g2, phi, row, row_stride, vocab, columns, mask, eta, KIND)
+    """One Adam step on a piece (R, C); `offset`, `tau`, `maximum`, `scale` and the source's row and eta are (R, 1). The
+    new phi."""
+    _, g1, g2, _, row, _, vocab, eta = source
+    g_out, phi_out, m_out, v_out = outputs
+    x = load_phi(source, columns, mask, KIND)
     g = tl.exp((x - maximum) / tau) * (slope - offset) * scale
     at = row * vocab + columns
     if KIND == 0:
@@ -53,8 +47,8 @@ def _epilogue(
     elif KIND == 2:
         a = tl.load(g1 + at, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
-        m_hat = a * M3_1 + b * M3_2 + g * M3_3
-        v_hat = a * a * V3_1 + b * b * V3_2 + g * g * V3_3
+        m_hat = a * M3[0] + b * M3[1] + g * M3[2]
+        v_hat = a * a * V3[0] + b * b * V3[1] + g * g * V3[2]
         direction = m_hat / (tl.sqrt(v_hat) + EPS)
         if WRITE == 2:
             tl.store(m_out + at, m_hat * RAW_M, mask=mask)
@@ -90,13 +84,14 @@ def step(
     own_tau = tl.load(tau + row)
     scale = 1.0 / (own_tau * tl.load(row_s_tau + row).to(tl.float32))
     x = _epilogue(
-        tl.load(slope + row * width + place, mask=mask, other=0.0).to(tl.float32), tl.load(offset + row), row,
-        first + place, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out, own_tau, tl.load(eta + row),
-        tl.load(row_maximum + row), scale, vocab, row_stride, m_correction, v_correction, KIND, WRITE,
+        tl.load(slope + row * width + place, mask=mask, other=0.0).to(tl.float32), tl.load(offset + row),
+        (logits, g1, g2, phi, row, row_stride, vocab, tl.load(eta + row)), first + place, mask, m, v,
+        (g_out, phi_out, m_out, v_out), own_tau, tl.load(row_maximum + row), scale, m_correction, v_correction,
+        KIND, WRITE,
     )  # fmt: skip
-    maximum, s_1, t_1, s_tau, t_tau = tile_sums(tl.where(mask, x, -float("inf")), 1.0 / own_tau)
     tile = first // TILE + tl.program_id(1) * TILES + tl.arange(0, TILES)
-    store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, maximum, s_1, t_1, s_tau, t_tau)
+    sums = tile_sums(tl.where(mask, x, -float("inf")), 1.0 / own_tau)
+    store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, sums)
 
 
 @triton.jit
@@ -113,20 +108,20 @@ def _quarters(x, R: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _merge(maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inverse_tau):
+def _merge(one, two, inverse_tau):
     """Tile sums of two pieces of the same tile."""
-    top = tl.maximum(maximum, other)
+    top = tl.maximum(one[0], two[0])
     safe = tl.where(top == -float("inf"), 0.0, top)
-    a = tl.where(maximum == -float("inf"), 0.0, maximum - safe)  # a piece without mass has zero sums
-    b = tl.where(other == -float("inf"), 0.0, other - safe)
+    a = tl.where(one[0] == -float("inf"), 0.0, one[0] - safe)  # a piece without mass has zero sums
+    b = tl.where(two[0] == -float("inf"), 0.0, two[0] - safe)
     a_1, b_1 = tl.exp(a), tl.exp(b)
     a_tau, b_tau = tl.exp(a * inverse_tau), tl.exp(b * inverse_tau)
     return (
         top,
-        a_1 * s_1 + b_1 * p_1,
-        a_1 * (t_1 + a * s_1) + b_1 * (q_1 + b * p_1),
-        a_tau * s_tau + b_tau * p_tau,
-        a_tau * (t_tau + a * inverse_tau * s_tau) + b_tau * (q_tau + b * inverse_tau * p_tau),
+        a_1 * one[1] + b_1 * two[1],
+        a_1 * (one[2] + a * one[1]) + b_1 * (two[2] + b * two[1]),
+        a_tau * one[3] + b_tau * two[3],
+        a_tau * (one[4] + a * inverse_tau * one[3]) + b_tau * (two[4] + b * inverse_tau * two[3]),
     )
 
 
@@ -182,20 +177,15 @@ def fused_step(
     else:
         left, right = _halves(accumulator, BM, BN)
         pieces = _quarters(left, BM, BN // 2) + _quarters(right, BM, BN // 2)
-    maximum = tl.full([BM], -float("inf"), tl.float32)
-    s_1 = tl.zeros([BM], tl.float32)
-    t_1 = tl.zeros([BM], tl.float32)
-    s_tau = tl.zeros([BM], tl.float32)
-    t_tau = tl.zeros([BM], tl.float32)
+    source = logits, g1, g2, phi, row[:, None], row_stride, vocab, own_eta
+    none = tl.zeros([BM], tl.float32)
+    sums = tl.full([BM], -float("inf"), tl.float32), none, none, none, none
     for piece in tl.static_range(SUB):
         columns = (tile * BN + piece * (BN // SUB) + tl.arange(0, BN // SUB)).to(tl.int64)[None, :]
         mask = here[:, None] & (columns < vocab)
         x = _epilogue(
-            pieces[piece], mean, row[:, None], columns, mask, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
-            own_tau[:, None], own_eta, highest, scale, vocab, row_stride, m_correction, v_correction, KIND, WRITE,
+            pieces[piece], mean, source, columns, mask, m, v, (g_out, phi_out, m_out, v_out), own_tau[:, None],
+            highest, scale, m_correction, v_correction, KIND, WRITE,
         )  # fmt: skip
-        other, p_1, q_1, p_tau, q_tau = tile_sums(tl.where(mask, x, -float("inf")), inverse_tau[:, None])
-        maximum, s_1, t_1, s_tau, t_tau = _merge(
-            maximum, s_1, t_1, s_tau, t_tau, other, p_1, q_1, p_tau, q_tau, inverse_tau
-        )
-    store_tiles(tiles, plane, row * tile_count + tile, here, maximum, s_1, t_1, s_tau, t_tau)
+        sums = _merge(sums, tile_sums(tl.where(mask, x, -float("inf")), inverse_tau[:, None]), inverse_tau)
+    store_tiles(tiles, plane, row * tile_count + tile, here, sums)
