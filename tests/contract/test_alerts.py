@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-RULES = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "alerts.yml"
+from tests.support.serving import ROOT
+
+RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
 UP = "up{job='entrgi', instance='a'}"
 READY = "entrgi:worker_ready{job='entrgi', instance='a', worker='%d'}"
+WAIT = "entrgi:request_queue_time_seconds_bucket{le='%s'}"
 HEALTHY = {UP: "1+0x60", READY % 0: "1+0x60", READY % 1: "1+0x60"}
 
 
@@ -50,16 +53,7 @@ SITUATIONS: list[tuple[str, dict[str, str], int, set[str]]] = [
         15,
         {"Stuck"},
     ),
-    (
-        "waiting",
-        {
-            "entrgi:request_queue_time_seconds_bucket{le='30.0'}": "0+1x60",
-            "entrgi:request_queue_time_seconds_bucket{le='60.0'}": "0+60x60",
-            "entrgi:request_queue_time_seconds_bucket{le='+Inf'}": "0+60x60",
-        },
-        15,
-        {"Queueing"},
-    ),
+    ("waiting", {WAIT % "30.0": "0+1x60", WAIT % "60.0": "0+60x60", WAIT % "+Inf": "0+60x60"}, 15, {"Queueing"}),
 ]
 
 

@@ -31,39 +31,24 @@ OPTIONS: Options = {"max_tokens": 12, "seed": 7, "best_of": 2, "guidance": "entr
 
 
 @pytest.fixture
-def url(server: Served) -> str:
-    return server.url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Client]:
-    with Client(url) as opened:
+def client(server: Served) -> Iterator[Client]:
+    with Client(server.url) as opened:
         yield opened
 
 
-def test_models(client: Client) -> None:
-    served_models = client.models()
-    assert [model.kind for model in served_models] == ["diffusion", "reward", "reward"]
-    assert served_models[1].id == "rm"
-
-
 def test_completion_has_rewards_report_and_trace(client: Client) -> None:
-    whole: Options = {**OPTIONS, "return_token_ids": True, "ignore_eos": True, "trace": True}
-    answer = client.complete(PROMPT, **whole)
-    (choice,) = answer.choices
+    answer = client.complete(PROMPT, **OPTIONS, return_token_ids=True, ignore_eos=True, trace=True)
+    (choice,), report = answer.choices, answer.guidance
     assert choice.token_ids is not None
-    assert len(choice.token_ids) == 12
-    assert answer.guidance is not None
-    assert answer.guidance.rewards is not None
-    assert choice.reward == max(r for r in answer.guidance.rewards[0] if r is not None)
-    assert (answer.guidance.method, answer.guidance.seed, answer.guidance.steps) == ("entrgi", 7, 6)
-    assert answer.usage.completion_tokens == 12
+    assert report is not None
+    assert report.rewards is not None
     assert answer.usage.completion_tokens_details is not None
-    assert answer.usage.completion_tokens_details["trajectory_tokens"] == 24
     assert answer.trace is not None
-    (trajectories,) = answer.trace
-    assert len(trajectories) == 2
-    assert sum(step.revealed for step in trajectories[0]) == 12
+    assert len(choice.token_ids) == answer.usage.completion_tokens == 12
+    assert choice.reward == max(reward for reward in report.rewards[0] if reward is not None)
+    assert (report.method, report.seed, report.steps) == ("entrgi", 7, 6)
+    assert answer.usage.completion_tokens_details["trajectory_tokens"] == 24
+    assert [sum(step.revealed for step in trajectory) for trajectory in answer.trace[0]] == [12, 12]
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
@@ -88,20 +73,15 @@ def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
         assert masked[-1] == 0
 
 
-async def test_the_asynchronous_client_gets_the_same_tokens(client: Client, url: str) -> None:
-    expected = client.chat([{"role": "user", "content": PROMPT}], **OPTIONS)
-    async with AsyncClient(url) as asynchronous:
-        answer = await asynchronous.chat([{"role": "user", "content": PROMPT}], **OPTIONS)
-        async with await asynchronous.stream_chat([{"role": "user", "content": PROMPT}], **OPTIONS) as stream:
+async def test_the_asynchronous_client_gets_the_same_tokens(client: Client, server: Served) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = client.chat(messages, **OPTIONS)
+    async with AsyncClient(server.url) as asynchronous:
+        answer = await asynchronous.chat(messages, **OPTIONS)
+        async with await asynchronous.stream_chat(messages, **OPTIONS) as stream:
             text = "".join([event.text async for event in stream if isinstance(event, TextDelta)])
     assert answer.choices == expected.choices
     assert text == expected.choices[0].text
-
-
-def test_a_left_stream_frees_the_server(client: Client) -> None:
-    with client.stream_complete(PROMPT, canvas=True, **OPTIONS) as stream:
-        assert isinstance(next(iter(stream)), CanvasFrame)
-    assert client.complete(PROMPT, max_tokens=4).choices[0].reward is None
 
 
 def test_weighted_rewards_scores_and_tokens(client: Client) -> None:
@@ -112,8 +92,7 @@ def test_weighted_rewards_scores_and_tokens(client: Client) -> None:
     assert choice.reward == pytest.approx(0.5 * score, abs=1e-4)
     ranked = client.rerank(PROMPT, ["one", "two", "three"], top_n=2).results
     assert ranked[0].relevance_score >= ranked[1].relevance_score
-    tokens = client.tokenize("a b c").tokens
-    assert client.detokenize(tokens) == "a b c"
+    assert client.detokenize(client.tokenize("a b c").tokens) == "a b c"
 
 
 def test_errors(client: Client) -> None:
@@ -125,21 +104,24 @@ def test_errors(client: Client) -> None:
         client.complete(PROMPT, model="nobody")
 
 
+Run = Callable[..., tuple[str, str]]
+
+
 @pytest.fixture
-def run(url: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+def run(server: Served, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line's output and what it tells beside it."""
 
     def call(*arguments: str, status: int = 0) -> tuple[str, str]:
-        assert main([*arguments, "--url", url]) == status
+        assert main([*arguments, "--url", server.url]) == status
         out, told = capsys.readouterr()
         return out, " ".join(told.split())
 
     return call
 
 
-def test_the_command_line_prints_the_text_alone_to_standard_output(run: Callable[..., tuple[str, str]]) -> None:
-    asked = ["complete", PROMPT, "--guidance", "entrgi", "--best-of", "2", "--max-tokens", "8", "--seed", "3"]
-    asked += ["--guidance-every", "2", "--chat"]
+def test_the_command_line_prints_the_text_alone_to_standard_output(run: Run) -> None:
+    asked = ["complete", PROMPT, "--chat", *["--guidance", "entrgi", "--guidance-every", "2", "--best-of", "2"]]
+    asked += ["--max-tokens", "8", "--seed", "3"]
     text, told = run(*asked)
     whole = json.loads(run(*asked, "--json")[0])
     (choice,) = whole["choices"]
@@ -152,24 +134,22 @@ def test_the_command_line_prints_the_text_alone_to_standard_output(run: Callable
         assert run(*asked, flag)[0] == text
 
 
-def test_the_command_lines_other_commands(run: Callable[..., tuple[str, str]], client: Client) -> None:
-    listed = run("models")[0]
-    assert all(model.id in listed for model in client.models())
-    assert [model["id"] for model in json.loads(run("models", "--json")[0])] == ["dlm", "rm", "other"]
+def test_the_command_lines_other_commands(run: Run, client: Client) -> None:
+    models = client.models()
+    assert [(model.id, model.kind) for model in models] == [("dlm", "diffusion"), ("rm", "reward"), ("other", "reward")]
+    assert all(model.id in run("models")[0] for model in models)
+    assert [model["id"] for model in json.loads(run("models", "--json")[0])] == [model.id for model in models]
     scores = [entry.score for entry in client.score(PROMPT, ["Nice", "Bad"]).data]
     lines = run("score", PROMPT, "Nice", "Bad")[0].splitlines()
     assert [line.split() for line in lines] == [[f"{scores[0]:.4f}", "Nice"], [f"{scores[1]:.4f}", "Bad"]]
     assert "guidance.method" in run("complete", PROMPT, "--guidance", "nobody", status=1)[1]
-    report = json.loads(
-        run("loadgen", "--rate", "50", "--requests", "8", "--max-tokens", "4", "--stream", "--guidance", "entrgi")[
-            0
-        ].splitlines()[-1]
-    )
+    load = "--rate 50 --requests 8 --max-tokens 4 --stream --guidance entrgi"
+    report = json.loads(run("loadgen", *load.split())[0].splitlines()[-1])
     assert report["outcomes"] == {"ok": 8}
     assert set(report["latencies"]) == {"latency", "first text", "queue", "step", "late departure"}
 
 
-def test_the_command_line_as_a_process(url: str) -> None:
-    command = [sys.executable, "-m", "clients", "complete", PROMPT, "--max-tokens", "4", "--url", url]
+def test_the_command_line_as_a_process(server: Served) -> None:
+    command = [sys.executable, "-m", "clients", "complete", PROMPT, "--max-tokens", "4", "--url", server.url]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

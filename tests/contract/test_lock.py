@@ -10,7 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.serving import ROOT
+
 LOCKS = [ROOT / name for name in ("requirements.lock", "requirements-otel.lock", "requirements-dev.lock")]
 CLIENTS = sorted((ROOT / "tests/conformance").glob("*/requirements.txt"))
 FROM_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
