@@ -23,6 +23,7 @@ import torch
 from benchmarks.reward_passes import Setup, measure_passes
 from benchmarks.workload import Workload, engine_runner, load, run_to_end
 from demo import bundled_model_path, bundled_reward_models
+from demo.train_dlm import initialise
 from server.errors import ConfigurationError
 from server.models.acceleration import Acceleration, accelerate, choose_attention
 from server.models.dream import DreamModel
@@ -56,8 +57,8 @@ def run_tests() -> tuple[int, str]:
 def shape(layers: int) -> DecoderConfig:
     """Dream-7B with so many layers and a small vocabulary: the head is not measured here."""
     return DecoderConfig(
-        vocab_size=1024, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers,
-        num_attention_heads=28, num_key_value_heads=4, mask_token_id=0,
+        hidden=3584, intermediate=18944, heads=28, key_heads=4, head_size=128, layers=layers,
+        vocab_size=1024, mask_token_id=0,
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def build(config: DecoderConfig, device: torch.device) -> DreamModel:
             model = DreamModel(config)
     finally:
         torch.set_default_dtype(before)
-    model.initialise(seed=0)
+    initialise(model, seed=0)
     return model.requires_grad_(False).eval()
 
 

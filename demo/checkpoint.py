@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForSequenceClassification
 
 from demo.tokenizer import END_OF_TEXT, IM_END, MASK, save_tokenizer, token_id, write_json
+from demo.train_dlm import INITIAL_STD
 from server.models.dream import DreamModel
 
 REWARD_KEYS = (
@@ -63,16 +64,16 @@ def save_dlm(model: DreamModel, tokenizer: Tokenizer, folder: Path) -> int:
             "dtype": "float32",
             "eos_token_id": eos,
             "hidden_act": "silu",
-            "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
+            "hidden_size": config.hidden,
+            "initializer_range": INITIAL_STD,
+            "intermediate_size": config.intermediate,
             "mask_token_id": config.mask_token_id,
-            "max_position_embeddings": config.max_position_embeddings,
-            "max_window_layers": config.num_hidden_layers,
+            "max_position_embeddings": config.context_length,
+            "max_window_layers": config.layers,
             "model_type": "Dream",
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_key_value_heads,
+            "num_attention_heads": config.heads,
+            "num_hidden_layers": config.layers,
+            "num_key_value_heads": config.key_heads,
             "pad_token_id": eos,
             "rms_norm_eps": config.rms_norm_eps,
             "rope_scaling": None,

@@ -24,7 +24,7 @@ from demo.corpus import Corpus
 from demo.human_ratings import RatedSnippet, load_or_warn
 from demo.rewards_data import GradedTexts
 from demo.tokenizer import MASK, build_tokenizers, token_id
-from demo.train_dlm import DlmTraining, train_dlm
+from demo.train_dlm import DlmTraining, initialise, train_dlm
 from demo.train_rewards import (
     VALIDATION_SEED,
     RewardTraining,
@@ -60,15 +60,16 @@ def make_dlm(tokenizer: Tokenizer, seed: int) -> DreamModel:
     model = DreamModel(
         DecoderConfig(
             vocab_size=rows,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden=128,
+            intermediate=384,
+            heads=4,
+            key_heads=2,
+            head_size=32,
+            layers=5,
             mask_token_id=token_id(tokenizer, MASK),
         )
     )
-    model.initialise(seed)
+    initialise(model, seed)
     return model
 
 

@@ -28,6 +28,9 @@ VALIDATION_BATCHES = 16
 VALIDATION_SEED = 90_001  # far from any training seed
 
 
+INITIAL_STD = 0.02
+
+
 @dataclass(frozen=True)
 class DlmTraining:
     """Settings. `minutes` caps the wall time: the learning rate then reaches zero at the cap."""
@@ -40,6 +43,19 @@ class DlmTraining:
     weight_decay: float = 0.05
     clip: float = 1.0
     seed: int = 1
+
+
+def initialise(model: torch.nn.Module, seed: int, std: float = INITIAL_STD) -> None:
+    """Fresh weights: matrices normal with `std`, norms one, biases zero. Seeded on the weights' device."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std, generator=generator)
 
 
 def masked_loss(model: DreamModel, batch: Batch) -> Tensor:

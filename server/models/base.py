@@ -6,7 +6,6 @@ are asked for. Logits are always *for* a position: Dream's shift is hidden in he
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -15,45 +14,70 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
-from server.models.layers import Decoder, DecoderConfig, Linear, Variant, initialise
+from server.models.config import ConfigReader
+from server.models.layers import Decoder, DecoderConfig, Linear, Variant
 from server.models.packing import PackedLayout, attend
-from server.types import DecoderShape
 
 Trunk = Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
 """tokens (S,) int64, their layout, rows (N,) int64 or None -> final-norm states (N, d), or (S, d) without rows."""
 
 
-class DiffusionModel(nn.Module, ABC):
+class DiffusionModel(nn.Module):
     """A masked diffusion LM on packed tokens. No torch.no_grad inside: callers decide, and models can be trained.
 
-    A family is a subclass: its name, the name that its checkpoints have in `architectures`, whether the network's
-    output at i - 1 predicts position i (`shifts`; algorithm.md, section 1), how its blocks differ from plain Llama's,
-    and how its config.json is read. Tied embeddings are one parameter. `trunk` is the forward of embeddings and blocks,
-    for which `models.acceleration` may put something faster. `vocab_size` is V, the width of the logits, padding rows
-    of the vocabulary included.
+    A family is a subclass: its name, the name that its checkpoints have in `architectures`, the hub ids of the
+    published ones, whether the network's output at i - 1 predicts position i (`shifts`; algorithm.md, section 1), how
+    its blocks differ from plain Llama's, and how its config.json and its tensors differ from Qwen2's. Tied embeddings
+    are one parameter. `trunk` is the forward of embeddings and blocks, for which `models.acceleration` may put
+    something faster. `vocab_size` is V, the width of the logits, padding rows of the vocabulary included.
     """
 
     family: ClassVar[str]
     architecture: ClassVar[str]
+    published: ClassVar[tuple[str, ...]]
     shifts: ClassVar[bool] = False
     variant: ClassVar[Variant] = Variant()
+    fixed: ClassVar[Mapping[str, tuple[object, ...]]] = {}  # keys of config.json, and all that we implement of each
+    keys: ClassVar[Mapping[str, str]] = {}  # Qwen2's keys of config.json, and what the family calls them
     stored_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # pieces of our parameters' names and of the published
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = self.shape = config
         self.vocab_size = config.vocab_size
         self.mask_token_id = config.mask_token_id
-        self.context_length = config.max_position_embeddings
+        self.context_length = config.context_length
         self.model = Decoder(config, self.variant)
         self.trunk: Trunk = self.plain_trunk
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden, config.vocab_size, bias=False)
 
     @classmethod
-    @abstractmethod
     def read_config(cls, raw: Mapping[str, Any]) -> DecoderConfig:
         """A parsed config.json. Raises ConfigurationError for what is missing, wrong or not implemented."""
+        read = ConfigReader(raw, names=cls.keys)
+        width, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+        key_heads, layers = read.integer("num_key_value_heads", heads), read.integer("num_hidden_layers")
+        every = {"rope_scaling": (), "quantization_config": (), "layer_types": (["full_attention"] * layers,)}
+        for key, allowed in {**every, **cls.fixed}.items():
+            read.require(key, *allowed)
+        read.multiple("hidden_size", width, f"2 * {read.name('num_attention_heads')}", 2 * heads)
+        read.multiple("num_attention_heads", heads, read.name("num_key_value_heads"), key_heads)
+        read.require("head_dim", width // heads)
+        return DecoderConfig(
+            hidden=width,
+            intermediate=read.integer("intermediate_size"),
+            heads=heads,
+            key_heads=key_heads,
+            head_size=width // heads,
+            layers=layers,
+            vocab_size=read.integer("vocab_size"),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope_theta=read.rope_theta(10000.0),
+            mask_token_id=read.integer("mask_token_id", minimum=0),
+            context_length=read.integer("max_position_embeddings"),
+            tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        )
 
     @classmethod
     def stored_name(cls, name: str) -> str:
@@ -82,11 +106,6 @@ class DiffusionModel(nn.Module, ABC):
         """What hidden states and logits are in, see `Decoder.activation_dtype`."""
         return self.model.activation_dtype
 
-    @property
-    def shape(self) -> DecoderShape:
-        """Sizes of the blocks."""
-        return self.config.shape
-
     def plain_trunk(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """The `Trunk` as it is written."""
         cos, sin = self.model.rotary.rows(layout.positions, layout.longest_keys, self.activation_dtype)
@@ -112,11 +131,3 @@ class DiffusionModel(nn.Module, ABC):
     def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """Logits (N, V) for the tokens at packed indices `rows` (N,) int64."""
         return self.head(self.masked_hidden(tokens, layout, rows))
-
-    def forward(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
-        """`masked_logits`, so that the module can be called (and wrapped) in training."""
-        return self.masked_logits(tokens, layout, rows)
-
-    def initialise(self, seed: int) -> None:
-        """Fresh weights for training: matrices normal with `initializer_range`, norms one, biases zero."""
-        initialise(self, self.config.initializer_range, seed)

@@ -16,13 +16,14 @@ from torch import Tensor
 from kernels.varlen import Spans
 from kernels.varlen import attend as attend_spans
 from server.models.layers import Decoder
-from server.models.packing import PackedLayout
+from server.models.packing import PackedLayout, attend
 
 
 @torch.library.custom_op("entrgi::packed_attention", mutates_args=())
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend: str) -> Tensor:
     """`packing.attend` of whole sequences in both directions, from tensors alone."""
-    backend = "reference" if backend == "sdpa" else backend
+    if backend in ("sdpa", "cpp"):
+        return attend(PackedLayout.of(cu_seqlens.diff().tolist(), q.device), 0, q, k, v, backend).contiguous()
     return attend_spans(backend, q, k, v, Spans(cu_seqlens, cu_seqlens, longest, longest)).contiguous()
 
 

@@ -6,62 +6,54 @@ A key that we do not implement is never ignored: it must be absent, null or have
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from server.errors import ConfigurationError, quote
 
 
 class ConfigReader:
-    """A config.json under typed access. Every error names the key."""
+    """A JSON object under typed access; null counts as absent. Every error names the file and the key.
 
-    def __init__(self, raw: Mapping[str, Any], source: str = "config.json") -> None:
-        self._raw = raw
-        self._source = source
+    `names` holds the keys that this file calls otherwise than those who ask.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], source: str = "config.json", names: Mapping[str, str] | None = None):
+        self._raw, self._source, self._names = raw, source, names or {}
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A required (without `default`) integer of at least `minimum`; null counts as absent."""
-        value = self._raw.get(key)
+        """An integer of at least `minimum`; without `default` it must be there."""
+        value = self._value(key, default)
         if value is None:
-            value = default
-        if value is None:
-            raise ConfigurationError(f"{self._source} lacks {key}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigurationError(
-                f"{self._source}: {key} must be an integer of at least {minimum}, not {quote(value)}"
-            )
+            raise ConfigurationError(f"{self._source} lacks {self.name(key)}")
+        if type(value) is not int or value < minimum:
+            self._refuse(key, f"must be an integer of at least {minimum}, not {quote(value)}")
         return value
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""
-        value = self._raw.get(key)
-        if value is None:
-            value = default
+        value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigurationError(f"{self._source}: {key} must be a positive number, not {quote(value)}")
+            self._refuse(key, f"must be a positive number, not {quote(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean."""
-        value = self._raw.get(key)
-        if value is None:
-            value = default
+        value = self._value(key, default)
         if not isinstance(value, bool):
-            raise ConfigurationError(f"{self._source}: {key} must be true or false, not {quote(value)}")
+            self._refuse(key, f"must be true or false, not {quote(value)}")
         return value
+
+    def multiple(self, key: str, value: int, of: str, part: int) -> None:
+        """Refuse a `value` of `key` that is no multiple of `part`, which is called `of`."""
+        if value % part:
+            self._refuse(key, f"= {value} is not a multiple of {of} = {part}")
 
     def require(self, key: str, *allowed: object) -> None:
         """Refuse any value of `key` but null and the `allowed` ones (by value and type: 1 is not true)."""
-        value = self._raw.get(key)
-        if value is None or any(type(value) is type(option) and value == option for option in allowed):
-            return
-        expected = " or ".join(quote(option) for option in allowed) or "null"
-        raise ConfigurationError(f"{self._source}: {key} = {quote(value)} is not supported; it must be {expected}")
-
-    def require_all(self, key: str, allowed: str) -> None:
-        """Refuse a list of `key` that holds anything but `allowed`."""
-        value = self._raw.get(key)
-        if value is not None and (not isinstance(value, list) or any(item != allowed for item in value)):
-            raise ConfigurationError(f"{self._source}: {key} may only hold {quote(allowed)}, not {quote(value)}")
+        value = self._value(key, None)
+        if value is not None and not any(type(value) is type(option) and value == option for option in allowed):
+            expected = " or ".join(quote(option) for option in allowed) or "null"
+            self._refuse(key, f"= {quote(value)} is not supported; it must be {expected}")
 
     def rope_theta(self, default: float) -> float:
         """The rotary base: `rope_theta`, or where newer files keep it: `rope_parameters`, of type `default` only."""
@@ -69,12 +61,18 @@ class ConfigReader:
         if parameters is None:
             return self.number("rope_theta", default)
         if not isinstance(parameters, dict) or not set(parameters) <= {"rope_theta", "rope_type"}:
-            raise ConfigurationError(f"{self._source}: rope_parameters = {quote(parameters)} is not supported")
+            self._refuse("rope_parameters", f"= {quote(parameters)} is not supported")
         nested = ConfigReader(parameters, f"{self._source}: rope_parameters")
         nested.require("rope_type", "default")
         return nested.number("rope_theta", default)
 
-    def divides(self, whole_key: str, whole: int, part_key: str, part: int) -> None:
-        """Refuse a `whole` that is not a multiple of `part`."""
-        if whole % part:
-            raise ConfigurationError(f"{self._source}: {whole_key} = {whole} is not a multiple of {part_key} = {part}")
+    def name(self, key: str) -> str:
+        """What this file calls a key."""
+        return self._names.get(key, key)
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self._raw.get(self.name(key))
+        return default if value is None else value
+
+    def _refuse(self, key: str, words: str) -> NoReturn:
+        raise ConfigurationError(f"{self._source}: {self.name(key)} {words}")

@@ -24,41 +24,17 @@ from server.models.packing import Attention, PackedLayout
 from server.types import DecoderShape
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """What a network of the family is made from. `vocab_size` is the embedding's width; `head_size` None means
-    hidden_size / num_attention_heads. `mask_token_id` concerns diffusion models only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(DecoderShape):
+    """What a network of the family is made from. `vocab_size` is the embedding's width. What follows `rope_theta`
+    concerns diffusion models only."""
 
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    mask_token_id: int = -1
-    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    initializer_range: float = 0.02
+    mask_token_id: int = -1
+    context_length: int = 2048
     tie_word_embeddings: bool = False
-    head_size: int | None = None
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.head_size or self.hidden_size // self.num_attention_heads
-
-    @property
-    def shape(self) -> DecoderShape:
-        """Sizes of the blocks."""
-        return DecoderShape(
-            self.hidden_size,
-            self.intermediate_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-            self.num_hidden_layers,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +99,8 @@ class RotaryTable:
     Computed in float64 and rounded once, so that far positions lose nothing. Not a module: it holds no weights.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self._head_dim = head_dim
+    def __init__(self, head_size: int, theta: float) -> None:
+        self._head_size = head_size
         self._theta = theta
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -141,7 +117,7 @@ class RotaryTable:
     def _build(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         # An inference tensor in the table would break a later training forward.
         with torch.inference_mode(False), torch.no_grad():
-            exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float64) / self._head_dim
+            exponents = torch.arange(0, self._head_size, 2, dtype=torch.float64) / self._head_size
             angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * self._theta**-exponents
             return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
@@ -158,13 +134,13 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, variant: Variant) -> None:
         super().__init__()
-        self.counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.size = config.head_dim
+        self.counts = (config.heads, config.key_heads, config.key_heads)
+        self.size = config.head_size
         width, key_width, _ = (count * self.size for count in self.counts)
-        self.q_proj = Linear(config.hidden_size, width, bias=variant.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, key_width, bias=variant.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, key_width, bias=variant.qkv_bias)
-        self.o_proj = Linear(width, config.hidden_size, bias=variant.out_bias)
+        self.q_proj = Linear(config.hidden, width, bias=variant.qkv_bias)
+        self.k_proj = Linear(config.hidden, key_width, bias=variant.qkv_bias)
+        self.v_proj = Linear(config.hidden, key_width, bias=variant.qkv_bias)
+        self.o_proj = Linear(width, config.hidden, bias=variant.out_bias)
         self.q_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
         self.eps = config.rms_norm_eps
@@ -215,9 +191,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden, config.intermediate, bias=False)
+        self.up_proj = Linear(config.hidden, config.intermediate, bias=False)
+        self.down_proj = Linear(config.intermediate, config.hidden, bias=False)
         self._stacked: Tensor | None = None
 
     def stack(self) -> None:
@@ -256,8 +232,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, variant)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.rms_norm_eps)
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the stream x (S, d)."""
@@ -278,11 +254,11 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, variant: Variant) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = [Block(config, variant) for _ in range(config.num_hidden_layers)]
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden)
+        self.blocks = [Block(config, variant) for _ in range(config.layers)]
         self.layers = nn.ModuleList(self.blocks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.norm = RMSNorm(config.hidden, config.rms_norm_eps)
+        self.rotary = RotaryTable(config.head_size, config.rope_theta)
         self.attention_backend = "sdpa"
 
     @property
@@ -292,7 +268,7 @@ class Decoder(nn.Module):
 
     def states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         """Final-norm states (S, d), or (N, d) at packed indices `rows` (N,), of embeddings x (S, d) with rotations
-        (S, head_dim / 2): a function of tensors alone."""
+        (S, head_size / 2): a function of tensors alone."""
         last = len(self.layers) - 1
         for index, block in enumerate(self.blocks):
             mixed = attention(index, *block.heads(x, cos, sin))
@@ -331,16 +307,3 @@ class Decoder(nn.Module):
             if index < len(self.layers) - 1:
                 x = block.close(x, attention(index, q, k, v))
         return captured
-
-
-def initialise(module: nn.Module, std: float, seed: int) -> None:
-    """Fresh weights for training: matrices normal with `std`, norms one, biases zero. Seeded on the weights' device."""
-    generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, std, generator=generator)

@@ -17,6 +17,7 @@ _OFF = (
     "alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "include_qkv_bias", "input_emb_norm",
     "scale_logits",
 )  # fmt: skip
+_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout")
 
 
 class LLaDAModel(DiffusionModel):
@@ -24,6 +25,28 @@ class LLaDAModel(DiffusionModel):
 
     family = "llada"
     architecture = "LLaDAModelLM"
+    published = ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-1.5")
+    fixed = {  # noqa: RUF012
+        "block_type": ("llama",),
+        "activation_type": ("silu",),
+        "layer_norm_type": ("rms",),
+        "layer_norm_with_affine": (True,),
+        "rope": (True,),
+        "block_group_size": (1,),
+        "clip_qkv": (),
+        **dict.fromkeys(_OFF, (False,)),
+        **dict.fromkeys(_DROPOUTS, (0, 0.0)),
+    }
+    keys = {  # noqa: RUF012
+        "vocab_size": "embedding_size",
+        "hidden_size": "d_model",
+        "intermediate_size": "mlp_hidden_size",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_sequence_length",
+        "tie_word_embeddings": "weight_tying",
+    }
     stored_names = (
         ("model.embed_tokens.", "model.transformer.wte."),
         ("model.layers.", "model.transformer.blocks."),
@@ -40,38 +63,15 @@ class LLaDAModel(DiffusionModel):
 
     @classmethod
     def read_config(cls, raw: Mapping[str, Any]) -> DecoderConfig:
-        """See `DiffusionModel.read_config`."""
+        """With the sizes that OLMo derives from others. Its embedding_size pads the vocabulary, and the head has that
+        width too."""
         read = ConfigReader(raw)
-        read.require("block_type", "llama")
-        read.require("activation_type", "silu")
-        read.require("layer_norm_type", "rms")
-        read.require("rope", True)
-        read.require("rope_scaling")
-        read.require("quantization_config")
-        read.require("block_group_size", 1)
-        read.require("clip_qkv")
-        for key in ("attention_dropout", "residual_dropout", "embedding_dropout"):
-            read.require(key, 0, 0.0)
-        for key in _OFF:
-            read.require(key, False)
-        read.require("layer_norm_with_affine", True)
-        heads, width, vocab_size = read.integer("n_heads"), read.integer("d_model"), read.integer("vocab_size")
+        rows, heads = read.integer("vocab_size"), read.integer("n_heads")
         key_heads = 1 if read.flag("multi_query_attention", False) else heads
-        config = DecoderConfig(
-            # OLMo's embedding_size pads the vocabulary; the head has that width too.
-            vocab_size=read.integer("embedding_size", vocab_size, minimum=vocab_size),
-            hidden_size=width,
-            intermediate_size=read.integer("mlp_hidden_size", read.integer("mlp_ratio", 4) * width),
-            num_hidden_layers=read.integer("n_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=read.integer("n_kv_heads", key_heads),
-            mask_token_id=read.integer("mask_token_id", minimum=0),
-            max_position_embeddings=read.integer("max_sequence_length"),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-5),
-            rope_theta=read.rope_theta(10000.0),
-            initializer_range=read.number("init_std", 0.02),
-            tie_word_embeddings=read.flag("weight_tying", False),
-        )
-        read.divides("d_model", width, "2 * n_heads", 2 * heads)
-        read.divides("n_heads", heads, "n_kv_heads", config.num_key_value_heads)
-        return config
+        derived = {
+            "embedding_size": read.integer("embedding_size", rows, minimum=rows),
+            "mlp_hidden_size": read.integer("mlp_hidden_size", read.integer("mlp_ratio", 4) * read.integer("d_model")),
+            "n_kv_heads": read.integer("n_kv_heads", key_heads),
+            "rms_norm_eps": read.number("rms_norm_eps", 1e-5),
+        }
+        return super().read_config({**raw, **derived})

@@ -2,7 +2,8 @@
 
 Special ids come from config.json, then generation_config.json, then the tokenizer; a checkpoint that names one of
 mask, EOS and pad nowhere is refused. The default canvas is generation_config.json's `max_new_tokens`, the standard
-key for it, else the registry's.
+key for it, else `DEFAULT_MAX_TOKENS`, and half the context at most. The ids in a list of EOS after the first, and the
+tokens that end a turn in known chat templates, stop the text beside EOS.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ from kernels import varlen
 from server.errors import ConfigurationError, quote
 from server.hub import checkpoint_name, read_json, resolve_checkpoint
 from server.models.base import DiffusionModel
-from server.models.registry import (
-    DEFAULT_MAX_TOKENS,
-    END_OF_TURN_TOKENS,
-    family_of,
-    known_ids,
-    known_model,
-)
+from server.models.config import ConfigReader
+from server.models.registry import PUBLISHED, family_of
 from server.models.weights import load_weights
 from server.text.tokenizer import Tokenizer
 from server.types import ModelInfo
+
+GENERATION = "generation_config.json"
+DEFAULT_MAX_TOKENS = 128
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +37,6 @@ class LoadedDiffusionModel:
     model: DiffusionModel
     tokenizer: Tokenizer
     info: ModelInfo
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialIds:
-    """Mask, EOS and pad. `stop` ends the text: EOS first, its alternatives, then end-of-turn tokens."""
-
-    mask: int
-    eos: int
-    pad: int
-    stop: tuple[int, ...]
 
 
 def load_diffusion_model(
@@ -60,35 +50,41 @@ def load_diffusion_model(
     `owner/name@revision` pins a hub model. Weights are stored in bfloat16, float16, float32 or float64 and come out in
     `dtype` on `device`. Raises ConfigurationError, which names the key, file or tensors.
     """
-    name = checkpoint_name(path_or_id)
-    row = known_model(name)
     folder = checkpoint_folder(path_or_id)
     config = read_json(folder / "config.json")
     family = family_of(config)
-    generation_file = folder / "generation_config.json"
+    generation_file = folder / GENERATION
     generation = read_json(generation_file) if generation_file.is_file() else {}
     tokenizer = Tokenizer.load(folder)
-    ids = special_ids(config, generation, tokenizer)
+    mask, *more_masks = _ids("mask_token_id", config, generation, tokenizer.mask_token_id)
+    eos, *more_stops = _ids("eos_token_id", config, generation, tokenizer.eos_token_id)
+    pad, *more_pads = _ids("pad_token_id", config, generation, tokenizer.pad_token_id)
+    for key, token_id, more in (("mask_token_id", mask, more_masks), ("pad_token_id", pad, more_pads)):
+        if more:
+            raise ConfigurationError(f"{key} must be one id, not {quote([token_id, *more])}")
+    if mask in (eos, *more_stops):
+        raise ConfigurationError(f"mask_token_id and eos_token_id are both {mask}")
     with torch.device("meta"):
-        model = family(family.read_config({**config, "mask_token_id": ids.mask}))
-    _check_ids(ids, tokenizer, model.vocab_size)
+        model = family(family.read_config({**config, "mask_token_id": mask}))
+    _check_rows(tokenizer, model.vocab_size, mask_token_id=mask, eos_token_id=eos, pad_token_id=pad)
     load_weights(
         model, folder, dtype=dtype, device=device, ignored=model.ignored_weights, stored_name=model.stored_name
     )
     where = model.device, model.activation_dtype, model.shape.head_size
     model.model.attention_backend = varlen.choose("auto", *where)
-    default = row.max_tokens if row is not None else DEFAULT_MAX_TOKENS
+    turns = [tokenizer.id_of(token) for token in END_OF_TURN_TOKENS]
+    canvas = ConfigReader(generation, GENERATION).integer("max_new_tokens", DEFAULT_MAX_TOKENS)
     info = ModelInfo(
-        id=name,
+        id=checkpoint_name(path_or_id),
         family=family.family,
         tokenizer_path=str(folder.resolve()),
         context_length=model.context_length,
         vocab_size=model.vocab_size,
-        mask_token_id=ids.mask,
-        eos_token_id=ids.eos,
-        pad_token_id=ids.pad,
-        stop_token_ids=ids.stop,
-        default_max_tokens=_default_max_tokens(generation, default, model.context_length),
+        mask_token_id=mask,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        stop_token_ids=tuple(dict.fromkeys((eos, *more_stops, *(turn for turn in turns if turn is not None)))),
+        default_max_tokens=min(canvas, max(1, model.context_length // 2)),  # so that a prompt fits too
         dtype=str(dtype).removeprefix("torch."),
     )
     return LoadedDiffusionModel(model, tokenizer, info)
@@ -96,58 +92,27 @@ def load_diffusion_model(
 
 def checkpoint_folder(path_or_id: str | Path) -> Path:
     """Where a diffusion model's checkpoint is, fetched if need be. Raises ConfigurationError."""
-    return resolve_checkpoint(path_or_id, check_config=family_of, known=known_ids())
+    return resolve_checkpoint(path_or_id, check_config=family_of, known=PUBLISHED)
 
 
-def special_ids(config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: Tokenizer) -> SpecialIds:
-    """Mask, EOS and pad, each from the first of config, generation config and tokenizer that has it.
-
-    `eos_token_id` may be a list: the first is EOS, the others are stop tokens. Raises ConfigurationError.
-    """
-    mask = _first("mask_token_id", config, generation, tokenizer.mask_token_id)
-    eos = _first("eos_token_id", config, generation, tokenizer.eos_token_id)
-    pad = _first("pad_token_id", config, generation, tokenizer.pad_token_id)
-    for key, found in (("mask_token_id", mask), ("pad_token_id", pad)):
-        if len(found) != 1:
-            raise ConfigurationError(f"{key} must be one id, not {quote(list(found))}")
-    if mask[0] in eos:
-        raise ConfigurationError(f"mask_token_id and eos_token_id are both {mask[0]}")
-    turns = [tokenizer.id_of(token) for token in END_OF_TURN_TOKENS]
-    stop = dict.fromkeys((*eos, *(turn for turn in turns if turn is not None)))
-    return SpecialIds(mask[0], eos[0], pad[0], tuple(stop))
-
-
-def _first(
-    key: str, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer_id: int | None
-) -> tuple[int, ...]:
+def _ids(key: str, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer_id: int | None) -> list[int]:
+    """The ids of the first of config, generation config and tokenizer that has any."""
     for value in (config.get(key), generation.get(key), tokenizer_id):
         if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in values):
             raise ConfigurationError(f"{key} must be a token id, not {quote(value)}")
-        return tuple(values)
+        return values
     raise ConfigurationError(f"neither config.json nor generation_config.json nor the tokenizer has {key}")
 
 
-def _check_ids(ids: SpecialIds, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _check_rows(tokenizer: Tokenizer, vocab_size: int, **ids: int) -> None:
     """Every id must have a row of logits."""
-    for key, token_id in (("mask_token_id", ids.mask), ("eos_token_id", ids.eos), ("pad_token_id", ids.pad)):
+    for key, token_id in ids.items():
         if token_id >= vocab_size:
             raise ConfigurationError(f"{key} = {token_id} is outside the model's vocabulary of {vocab_size}")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigurationError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}: they do not belong together"
         )
-
-
-def _default_max_tokens(generation: Mapping[str, Any], default: int, context_length: int) -> int:
-    """The canvas of a request that names none, in tokens; half the context at most, so that a prompt fits too."""
-    value = generation.get("max_new_tokens")
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"generation_config.json: max_new_tokens must be a positive integer, not {quote(value)}"
-        )
-    return min(value, max(1, context_length // 2))

@@ -8,7 +8,7 @@ kernel shares them with other processes. Otherwise each tensor is mapped, conver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,35 +103,6 @@ def checkpoint_dtype(folder: Path) -> torch.dtype | None:
     return STORED_DTYPES.get(max(set(stored), key=stored.count, default=""))
 
 
-def check_tensors(
-    expected: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], ignored: Iterable[str] = ()
-) -> None:
-    """Hold a checkpoint's tensors against a module's state dict; `ignored` names may be left over.
-
-    Raises ConfigurationError that lists missing, unexpected and mis-shaped tensors and dtypes that are not floats.
-    """
-    problems = []
-    missing = sorted(set(expected) - set(stored))
-    if missing:
-        problems.append(f"missing: {_listing(missing)}")
-    unexpected = sorted(set(stored) - set(expected) - set(ignored))
-    if unexpected:
-        problems.append(f"unexpected: {_listing(unexpected)}")
-    common = sorted(set(expected) & set(stored))
-    misshaped = [
-        f"{name} {list(stored[name].shape)} instead of {list(expected[name].shape)}"
-        for name in common
-        if stored[name].shape != tuple(expected[name].shape)
-    ]
-    if misshaped:
-        problems.append(f"of the wrong shape: {_listing(misshaped)}")
-    foreign = [f"{name} ({stored[name].dtype})" for name in common if stored[name].dtype not in STORED_DTYPES]
-    if foreign:
-        problems.append(f"of a dtype other than {', '.join(STORED_DTYPES)}: {_listing(foreign)}")
-    if problems:
-        raise ConfigurationError("the checkpoint's tensors do not fit config.json; " + "; ".join(problems))
-
-
 def load_weights(
     module: nn.Module,
     folder: Path,
@@ -143,22 +114,39 @@ def load_weights(
 ) -> None:
     """Give a module on the meta device its weights, in `dtype` on `device`. They come out frozen, in eval mode.
 
-    `stored_name` gives the name that a parameter has in the checkpoint.
+    `stored_name` gives the name that a parameter has in the checkpoint; `ignored` names may be left over there.
 
-    Raises ConfigurationError when the checkpoint does not fit the module (see `check_tensors`) or is damaged.
+    Raises ConfigurationError when the checkpoint is damaged, or with lists of the tensors that are missing, unexpected,
+    of another shape or no floats.
     """
     names = {name: stored_name(name) for name in module.state_dict()}
+    expected = {names[name]: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stored = stored_tensors(folder)
-    check_tensors({names[name]: tensor for name, tensor in module.state_dict().items()}, stored, ignored)
-    weights = {ours: _read(name, stored[name], dtype, torch.device(device)) for ours, name in names.items()}
+    common = sorted(expected.keys() & stored)
+    problems = {
+        "missing": sorted(expected.keys() - stored),
+        "unexpected": sorted(stored.keys() - expected - set(ignored)),
+        "of the wrong shape": [
+            f"{name} {list(stored[name].shape)} instead of {list(expected[name])}"
+            for name in common
+            if stored[name].shape != expected[name]
+        ],
+        f"of a dtype other than {', '.join(STORED_DTYPES)}": [
+            f"{name} ({stored[name].dtype})" for name in common if stored[name].dtype not in STORED_DTYPES
+        ],
+    }
+    found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise ConfigurationError(f"the checkpoint's tensors do not fit config.json; {found}")
+    weights = {ours: _read(name, stored[name].file, dtype, torch.device(device)) for ours, name in names.items()}
     module.load_state_dict(weights, strict=True, assign=True)
     module.requires_grad_(False).eval()
 
 
-def _read(name: str, stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _read(name: str, path: Path, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Opened anew for each tensor: a mapping lives as long as any tensor of it, so that the pages of converted tensors
     # would otherwise stay resident until the whole file is done.
-    with safe_open(stored.file, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor.to(device, dtype)
 

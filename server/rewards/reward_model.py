@@ -24,11 +24,11 @@ from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.rewards.network import check_config, check_tokens, load_network
-from server.rewards.trunk import trunk_of
+from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
-from server.types import DecoderShape, Message, RewardModelInfo
+from server.types import Message, RewardModelInfo
 
 SCORE_TOKENS = 8192
 """Tokens that `score` runs in one forward; a longer sequence goes alone."""
@@ -73,6 +73,7 @@ class RewardModel:
         self.device: torch.device = self._embed.weight.device
         self._reward_dtype: torch.dtype = next(network.score.parameters()).dtype
         self.hidden_size: int = self._embed.weight.shape[1]
+        self.shape = shape_of(network.config.get_text_config())
         own: torch.dtype = self._embed.weight.dtype
         self.activation_dtype = activation_dtype(own, self.device) if self.written_out else own
         where = self.device, self.activation_dtype, self.shape.head_size
@@ -90,21 +91,6 @@ class RewardModel:
     def written_out(self) -> bool:
         """Whether our own layers run the blocks; else transformers does, which keeps more for the way back."""
         return self._trunk.written_out
-
-    @property
-    def shape(self) -> DecoderShape:
-        """Sizes of the blocks; where the configuration does not say, as if every head had its own keys and the MLP
-        were four times as wide as the stream."""
-        config = self._network.config.get_text_config()
-        heads = config.num_attention_heads
-        return DecoderShape(
-            hidden=self.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * self.hidden_size,
-            heads=heads,
-            key_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or self.hidden_size // heads,
-            layers=config.num_hidden_layers,
-        )
 
     @property
     def reads_lengths_on_device(self) -> bool:

@@ -9,6 +9,7 @@ Qwen3. Every other architecture runs as transformers has it (`Wrapped`): the sam
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,23 @@ from torch import Tensor
 from server.models.layers import Decoder, DecoderConfig, Variant, compute_dtype
 from server.models.packing import PackedLayout, attend
 from server.rewards.attention import Packed
+from server.types import DecoderShape
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+
+
+def shape_of(config: Any) -> DecoderShape:
+    """The sizes in a transformers configuration; where it does not say, as if every head had its own keys and the MLP
+    were four times as wide as the stream."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    return DecoderShape(
+        hidden=width,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * width,
+        heads=heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or width // heads,
+        layers=config.num_hidden_layers,
+    )
 
 
 class Trunk:
@@ -36,14 +52,9 @@ class Trunk:
         with torch.device("meta"):
             self._decoder = Decoder(
                 DecoderConfig(
-                    vocab_size=base.embed_tokens.weight.shape[0],
-                    hidden_size=config.hidden_size,
-                    intermediate_size=config.intermediate_size,
-                    num_hidden_layers=config.num_hidden_layers,
-                    num_attention_heads=config.num_attention_heads,
-                    num_key_value_heads=config.num_key_value_heads,
+                    **asdict(shape_of(config)),
+                    vocab_size=len(base.embed_tokens.weight),
                     rms_norm_eps=config.rms_norm_eps,
-                    head_size=getattr(config, "head_dim", None),
                 ),
                 Variant(
                     qkv_bias=attention.q_proj.bias is not None,

@@ -197,10 +197,10 @@ def test_training_and_whole_canvases_run_as_they_are() -> None:
     model = model_of("dream")
     model.trunk = CompiledTrunk(model.model, model.plain_trunk, backend=never)
     tokens, layout, rows = batch_of(model, [9, 4], 3)
-    assert model.hidden(tokens, layout, rows).shape == (len(rows), model.config.hidden_size)
+    assert model.hidden(tokens, layout, rows).shape == (len(rows), model.config.hidden)
     with torch.no_grad():
-        assert model.hidden(tokens, layout).shape == (13, model.config.hidden_size)
-        assert model.hidden(tokens, layout, rows[:1]).shape == (1, model.config.hidden_size)
+        assert model.hidden(tokens, layout).shape == (13, model.config.hidden)
+        assert model.hidden(tokens, layout, rows[:1]).shape == (1, model.config.hidden)
 
 
 @pytest.mark.parametrize(

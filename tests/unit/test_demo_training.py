@@ -17,7 +17,7 @@ from demo.human_ratings import ARCHIVE, FILES, RatingsUnavailable, download, loa
 from demo.muon import Muon, orthogonalised
 from demo.rewards_data import GradedTexts, RatedSnippet
 from demo.tokenizer import END_OF_TEXT, IM_END, MASK, build_tokenizers
-from demo.train_dlm import DlmTraining, masked_loss, train_dlm
+from demo.train_dlm import DlmTraining, initialise, masked_loss, train_dlm
 from demo.train_rewards import encode, reward_config, rewards
 from server.models.dream import DreamModel
 from server.models.layers import DecoderConfig
@@ -31,8 +31,12 @@ def tokenizers():
 
 
 def tiny_model(tokenizer, seed=0):
-    model = DreamModel(DecoderConfig(tokenizer.get_vocab_size(), 32, 48, 1, 2, 1, tokenizer.token_to_id(MASK)))
-    model.initialise(seed)
+    model = DreamModel(
+        DecoderConfig(
+            32, 48, 2, 1, 16, 1, vocab_size=tokenizer.get_vocab_size(), mask_token_id=tokenizer.token_to_id(MASK)
+        )
+    )
+    initialise(model, seed)
     return model
 
 
@@ -184,3 +188,12 @@ def test_a_foreign_archive_is_refused(tmp_path):
         outer.writestr("readme", "nothing")
     with pytest.raises(RatingsUnavailable, match="is not in the archive"):
         read(path)
+
+
+def test_fresh_weights_are_seeded_and_have_their_scale(tokenizers):
+    first, same, other = (tiny_model(tokenizers[0], seed).model.layers[0].self_attn.q_proj for seed in (0, 0, 1))
+    assert torch.equal(first.weight, same.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert first.weight.std().item() == pytest.approx(0.02, rel=0.1)  # 1024 draws: one standard error is 2.2%
+    assert not first.bias.any()
+    assert tiny_model(tokenizers[0]).model.norm.weight.tolist() == [1.0] * 32

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from demo import bundled_model_path, bundled_reward_models
+from demo.train_dlm import initialise
 from kernels.varlen import unavailable
 from server.errors import ConfigurationError
 from server.guidance.steer import Steered
@@ -197,11 +198,11 @@ def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:
 def dream() -> DreamModel:
     """Random weights with heads of 64 channels, in bfloat16 on the GPU."""
     config = DecoderConfig(
-        vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, mask_token_id=0,
+        hidden=256, intermediate=512, heads=4, key_heads=2, head_size=64, layers=3,
+        vocab_size=1000, mask_token_id=0,
     )  # fmt: skip
     model = DreamModel(config)
-    model.initialise(seed=1)
+    initialise(model, seed=1)
     return model.requires_grad_(False).eval().to("cuda", torch.bfloat16)
 
 
