@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoints import Shape, write_reward
-from server.rewards.graphs import differentiate
-from server.rewards.reward_model import Passes, RewardModel, load_reward_model
+from server.rewards.graphs import GraphedPasses, differentiate
+from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.tokenizer import Tokenizer
 
 REWARD = Shape(32_768, 768, 8, 12, 2304)
@@ -34,7 +34,7 @@ class Setup:
 
 
 def measure_passes(
-    device: torch.device, setup: Setup, graph: Callable[[RewardModel], Passes], attention: str
+    device: torch.device, setup: Setup, graph: Callable[[RewardModel], GraphedPasses], attention: str
 ) -> list[dict[str, Any]]:
     """The best milliseconds of a pass, for each number of rows. `graph` makes what is compared with single kernels."""
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,6 @@ All of it is chosen by name and checked when the model is loaded: what cannot wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,15 +18,6 @@ from server.models.packing import PackedLayout
 FIRST_LENGTHS, FIRST_ROWS = (11, 6, 6), 5
 
 
-@dataclass(frozen=True, slots=True)
-class Acceleration:
-    """The settings of the same names. attention_backend: one of `kernels.varlen.CHOICES`."""
-
-    attention_backend: str = "auto"
-    compile: bool = False
-    cuda_graphs: bool = False
-
-
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """`kernels.varlen.choose`, whose ValueError becomes a ConfigurationError."""
     try:
@@ -37,30 +26,33 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype, head_s
         raise ConfigurationError(f"attention_backend: {error}") from error
 
 
-def accelerate(model: DiffusionModel, options: Acceleration, context_length: int) -> None:
-    """Change how the model's trunk runs, and run it once. Raises ConfigurationError.
+def accelerate(
+    model: DiffusionModel, context_length: int, attention: str = "auto", *, compiled: bool = False, graphs: bool = False
+) -> None:
+    """Change how the model's trunk runs, as the settings attention_backend, compile and cuda_graphs say, and run it
+    once. Raises ConfigurationError.
 
     `context_length` bounds the sequences that will come.
     """
     device, decoder = model.device, model.model
-    backend = choose_attention(options.attention_backend, device, model.activation_dtype, model.shape.head_size)
+    backend = choose_attention(attention, device, model.activation_dtype, model.shape.head_size)
     decoder.attention_backend = backend
-    if options.cuda_graphs and device.type != "cuda":
+    if graphs and device.type != "cuda":
         raise ConfigurationError(f"cuda_graphs: there are none on {device}")
-    if device.type == "cuda" and backend == "sdpa" and (options.compile or options.cuda_graphs):
+    if device.type == "cuda" and backend == "sdpa" and (compiled or graphs):
         raise ConfigurationError(
-            f"{'cuda_graphs' if options.cuda_graphs else 'compile'}: it needs the attention backend varlen, which "
-            "sdpa's loop over sequences cannot replace"
+            f"{'cuda_graphs' if graphs else 'compile'}: it needs the attention backend varlen, which sdpa's loop over "
+            "sequences cannot replace"
         )
     # A table that grew later would leave recorded graphs with the memory of the old one.
     nowhere = torch.empty(0, dtype=torch.int64, device=device)
     decoder.rotary.rows(nowhere, context_length, model.activation_dtype)
-    if options.compile:
+    if compiled:
         from server.models.compiled import CompiledTrunk
 
         model.trunk = CompiledTrunk(decoder, model.plain_trunk)
         _try(model, "compile")  # compiles
-    if options.cuda_graphs:
+    if graphs:
         from server.models.graphs import GraphedTrunk, recorder
 
         model.trunk = GraphedTrunk(model.trunk, recorder())

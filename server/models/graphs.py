@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,49 +29,29 @@ Pass = Callable[[Tensor, PackedLayout, Tensor], tuple[Tensor, ...]]
 """Inputs' x, layout and rows -> what is computed of them."""
 
 
-class Replayed(Protocol):
-    """A pass over inputs that stay where they are."""
-
-    def replay(self) -> tuple[Tensor, ...]:
-        """Of what they hold now."""
-
-
-Record = Callable[[Callable[[], tuple[Tensor, ...]]], Replayed]
-"""What makes a graph of a pass: `recorder()`; without a GPU, in tests, what runs it again will do."""
+Record = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
+"""Makes a graph of a pass over inputs that stay where they are, and returns what replays it: `recorder()`; without a
+GPU, in tests, the pass itself will do."""
 
 
 def recorder() -> Record:
     """`kernels.recording.Recording` with a memory pool that all its graphs share, on the current device."""
     pool = torch.cuda.graph_pool_handle()
-    return lambda function: Recording(function, pool)
+    return lambda function: Recording(function, pool).replay
 
 
 class Graphs:
-    """Records and replays one function. What is returned is the caller's; nothing waits for the device. `arena` holds
-    the prefixes, where rows may have some."""
+    """Records and replays one function, in the graphs that are `held`. What is returned is the caller's; nothing waits
+    for the device. `arena` holds the prefixes, where rows may have some."""
 
-    def __init__(
-        self,
-        function: Pass,
-        record: Record,
-        arena: Arena | None = None,
-        *,
-        most_tokens: int = MOST_TOKENS,
-        most_graphs: int = MOST_GRAPHS,
-    ) -> None:
+    def __init__(self, function: Pass, record: Record, arena: Arena | None = None) -> None:
         self._function, self._record, self._arena = function, record, arena
-        self._most_tokens, self._most_graphs = most_tokens, most_graphs
-        self._graphs: OrderedDict[Shape, tuple[Inputs, Replayed]] = OrderedDict()
-
-    @property
-    def graphs(self) -> int:
-        """How many are held."""
-        return len(self._graphs)
+        self.held: OrderedDict[Shape, tuple[Inputs, Callable[[], tuple[Tensor, ...]]]] = OrderedDict()
 
     def takes(self, layout: PackedLayout) -> bool:
         """Whether a pass over it is no larger than a graph is worth, and its prefixes have a place."""
         shape = shape_of(layout)
-        return max(shape.tokens, shape.cached) <= self._most_tokens and not (layout.links and self._arena is None)
+        return max(shape.tokens, shape.cached) <= MOST_TOKENS and not (layout.links and self._arena is None)
 
     def run(self, x: Tensor, layout: PackedLayout, rows: Tensor) -> tuple[Tensor, ...]:
         """The function's results for a layout that it `takes`, with the bucket's padding at their ends."""
@@ -82,37 +61,25 @@ class Graphs:
             self._arena.hold(layout.links)
             cached = self._arena.prefix(shape.cached)
         inputs = pad(x, layout, rows, shape, cached)
-        if shape not in self._graphs:
-            if len(self._graphs) >= self._most_graphs:
-                self._graphs.popitem(last=False)
+        if shape not in self.held:
+            if len(self.held) >= MOST_GRAPHS:
+                self.held.popitem(last=False)
             # From now on the graph reads the memory of these inputs. A layout remembers what it has worked out of its
             # tensors, so each run gets a new one: else the graph would keep the first run's.
-            replayed = self._record(lambda: self._function(inputs.x, replace(inputs.layout), inputs.rows))
-            self._graphs[shape] = inputs, replayed
-        self._graphs.move_to_end(shape)
-        memory, graph = self._graphs[shape]
+            replay = self._record(lambda: self._function(inputs.x, replace(inputs.layout), inputs.rows))
+            self.held[shape] = inputs, replay
+        self.held.move_to_end(shape)
+        memory, replay = self.held[shape]
         memory.copy_(inputs)
-        return tuple(result.clone() for result in graph.replay())  # the next graph may write over them
+        return tuple(result.clone() for result in replay())  # the next graph may write over them
 
 
 class GraphedTrunk:
     """A `base.Trunk` as graphs."""
 
-    def __init__(
-        self,
-        trunk: Callable[[Tensor, PackedLayout, Tensor | None], Tensor],
-        record: Record,
-        *,
-        most_tokens: int = MOST_TOKENS,
-        most_graphs: int = MOST_GRAPHS,
-    ) -> None:
+    def __init__(self, trunk: Callable[[Tensor, PackedLayout, Tensor | None], Tensor], record: Record) -> None:
         self._trunk = trunk
-        self.recorded = Graphs(
-            lambda tokens, layout, rows: (trunk(tokens, layout, rows),),
-            record,
-            most_tokens=most_tokens,
-            most_graphs=most_graphs,
-        )
+        self.recorded = Graphs(lambda tokens, layout, rows: (trunk(tokens, layout, rows),), record)
 
     def __call__(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """See `base.Trunk`. A batch without rows, or larger than any graph, runs as it is."""

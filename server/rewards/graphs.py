@@ -6,17 +6,21 @@ graph, with no autograd around it.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from server.errors import ConfigurationError
+from server.models import graphs
 from server.models.acceleration import reason
-from server.models.graphs import MOST_GRAPHS, MOST_TOKENS, Graphs, Record, recorder
+from server.models.graphs import Graphs, Record, recorder
 from server.models.packing import EMPTY_PREFIX, PackedLayout
 from server.models.padding import Arena
 from server.rewards.reward_model import RewardModel
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.05
 """How far a trial run's rewards and gradients may be off in 16 bits, relative to their norm."""
@@ -28,16 +32,10 @@ TRIAL_PREFIX, TRIAL_LENGTHS = 12, ((5, 8), (4, 6), (7, 7))
 class GraphedPasses:
     """Records and replays passes of one reward model; nothing waits for the device."""
 
-    def __init__(
-        self, model: RewardModel, record: Record, *, most_tokens: int = MOST_TOKENS, most_graphs: int = MOST_GRAPHS
-    ) -> None:
+    def __init__(self, model: RewardModel, record: Record) -> None:
         self._model = model
-        arena = Arena(model.shape, most_tokens, model.activation_dtype, model.device)
-
-        def once(embeds: Tensor, layout: PackedLayout, rows: Tensor) -> tuple[Tensor, ...]:
-            return differentiate(model, layout, embeds)
-
-        self.recorded = Graphs(once, record, arena, most_tokens=most_tokens, most_graphs=most_graphs)
+        arena = Arena(model.shape, graphs.MOST_TOKENS, model.activation_dtype, model.device)
+        self.recorded = Graphs(lambda embeds, layout, _: differentiate(model, layout, embeds), record, arena)
 
     def takes(self, layout: PackedLayout) -> bool:
         """Whether `run` does: rows with hidden tokens, of no more tokens than a graph is worth."""
@@ -63,17 +61,24 @@ def differentiate(model: RewardModel, layout: PackedLayout, embeds: Tensor) -> t
     return rewards.detach(), g
 
 
+def graph_where_possible(model: RewardModel) -> None:
+    """`graph_passes` for a model that can have graphs; for another a warning that names it."""
+    if model.device.type == "cuda" and model.written_out:
+        graph_passes(model)
+        return
+    why = f"it is on {model.device}" if model.written_out else "transformers runs its architecture"
+    logger.warning("cuda_graphs: reward model %s runs without graphs: %s", model.name, why)
+
+
 def graph_passes(model: RewardModel) -> GraphedPasses:
-    """Let a model's passes run as graphs from now on, after some have agreed with what they are graphs of. Raises
-    ConfigurationError where they cannot."""
+    """Let a model's passes, of our own layers, run as graphs from now on, after some have agreed with what they are
+    graphs of. Raises ConfigurationError where they cannot."""
     if model.device.type != "cuda":
         raise ConfigurationError(f"cuda_graphs: there are none on {model.device}")
     if not model.reads_lengths_on_device:
         raise ConfigurationError(
             f"cuda_graphs: it needs the attention backend varlen; {model.name} has {model.attention_backend}"
         )
-    if not model.written_out:
-        raise ConfigurationError(f"cuda_graphs: {model.name} is of an architecture that transformers runs")
     with torch.cuda.device(model.device):
         passes = GraphedPasses(model, recorder())
         try:

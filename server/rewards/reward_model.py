@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,21 +30,14 @@ from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import Message, RewardModelInfo
 
+if TYPE_CHECKING:
+    from server.rewards.graphs import GraphedPasses
+
 SCORE_TOKENS = 8192
 """Tokens that `score` runs in one forward; a longer sequence goes alone."""
 
 MIN_SHARED_TOKENS = 16
 """A shorter common beginning is not worth a forward of its own."""
-
-
-class Passes(Protocol):
-    """What runs passes, forward and back, at less cost than kernel by kernel: `rewards.graphs`."""
-
-    def takes(self, layout: PackedLayout) -> bool:
-        """Whether `run` can take these rows."""
-
-    def run(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards (B,) and their sum's gradient (S, D)."""
 
 
 class RewardModel:
@@ -78,7 +71,7 @@ class RewardModel:
         self.activation_dtype = activation_dtype(own, self.device) if self.written_out else own
         where = self.device, self.activation_dtype, self.shape.head_size
         self.attention_backend = varlen.choose("auto", *where)
-        self.graphed_passes: Passes | None = None
+        self.graphed_passes: GraphedPasses | None = None
         pad = network.config.get_text_config().pad_token_id
         self.pad_token_id: int | None = pad if pad is not None and pad >= 0 else None
         ids = torch.tensor(vocab_map.ids)

@@ -19,10 +19,10 @@ from kernels.linear import activation_dtype
 from kernels.settings import settings
 from server.budget import Budget
 from server.errors import ConfigurationError, quote
-from server.models.acceleration import Acceleration, accelerate, choose_attention
+from server.models.acceleration import accelerate, choose_attention
 from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_diffusion_model
 from server.models.weights import checkpoint_dtype
-from server.rewards.graphs import graph_passes
+from server.rewards.graphs import graph_where_possible
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.wire.config import WorkerConfig
@@ -118,8 +118,13 @@ def load(config: WorkerConfig) -> LoadedService:
         logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)
     savings = Savings.without(config.disable_savings)
     model = _fit(load_diffusion_model(config.model, dtype=dtype, device=device), config)
-    acceleration = Acceleration(config.attention_backend, config.compile, config.cuda_graphs)
-    accelerate(model.model, acceleration, model.info.context_length)
+    accelerate(
+        model.model,
+        model.info.context_length,
+        config.attention_backend,
+        compiled=config.compile,
+        graphs=config.cuda_graphs,
+    )
     reward_models = {
         name: load_reward_model(
             name,
@@ -136,8 +141,8 @@ def load(config: WorkerConfig) -> LoadedService:
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
-        if config.cuda_graphs and reward.written_out and reward.device.type == "cuda":
-            graph_passes(reward)
+        if config.cuda_graphs:
+            graph_where_possible(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)

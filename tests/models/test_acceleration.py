@@ -14,13 +14,14 @@ from torch._dynamo.utils import counters
 
 from kernels.recording import bucket
 from server.errors import ConfigurationError
-from server.models.acceleration import Acceleration, accelerate
+from server.models import graphs
+from server.models.acceleration import accelerate
 from server.models.compiled import CompiledTrunk
 from server.models.graphs import GraphedTrunk
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import Arena, cached_tokens, pad, shape_of
 from server.types import DecoderShape
-from tests.support.graphs import Again
+from tests.support.graphs import again
 from tests.support.models import FAMILIES, diffusion, load_diffusion
 
 LENGTHS = ([9], [20, 20, 20], [3, 17, 40, 8], [1, 1], [33] * 7, [5, 64, 5, 64, 12])
@@ -149,14 +150,16 @@ def test_padding_changes_no_real_row(family: str, monkeypatch: pytest.MonkeyPatc
 def test_recorded_trunks_are_bounded_and_what_they_return_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion("dream").model
     monkeypatch.setattr(model.model, "attention_backend", "reference")
-    trunk = GraphedTrunk(model.plain_trunk, Again, most_tokens=256, most_graphs=2)
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 256)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    trunk = GraphedTrunk(model.plain_trunk, again)
     batches = [batch_of(model, lengths, 1) for lengths in (*LENGTHS, [300], *LENGTHS)]
     with torch.no_grad():
         kept = [trunk(*batch) for batch in batches]
         for batch, got in zip(batches, kept, strict=True):
             torch.testing.assert_close(got, model.plain_trunk(*batch), rtol=0, atol=1e-12)
         assert trunk(batches[0][0], batches[0][1], None).shape[0] == 9  # without rows it runs as it is
-    assert trunk.recorded.graphs == 2
+    assert len(trunk.recorded.held) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,7 +183,7 @@ def test_compiled_logits_equal_plain_ones() -> None:
     model = model_of("dream", torch.float32)
     torch._dynamo.reset()
     counters.clear()
-    accelerate(model, Acceleration(compile=True), model.context_length)
+    accelerate(model, model.context_length, compiled=True)
     plain = model_of("dream", torch.float32)
     with torch.no_grad():
         for seed, lengths in enumerate(LENGTHS):
@@ -206,17 +209,14 @@ def test_training_and_whole_canvases_run_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Acceleration(attention_backend="varlen"), "attention_backend: varlen cannot run here: it needs a CUDA device"),
-        (
-            Acceleration(attention_backend="fast"),
-            "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa",
-        ),
-        (Acceleration(cuda_graphs=True), "cuda_graphs: there are none on cpu"),
+        ({"attention": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
+        ({"attention": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
+        ({"graphs": True}, "cuda_graphs: there are none on cpu"),
     ],
 )
-def test_what_cannot_work_here_is_refused(options: Acceleration, message: str) -> None:
+def test_what_cannot_work_here_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        accelerate(model_of("dream"), options, 64)
+        accelerate(model_of("dream"), 64, **options)
 
 
 def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,12 +224,12 @@ def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     with pytest.raises(ConfigurationError, match=r"compile: the model cannot be run so here: .*ompiler"):
-        accelerate(model_of("dream"), Acceleration(compile=True), 64)
+        accelerate(model_of("dream"), 64, compiled=True)
 
 
 @pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "cpp"), (torch.float64, "sdpa")])
 def test_automatic_attention_on_a_cpu(dtype: torch.dtype, backend: str) -> None:
     model = model_of("llada", dtype)
-    accelerate(model, Acceleration(), model.context_length)
+    accelerate(model, model.context_length)
     assert model.model.attention_backend == backend
     assert model.trunk == model.plain_trunk

@@ -17,13 +17,15 @@ from server.errors import ConfigurationError
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import visible_positions
+from server.models import graphs
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import shape_of
-from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, worst_difference
+from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, graph_where_possible, worst_difference
 from server.rewards.reward_model import RewardModel
+from server.rewards.trunk import Wrapped
 from server.text.template import split_at_response
 from server.types import Message
-from tests.support.graphs import Again
+from tests.support.graphs import again
 from tests.support.models import CPU, load_reward
 
 EOS, PAD = 7, 9
@@ -78,7 +80,7 @@ def test_padding_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
         ([first, second, longer], [11, 3, 12], [1, 3, 11]),  # of the first bucket again, other links
         ([second] * 20, [30] * 20, [1 + i for i in range(20)]),
     ]
-    passes = GraphedPasses(model, Again)
+    passes = GraphedPasses(model, again)
     shapes = set()
     for seed, (prefixes, lengths, visible) in enumerate(cases):
         layout, embeds = rows_of(model, prefixes, lengths, visible, seed)
@@ -87,13 +89,13 @@ def test_padding_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
         rewards, g = passes.run(layout, embeds)
         assert_same((rewards, g), differentiate(model, layout, embeds))
         assert g.isfinite().all()
-    assert passes.recorded.graphs == len(shapes) == 3
+    assert len(passes.recorded.held) == len(shapes) == 3
 
 
 def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: RewardModel) -> None:
     """The inner steps of one denoising step: the same rows with other tokens hidden and other embeddings."""
     layout = model.layout([model.prefill(range(30, 50))] * 2, [7, 5])
-    passes = GraphedPasses(model, Again)
+    passes = GraphedPasses(model, again)
     seen = []
     for seed, visible in enumerate(([7, 5], [2, 5], [6, 1])):
         hiding = layout.hiding(torch.tensor(visible), layout.positions)
@@ -102,24 +104,26 @@ def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: Rewar
         got = passes.run(hiding, embeds)
         assert_same(got, differentiate(model, hiding, embeds))
         seen.append(got[0])
-    assert passes.recorded.graphs == 1
+    assert len(passes.recorded.held) == 1
     assert len({tuple(rewards.tolist()) for rewards in seen}) == 3
 
 
-def test_graphs_are_bounded_and_what_they_return_stays(model: RewardModel) -> None:
-    passes = GraphedPasses(model, Again, most_graphs=2)
+def test_graphs_are_bounded_and_what_they_return_stays(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    passes = GraphedPasses(model, again)
     results = []
     for repeat in range(2):
         for length in (5, 40, 70):
             layout, embeds = rows_of(model, [EMPTY_PREFIX], [length], [length], repeat)
             results.append((passes.run(layout, embeds), differentiate(model, layout, embeds)))
-    assert passes.recorded.graphs == 2
+    assert len(passes.recorded.held) == 2
     for got, expected in results:
         assert_same(got, expected)
 
 
-def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel) -> None:
-    passes = GraphedPasses(model, Again, most_tokens=256)
+def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 256)
+    passes = GraphedPasses(model, again)
     prefix = model.prefill(range(30, 290))
     assert passes.takes(rows_of(model, [EMPTY_PREFIX], [200], [60], 0)[0])
     assert not passes.takes(rows_of(model, [EMPTY_PREFIX] * 2, [200, 60], [60, 40], 0)[0])
@@ -138,37 +142,33 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     embeds = torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assembly = Assembly(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)
     expected = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
-    passes = GraphedPasses(model, Again)
+    passes = GraphedPasses(model, again)
     model.graphed_passes = passes
     try:
         got = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
         unasked = assembly.read(embeds, responses.committed, visible, Timings(), gradient=False)
     finally:
         model.graphed_passes = None
-    assert passes.recorded.graphs == 1
+    assert len(passes.recorded.held) == 1
     assert_same(got, expected)
     torch.testing.assert_close(unasked[0], expected[0], rtol=1e-9, atol=1e-11)
     assert not unasked[1].any()
 
 
 def test_the_trial_run_believes_what_is_right_and_nothing_else(model: RewardModel) -> None:
-    assert worst_difference(model, GraphedPasses(model, Again)) < 1e-9
+    assert worst_difference(model, GraphedPasses(model, again)) < 1e-9
 
-    class Stale:
+    def stale(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         """A graph that does not see what was written into its inputs."""
+        result = function()
+        return lambda: result
 
-        def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
-            self.result = function()
-
-        def replay(self) -> tuple[Tensor, ...]:
-            return self.result
-
-    assert worst_difference(model, GraphedPasses(model, Stale)) > 0.05
+    assert worst_difference(model, GraphedPasses(model, stale)) > 0.05
 
 
 def test_the_measurement_runs_both_ways() -> None:
     setup = Setup(Shape(1024, 32, 2, 2, 64), "float64", rows=(1, 3), tokens=9, cached=5, repeats=1)
-    figures = measure_passes(CPU, setup, lambda model: GraphedPasses(model, Again), "reference")
+    figures = measure_passes(CPU, setup, lambda model: GraphedPasses(model, again), "reference")
     assert [entry["rows"] for entry in figures] == [1, 3]
     assert all(entry[way] > 0 for entry in figures for way in ("kernels", "graphs", "gain"))
 
@@ -176,3 +176,15 @@ def test_the_measurement_runs_both_ways() -> None:
 def test_where_there_are_none_is_refused_by_name(model: RewardModel) -> None:
     with pytest.raises(ConfigurationError, match="cuda_graphs: there are none on cpu"):
         graph_passes(model)
+
+
+def test_a_model_that_cannot_have_them_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = load_reward(name="judge")
+    graph_where_possible(model)
+    model._trunk = Wrapped(model._network.model)
+    graph_where_possible(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cuda_graphs: reward model judge runs without graphs: it is on cpu",
+        "cuda_graphs: reward model judge runs without graphs: transformers runs its architecture",
+    ]
+    assert model.graphed_passes is None

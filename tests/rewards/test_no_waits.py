@@ -28,7 +28,7 @@ from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Message
-from tests.support.graphs import Again
+from tests.support.graphs import again
 from tests.support.models import CPU, load_reward
 
 EOS, PAD = 7, 9
@@ -259,7 +259,7 @@ def test_inner_steps_wait_for_nothing(
     expected = steering(rewards, 3)()
     run = steering(rewards, 3)
     for model in rewards:
-        monkeypatch.setattr(model, "graphed_passes", GraphedPasses(model, Again) if graphs else None)
+        monkeypatch.setattr(model, "graphed_passes", GraphedPasses(model, again) if graphs else None)
     with torch.no_grad(), no_waits:
         steered = run()
     assert len(steered.rewards) == 4
@@ -280,7 +280,7 @@ def test_a_pass_needs_no_values(way: str) -> None:
     visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":
-        model.graphed_passes = GraphedPasses(model, Again)
+        model.graphed_passes = GraphedPasses(model, again)
     objective = Objective(model, (context,) * 3, torch.ones(3, device=meta))
     if way == "asking":
         model.attention_backend = "sdpa"

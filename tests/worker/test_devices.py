@@ -16,7 +16,8 @@ from demo.train_dlm import initialise
 from kernels.varlen import unavailable
 from server.errors import ConfigurationError
 from server.guidance.steer import Steered
-from server.models.acceleration import Acceleration, accelerate
+from server.models import graphs
+from server.models.acceleration import accelerate
 from server.models.dream import DreamModel
 from server.models.graphs import GraphedTrunk, recorder
 from server.models.layers import DecoderConfig
@@ -153,7 +154,7 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     answered(service)  # kernels, workspaces, page-locked memory, recordings
     if graphs:
         assert isinstance(model.graphed_passes, GraphedPasses)
-        assert model.graphed_passes.recorded.graphs >= 2  # that of the trial run and others
+        assert len(model.graphed_passes.recorded.held) >= 2  # that of the trial run and others
     steer, calls = inner.steer, []
 
     def strict(*args: Any, **options: Any) -> Steered:
@@ -228,29 +229,31 @@ def test_every_way_to_run_the_trunk_gives_the_same_states(dream: DreamModel, way
     exact = DreamModel(dream.config)
     exact.load_state_dict({name: weight.cpu() for name, weight in dream.state_dict().items()})
     exact.double()
-    options = Acceleration(backend, compile=way in ("compile", "both"), cuda_graphs=way in ("cuda_graphs", "both"))
+    options = {"compiled": way in ("compile", "both"), "graphs": way in ("cuda_graphs", "both")}
     if backend == "sdpa" and way != "plain":
         with pytest.raises(ConfigurationError, match="needs the attention backend varlen"):
-            accelerate(dream, options, 2048)
+            accelerate(dream, 2048, backend, **options)
         return
-    accelerate(dream, options, 2048)
+    accelerate(dream, 2048, backend, **options)
     for tokens, layout, rows in batches("cuda"):
         got = dream.hidden(tokens, layout, rows).double().cpu()
         expected = exact.hidden(tokens.cpu(), PackedLayout.of(layout.lengths), rows.cpu())
         assert (got - expected).norm() <= 0.02 * expected.norm()
-    if options.cuda_graphs:
+    if options["graphs"]:
         assert isinstance(dream.trunk, GraphedTrunk)
-        assert dream.trunk.recorded.graphs == 4  # the three buckets and that of the trial run
+        assert len(dream.trunk.recorded.held) == 4  # the three buckets and that of the trial run
 
 
 @gpu
 @torch.no_grad()
-def test_graphs_are_bounded_and_what_they_return_stays(dream: DreamModel) -> None:
-    accelerate(dream, Acceleration(), 2048)
+def test_graphs_are_bounded_and_what_they_return_stays(dream: DreamModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate(dream, 2048)
     plain = [dream.hidden(*batch) for batch in batches("cuda")]
-    dream.trunk = graphed = GraphedTrunk(dream.plain_trunk, recorder(), most_tokens=64, most_graphs=2)
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 64)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    dream.trunk = graphed = GraphedTrunk(dream.plain_trunk, recorder())
     kept = [dream.hidden(*batch) for batch in batches("cuda")]
-    assert graphed.recorded.graphs == 2
+    assert len(graphed.recorded.held) == 2
     for got, expected in zip(kept, plain, strict=True):
         assert (got.double() - expected.double()).norm() <= 0.01 * expected.double().norm()
 
@@ -259,7 +262,7 @@ def test_graphs_are_bounded_and_what_they_return_stays(dream: DreamModel) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_forward_never_waits_for_the_device(dream: DreamModel, graphs: bool) -> None:
-    accelerate(dream, Acceleration("varlen", cuda_graphs=graphs), 2048)
+    accelerate(dream, 2048, "varlen", graphs=graphs)
     prepared = list(batches("cuda"))
     for batch in prepared:
         dream.masked_logits(*batch)  # tables, workspaces, recordings
