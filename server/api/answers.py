@@ -1,4 +1,4 @@
-"""Response bodies: their shapes (which the OpenAPI document shows) and how results fill them."""
+"""Response bodies and chunks of streams: their shapes, which the OpenAPI document shows, and how results fill them."""
 
 from __future__ import annotations
 
@@ -107,52 +107,102 @@ class ChatCompletionResponse(Head):
     guidance: GuidanceReport
 
 
+class Delta(Answer):
+    """What to append to a turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(Choice):
+    """Part of a turn."""
+
+    delta: Delta
+
+
+class CanvasReport(Answer):
+    """One trajectory after a denoising step: token texts (null where masked) and entropies in nats."""
+
+    prompt: int
+    trajectory: int
+    step: int
+    tokens: list[str | None]
+    entropy: list[float | None] | None
+    reward: float | None
+
+
+class Chunk(Head):
+    """What both kinds of chunk share."""
+
+    usage: Usage | None = None
+    guidance: GuidanceReport | None = None
+    canvas: CanvasReport | None = None
+
+
+class CompletionChunk(Chunk):
+    """A chunk of `POST /v1/completions`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class ChatCompletionChunk(Chunk):
+    """A chunk of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+Data = dict[str, Any]
+"""A JSON object on its way out; the classes above say what it holds."""
+
+
 def chosen(result: JobResult) -> list[TrajectoryResult]:
     """The n answers of a prompt, best first (in order for `none`)."""
     return [result.trajectories[index] for index in result.chosen]
 
 
-def usage(plan: Plan, results: Sequence[JobResult]) -> Usage:
-    """Tokens of a whole request."""
+def counted(prompt_tokens: int, completion_tokens: int, trajectory_tokens: int) -> Data:
+    """A `Usage` from its three counts."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens_details": {"trajectory_tokens": trajectory_tokens},
+    }
+
+
+def usage(plan: Plan, results: Sequence[JobResult]) -> Data:
+    """The `Usage` of a whole request."""
     completion = sum(answer.completion_tokens for result in results for answer in chosen(result))
     every = sum(trajectory.completion_tokens for result in results for trajectory in result.trajectories)
-    return make_usage(plan.prompt_tokens, completion, every)
+    return counted(plan.prompt_tokens, completion, every)
 
 
-def make_usage(prompt_tokens: int, completion_tokens: int, trajectory_tokens: int) -> Usage:
-    """Usage from its three counts."""
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        completion_tokens_details={"trajectory_tokens": trajectory_tokens},
-    )
+def report(plan: Plan, results: Sequence[JobResult]) -> Data:
+    """What concerns the whole request: its `GuidanceReport`, and the trace if there is one. Prompts run side by side,
+    so times and calls are the largest of them."""
+    guidance = {
+        "method": plan.guidance.method,
+        "reward_models": [weighted.model for weighted in plan.guidance.reward_models],
+        "seed": plan.sampling.seed,
+        "rewards": [[trajectory.reward for trajectory in result.trajectories] for result in results],
+        "approximations": list(approximations(plan.sampling.max_tokens, plan.jobs[0].diffusion, plan.guidance)),
+        "steps": max(result.steps for result in results),
+        "model_calls": max(result.model_calls for result in results),
+        "reward_calls": max(result.reward_calls for result in results),
+        "queue_ms": round(max(result.queue_ms for result in results), 3),
+        "generation_ms": round(max(result.generation_ms for result in results), 3),
+    }
+    if not plan.trace:
+        return {"guidance": guidance}
+    trace = [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
+    return {"guidance": guidance, "trace": trace}
 
 
-def guidance_report(plan: Plan, results: Sequence[JobResult]) -> GuidanceReport:
-    """The `guidance` block. Prompts run side by side, so times and calls are the largest of them."""
-    return GuidanceReport(
-        method=plan.guidance.method,
-        reward_models=[weighted.model for weighted in plan.guidance.reward_models],
-        seed=plan.sampling.seed,
-        rewards=[[trajectory.reward for trajectory in result.trajectories] for result in results],
-        approximations=list(approximations(plan.sampling.max_tokens, plan.jobs[0].diffusion, plan.guidance)),
-        steps=max(result.steps for result in results),
-        model_calls=max(result.model_calls for result in results),
-        reward_calls=max(result.reward_calls for result in results),
-        queue_ms=round(max(result.queue_ms for result in results), 3),
-        generation_ms=round(max(result.generation_ms for result in results), 3),
-    )
-
-
-def trace(results: Sequence[JobResult]) -> list[list[list[dict[str, Any]]]]:
-    """Every step of every trajectory of every prompt, JSON-ready."""
-    return [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
-
-
-def choice_fields(plan: Plan, index: int, answer: TrajectoryResult) -> dict[str, Any]:
+def choice(plan: Plan, index: int, answer: TrajectoryResult) -> Data:
     """The fields of a finished choice other than its text."""
-    fields: dict[str, Any] = {
+    fields: Data = {
         "index": index,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
@@ -166,28 +216,16 @@ def choice_fields(plan: Plan, index: int, answer: TrajectoryResult) -> dict[str,
     return fields
 
 
-def response(plan: Plan, results: Sequence[JobResult]) -> CompletionResponse | ChatCompletionResponse:
+def head(plan: Plan, kind: str, choices: list[Data]) -> Data:
+    """A response or a chunk: what all of them share."""
+    return {"id": plan.id, "object": kind, "created": plan.created, "model": plan.model, "choices": choices}
+
+
+def response(plan: Plan, results: Sequence[JobResult]) -> Data:
     """The whole answer. Choice i of prompt p has index p * n + i."""
-    common: dict[str, Any] = {
-        "id": plan.id,
-        "created": plan.created,
-        "model": plan.model,
-        "usage": usage(plan, results),
-        "guidance": guidance_report(plan, results),
-    }
-    if plan.trace:
-        common["trace"] = trace(results)
-    answers = list(enumerate(answer for result in results for answer in chosen(result)))
-    if plan.chat:
-        chat_choices = [
-            ChatChoice(
-                message=AssistantMessage(role="assistant", content=answer.text, refusal=None),
-                **choice_fields(plan, index, answer),
-            )
-            for index, answer in answers
-        ]
-        return ChatCompletionResponse(object="chat.completion", choices=chat_choices, **common)
-    text_choices = [
-        CompletionChoice(text=answer.text, **choice_fields(plan, index, answer)) for index, answer in answers
-    ]
-    return CompletionResponse(object="text_completion", choices=text_choices, **common)
+    choices = []
+    for index, answer in enumerate(answer for result in results for answer in chosen(result)):
+        turn = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        choices.append(choice(plan, index, answer) | (turn if plan.chat else {"text": answer.text}))
+    kind = "chat.completion" if plan.chat else "text_completion"
+    return head(plan, kind, choices) | {"usage": usage(plan, results)} | report(plan, results)

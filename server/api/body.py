@@ -1,28 +1,31 @@
-"""Routes that take a JSON body, and reading it strictly: Python's parser alone takes NaN and repeated keys."""
+"""Routes that take a JSON body: reading it strictly (Python's parser alone takes NaN and repeated keys), and noticing
+that the client has gone while it is answered."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive
 
 from server.api import openapi
+from server.api.answers import Answer
 from server.api.errors import validate
 from server.api.frontend import Frontend
 from server.errors import ClientGone, InvalidRequest, UnsupportedMediaType, quote
 
 Model = TypeVar("Model", bound=BaseModel)
-Handler = Callable[[Request, Frontend, Model], Awaitable[Response]]
+Result = TypeVar("Result")
+Handler = Callable[[Frontend, Model], Coroutine[None, None, Response | Answer]]
 
 SMALL_BYTES = 32_768  # what is larger would hold up the event loop
 MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
-
-
 STATUSES = (400, 404, 408, 413, 415, 429, 503)
 
 
@@ -34,13 +37,15 @@ def posts(
     description: str,
     chunk: type[BaseModel] | None = None,
 ) -> Callable[[Handler[Model]], Handler[Model]]:
-    """Register a handler of the body `schema` on some paths; its answer, and the chunks of its stream if it has one,
-    are for the OpenAPI document."""
+    """Register a handler of the body `schema` on some paths, which is cancelled when the client goes. Its answer, and
+    the chunks of its stream if it has one, are for the OpenAPI document."""
 
     def register(handler: Handler[Model]) -> Handler[Model]:
         async def endpoint(request: Request) -> Response:
             frontend: Frontend = request.app.state.frontend
-            return await handler(request, frontend, await read(request, schema))
+            asked = await read(request, schema)
+            answered = await unless_disconnected(request.receive, handler(frontend, asked))
+            return JSONResponse(answered.to_json()) if isinstance(answered, Answer) else answered
 
         for path in paths:
             router.post(
@@ -53,6 +58,27 @@ def posts(
         return handler
 
     return register
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[None, None, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client goes first (then ClientGone). The request's body must
+    have been read. Whatever middleware lies between, `http.disconnect` tells."""
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone("the client closed the connection")
+    finally:
+        gone.cancel()
+        working.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read(request: Request, schema: type[Model]) -> Model:

@@ -11,7 +11,6 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.api.chunks import event_schema
 from server.api.errors import ErrorEnvelope
 from server.api.examples import EXAMPLES
 from server.api.rules import Served, narrow
@@ -67,10 +66,22 @@ def success(
     model: type[BaseModel], description: str, chunk: type[BaseModel] | None = None
 ) -> dict[int | str, dict[str, Any]]:
     """The documented 200: JSON, and for a route that streams, events that hold a `chunk` each."""
-    content = {"text/event-stream": {"schema": event_schema(chunk, ErrorEnvelope, _REFERENCE)}} if chunk else {}
+    documented: Document = {"model": model, "description": description}
     if chunk is not None:
         _DESCRIBED.append(chunk)
-    return {200: {"model": model, "description": description, **({"content": content} if content else {})}}
+        documented["content"] = {"text/event-stream": {"schema": _event(chunk)}}
+    return {200: documented}
+
+
+def _event(chunk: type[BaseModel]) -> Document:
+    """One server-sent event, whose data is a chunk, an error, or the last word."""
+    contents = [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (chunk, ErrorEnvelope)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": contents}}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+    }
 
 
 def body(schema: type[BaseModel]) -> dict[str, Any]:

@@ -7,13 +7,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from server.api.answers import Answer
 from server.api.body import posts
 from server.api.convert import messages
-from server.api.disconnect import unless_disconnected
 from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
 from server.api.frontend import Frontend
 from server.errors import InvalidRequest
@@ -83,7 +82,7 @@ class DetokenizeResponse(Answer):
 
 
 @posts(router, ["/v1/score"], ScoreRequest, ScoreResponse, "Scores")
-async def score(request: Request, frontend: Frontend, asked: ScoreRequest) -> Response:
+async def score(frontend: Frontend, asked: ScoreRequest) -> ScoreResponse:
     """Reward of each response to its prompt."""
     queries = [messages(query) for query in asked.queries]
     if len(queries) == 1:
@@ -94,8 +93,8 @@ async def score(request: Request, frontend: Frontend, asked: ScoreRequest) -> Re
             "the one as of the other",
             "documents",
         )
-    name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
-    answer = ScoreResponse(
+    name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
+    return ScoreResponse(
         id=f"score-{uuid.uuid4().hex}",
         object="list",
         created=int(time.time()),
@@ -103,43 +102,41 @@ async def score(request: Request, frontend: Frontend, asked: ScoreRequest) -> Re
         data=[Score(index=index, object="score", score=reward) for index, reward in enumerate(rewards)],
         usage=usage,
     )
-    return JSONResponse(answer.to_json())
 
 
 @posts(router, ["/v1/rerank", "/v2/rerank", "/rerank"], RerankRequest, RerankResponse, "Documents, best first")
-async def rerank(request: Request, frontend: Frontend, asked: RerankRequest) -> Response:
+async def rerank(frontend: Frontend, asked: RerankRequest) -> RerankResponse:
     """Responses to one prompt, best first; equal ones in the order given."""
-    return await _rerank(request, frontend, asked, lambda text: {"text": text})
+    return await _rerank(frontend, asked, lambda text: {"text": text})
 
 
 @posts(router, ["/infinity/rerank"], RerankRequest, RerankResponse, "Documents, best first")
-async def infinity_rerank(request: Request, frontend: Frontend, asked: RerankRequest) -> Response:
+async def infinity_rerank(frontend: Frontend, asked: RerankRequest) -> RerankResponse:
     """The same for clients of Infinity, which read each result's document as a string."""
-    return await _rerank(request, frontend, asked, lambda text: text)
+    return await _rerank(frontend, asked, lambda text: text)
 
 
 async def _rerank(
-    request: Request, frontend: Frontend, asked: RerankRequest, shown: Callable[[str], dict[Literal["text"], str] | str]
-) -> Response:
+    frontend: Frontend, asked: RerankRequest, shown: Callable[[str], dict[Literal["text"], str] | str]
+) -> RerankResponse:
     queries = [messages(asked.query)] * len(asked.documents)
-    name, rewards, usage = await _rewards(request, frontend, asked.model, queries, asked.documents)
+    name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
     best = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))[: asked.top_n or None]
     results = [RankedDocument(index=index, relevance_score=rewards[index]) for index in best]
     if asked.return_documents:
         for result in results:
             result.document = shown(asked.documents[result.index])
-    answer = RerankResponse(
+    return RerankResponse(
         id=f"rerank-{uuid.uuid4().hex}",
         model=name,
         results=results,
         usage=usage,
         meta={"tokens": {"input_tokens": usage.total_tokens}, "billed_units": {"input_tokens": usage.total_tokens}},
     )
-    return JSONResponse(answer.to_json())
 
 
 @posts(router, ["/tokenize"], TokenizeRequest, TokenizeResponse, "Token ids")
-async def tokenize(request: Request, frontend: Frontend, asked: TokenizeRequest) -> Response:
+async def tokenize(frontend: Frontend, asked: TokenizeRequest) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
     tokenizer = await frontend.tokenizer()
     if (asked.prompt is None) == (asked.messages is None):
@@ -166,19 +163,15 @@ def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_stri
 
 
 @posts(router, ["/detokenize"], DetokenizeRequest, DetokenizeResponse, "Text")
-async def detokenize(request: Request, frontend: Frontend, asked: DetokenizeRequest) -> Response:
+async def detokenize(frontend: Frontend, asked: DetokenizeRequest) -> DetokenizeResponse:
     """Text of token ids, special tokens included."""
     tokenizer = await frontend.tokenizer()
     text = await frontend.aside(tokenizer.decode, asked.tokens, skip_special_tokens=False)
-    return JSONResponse(DetokenizeResponse(prompt=text).to_json())
+    return DetokenizeResponse(prompt=text)
 
 
 async def _rewards(
-    request: Request,
-    frontend: Frontend,
-    model: str | None,
-    queries: Sequence[tuple[Message, ...]],
-    documents: Sequence[str],
+    frontend: Frontend, model: str | None, queries: Sequence[tuple[Message, ...]], documents: Sequence[str]
 ) -> tuple[str, list[float], ReadUsage]:
     """The reward model (the named one, else the first loaded), its reward of each pair, and the tokens it read."""
     if model is None and not frontend.info.reward_models:
@@ -193,5 +186,5 @@ async def _rewards(
             "documents",
         )
     deadline = None if limits.request_timeout is None else time.time() + limits.request_timeout
-    scored = await unless_disconnected(request.receive, frontend.engine.score(name, pairs, deadline=deadline))
+    scored = await frontend.engine.score(name, pairs, deadline=deadline)
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

@@ -6,14 +6,18 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
-from server.api.answers import ChatCompletionResponse, CompletionResponse, response
+from server.api.answers import (
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    CompletionChunk,
+    CompletionResponse,
+    response,
+)
 from server.api.body import posts
-from server.api.chunks import ChatCompletionChunk, CompletionChunk
 from server.api.convert import Plan, chat_plan, completion_plan
-from server.api.disconnect import unless_disconnected
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.frontend import Frontend
 from server.api.generation import results
@@ -29,23 +33,21 @@ ANSWERS = "The answers, or a stream of events"
 
 
 @posts(router, ["/v1/completions"], CompletionRequest, CompletionResponse, ANSWERS, CompletionChunk)
-async def completions(request: Request, frontend: Frontend, asked: CompletionRequest) -> Response:
+async def completions(frontend: Frontend, asked: CompletionRequest) -> Response:
     """Complete prompts; with `suffix`, fill in what lies between."""
-    return await _answer(request, frontend, completion_plan, asked)
+    return await _answer(frontend, completion_plan, asked)
 
 
 @posts(router, ["/v1/chat/completions"], ChatCompletionRequest, ChatCompletionResponse, ANSWERS, ChatCompletionChunk)
-async def chat_completions(request: Request, frontend: Frontend, asked: ChatCompletionRequest) -> Response:
+async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> Response:
     """Answer a conversation."""
-    return await _answer(request, frontend, chat_plan, asked)
+    return await _answer(frontend, chat_plan, asked)
 
 
-async def _answer(request: Request, frontend: Frontend, make_plan: MakePlan[Asked], asked: Asked) -> Response:
+async def _answer(frontend: Frontend, make_plan: MakePlan[Asked], asked: Asked) -> Response:
     frontend.check_room()
     tokenizer = await frontend.tokenizer()
-    planning = frontend.aside(make_plan, asked, frontend.info, tokenizer, frontend.limits, uuid.uuid4().hex)
-    plan = await unless_disconnected(request.receive, planning)
+    plan = await frontend.aside(make_plan, asked, frontend.info, tokenizer, frontend.limits, uuid.uuid4().hex)
     if plan.stream is not None:
         return await open_stream(frontend, plan, plan.stream, tokenizer, frontend.info.model.stop_token_ids)
-    answers = await unless_disconnected(request.receive, results(frontend, plan))
-    return JSONResponse(response(plan, answers).to_json())
+    return JSONResponse(response(plan, await results(frontend, plan)))

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.api.answers import choice_fields, chosen, guidance_report, make_usage, trace, usage
+from server.api.answers import Data, choice, chosen, counted, head, report, usage
+from server.api.body import unless_disconnected
 from server.api.convert import Plan
-from server.api.disconnect import unless_disconnected
 from server.api.errors import envelope, unexpected
 from server.api.fields import StreamOptions
 from server.api.frontend import Frontend
@@ -138,13 +137,13 @@ class Chunks:
         }
         self._token_texts: dict[int, str] = {}
 
-    def begin(self) -> Iterator[dict[str, Any]]:
+    def begin(self) -> Iterator[Data]:
         """The chunks that open a chat stream: the role of each choice."""
         if self._plan.chat:
             for index in self._texts:
-                yield self._chunk([self._choice(index, {"role": "assistant", "content": ""})])
+                yield self._chunk(self._choice(index, {"role": "assistant", "content": ""}))
 
-    def feed(self, prompt: int, event: Event) -> Iterator[dict[str, Any]]:
+    def feed(self, prompt: int, event: Event) -> Iterator[Data]:
         """The chunks of one event of one prompt."""
         match event:
             case Progress(trajectory=trajectory, revealed=revealed):
@@ -152,17 +151,26 @@ class Chunks:
                 if delta := self._texts[index].reveal(revealed):
                     yield self._text_chunk(index, delta)
             case Canvas():
-                yield self._canvas_chunk(prompt, event)
+                canvas = {
+                    "prompt": prompt,
+                    "trajectory": event.trajectory,
+                    "step": event.step,
+                    "tokens": [None if token < 0 else self._token_text(token) for token in event.token_ids],
+                    "entropy": event.entropy,
+                    "reward": event.reward,
+                }
+                yield self._chunk() | {"canvas": canvas}
             case Finished(result=result):
                 yield from self._finished(prompt, result)
             case _:
                 pass
 
-    def _finished(self, prompt: int, result: JobResult) -> Iterator[dict[str, Any]]:
+    def _finished(self, prompt: int, result: JobResult) -> Iterator[Data]:
         """The rest of each choice's text and its end; with the last prompt also what concerns the whole request."""
         plan = self._plan
         self._results[prompt] = result
-        whole = len(self._results) == len(plan.jobs)
+        results = [self._results[each] for each in sorted(self._results)]
+        whole = len(results) == len(plan.jobs)
         answers = chosen(result)
         for rank, answer in enumerate(answers):
             index = prompt * plan.sampling.n + rank
@@ -171,35 +179,17 @@ class Chunks:
                 text.tokens = answer.completion_tokens
                 yield self._text_chunk(index, rest)
             text.tokens = answer.completion_tokens
-            end = choice_fields(plan, index, answer)
-            chunk = self._chunk([self._choice(index, {} if plan.chat else "") | end])
-            if whole and rank == len(answers) - 1:
-                results = [self._results[each] for each in range(len(plan.jobs))]
-                chunk["guidance"] = guidance_report(plan, results).to_json()
-                if plan.trace:
-                    chunk["trace"] = trace(results)
-            yield chunk
+            end = self._chunk(self._choice(index, {} if plan.chat else "") | choice(plan, index, answer))
+            yield end | report(plan, results) if whole and rank == len(answers) - 1 else end
         if whole and self._mode.include_usage:
-            results = [self._results[each] for each in range(len(plan.jobs))]
-            yield self._chunk([]) | {"usage": usage(plan, results).to_json()}
+            yield self._chunk() | {"usage": usage(plan, results)}
 
-    def _text_chunk(self, index: int, text: str) -> dict[str, Any]:
-        return self._chunk([self._choice(index, {"content": text} if self._plan.chat else text)])
+    def _text_chunk(self, index: int, text: str) -> Data:
+        return self._chunk(self._choice(index, {"content": text} if self._plan.chat else text))
 
-    def _choice(self, index: int, content: dict[str, str] | str) -> dict[str, Any]:
+    def _choice(self, index: int, content: dict[str, str] | str) -> Data:
         key = "delta" if self._plan.chat else "text"
         return {"index": index, key: content, "logprobs": None, "finish_reason": None}
-
-    def _canvas_chunk(self, prompt: int, event: Canvas) -> dict[str, Any]:
-        canvas = {
-            "prompt": prompt,
-            "trajectory": event.trajectory,
-            "step": event.step,
-            "tokens": [None if token < 0 else self._token_text(token) for token in event.token_ids],
-            "entropy": event.entropy,
-            "reward": event.reward,
-        }
-        return self._chunk([]) | {"canvas": canvas}
 
     def _token_text(self, token: int) -> str:
         """One token by itself; special ones by name, parts of characters as U+FFFD."""
@@ -207,18 +197,11 @@ class Chunks:
             self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
         return self._token_texts[token]
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        plan = self._plan
-        chunk: dict[str, Any] = {
-            "id": plan.id,
-            "object": "chat.completion.chunk" if plan.chat else "text_completion",
-            "created": plan.created,
-            "model": plan.model,
-            "choices": choices,
-        }
+    def _chunk(self, *choices: Data) -> Data:
+        chunk = head(self._plan, "chat.completion.chunk" if self._plan.chat else "text_completion", [*choices])
         if self._mode.continuous_usage_stats:
             tokens = sum(text.tokens for text in self._texts.values())
-            chunk["usage"] = make_usage(plan.prompt_tokens, tokens, tokens).to_json()
+            chunk["usage"] = counted(self._plan.prompt_tokens, tokens, tokens)
         elif self._mode.include_usage:
             chunk["usage"] = None
         return chunk
