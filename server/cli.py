@@ -137,7 +137,7 @@ def allow_descriptors(needed: int) -> None:
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """uvicorn's configuration. h11, under our connection, bounds the size of headers while they arrive."""
     probes = frozenset(prefix + path for prefix in {"", settings.root_path} for path in QUIET_PATHS)
-    room = Room(settings.max_connections, settings.slow_client_seconds, probes, app.state.frontend.refused)
+    room = Room(settings.max_connections, settings.slow_client_seconds, probes, app.state.frontend.metrics.refused)
     return uvicorn.Config(
         app,
         host=settings.host,

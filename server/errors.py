@@ -38,7 +38,8 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
-_BY_KIND: dict[str, type[RequestError]] = {}
+BY_KIND: dict[str, type[RequestError]] = {}
+"""Every class of failure that a client can see."""
 
 
 def quote(value: object) -> str:
@@ -84,7 +85,7 @@ class RequestError(EntrgiError):
         super().__init_subclass__()
         cls.status, cls.code, cls.kind = status or cls.status, code, kind or code
         cls.type = _TYPES.get(cls.status, "invalid_request_error")
-        _BY_KIND[cls.kind] = cls
+        BY_KIND[cls.kind] = cls
 
     def __init__(self, message: str, param: str | None = None, *, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -180,4 +181,4 @@ class TooManyConnections(Unavailable, code="too_many_connections"):
 
 def from_kind(kind: str, message: str, param: str | None = None) -> RequestError:
     """The exception for a failure that the worker reported; an unknown kind is an `EngineFailed`."""
-    return _BY_KIND.get(kind, EngineFailed)(message, param)
+    return BY_KIND.get(kind, EngineFailed)(message, param)

@@ -15,7 +15,7 @@ from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
-from server.api.middleware import ALWAYS_OPEN, Cors, Guard, LimitBody, Observe
+from server.api.middleware import ALWAYS_OPEN, Cors, Guard, Observe
 from server.api.rules import Limits
 from server.front.engine import Engine
 from server.settings import Settings
@@ -100,8 +100,7 @@ def create_app(
     )
 
     # Added last is outermost.
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
-    app.add_middleware(Guard, api_keys=settings.api_key, open_paths=open_paths)
+    app.add_middleware(Guard, api_keys=settings.api_key, open_paths=open_paths, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
             Cors,

@@ -82,8 +82,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def read(request: Request, schema: type[Model]) -> Model:
-    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, UnknownModel, ClientGone, and what
-    `LimitBody` raises from below."""
+    """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, UnknownModel, ClientGone, and
+    `BodyTooLarge` from below."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaType(f"the body must be application/json, not {quote(content_type)}")

@@ -6,11 +6,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
@@ -86,7 +85,7 @@ def install(app: FastAPI) -> None:
         if not isinstance(error, RequestError):
             error = unexpected(error)
         if request.method == "POST":  # a probe of /ready is no refused request
-            request.app.state.frontend.refused(error)
+            request.app.state.frontend.metrics.refused(error)
         return error_response(error)
 
     async def router(request: Request, error: Exception) -> Response:
@@ -103,20 +102,12 @@ def install(app: FastAPI) -> None:
             extra["Allow"] = "GET, HEAD"  # every GET route has one beside it
         return error_response(translated, extra)
 
-    async def validation(_: Request, error: Exception) -> Response:
-        details = error.errors() if isinstance(error, RequestValidationError) else []
-        return error_response(explain(details))
-
     app.add_exception_handler(RequestError, ours)
     app.add_exception_handler(HTTPException, router)
-    app.add_exception_handler(RequestValidationError, validation)
 
 
-def explain(details: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's complaints, as ours."""
-    if not details:
-        return InvalidRequest("the request is not valid")
-    detail = details[0]
+def explain(detail: Any) -> InvalidRequest:
+    """One of pydantic's complaints, as ours."""
     location = detail["loc"]
     param = _clean(".".join(str(part) for part in location)) or None
     field = str(location[-1]) if location else ""
@@ -142,7 +133,7 @@ def validate(schema: type[Model], data: object, served: Served | None = None) ->
     try:
         return schema.model_validate(data, context=served)
     except ValidationError as error:
-        raise explain(error.errors(include_url=False, include_context=False)) from None
+        raise explain(error.errors(include_url=False, include_context=False)[0]) from None
 
 
 def _clean(text: str) -> str:

@@ -13,10 +13,10 @@ from opentelemetry.trace import NoOpTracer, Tracer
 
 from server.api.metrics import Metrics
 from server.api.rules import Limits, Served
-from server.errors import InvalidRequest, NotReady, QueueFull, RequestError
+from server.errors import InvalidRequest, NotReady, QueueFull
 from server.front.engine import Engine, JobStream
 from server.text.tokenizer import Tokenizer
-from server.types import EngineInfo, Job
+from server.types import Job
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -38,22 +38,17 @@ class Frontend:
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizer"))
 
     @property
-    def info(self) -> EngineInfo:
-        """The loaded models. Raises NotReady before there are any."""
-        return self.engine.info
-
-    @property
     def served(self) -> Served | None:
         """What this server takes, as far as it is known: nothing before the models are loaded."""
         try:
-            return Served.of(self.info, self.limits)
+            return Served.of(self.engine.info, self.limits)
         except NotReady:
             return None
 
     async def tokenizer(self) -> Tokenizer:
         """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""
         if self._tokenizer is None:
-            self._tokenizer = await self.aside(Tokenizer.load, Path(self.info.model.tokenizer_path))
+            self._tokenizer = await self.aside(Tokenizer.load, Path(self.engine.info.model.tokenizer_path))
         return self._tokenizer
 
     async def aside(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -66,10 +61,6 @@ class Frontend:
         finally:
             self._waiting -= 1
 
-    def check_room(self) -> None:
-        """Refuse before the text work what would be refused after it. Raises Draining, NotReady and QueueFull."""
-        self.engine.check_room()
-
     def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
         """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""
         places = self.engine.config.max_queue
@@ -77,11 +68,6 @@ class Frontend:
             raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
         self.engine.check_room(len(jobs))
         return [self.engine.submit(job) for job in jobs]
-
-    def refused(self, error: RequestError) -> None:
-        """Count a refusal that is the server's state and not the request's fault."""
-        if error.status in (408, 429, 503):
-            self.metrics.admission_rejections.labels(error.code or error.kind).inc()
 
     def close(self) -> None:
         """No more text work."""

@@ -7,11 +7,15 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from opentelemetry import context, trace
+from opentelemetry.trace import Status, StatusCode
+
 from server.api.convert import Plan
 from server.api.frontend import Frontend
-from server.api.telemetry import JobSpans
+from server.api.telemetry import operation, request_attributes, response_attributes
 from server.errors import InvalidRequest, RequestError
 from server.front.engine import JobStream
+from server.log import request_id
 from server.types import Job, JobResult
 from server.wire.messages import Event, Failed, Finished, Progress, Started
 
@@ -70,70 +74,98 @@ def failure(event: Failed, plan: Plan) -> RequestError:
 
 
 class _Record:
-    """The metrics and spans of one job's life."""
+    """One prompt's life, from its submission on, in metrics and in two spans: `queue`, and the generation."""
 
     def __init__(self, frontend: Frontend, plan: Plan, job: Job, stream: JobStream) -> None:
-        self._metrics = frontend.metrics
-        self._job = job
-        self._stream = stream
-        self._model = plan.model
+        self._metrics, self._tracer = frontend.metrics, frontend.tracer
+        self._plan, self._job, self._stream = plan, job, stream
         self._arrived = time.monotonic()
-        self._spans = JobSpans(frontend.tracer, plan, job, self._arrived)
+        self._parent = context.get_current()
+        if identity := request_id.get():
+            trace.get_current_span().set_attribute("entrgi.request_id", identity)
+        place: dict[str, int] = {"entrgi.prompt_index": job.prompt_index}
+        self._span = self._tracer.start_span("queue", self._parent, attributes=place, start_time=_wall(self._arrived))
         self._gauge = self._metrics.requests_waiting.labels(plan.model)
         self._gauge.inc()
-        self._first_text = False
-        self._ended = False
+        self._begun = self._first_text = self._ended = False
 
     def see(self, event: Event) -> None:
         """Count an event."""
         now = time.monotonic()
         match event:
             case Started():
-                begun = self._stream.begun_at or now
-                self._metrics.queue_time.labels(self._model).observe(max(0.0, begun - self._arrived))
-                self._spans.begun(begun)
-                self._gauge.dec()
-                self._gauge = self._metrics.requests_running.labels(self._model)
-                self._gauge.inc()
+                self._begin(self._stream.begun_at or now)
             case Progress(revealed=revealed):
                 if any(position == 0 for position, _ in revealed):
                     self._text_is_there(now)
             case Finished(result=result):
+                self._begin(now)
                 self._text_is_there(now)
                 self._finished(result, now)
             case Failed(kind=kind):
-                self._ended = True
-                self._spans.failed(kind)
+                self._span.set_status(Status(StatusCode.ERROR))
+                self._fail(kind)
             case _:
                 pass
 
     def close(self) -> None:
-        """The job is over, one way or another."""
+        """The job is over, one way or another; without an answer, the client has left."""
         self._gauge.dec()
-        self._spans.close()
         if not self._ended:
-            self._metrics.request_success.labels(self._model, "abort").inc()
+            self._metrics.request_success.labels(self._plan.model, "abort").inc()
+            self._fail("client_closed_request")
+
+    def _begin(self, moment: float) -> None:
+        """A worker began at this moment, of which the first report counts."""
+        if self._begun:
+            return
+        self._begun = True
+        metrics, model = self._metrics, self._plan.model
+        metrics.queue_time.labels(model).observe(max(0.0, moment - self._arrived))
+        self._gauge.dec()
+        self._gauge = metrics.requests_running.labels(model)
+        self._gauge.inc()
+        recording, at = self._span.is_recording(), _wall(moment)
+        self._span.end(at)
+        self._span = self._tracer.start_span(
+            f"{operation(self._plan)} {model}",
+            self._parent,
+            attributes=request_attributes(self._plan, self._job) if recording else None,
+            start_time=at,
+        )
 
     def _text_is_there(self, now: float) -> None:
         if not self._first_text:
             self._first_text = True
-            self._metrics.time_to_first_token.labels(self._model).observe(now - self._arrived)
+            self._metrics.time_to_first_token.labels(self._plan.model).observe(now - self._arrived)
+
+    def _fail(self, kind: str) -> None:
+        self._ended = True
+        self._span.set_attribute("error.type", kind)
+        self._span.end()
 
     def _finished(self, result: JobResult, now: float) -> None:
         self._ended = True
-        self._spans.finished(result)
-        metrics, job = self._metrics, self._job
-        metrics.e2e_latency.labels(self._model).observe(now - self._arrived)
-        metrics.prompt_tokens.labels(self._model).inc(len(job.prompt_ids) + len(job.suffix_ids))
+        if self._span.is_recording():
+            self._span.set_attributes(response_attributes(self._job, result))
+        self._span.end()
+        metrics, job, model = self._metrics, self._job, self._plan.model
+        metrics.e2e_latency.labels(model).observe(now - self._arrived)
+        metrics.prompt_tokens.labels(model).inc(len(job.prompt_ids) + len(job.suffix_ids))
         tokens = sum(trajectory.completion_tokens for trajectory in result.trajectories)
-        metrics.generation_tokens.labels(self._model).inc(tokens)
+        metrics.generation_tokens.labels(model).inc(tokens)
         reason = result.trajectories[result.chosen[0]].finish_reason
-        metrics.request_success.labels(self._model, reason).inc()
+        metrics.request_success.labels(model, reason).inc()
         method = job.guidance.method
-        names = [reward.model for reward in job.guidance.reward_models]
         if method != "none":
             # In one order, whatever the client's: each combination of models is one time series.
-            metrics.guided_requests.labels(method, "+".join(sorted(names))).inc()
+            names = sorted(reward.model for reward in job.guidance.reward_models)
+            metrics.guided_requests.labels(method, "+".join(names)).inc()
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():
                 metrics.observe_reward(name, method, reward)
+
+
+def _wall(moment: float) -> int:
+    """A moment of `time.monotonic` as nanoseconds of the wall clock."""
+    return time.time_ns() - int((time.monotonic() - moment) * 1e9)

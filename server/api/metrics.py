@@ -8,15 +8,20 @@ process sees is counted here as it happens; what the workers count is asked of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.errors import BY_KIND, RequestError
 from server.front.engine import Engine
 from server.wire.stats import Distribution
 
 PREFIX = "entrgi:"
+MODEL = ("model_name",)
+WANT = (408, 429, 503)  # statuses of refusals for want of room, time or readiness
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # vLLM's buckets, in seconds; latencies and waits have finer ones below vLLM's least bound of 0.3 s.
@@ -54,48 +59,36 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        model = ("model_name",)
+        self._by_model: list[Counter | Gauge | Histogram] = []
 
-        def counter(name: str, text: str, labels: Sequence[str] = model) -> Counter:
-            return Counter(PREFIX + name, text, labels, registry=self.registry)
+        def made(kind: type[Kind], name: str, text: str, labels: Sequence[str] = MODEL, **options: Any) -> Kind:
+            metric = kind(PREFIX + name, text, labels, registry=self.registry, **options)
+            if labels == MODEL:
+                self._by_model.append(metric)
+            return metric
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(PREFIX + name, text, model, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = model) -> Histogram:
-            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
-
-        self.requests_running = gauge("num_requests_running", "Prompts that are being denoised")
-        self.requests_waiting = gauge("num_requests_waiting", "Prompts that wait for their first step")
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered prompts")
-        self.generation_tokens = counter("generation_tokens", "Tokens of all trajectories of answered prompts")
-        self.request_success = counter(
-            "request_success", "Prompts answered (abort: the client left)", ("model_name", "finished_reason")
-        )
-        self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "Until a prompt's first text can be sent", FIRST_TOKEN_BUCKETS
-        )
-        self.e2e_latency = histogram(
-            "e2e_request_latency_seconds", "From a prompt's arrival to its answer", LATENCY_BUCKETS
-        )
-        self.queue_time = histogram(
-            "request_queue_time_seconds", "From a prompt's arrival to its first step", LATENCY_BUCKETS
-        )
-        self.guided_requests = counter(
-            "guided_requests", "Prompts answered, by method other than none", ("method", "reward_model")
-        )
-        self.final_reward = histogram(
-            "final_reward", "Final reward of returned answers", REWARD_BUCKETS, ("reward_model", "method")
-        )
+        self.requests_running = made(Gauge, "num_requests_running", "Prompts that are being denoised")
+        self.requests_waiting = made(Gauge, "num_requests_waiting", "Prompts that wait for their first step")
+        self.prompt_tokens = made(Counter, "prompt_tokens", "Prompt tokens of answered prompts")
+        self.generation_tokens = made(Counter, "generation_tokens", "Tokens of all trajectories of answered prompts")
+        text = "Prompts answered (abort: the client left)"
+        self.request_success = made(Counter, "request_success", text, (*MODEL, "finished_reason"))
+        text = "Until a prompt's first text can be sent"
+        self.time_to_first_token = made(Histogram, "time_to_first_token_seconds", text, buckets=FIRST_TOKEN_BUCKETS)
+        text = "From a prompt's arrival to its answer"
+        self.e2e_latency = made(Histogram, "e2e_request_latency_seconds", text, buckets=LATENCY_BUCKETS)
+        text = "From a prompt's arrival to its first step"
+        self.queue_time = made(Histogram, "request_queue_time_seconds", text, buckets=LATENCY_BUCKETS)
+        rewarded = ("reward_model", "method")
+        text = "Prompts answered, by method other than none"
+        self.guided_requests = made(Counter, "guided_requests", text, ("method", "reward_model"))
+        text = "Final reward of returned answers"
+        self.final_reward = made(Histogram, "final_reward", text, rewarded, buckets=REWARD_BUCKETS)
         # A histogram of numbers below zero has no `_sum`: Prometheus takes sums to be counters. These two are.
-        self.final_reward_size = counter(
-            "final_reward_size",
-            "Sum of the absolute final rewards of returned answers, by sign; positive minus negative is their sum",
-            ("reward_model", "method", "sign"),
-        )
-        self.admission_rejections = counter(
-            "admission_rejections", "Requests refused for want of room, time or readiness", ("reason",)
-        )
+        text = "Sum of the absolute final rewards of returned answers, by sign; positive minus negative is their sum"
+        self.final_reward_size = made(Counter, "final_reward_size", text, (*rewarded, "sign"))
+        text = "Requests refused for want of room, time or readiness"
+        self.admission_rejections = made(Counter, "admission_rejections", text, ("reason",))
         self.registry.register(_WorkerCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
@@ -106,27 +99,18 @@ class Metrics:
 
     def introduce(self, model_name: str) -> None:
         """Make the label `model_name` exist from the start, so that rates of counters begin at zero."""
-        for metric in (
-            self.requests_running,
-            self.requests_waiting,
-            self.prompt_tokens,
-            self.generation_tokens,
-            self.time_to_first_token,
-            self.e2e_latency,
-            self.queue_time,
-        ):
+        for metric in self._by_model:
             metric.labels(model_name)
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
-        for reason in (
-            "queue_full",
-            "deadline_exceeded",
-            "request_timeout",
-            "not_ready",
-            "draining",
-            "too_many_connections",
-        ):
-            self.admission_rejections.labels(reason)
+        for error in BY_KIND.values():
+            if error.status in WANT:
+                self.admission_rejections.labels(error.code)
+
+    def refused(self, error: RequestError) -> None:
+        """Count a refusal that is the server's state and not the request's fault."""
+        if error.status in WANT:
+            self.admission_rejections.labels(error.code or error.kind).inc()
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -90,35 +90,45 @@ class Observe:
 
 
 class Guard:
-    """Refuses requests without a valid API key, except to the open paths, and those with oversized headers.
+    """Refuses requests without a valid API key (except to the open paths), with oversized headers, with a body over the
+    limit (by its announced length at once, a chunked one as soon as it passes it), and with a body whose length two
+    parties could read differently.
 
     Keys are kept as SHA-256 digests and compared in constant time, all of them each time. Without keys everybody may
     come in.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        api_keys: Iterable[str],
-        open_paths: frozenset[str],
-    ) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Iterable[str], open_paths: frozenset[str], max_body_bytes: int) -> None:
         self.app = app
         self._digests = [_kept(key) for key in api_keys]
         self._open_paths = ALWAYS_OPEN | open_paths
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request pass, or answer it."""
+        """Let the request pass, counting what is read of its body, or answer it."""
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
         if scope["type"] == "http":
             try:
                 self._check(scope)
+                self._check_length(Headers(scope=scope))
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
+            await self.app(scope, counted, send)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
-            return
-        await self.app(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         if len(scope["headers"]) > MAX_HEADERS:
@@ -134,6 +144,21 @@ class Guard:
         scheme, _, key = credentials[0].partition(b" ")
         if scheme.lower() != b"bearer" or not self._is_known(key.strip()):
             raise Unauthorized("the API key is not valid")
+
+    def _check_length(self, headers: Headers) -> None:
+        announced = headers.get("content-length")
+        if announced is None:
+            return
+        if "transfer-encoding" in headers:
+            # A proxy in front of us may have believed the one, and we would believe the other.
+            raise InvalidRequest("Content-Length and Transfer-Encoding exclude each other")
+        if not re.fullmatch(r"[0-9]{1,19}", announced):
+            raise InvalidRequest("Content-Length is not a number")
+        if int(announced) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body takes more than {self._max_body_bytes} bytes")
 
     def _is_known(self, key: bytes) -> bool:
         digest = _digest(key)
@@ -162,49 +187,3 @@ class Cors(CORSMiddleware):
             return response
         kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         return error_response(InvalidRequest(bytes(response.body).decode()), kept)
-
-
-class LimitBody:
-    """Refuses bodies over the limit (by their announced length at once, chunked ones as soon as they pass it), and
-    bodies whose length two parties could read differently."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count what the route reads."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        try:
-            self._check(Headers(scope=scope))
-        except RequestError as error:
-            await error_response(error)(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._max_bytes:
-                raise self._too_large()
-            return message
-
-        await self.app(scope, counted, send)
-
-    def _check(self, headers: Headers) -> None:
-        announced = headers.get("content-length")
-        if announced is None:
-            return
-        if "transfer-encoding" in headers:
-            # A proxy in front of us may have believed the one, and we would believe the other.
-            raise InvalidRequest("Content-Length and Transfer-Encoding exclude each other")
-        if not re.fullmatch(r"[0-9]{1,19}", announced):
-            raise InvalidRequest("Content-Length is not a number")
-        if int(announced) > self._max_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body takes more than {self._max_bytes} bytes")

@@ -162,7 +162,7 @@ async def model(request: Request, model_id: str) -> Response:
 async def _models(request: Request) -> list[Model]:
     """The diffusion model under each of its names, then the reward models."""
     frontend = frontend_of(request)
-    engine, limits, served = frontend.info, frontend.limits, Served.of(frontend.info, frontend.limits)
+    engine, limits, served = frontend.engine.info, frontend.limits, Served.of(frontend.engine.info, frontend.limits)
     chat = (await frontend.tokenizer()).has_chat_template
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:

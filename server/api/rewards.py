@@ -148,7 +148,7 @@ async def tokenize(frontend: Frontend, asked: TokenizeRequest) -> Response:
         raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
     else:
         tokens = await frontend.aside(tokenizer.encode, asked.prompt or "")
-    return await frontend.aside(_tokens, tokens, tokenizer, frontend.info, asked.return_token_strs)
+    return await frontend.aside(_tokens, tokens, tokenizer, frontend.engine.info, asked.return_token_strs)
 
 
 def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
@@ -174,9 +174,9 @@ async def _rewards(
     frontend: Frontend, model: str | None, queries: Sequence[tuple[Message, ...]], documents: Sequence[str]
 ) -> tuple[str, list[float], ReadUsage]:
     """The reward model (the named one, else the first loaded), its reward of each pair, and the tokens it read."""
-    if model is None and not frontend.info.reward_models:
+    if model is None and not frontend.engine.info.reward_models:
         raise InvalidRequest("no reward model is loaded", "model")
-    name = model or frontend.info.reward_models[0].id
+    name = model or frontend.engine.info.reward_models[0].id
     pairs = list(zip(queries, documents, strict=True))
     characters = sum(len(text) + sum(len(turn.content) for turn in query) for query, text in pairs)
     limits = frontend.limits

@@ -45,9 +45,9 @@ async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> 
 
 
 async def _answer(frontend: Frontend, make_plan: MakePlan[Asked], asked: Asked) -> Response:
-    frontend.check_room()
+    frontend.engine.check_room()
     tokenizer = await frontend.tokenizer()
-    plan = await frontend.aside(make_plan, asked, frontend.info, tokenizer, frontend.limits, uuid.uuid4().hex)
+    plan = await frontend.aside(make_plan, asked, frontend.engine.info, tokenizer, frontend.limits, uuid.uuid4().hex)
     if plan.stream is not None:
-        return await open_stream(frontend, plan, plan.stream, tokenizer, frontend.info.model.stop_token_ids)
+        return await open_stream(frontend, plan, plan.stream, tokenizer, frontend.engine.info.model.stop_token_ids)
     return JSONResponse(response(plan, await results(frontend, plan)))

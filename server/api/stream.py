@@ -105,7 +105,7 @@ class EventStream(Response):
             except Exception as error:
                 if not isinstance(error, RequestError):
                     error = unexpected(error)
-                self._frontend.refused(error)
+                self._frontend.metrics.refused(error)
                 yield encode(envelope(error))
                 break
             self._pending = asyncio.ensure_future(anext(self._sequence))

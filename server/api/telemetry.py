@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.telemetry import TelemetryConfig
-from opentelemetry import context, trace
-from opentelemetry.trace import NoOpTracer, Span, SpanKind, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import NoOpTracer, Tracer, TracerProvider
 
 from server import __version__
 from server.api.convert import Plan
 from server.api.middleware import QUIET_PATHS
 from server.errors import ConfigurationError
-from server.log import request_id
 from server.types import Job, JobResult
 
 if TYPE_CHECKING:
@@ -92,70 +89,16 @@ def tracer_of(provider: TracerProvider | None) -> Tracer:
     return NoOpTracer() if provider is None else provider.get_tracer("entrgi", __version__)
 
 
-class JobSpans:
-    """The two spans of one prompt, from its submission on. Moments are seconds of `time.monotonic`."""
-
-    def __init__(self, tracer: Tracer, plan: Plan, job: Job, arrived: float) -> None:
-        self._tracer = tracer
-        self._parent = context.get_current()
-        self._plan = plan
-        self._job = job
-        if identity := request_id.get():
-            trace.get_current_span().set_attribute("entrgi.request_id", identity)
-        self._span: Span = tracer.start_span("queue", self._parent, start_time=_wall(arrived))
-        self._span.set_attribute("entrgi.prompt_index", job.prompt_index)
-        self._generating = False
-        self._ended = False
-
-    def begun(self, moment: float) -> None:
-        """A worker began at this moment."""
-        if self._ended or self._generating:
-            return
-        self._generating = True
-        recording, at = self._span.is_recording(), _wall(moment)
-        self._span.end(at)
-        operation = "chat" if self._plan.chat else "text_completion"
-        self._span = self._tracer.start_span(
-            f"{operation} {self._plan.model}",
-            self._parent,
-            SpanKind.INTERNAL,
-            attributes=_request_attributes(self._plan, self._job, operation) if recording else None,
-            start_time=at,
-        )
-
-    def finished(self, result: JobResult) -> None:
-        """The prompt is answered."""
-        self.begun(time.monotonic())
-        if self._span.is_recording():
-            self._span.set_attributes(_response_attributes(self._job, result))
-        self._end()
-
-    def failed(self, kind: str) -> None:
-        """It ends with an error, whose class in `server.errors` has this kind."""
-        self._span.set_attribute("error.type", kind)
-        self._span.set_status(Status(StatusCode.ERROR))
-        self._end()
-
-    def close(self) -> None:
-        """Nobody waits for it any longer; after its end this does nothing."""
-        if not self._ended:
-            self._span.set_attribute("error.type", "client_closed_request")
-            self._end()
-
-    def _end(self) -> None:
-        self._ended = True
-        self._span.end()
+def operation(plan: Plan) -> str:
+    """What OpenTelemetry's conventions call this kind of generation."""
+    return "chat" if plan.chat else "text_completion"
 
 
-def _wall(moment: float) -> int:
-    """A moment of `time.monotonic` as nanoseconds of the wall clock."""
-    return time.time_ns() - int((time.monotonic() - moment) * 1e9)
-
-
-def _request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
+def request_attributes(plan: Plan, job: Job) -> Attributes:
+    """Of the span of one prompt's generation, when it begins."""
     sampling, diffusion, guidance = job.sampling, job.diffusion, job.guidance
     attributes: Attributes = {
-        "gen_ai.operation.name": operation,
+        "gen_ai.operation.name": operation(plan),
         "gen_ai.provider.name": "entrgi",
         "gen_ai.request.model": plan.model,
         "gen_ai.request.choice.count": sampling.n,
@@ -181,7 +124,8 @@ def _request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
     return attributes
 
 
-def _response_attributes(job: Job, result: JobResult) -> Attributes:
+def response_attributes(job: Job, result: JobResult) -> Attributes:
+    """Of the same span, when it ends with an answer."""
     chosen = [result.trajectories[index] for index in result.chosen]
     attributes: Attributes = {
         "gen_ai.usage.input_tokens": len(job.prompt_ids) + len(job.suffix_ids),
