@@ -78,13 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def serve(settings: Settings, tracer_provider: TracerProvider | None = None) -> int:
     """Serve until a signal, or until the engine turns out not to start. Returns the exit status."""
     engine = Engine(engine_config(settings))
-    failures: list[BaseException] = []
 
-    def failed(error: BaseException) -> None:
-        failures.append(error)
+    def give_up() -> None:
         server.should_exit = True
 
-    app = create_app(engine, settings, tracer_provider=tracer_provider, on_failure=failed)
+    app = create_app(engine, settings, tracer_provider=tracer_provider, on_failure=give_up)
     server = Server(http_config(app, settings))
     allow_descriptors(settings.max_connections + EXTRA_CONNECTIONS + OTHER_DESCRIPTORS)
     sock = server.config.bind_socket()
@@ -110,7 +108,7 @@ async def serve(settings: Settings, tracer_provider: TracerProvider | None = Non
         for task in draining:
             task.cancel()
         sock.close()
-    return 1 if failures else 0
+    return 1 if app.state.frontend.failure else 0
 
 
 class Server(uvicorn.Server):

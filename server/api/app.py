@@ -33,7 +33,7 @@ def create_app(
     settings: Settings,
     *,
     tracer_provider: TracerProvider | None = None,
-    on_failure: Callable[[BaseException], None] | None = None,
+    on_failure: Callable[[], object] = lambda: None,
 ) -> FastAPI:
     """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
     while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
@@ -60,8 +60,7 @@ def create_app(
         except Exception as error:
             frontend.failure = error
             logger.error("the engine could not be started: %s", error)
-            if on_failure is not None:
-                on_failure(error)
+            on_failure()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

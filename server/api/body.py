@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 
@@ -130,9 +131,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         raise InvalidRequest(f"an object has more than {MAX_KEYS} keys")
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise InvalidRequest(f"the key {quote(key)} occurs twice in one object")
-            seen.add(key)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise InvalidRequest(f"the key {quote(twice)} occurs twice in one object")
     return result

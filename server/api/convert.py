@@ -35,6 +35,7 @@ from server.types import (
     WeightedReward,
 )
 
+Asked = CompletionRequest | ChatCompletionRequest
 DEFAULT_BEST_OF = 4
 SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
 RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
@@ -79,26 +80,6 @@ class _Context:
     response_suffix: str = ""
 
 
-def completion_plan(
-    request: CompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
-) -> Plan:
-    """Jobs of a completion request. Raises InvalidRequest."""
-    contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
-    return _plan(request, request.max_tokens, contexts, info, limits, f"cmpl-{identity}", "prompt")
-
-
-def chat_plan(
-    request: ChatCompletionRequest, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str
-) -> Plan:
-    """The job of a chat completion request. Raises InvalidRequest."""
-    conversation = messages(request.messages)
-    context = _Context(tuple(tokenizer.render_chat(conversation)), conversation)
-    max_tokens = request.max_completion_tokens or request.max_tokens
-    if request.max_tokens is not None and request.max_tokens != max_tokens:
-        raise InvalidRequest("`max_tokens` and `max_completion_tokens` disagree", "max_tokens")
-    return _plan(request, max_tokens, [context], info, limits, f"chatcmpl-{identity}", "messages")
-
-
 def messages(turns: list[ChatMessage]) -> tuple[Message, ...]:
     """The turns as the inner layers know them."""
     return tuple(Message("system" if turn.role == "developer" else turn.role, turn.content) for turn in turns)
@@ -129,16 +110,19 @@ def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: T
     return _Context(tuple(ids), (Message("user", text),), tuple(suffix_ids), suffix)
 
 
-def _plan(
-    request: GenerationRequest,
-    max_tokens: int | None,
-    contexts: list[_Context],
-    info: EngineInfo,
-    limits: Limits,
-    identity: str,
-    source: str,
-) -> Plan:
-    """The common half. `source` names the field that the contexts came from."""
+def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str) -> Plan:
+    """The jobs of a request: one a prompt, or that of a conversation. Raises InvalidRequest."""
+    max_tokens = request.max_tokens
+    if isinstance(request, ChatCompletionRequest):
+        source, identity = "messages", f"chatcmpl-{identity}"
+        conversation = messages(request.messages)
+        contexts = [_Context(tuple(tokenizer.render_chat(conversation)), conversation)]
+        max_tokens = request.max_completion_tokens or max_tokens
+        if request.max_tokens is not None and request.max_tokens != max_tokens:
+            raise InvalidRequest("`max_tokens` and `max_completion_tokens` disagree", "max_tokens")
+    else:
+        source, identity = "prompt", f"cmpl-{identity}"
+        contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
     guidance = _guidance(request.guidance, info)
     canvas = max_tokens or info.model.default_max_tokens
     _check_length(canvas, contexts, info.model, source)

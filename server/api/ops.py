@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -166,22 +167,12 @@ async def _models(request: Request) -> list[Model]:
     chat = (await frontend.tokenizer()).has_chat_template
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
-        return {
-            "created": request.app.state.created,
-            "id": info.id,
-            "root": info.id,
-            "family": info.family,
-            "context_length": info.context_length,
-            "max_model_len": info.context_length,
-            "dtype": info.dtype,
-        }
+        own = {name: value for name, value in asdict(info).items() if name in Model.model_fields}
+        return own | {"created": request.app.state.created, "root": info.id, "max_model_len": info.context_length}
 
     model = Model(
         **described(engine.model),
         type="diffusion",
-        vocab_size=engine.model.vocab_size,
-        mask_token_id=engine.model.mask_token_id,
-        eos_token_id=engine.model.eos_token_id,
         guidance_methods=list(served.methods),
         algorithms=list(get_args(Algorithm)),
         chat=chat,
@@ -194,15 +185,7 @@ async def _models(request: Request) -> list[Model]:
             "reward_tokens": engine.largest.reward_tokens,
         },
     )
-    rewards = [
-        Model(
-            **described(reward),
-            type="reward",
-            vocab_coverage=reward.vocab_coverage,
-            vocab_fallback=reward.vocab_fallback,
-        )
-        for reward in engine.reward_models
-    ]
+    rewards = [Model(**described(reward), type="reward") for reward in engine.reward_models]
     return [*(model.model_copy(update={"id": name}) for name in served.models), *rewards]
 
 

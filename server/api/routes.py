@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import TypeVar
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -17,34 +15,29 @@ from server.api.answers import (
     response,
 )
 from server.api.body import posts
-from server.api.convert import Plan, chat_plan, completion_plan
+from server.api.convert import Asked, make_plan
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.frontend import Frontend
 from server.api.generation import results
-from server.api.rules import Limits
 from server.api.stream import open_stream
-from server.text.tokenizer import Tokenizer
-from server.types import EngineInfo
 
 router = APIRouter()
-Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest)
-MakePlan = Callable[[Asked, EngineInfo, Tokenizer, Limits, str], Plan]
 ANSWERS = "The answers, or a stream of events"
 
 
 @posts(router, ["/v1/completions"], CompletionRequest, CompletionResponse, ANSWERS, CompletionChunk)
 async def completions(frontend: Frontend, asked: CompletionRequest) -> Response:
     """Complete prompts; with `suffix`, fill in what lies between."""
-    return await _answer(frontend, completion_plan, asked)
+    return await _answer(frontend, asked)
 
 
 @posts(router, ["/v1/chat/completions"], ChatCompletionRequest, ChatCompletionResponse, ANSWERS, ChatCompletionChunk)
 async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> Response:
     """Answer a conversation."""
-    return await _answer(frontend, chat_plan, asked)
+    return await _answer(frontend, asked)
 
 
-async def _answer(frontend: Frontend, make_plan: MakePlan[Asked], asked: Asked) -> Response:
+async def _answer(frontend: Frontend, asked: Asked) -> Response:
     frontend.engine.check_room()
     tokenizer = await frontend.tokenizer()
     plan = await frontend.aside(make_plan, asked, frontend.engine.info, tokenizer, frontend.limits, uuid.uuid4().hex)

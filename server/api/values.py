@@ -111,7 +111,8 @@ _PromptForms: TypeAlias = (
 Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptForms)]
 
 
-def _stops(value: object) -> object:
+def _texts(value: object) -> object:
+    """One text is a list of one."""
     if not isinstance(value, str | list):
         raise invalid("must be a string or a list of strings")
     return [value] if isinstance(value, str) else value
@@ -120,7 +121,7 @@ def _stops(value: object) -> object:
 Text: TypeAlias = Annotated[str, AfterValidator(_check_text)]
 StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS), AfterValidator(_check_text)]
 StopList: TypeAlias = Annotated[list[StopString], Field(max_length=4)]
-Stops: TypeAlias = Annotated[StopList, BeforeValidator(_stops, json_schema_input_type=StopString | StopList)]
+Stops: TypeAlias = Annotated[StopList, BeforeValidator(_texts, json_schema_input_type=StopString | StopList)]
 
 
 class TextPart(Strict):
@@ -203,14 +204,8 @@ Queries: TypeAlias = Annotated[
 ]
 
 
-def _responses(value: object) -> object:
-    if not isinstance(value, str | list):
-        raise invalid("must be a string or a list of strings")
-    return [value] if isinstance(value, str) else value
-
-
 _ResponseList: TypeAlias = Annotated[list[Content], Field(min_length=1, max_length=MAX_PAIRS), Within("pairs")]
-Responses: TypeAlias = Annotated[_ResponseList, BeforeValidator(_responses, json_schema_input_type=str | _ResponseList)]
+Responses: TypeAlias = Annotated[_ResponseList, BeforeValidator(_texts, json_schema_input_type=str | _ResponseList)]
 
 
 class TextDocument(Strict):

@@ -22,8 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from server.errors import ConfigurationError, InvalidRequest
-from server.text.chat_template import ChatTemplate
-from server.text.template import chat_ids
+from server.text.template import ChatTemplate, chat_ids
 from server.types import Message
 
 # Qwen2's pre-tokenizer, as published with the Qwen2 tokenizer.

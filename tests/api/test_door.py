@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.api.convert import chat_plan, completion_plan
+from server.api.convert import make_plan
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.rules import Limits
 from server.budget import Budget
@@ -25,9 +25,8 @@ def tokenizer() -> Tokenizer:
 
 def plan(tokenizer: Tokenizer, largest: Budget = LARGEST, **body: Any) -> Any:
     info = replace(INFO, largest=largest)
-    if "messages" in body:
-        return chat_plan(ChatCompletionRequest.model_validate(body), info, tokenizer, Limits(), "id")
-    return completion_plan(CompletionRequest.model_validate(body), info, tokenizer, Limits(), "id")
+    schema = ChatCompletionRequest if "messages" in body else CompletionRequest
+    return make_plan(schema.model_validate(body), info, tokenizer, Limits(), "id")
 
 
 @pytest.mark.parametrize(

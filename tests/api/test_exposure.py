@@ -13,7 +13,7 @@ import pytest
 from server.cli import main
 from server.errors import InvalidRequest
 from server.settings import load
-from server.text.chat_template import ChatTemplate
+from server.text.template import ChatTemplate
 from server.types import Message
 from tests.faults import hostile
 
