@@ -1,27 +1,7 @@
 """Every way a request or the start-up can fail, and what it is on the wire. No HTTP library is known here.
 
-    EntrgiError
-    +-- RequestError                     answers one request: has a status, an OpenAI `type` and a `code`
-    |   +-- InvalidRequest          400  a field is wrong, or does not fit the models; `param` is its path
-    |   |   +-- NotFinite           400  the parameters drove the numbers out of the finite range
-    |   +-- Unauthorized            401  no valid API key
-    |   +-- NotFound                404  no such route
-    |   |   +-- UnknownModel        404  no such diffusion or reward model
-    |   +-- MethodNotAllowed        405  the route exists, the method does not
-    |   +-- DeadlineExceeded        408  the deadline passed before the work began
-    |   +-- RequestTimeout          408  the request itself did not arrive in time
-    |   +-- BodyTooLarge            413  the request body is over the limit
-    |   +-- UnsupportedMediaType    415  the body is not JSON
-    |   +-- HeadersTooLarge         431  the header fields are over the limit
-    |   +-- QueueFull               429  come back after `retry_after` seconds
-    |   +-- ClientGone              499  nobody is left to read the answer
-    |   +-- EngineFailed            500  our fault: the step, the worker or the handler broke
-    |   |   +-- EngineUnusable      503  no restart of the worker will help
-    |   +-- Unavailable             503  come back after `retry_after` seconds
-    |       +-- NotReady                 still loading, or the worker is being restarted
-    |       +-- Draining                 shutting down
-    |       +-- TooManyConnections       no room for another client
-    +-- ConfigurationError               start-up: a bad setting or checkpoint; the message names the key
+A `RequestError` answers one request, a `ConfigurationError` ends the start. Each class below is one row of the table:
+its status (its parent's, where it names none), its code, and when it is raised.
 
 Raise these anywhere; `server.api` translates them once. The worker process sends a failure as the plain pair
 (`kind`, message), and `from_kind` turns it back into its class. Messages are for clients: they never hold a path,

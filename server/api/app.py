@@ -1,4 +1,4 @@
-"""The application factory: one engine, one set of limits, all routes. Tests drive it in-process, uvicorn by socket."""
+"""The application factory: one engine, its settings, all routes. Tests drive it in-process, uvicorn by socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
 from server.api.middleware import ALWAYS_OPEN, Cors, Guard, Observe
-from server.api.rules import Limits
 from server.front.engine import Engine
 from server.settings import Settings
 
@@ -40,14 +39,7 @@ def create_app(
     metrics = Metrics(engine)
     frontend = Frontend(
         engine=engine,
-        limits=Limits(
-            max_trajectories=settings.max_trajectories,
-            max_score_pairs=settings.max_score_pairs,
-            max_score_characters=2 * settings.max_body_bytes,
-            request_timeout=settings.request_timeout,
-            aliases=settings.served_model_name[1:],
-        ),
-        comment_seconds=settings.stream_comment_seconds,
+        settings=settings,
         metrics=metrics,
         tracer=telemetry.tracer_of(tracer_provider),
     )

@@ -1,7 +1,7 @@
 """From a validated request to the engine's jobs: defaults that depend on the models, and every rule that spans fields
 which no one row of `fields` can see.
 
-Pure functions of the request, the models' descriptions and the limits; the tokenizer is the only thing called.
+Pure functions of the request, the models' descriptions and the settings; the tokenizer is the only thing called.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from server.api.fields import (
     Guidance,
     StreamOptions,
 )
-from server.api.rules import Limits
 from server.api.values import ChatMessage, Prompt
 from server.budget import Cost
 from server.errors import InvalidRequest
+from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from server.types import (
     ADAPTIVE_ALGORITHMS,
@@ -110,7 +110,7 @@ def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: T
     return _Context(tuple(ids), (Message("user", text),), tuple(suffix_ids), suffix)
 
 
-def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, limits: Limits, identity: str) -> Plan:
+def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: Settings, identity: str) -> Plan:
     """The jobs of a request: one a prompt, or that of a conversation. Raises InvalidRequest."""
     max_tokens = request.max_tokens
     if isinstance(request, ChatCompletionRequest):
@@ -127,8 +127,8 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, limits: Li
     canvas = max_tokens or info.model.default_max_tokens
     _check_length(canvas, contexts, info.model, source)
     diffusion = _diffusion(request.diffusion, canvas, request.guidance)
-    sampling = _sampling(request, canvas, guidance, len(contexts), limits)
-    timeout = request.timeout if request.timeout is not None else limits.request_timeout
+    sampling = _sampling(request, canvas, guidance, len(contexts), settings)
+    timeout = request.timeout if request.timeout is not None else settings.request_timeout
     now = time.time()
     # With several answers in the order of their rewards, whose text is which choice is known only at the end.
     live = request.stream and (sampling.best_of == 1 or guidance.method == "none")
@@ -207,7 +207,7 @@ def _check_length(canvas: int, contexts: list[_Context], model: ModelInfo, sourc
 
 
 def _sampling(
-    request: GenerationRequest, canvas: int, guidance: GuidanceParams, prompts: int, limits: Limits
+    request: GenerationRequest, canvas: int, guidance: GuidanceParams, prompts: int, settings: Settings
 ) -> SamplingParams:
     n, best_of = request.n, request.best_of
     if best_of is None:
@@ -216,10 +216,10 @@ def _sampling(
         raise InvalidRequest(f"`best_of` is {best_of}, less than `n`, which is {n}", "best_of")
     if guidance.method == "none" and best_of != n:
         raise InvalidRequest("`best_of` must equal `n` unless `guidance` names a method that chooses", "best_of")
-    if best_of * prompts > limits.max_trajectories:
+    if best_of * prompts > settings.max_trajectories:
         field = next((name for name in ("best_of", "n") if name in request.model_fields_set), "prompt")
         raise InvalidRequest(
-            f"`best_of` x prompts is {best_of * prompts}; the limit is {limits.max_trajectories}", field
+            f"`best_of` x prompts is {best_of * prompts}; the limit is {settings.max_trajectories}", field
         )
     return SamplingParams(
         max_tokens=canvas,

@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the tokenizer, the limits and the metrics of one application."""
+"""What the routes share: the engine, the settings, the tokenizer and the metrics of one application."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import ParamSpec, TypeVar
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from server.api.metrics import Metrics
-from server.api.rules import Limits, Served
+from server.api.rules import Served
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.front.engine import Engine, JobStream
+from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from server.types import Job
 
@@ -24,11 +25,10 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Frontend:
-    """One an application; in `app.state.frontend`. A stream that is silent for `comment_seconds` sends a comment."""
+    """One an application; in `app.state.frontend`."""
 
     engine: Engine
-    limits: Limits
-    comment_seconds: float
+    settings: Settings
     metrics: Metrics
     tracer: Tracer = field(default_factory=NoOpTracer)
     failure: BaseException | None = None  # why the engine could not start
@@ -41,7 +41,7 @@ class Frontend:
     def served(self) -> Served | None:
         """What this server takes, as far as it is known: nothing before the models are loaded."""
         try:
-            return Served.of(self.engine.info, self.limits)
+            return Served.of(self.engine.info, self.settings)
         except NotReady:
             return None
 

@@ -17,7 +17,7 @@ from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
 from server.api.metrics import CONTENT_TYPE
 from server.api.openapi import errors, success
-from server.api.rules import Limits, Served
+from server.api.rules import Served
 from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
@@ -163,7 +163,8 @@ async def model(request: Request, model_id: str) -> Response:
 async def _models(request: Request) -> list[Model]:
     """The diffusion model under each of its names, then the reward models."""
     frontend = frontend_of(request)
-    engine, limits, served = frontend.engine.info, frontend.limits, Served.of(frontend.engine.info, frontend.limits)
+    engine, settings = frontend.engine.info, frontend.settings
+    served = Served.of(engine, settings)
     chat = (await frontend.tokenizer()).has_chat_template
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
@@ -176,10 +177,10 @@ async def _models(request: Request) -> list[Model]:
         guidance_methods=list(served.methods),
         algorithms=list(get_args(Algorithm)),
         chat=chat,
-        defaults=_defaults(engine, served, limits),
+        defaults=_defaults(engine, served, settings.request_timeout),
         limits={
-            "trajectories": limits.max_trajectories,
-            "score_pairs": limits.max_score_pairs,
+            "trajectories": settings.max_trajectories,
+            "score_pairs": settings.max_score_pairs,
             "canvas_tokens": engine.largest.tokens,
             "guided_rows": engine.largest.guided_rows,
             "reward_tokens": engine.largest.reward_tokens,
@@ -189,7 +190,7 @@ async def _models(request: Request) -> list[Model]:
     return [*(model.model_copy(update={"id": name}) for name in served.models), *rewards]
 
 
-def _defaults(engine: EngineInfo, served: Served, limits: Limits) -> dict[str, Any]:
+def _defaults(engine: EngineInfo, served: Served, timeout: float | None) -> dict[str, Any]:
     """Every field's value when it is left out, by the field's own name; none for fields that are then not there."""
     rows = {**CompletionRequest.model_fields, **Diffusion.model_fields, **Guidance.model_fields}
     values = {name: row.default for name, row in rows.items() if row.description}
@@ -197,7 +198,7 @@ def _defaults(engine: EngineInfo, served: Served, limits: Limits) -> dict[str, A
     values["max_tokens"] = values["steps"] = engine.model.default_max_tokens
     values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in served.methods}
     values["reward_model"] = next(iter(served.reward_models), None)
-    values["timeout"] = limits.request_timeout
+    values["timeout"] = timeout
     known = ("reward_model", "timeout")
     return {
         name: value for name, value in values.items() if name in known or isinstance(value, int | float | str | dict)

@@ -179,12 +179,11 @@ async def _rewards(
     name = model or frontend.engine.info.reward_models[0].id
     pairs = list(zip(queries, documents, strict=True))
     characters = sum(len(text) + sum(len(turn.content) for turn in query) for query, text in pairs)
-    limits = frontend.limits
-    if characters > limits.max_score_characters:
-        raise InvalidRequest(
-            f"all pairs of query and document hold {characters} characters; the limit is {limits.max_score_characters}",
-            "documents",
-        )
-    deadline = None if limits.request_timeout is None else time.time() + limits.request_timeout
+    most = 2 * frontend.settings.max_body_bytes  # one query goes with each document: the body's size is no bound
+    if characters > most:
+        message = f"all pairs of query and document hold {characters} characters; the limit is {most}"
+        raise InvalidRequest(message, "documents")
+    timeout = frontend.settings.request_timeout
+    deadline = None if timeout is None else time.time() + timeout
     scored = await frontend.engine.score(name, pairs, deadline=deadline)
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

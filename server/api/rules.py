@@ -16,22 +16,12 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from server.errors import InvalidRequest, UnknownModel, quote
 from server.methods import METHODS
+from server.settings import Settings
 from server.types import EngineInfo
 
 Schema = dict[str, Any]
 SERVED = "x-served"
 """Keyword of a schema whose bound is the named attribute of `Served`, until that is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request may ask for. `aliases` are the diffusion model's names besides its id."""
-
-    max_trajectories: int = 128
-    max_score_pairs: int = 1024
-    max_score_characters: int = 4_000_000  # one query goes with each document, so the body's size is no bound
-    request_timeout: float | None = None
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +40,18 @@ class Served:
     terms: int
 
     @classmethod
-    def of(cls, info: EngineInfo, limits: Limits) -> Served:
+    def of(cls, info: EngineInfo, settings: Settings) -> Served:
         """Of one server."""
         rewards = tuple(reward.id for reward in info.reward_models)
         return cls(
-            models=(info.model.id, *limits.aliases),
+            models=(info.model.id, *settings.served_model_name[1:]),
             reward_models=rewards,
             methods=tuple(METHODS) if rewards else ("none",),
             context=info.model.context_length,
             canvas=info.model.context_length - 1,  # there is a prompt
             vocabulary=info.model.vocab_size - 1,
-            trajectories=limits.max_trajectories,
-            pairs=limits.max_score_pairs,
+            trajectories=settings.max_trajectories,
+            pairs=settings.max_score_pairs,
             terms=max(1, len(rewards)),
         )
 

@@ -93,7 +93,7 @@ class EventStream(Response):
         for chunk in self._chunks.begin():
             yield encode(chunk)
         while True:
-            done, _ = await asyncio.wait({self._pending}, timeout=self._frontend.comment_seconds)
+            done, _ = await asyncio.wait({self._pending}, timeout=self._frontend.settings.stream_comment_seconds)
             if not done:
                 yield KEEP_ALIVE
                 continue

@@ -9,9 +9,9 @@ import pytest
 
 from server.api.convert import make_plan
 from server.api.fields import ChatCompletionRequest, CompletionRequest
-from server.api.rules import Limits
 from server.budget import Budget
 from server.errors import InvalidRequest
+from server.settings import load
 from server.text.tokenizer import Tokenizer
 from tests.api.scripted_engine import GOLDEN, INFO
 
@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 def plan(tokenizer: Tokenizer, largest: Budget = LARGEST, **body: Any) -> Any:
     info = replace(INFO, largest=largest)
     schema = ChatCompletionRequest if "messages" in body else CompletionRequest
-    return make_plan(schema.model_validate(body), info, tokenizer, Limits(), "id")
+    return make_plan(schema.model_validate(body), info, tokenizer, load({}), "id")
 
 
 @pytest.mark.parametrize(
