@@ -82,8 +82,7 @@ def test_the_gpu_profile_serves_the_published_models_and_the_cpu_profile_the_bun
 @pytest.mark.parametrize("name", ["server", "server-cpu"])
 def test_servers_run_without_privileges_and_longer_than_their_drain(name: str) -> None:
     service = compose()["services"][name]
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert int(service["stop_grace_period"].removesuffix("s")) > Settings().drain_seconds
 
 
@@ -140,9 +139,8 @@ def test_everything_that_is_copied_exists_and_gets_past_dockerignore() -> None:
 
 
 def test_healthcheck_command_is_that_of_compose() -> None:
-    check = next(rest for word, rest in instructions() if word == "HEALTHCHECK")
-    assert json.loads(check.partition(" CMD ")[2]) == ["python", "deploy/healthcheck.py"]
-    assert compose()["services"]["server"]["healthcheck"]["test"][1:] == ["python", "deploy/healthcheck.py"]
+    (check,) = (json.loads(rest.partition(" CMD ")[2]) for word, rest in instructions() if word == "HEALTHCHECK")
+    assert check == compose()["services"]["server"]["healthcheck"]["test"][1:] == ["python", "deploy/healthcheck.py"]
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -244,8 +242,7 @@ def test_prometheus_scrapes_whichever_server_runs() -> None:
     (job,) = load_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]
     host, port = target.split(":")
-    for name in ("server", "server-cpu"):
-        service = compose()["services"][name]
+    for service in (compose()["services"][name] for name in ("server", "server-cpu")):
         assert host in service["networks"]["default"]["aliases"]
         assert service["ports"][0].endswith(f":{port}")
         assert service["environment"]["ENTRGI_PUBLIC_PATHS"] == "/metrics"

@@ -34,39 +34,27 @@ def test_the_tables_of_the_contract_are_the_servers_own() -> None:
     assert tables.written(text) == text, "run `python -m docs.tables`"
 
 
-def test_documents_are_there() -> None:
+FOLDERS = "|".join(path.name for path in (ROOT / "server").iterdir() if path.is_dir())
+NAMED = re.compile(rf"`((?:server|kernels|clients|deploy|tests|docs|demo|benchmarks|{FOLDERS})/[\w./-]+)`")
+
+
+def test_documents_and_the_promised_targets_are_there() -> None:
     names = {str(d.relative_to(ROOT)) for d in DOCUMENTS}
     assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/operations.md"} <= names
     assert "Apache License" in (ROOT / "LICENSE").read_text("utf-8")
-
-
-def test_the_promised_targets_exist() -> None:
     promised = "setup serve test check bench bench-kernels gpu-check conformance faults soak clean help"
     assert set(promised.split()) <= TARGETS
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_make_commands_exist(document: Path) -> None:
-    code = "\n".join(re.findall(r"`([^`\n]+)`", document.read_text("utf-8")) + commands(document))
-    for target in re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE):
-        assert target in TARGETS, target
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_links_lead_to_files(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text("utf-8")):
-        if "://" not in link:
-            assert (document.parent / link).exists(), link
-
-
-FOLDERS = "|".join(path.name for path in (ROOT / "server").iterdir() if path.is_dir())
-NAMED = re.compile(rf"`((?:server|kernels|clients|deploy|tests|docs|demo|benchmarks|{FOLDERS})/[\w./-]+)`")
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_files_named_in_code_quotes_exist(document: Path) -> None:
-    """By their path from the root, or, in the server, from its own folder and perhaps without `.py`."""
-    for name in NAMED.findall(document.read_text("utf-8")):
+def test_targets_links_and_files_that_a_document_names_exist(document: Path) -> None:
+    """Files by their path from the root, or, in the server, from its own folder and perhaps without `.py`."""
+    text = document.read_text("utf-8")
+    code = "\n".join(re.findall(r"`([^`\n]+)`", text) + commands(document))
+    assert set(re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE)) <= TARGETS
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        assert "://" in link or (document.parent / link).exists(), link
+    for name in NAMED.findall(text):
         if "NAME" not in name and name != "text/event-stream":
             places = [folder / name.rstrip("/") for folder in (ROOT, ROOT / "server", document.parent)]
             assert any(path.exists() or path.with_suffix(".py").exists() for path in places), name

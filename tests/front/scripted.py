@@ -14,7 +14,7 @@ from pathlib import Path
 from server.front.engine import Engine, JobStream
 from server.types import DiffusionParams, Job, Message, SamplingParams
 from server.wire.config import EngineConfig, WorkerConfig
-from server.wire.messages import Event, Failed, Finished
+from server.wire.messages import Event, Failed, Finished, Started
 from tests.front.scripted_worker import Do, token
 
 CONFIG = EngineConfig(
@@ -47,6 +47,12 @@ class Driven(Engine):
     def pids(self) -> list[int]:
         """The processes of the workers that are there."""
         return [replica.worker.process.pid for replica in self.replicas if replica.worker is not None]
+
+    async def begin(self, job: Job) -> JobStream:
+        """A job that a worker has begun to compute."""
+        stream = self.submit(job)
+        assert isinstance(await anext(stream), Started)
+        return stream
 
     async def last(self, job: Job) -> Event:
         """What ends a job."""

@@ -46,9 +46,9 @@ async def test_jobs_and_scores_are_spread_over_the_workers() -> None:
 async def test_a_dead_workers_jobs_run_again_and_the_other_worker_goes_on(comes_back: bool, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     async with running(configured(f"die:{flag}", data_parallel=2)) as engine:
-        streams = [engine.submit(job(f"job-{n}", steps=60, step_ms=10, seed=n, stream_tokens=True)) for n in range(8)]
-        for stream in streams:
-            assert isinstance(await anext(stream), Started)
+        streams = [
+            await engine.begin(job(f"job-{n}", steps=60, step_ms=10, seed=n, stream_tokens=True)) for n in range(8)
+        ]
         survivor = engine.pids[1]
         if not comes_back:
             flag.touch()

@@ -14,16 +14,8 @@ import uvloop
 from server.errors import InvalidRequest, QueueFull
 from server.types import Message
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.front.scripted import Driven, answer, configured, failure, job, running, tokens, tokens_of, until
+from tests.front.scripted import Driven, answer, configured, failure, job, running, until
 from tests.front.scripted_worker import Do
-
-
-async def test_many_jobs_at_once_each_get_their_own_answer(engine: Driven) -> None:
-    streams = [engine.submit(job(f"job-{seed}", seed=seed)) for seed in range(100)]
-    assert await asyncio.gather(*map(tokens, streams)) == [tokens_of(seed, 4) for seed in range(100)]
-    assert engine.in_flight == 0
-    assert engine.stats.denoising_steps == 400
-    assert engine.stats.model_forward_seconds.count == 400
 
 
 async def test_events_come_in_order_and_only_when_asked_for(engine: Driven) -> None:
@@ -54,9 +46,7 @@ async def test_an_exception_fails_its_batch_and_not_the_worker(
 
 
 async def test_cancelled_jobs_leave_the_worker(engine: Driven) -> None:
-    streams = [engine.submit(job(f"job-{index}", steps=4000, step_ms=5)) for index in range(3)]
-    for stream in streams:
-        assert isinstance(await anext(stream), Started)
+    streams = await asyncio.gather(*(engine.begin(job(f"job-{index}", steps=4000, step_ms=5)) for index in range(3)))
     await streams[0].aclose()
     assert engine.in_flight == 2
     with pytest.raises(StopAsyncIteration):
@@ -67,7 +57,7 @@ async def test_cancelled_jobs_leave_the_worker(engine: Driven) -> None:
     reader.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reader
-    del reader, stream
+    del reader
     streams.clear()
     gc.collect()
     await until(lambda: engine.in_flight == 0)
@@ -134,8 +124,7 @@ def test_the_engine_runs_on_uvloop_too() -> None:
     async def life() -> tuple[Event, Event]:
         async with running() as engine:
             first = await engine.last(job("a", stream_tokens=True))
-            stream = engine.submit(job("b", steps=20, step_ms=10))
-            assert isinstance(await anext(stream), Started)
+            stream = await engine.begin(job("b", steps=20, step_ms=10))
             await engine.kill()
             return first, await answer(stream)
 

@@ -32,7 +32,7 @@ from kernels.random import row_keys
 from server.models.packing import PackedLayout
 from server.rewards.reward_model import RewardModel
 from tests.support.kernels import choose_kernels
-from tests.support.models import GOLDEN, load_diffusion, load_reward
+from tests.support.models import FAMILIES, GOLDEN, load_diffusion, load_reward
 
 
 class Dispatched(TorchDispatchMode):
@@ -57,18 +57,15 @@ def reward() -> RewardModel:
     return load_reward(dtype=torch.float32, attention="sdpa")
 
 
+def diffusion(family: str) -> Any:
+    model = load_diffusion(family, torch.float32).model
+    model.model.attention_backend = "sdpa"
+    return model
+
+
 @pytest.fixture(scope="module")
 def dream() -> Any:
-    model = load_diffusion("dream", torch.float32).model
-    model.model.attention_backend = "sdpa"
-    return model
-
-
-@pytest.fixture(scope="module")
-def llada() -> Any:
-    model = load_diffusion("llada", torch.float32).model
-    model.model.attention_backend = "sdpa"
-    return model
+    return diffusion("dream")
 
 
 @pytest.fixture
@@ -84,11 +81,9 @@ def own_rows(reward: RewardModel, prefix: int, lengths: tuple[int, ...]) -> tupl
     return reward.layout([cached] * len(lengths), lengths), embeds
 
 
-@pytest.mark.parametrize("family", ["dream", "llada"])
-def test_the_diffusion_trunk_is_counted_exactly(
-    family: str, counter: Dispatched, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue(family)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_diffusion_trunk_is_counted_exactly(family: str, counter: Dispatched) -> None:
+    model = diffusion(family)
     lengths = (5, 9, 9, 14)
     with torch.no_grad(), recording(model, None) as recorder, counter:
         hidden = model.hidden(torch.randint(0, 100, (sum(lengths),)), PackedLayout.of(lengths))
@@ -184,9 +179,3 @@ def test_watching_leaves_no_trace(dream: Any, reward: RewardModel) -> None:
     with recording(dream, reward), pytest.raises(ValueError, match="no trace"):
         raise ValueError("no trace")
     assert before == (kernels.mix, kernels.update, set(vars(reward)), set(vars(dream)))
-
-
-def test_flops_add_up() -> None:
-    one = Flops(trunk=1, head=2, mix=3, reward_prefix=4)
-    assert one.plus(one) == Flops(trunk=2, head=4, mix=6, reward_prefix=8)
-    assert sum(one.by_phase().values()) == one.total == 10

@@ -10,18 +10,11 @@ import pytest
 from scipy import stats
 
 from clients.quality import prompts as prompt_file
+from clients.quality import report as write
 from clients.quality.compare import Comparison, Row, Settings, paired_differences
 from clients.quality.fluency import Calibration, FluencyReport, Verdict, form_faults, subject_faults
 from clients.quality.intervals import Interval, share_interval, t_quantile
 from clients.quality.prompts import Prompt
-from clients.quality.report import (
-    comparison_json,
-    comparison_markdown,
-    comparison_svg,
-    comparison_text,
-    fluency_json,
-    fluency_text,
-)
 from clients.quality.requests import Answer, ServerError, ask
 from demo.prompts import build
 from server.methods import METHODS
@@ -42,9 +35,7 @@ def test_t_quantiles_and_intervals_agree_with_scipy():
 
 def test_the_prompts_on_disk_are_those_of_the_corpus():
     assert json.loads(prompt_file.PATH.read_text("utf-8")) == build()
-    found = prompt_file.load()
-    assert (len(found.compare), len(found.fluency)) == (64, 200)
-    assert "rooms" in found.subjects["hotel"]
+    assert "rooms" in prompt_file.load().subjects["hotel"]
 
 
 SUBJECTS = {"hotel": ("hotel", "rooms", "pool"), "phone": ("camera", "phone"), "camera": ("camera", "lens")}
@@ -53,7 +44,6 @@ SUBJECTS = {"hotel": ("hotel", "rooms", "pool"), "phone": ("camera", "phone"), "
 @pytest.mark.parametrize(
     ("text", "subject", "expected"),
     [
-        ("The rooms were lovely.", "hotel", []),
         ("Hotels like this are rare.", "hotel", []),
         ("It was lovely.", "hotel", ["not on the subject"]),
         ("The hotel was nice and the lens sharp.", "hotel", []),
@@ -84,24 +74,19 @@ async def test_requests_follow_the_contract_and_keep_their_order():
         sent.append((request.url.path, body))
         chat = "messages" in body
         text = body["messages"][0]["content"] if chat else body["prompt"]
-        choice = {"index": 0, "finish_reason": "stop", "reward": 1.5}
-        choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        return httpx.Response(200, json={"choices": [choice], "guidance": {"rewards": [[1.5, 0.5]]}})
+        answer = {"message": {"role": "assistant", "content": text}, "reward": 1.5} if chat else {"text": text}
+        whole = {"choices": [{"index": 0, "finish_reason": "stop", **answer}]}
+        return httpx.Response(200, json=whole | ({"guidance": {"rewards": [[1.5, 0.5]]}} if chat else {}))
 
     prompts = [Prompt("Review the hotel.", "hotel"), Prompt("Review the phone.", "phone", form="raw")]
     options = Settings(max_tokens=40, steps=20, eta=0.4).options("entrgi", "sentiment")
     async with httpx.AsyncClient(transport=httpx.MockTransport(serve), base_url="http://server") as client:
         answers = await ask(client, prompts, options, seed=7, concurrency=2)
-    assert [answer.texts[0] for answer in answers] == [prompt.text for prompt in prompts]
-    assert answers[0].trajectory_rewards == (1.5, 0.5)
+    assert answers[0] == Answer(prompts[0], ("Review the hotel.",), ("stop",), (1.5,), (1.5, 0.5))
+    assert answers[1] == Answer(prompts[1], ("Review the phone.",), ("stop",), (None,), ())
     bodies = dict(sent)
-    common = {
-        "max_tokens": 40,
-        "n": 1,
-        "best_of": 4,
-        "diffusion": {"steps": 20},
-        "guidance": {"method": "entrgi", "reward_model": "sentiment", "eta": 0.4},
-    }
+    common = {"max_tokens": 40, "n": 1, "best_of": 4, "diffusion": {"steps": 20}}
+    common |= {"guidance": {"method": "entrgi", "reward_model": "sentiment", "eta": 0.4}}
     assert bodies["/v1/completions"] == {"prompt": "Review the phone.", "seed": 8, **common}
     assert bodies["/v1/chat/completions"]["seed"] == 7
     assert "eta" not in Settings(eta=0.4).options("bon", "sentiment")["guidance"]
@@ -132,14 +117,15 @@ def test_the_difference_is_paired_by_prompt():
 def test_reports_hold_every_method_and_are_well_formed():
     rows = tuple(row(method, (0.5 * index, 1.0 + index, 2.0)) for index, method in enumerate(METHODS))
     comparison = Comparison(rows, paired_differences(rows))
-    table, markdown = comparison_text(comparison), comparison_markdown(comparison, ["Review it."] * 3, "plot.svg")
+    table = write.comparison_text(comparison)
+    markdown = write.comparison_markdown(comparison, ["Review it."] * 3, "plot.svg")
     for method in METHODS:
         assert method in table
         assert f"| {method} |" in markdown
     assert "entrgi minus bon" in table
-    plot = ElementTree.fromstring(comparison_svg(comparison))
+    plot = ElementTree.fromstring(write.comparison_svg(comparison))
     assert len(plot.findall("{http://www.w3.org/2000/svg}circle")) == 2 * len(METHODS)
-    assert json.loads(json.dumps(comparison_json(comparison)))["rows"][0]["method"] == "none"
+    assert json.loads(json.dumps(write.comparison_json(comparison)))["rows"][0]["method"] == "none"
 
 
 def test_the_fluency_report_counts_by_split_and_form():
@@ -151,13 +137,5 @@ def test_the_fluency_report_counts_by_split_and_form():
     assert report.share()[0] == pytest.approx(2 / 3)
     assert report.share("held-out wording")[0] == 0.0
     assert report.share(form="raw")[0] == 1.0
-    assert "does not end" in fluency_text(FluencyReport(verdicts[:2], report.calibration), 2)
-    assert fluency_json(report)["by_split"]["train"][0] == 1.0
-
-
-def test_answers_without_rewards_are_read_too():
-    from clients.quality.requests import parse
-
-    payload = {"choices": [{"text": " Fine.", "finish_reason": "length"}]}
-    prompt = Prompt("Review the hotel.", "hotel", form="raw")
-    assert parse(prompt, payload) == Answer(prompt, (" Fine.",), ("length",), (None,), ())
+    assert "does not end" in write.fluency_text(FluencyReport(verdicts[:2], report.calibration), 2)
+    assert write.fluency_json(report)["by_split"]["train"][0] == 1.0
