@@ -20,7 +20,7 @@ import pytest_asyncio
 from server.methods import METHODS
 from server.types import Job, Message
 from server.wire.config import EngineConfig, WorkerConfig
-from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
+from server.wire.messages import Event, Failed, Finished, Progress, Started
 from tests.faults.faulty_worker import COMMAND, Fault
 from tests.front.scripted import Driven, running, until
 from tests.support.jobs import make_job
@@ -79,33 +79,19 @@ async def test_a_job_in_a_crowd_on_any_worker_gets_the_tokens_that_it_gets_alone
     together = await crowd(engine, "together")
     alone = [await engine.last(job_of(f"alone-{number}", number)) for number in range(CROWD)]
     assert list(map(tokens, together)) == list(map(tokens, alone))
-    for one, other in zip(together, alone, strict=True):
-        assert isinstance(one, Finished)
-        assert isinstance(other, Finished)
-        assert one.result.chosen == other.result.chosen
+    assert [event.result.chosen for event in together] == [event.result.chosen for event in alone]  # type: ignore[union-attr]
     steps = [replica.stats.denoising_steps for replica in engine.replicas]
     assert min(steps) > 0
     assert engine.stats.denoising_steps == sum(steps)
     assert (engine.in_flight, engine.stats.running) == (0, 0)
 
 
-async def test_streamed_tokens_make_up_the_answer(engine: Driven) -> None:
-    job = job_of("stream", 7, stream_tokens=True, stream_canvas=True)
-    *events, last = [event async for event in engine.submit(job)]
-    canvases = [[-1] * job.sampling.max_tokens for _ in range(job.sampling.best_of)]
-    for event in events:
-        if isinstance(event, Progress):
-            for position, token in event.revealed:
-                assert canvases[event.trajectory][position] == -1
-                canvases[event.trajectory][position] = token
-        elif isinstance(event, Canvas):
-            assert event.token_ids == canvases[event.trajectory]
-    assert list(map(tuple, canvases)) == tokens(last)
-
-
 async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Driven) -> None:
     long = {"max_tokens": 12, "best_of": 2, "stream_tokens": True, "stream_canvas": True}
     *undisturbed, right = [event async for event in engine.submit(job_of("calm", 7, **long))]
+    for index, answer in enumerate(tokens(right)):  # what is streamed makes it up
+        progress = [e for e in undisturbed if isinstance(e, Progress) and e.trajectory == index]
+        assert sorted(pair for event in progress for pair in event.revealed) == [*enumerate(answer)]
     calm = await crowd(engine, "calm")
     await until_all_ready(engine)
     before = engine.restarts
@@ -127,21 +113,6 @@ async def test_killed_workers_change_no_token_and_stream_none_twice(engine: Driv
         assert [e for e in ours if isinstance(e, Progress)] == [e for e in theirs if isinstance(e, Progress)]
     assert list(map(tokens, await neighbours)) == list(map(tokens, calm))
     assert engine.in_flight == 0
-
-
-@pytest.mark.slow
-async def test_poison_gets_a_503_and_its_neighbours_their_tokens(engine: Driven) -> None:
-    undisturbed = await crowd(engine, "before", 4)
-    await until_all_ready(engine)
-    before = engine.restarts
-    poison = asyncio.create_task(engine.last(job_of("poison", seed=Fault.DIE)))
-    neighbours = await crowd(engine, "neighbour", 4)
-    last = await poison
-    assert isinstance(last, Failed)
-    assert last.kind == "unavailable"
-    assert list(map(tokens, neighbours)) == list(map(tokens, undisturbed))
-    await until_all_ready(engine)
-    assert before + 2 <= engine.restarts <= before + 4
 
 
 @pytest.mark.parametrize(("fault", "kind"), [(Fault.RAISE, "internal"), (Fault.EXHAUST_MEMORY, "out_of_memory")])
