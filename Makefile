@@ -64,7 +64,8 @@ gpu-check: $(DEV) ## On a GPU: every test that needs one, the kernels' and the m
 conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
 	$(PY) -m tests.conformance $(ARGS)
 
-# Each is a program with options of its own: make faults FAULTS=kill_worker ARGS="--kills 5"
+# Each is a program with options of its own; all others are the server's: make faults FAULTS=kill_worker
+# ARGS="--kills 5 --data-parallel 2"
 FAULTS ?= overload disconnects slow fuzz kill_worker kill_server kill_faults
 
 faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FAULTS=... chooses, ARGS=... are its options)
@@ -73,7 +74,7 @@ faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FA
 	done; exit $$failed
 
 soak: $(DEV) ## Half an hour of everything at once: no leak, no answer lost (ARGS="--minutes 5": shorter)
-	$(PY) -m tests.faults.soak --samples build/soak.csv $(ARGS)
+	$(PY) -m tests.faults.soak $(ARGS)
 
 dashboards: $(RUNTIME) ## Ask a real Prometheus, under load, every expression of the dashboard and the alerts
 	$(PY) -m tests.conformance.dashboard $(ARGS)

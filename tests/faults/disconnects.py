@@ -14,37 +14,17 @@ import json
 import random
 import socket
 import struct
-import sys
 from collections import Counter
-from typing import Any
 
 from tqdm import tqdm
 
-from tests.faults.harness import (
-    Bystander,
-    Server,
-    Verdict,
-    chat,
-    options,
-    seconds_until_idle,
-    served,
-    stop,
-)
+from tests.faults import hostile
+from tests.faults.harness import GROWTH_PERCENT, Server, Verdict, main, watched
+from tests.faults.load import CHAT, bystander, chat
 
 MOMENTS = ("connected", "in the header", "in the body", "at once", "while waiting", "in the stream", "pipelining")
 WAYS = ("close", "half-close", "reset")
-GROWTH_PERCENT = 3.0  # of either process, over what the first clients left: pools and caches that are filled once
 LEAST_MB = 3.0  # a small process may grow by this much
-
-
-def request_bytes(server: Server, body: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Header and body of a chat request."""
-    data = json.dumps(body).encode()
-    header = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.host}:{server.port}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
-    return header.encode(), data
 
 
 async def leave(writer: asyncio.StreamWriter, reader: asyncio.StreamReader, way: str) -> None:
@@ -72,17 +52,18 @@ async def client_that_leaves(server: Server, generator: random.Random) -> str:
         body |= {"guidance": generator.choice(("entrgi", "aps")), "best_of": 2}
     if moment == "in the stream" or generator.random() < 0.3:
         body |= {"stream": True, "stream_canvas": generator.random() < 0.5}
-    header, data = request_bytes(server, body)
+    request = hostile.post(json.dumps(body).encode(), path=CHAT)
+    size = request.index(b"\r\n\r\n") + 4  # of the header
     reader, writer = await asyncio.open_connection(server.host, server.port)
     with contextlib.suppress(OSError, asyncio.IncompleteReadError):
         if moment == "in the header":
-            writer.write(header[: generator.randrange(1, len(header))])
+            writer.write(request[: generator.randrange(1, size)])
         elif moment == "in the body":
-            writer.write(header + data[: generator.randrange(len(data))])
+            writer.write(request[: generator.randrange(size, len(request))])
         elif moment != "connected":
-            writer.write(header + data)
+            writer.write(request)
         if moment == "pipelining":  # the beginning of another request hides the end from a server that reads no further
-            writer.write(header[: generator.randrange(1, len(header))])
+            writer.write(request[: generator.randrange(1, size)])
         await writer.drain()
         if moment == "in the stream":
             async with asyncio.timeout(30):
@@ -111,38 +92,25 @@ async def wave(server: Server, clients: int, at_once: int, seed: int) -> Counter
 
 async def run(server: Server, clients: int, at_once: int, seed: int) -> int:
     """A first wave, which fills what is filled once, then the wave that counts."""
-    bystander = Bystander(server)
-    watching = asyncio.create_task(bystander.run())
+    verdict = Verdict("disconnects")
     await wave(server, at_once, at_once, seed + clients)
     await asyncio.sleep(8)  # until they are gone for certain
-    before = server.usage()
-    left = await wave(server, clients, at_once, seed)
-    await stop(watching)
-    idle = await seconds_until_idle(server)
-    await asyncio.sleep(6)  # idle connections are closed after 5
-    after = server.usage()
-
-    verdict = Verdict("disconnects")
-    verdict.figures = {"clients": clients, "at_once": at_once, "left": dict(sorted(left.items()))}
+    async with watched(server, 5.0) as samples:
+        async with bystander(server, verdict, "disconnects"):
+            left = await wave(server, clients, at_once, seed)
+        idle = await server.seconds_until_idle()
+    verdict.figures["left"] = dict(sorted(left.items()))
     verdict.promise("all clients left as they meant to", "saw nothing for 30 s" not in left, left.total())
+    before, after = samples[0], samples[-1]
     for name in ("front_mb", "worker_mb"):
         grown = getattr(after, name) - getattr(before, name)
         allowed = max(LEAST_MB, GROWTH_PERCENT / 100 * getattr(before, name))
         verdict.promise(f"{name} grew by at most {allowed:.1f}", grown <= allowed, f"{grown:+.1f}")
-    verdict.promise(
-        "descriptors are back", after.front_fds <= before.front_fds, f"{before.front_fds} -> {after.front_fds}"
-    )
-    verdict.promise("threads are back", after.front_threads <= before.front_threads, after.front_threads)
-    verdict.bystander("who stayed got the right answers", bystander)
+    for name in ("front_fds", "front_threads"):
+        seen = f"{getattr(before, name)} -> {getattr(after, name)}"
+        verdict.promise(f"{name} are back", getattr(after, name) <= getattr(before, name), seen)
     return verdict.close(server, idle)
 
 
-def main() -> int:
-    """Parse, serve, disconnect."""
-    given = options(__doc__, clients=1000, at_once=200, seed=0)
-    with served() as server:
-        return asyncio.run(run(server, given.clients, given.at_once, given.seed))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, run, clients=1000, at_once=200, seed=0)

@@ -1,5 +1,5 @@
-"""Requests that mean harm, byte for byte, and the answers that they must get. A table without a server; the program
-`tests.faults.slow` and a test send it."""
+"""Requests that mean harm, byte for byte, and the answers that they must get. A table without a server;
+`tests/api/test_abuse.py` sends it."""
 
 from __future__ import annotations
 

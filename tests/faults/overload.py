@@ -17,31 +17,17 @@ import json
 import math
 import random
 import statistics
-import sys
-import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import httpx
 from tqdm import tqdm
 
 from tests.faults import hostile
-from tests.faults.harness import (
-    Server,
-    Verdict,
-    chat,
-    options,
-    percentile,
-    quantiles,
-    seconds_until_idle,
-    served,
-)
+from tests.faults.harness import Server, Verdict, main, percentile, quantiles
+from tests.faults.load import CHAT, bystander, chat
 
-CHAT = "/v1/chat/completions"
 QUEUE = 64
 TIMES_TOO_MUCH = 4.0
 MEASURE_SECONDS = 20.0
@@ -140,28 +126,6 @@ async def crowd(server: Server, size: int, seed: int) -> tuple[float, list[int]]
     return time.perf_counter() - started, attempts
 
 
-@contextmanager
-def watching_health(server: Server) -> Iterator[list[float]]:
-    """Latencies of /health every 100 ms, from a thread of its own so that the load generator does not delay them."""
-    latencies: list[float] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        with httpx.Client(base_url=server.url, timeout=30) as http:
-            while not over.wait(0.1):
-                started = time.perf_counter()
-                http.get("/health").raise_for_status()
-                latencies.append(time.perf_counter() - started)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield latencies
-    finally:
-        over.set()
-        thread.join()
-
-
 def answered_meanwhile(traffic: Traffic) -> list[int]:
     """For each accepted request, how many were answered between its departure and its answer. Unlike seconds, this does
     not depend on how fast the machine happens to be at the moment: a queue of N places lets about N go before."""
@@ -190,63 +154,49 @@ def judge_retry_after(traffic: Traffic, in_flight: int) -> tuple[float, float, f
     return free_before / judged, not_too_long / judged, statistics.median(ratios) if ratios else math.nan
 
 
-async def run(server: Server, minutes: float, queue: int, seed: int) -> int:
+async def run(server: Server, minutes: float, seed: int) -> int:
     """The three parts and the verdict."""
+    verdict = Verdict("overload")
     await closed_loop(server, 4, 3.0)  # warm
-    rate = await closed_loop(server, queue, MEASURE_SECONDS)
-    with watching_health(server) as health:
+    rate = await closed_loop(server, QUEUE, MEASURE_SECONDS)
+    async with bystander(server, verdict, "overload") as health:
         traffic = await open_loop(server, TIMES_TOO_MUCH * rate, 60 * minutes, seed)
-    idle = await seconds_until_idle(server)
-    began = traffic.completions[0]
-    served_rate = len(traffic.completions) / (traffic.completions[-1] - began)
-    crowd_seconds, attempts = await crowd(server, 3 * queue, seed)
+    idle = await server.seconds_until_idle()
+    served_rate = len(traffic.completions) / (traffic.completions[-1] - traffic.completions[0])
+    crowd_seconds, attempts = await crowd(server, 3 * QUEUE, seed)
     crowd_rate = len(attempts) / crowd_seconds
-    idle_again = await seconds_until_idle(server)
+    idle_again = await server.seconds_until_idle()
 
     before = percentile([float(count) for count in answered_meanwhile(traffic)], 99)
-    free_before, not_too_long, ratio = judge_retry_after(traffic, queue)
-    verdict = Verdict("overload")
+    free_before, not_long, ratio = judge_retry_after(traffic, QUEUE)
     verdict.figures = {
-        "minutes": minutes,
-        "queue": queue,
-        "sustainable_per_second": round(rate, 2),
         "offered_per_second": round(sum(traffic.statuses.values()) / (60 * minutes), 2),
         "accepted_latency_seconds": quantiles(traffic.latencies, 50, 90, 99, 100),
-        "full_queue_seconds": round(queue / served_rate, 2),
+        "full_queue_seconds": round(QUEUE / served_rate, 2),
         "retry_after_seconds": quantiles([wait for _, wait in traffic.refusals], 0, 50, 99, 100),
-        "health_seconds": quantiles(health, 50, 99, 100),
-        "crowd_seconds": round(crowd_seconds, 2),
     }
-    statuses = set(traffic.statuses)
-    late = percentile(traffic.lateness, 99)
-    verdict.promise("the load generator kept its times (p99)", late <= 1.0, f"{late:.2f} s late")
-    verdict.promise("nothing but 200 and 429", statuses <= {200, 429}, dict(traffic.statuses))
-    verdict.promise("every refusal is the error object with Retry-After", not traffic.malformed, traffic.malformed[:2])
-    verdict.promise("refused at all", traffic.statuses[429] > 0, traffic.statuses[429])
-    verdict.promise("p99 of the accepted: no more than 1.25 queues were answered before it", before <= 1.25 * queue,
-                    f"{before:.0f} of {queue}; {percentile(traffic.latencies, 99):.1f} s")  # fmt: skip
-    verdict.promise("overload does not lower the rate by half", served_rate >= 0.5 * rate,
-                    f"{served_rate:.1f} of {rate:.1f}/s")  # fmt: skip
-    verdict.promise("a place came free before Retry-After (95%)", free_before >= 0.95, f"{free_before:.1%}")
-    verdict.promise("Retry-After at most twice all places' turnover (90%)", not_too_long >= 0.9,
-                    f"{not_too_long:.1%}, median ratio {ratio:.2f}")  # fmt: skip
-    slowest = percentile(health, 99)
-    verdict.promise("/health p99 during the overload", slowest <= WORST_HEALTH_SECONDS, f"{slowest * 1000:.0f} ms")
-    verdict.promise("an obedient crowd is served at half the rate or more", crowd_rate >= 0.5 * served_rate,
-                    f"{crowd_rate:.1f} of {served_rate:.1f}/s")  # fmt: skip
-    mean = statistics.mean(attempts)
-    verdict.promise(
-        "an obedient crowd asks 3 times or less on average", mean <= 3, f"{mean:.2f}, at most {max(attempts)}"
-    )
+    late, slowest, mean = percentile(traffic.lateness, 99), percentile(health, 99), statistics.mean(attempts)
+    rates, crowd_rates = f"{served_rate:.1f} of {rate:.1f}/s", f"{crowd_rate:.1f} of {served_rate:.1f}/s"
+    for promise, kept, seen in (
+        ("the load generator kept its times (p99)", late <= 1.0, f"{late:.2f} s late"),
+        ("nothing but 200 and 429", set(traffic.statuses) <= {200, 429}, dict(traffic.statuses)),
+        ("every refusal is the error object with Retry-After", not traffic.malformed, traffic.malformed[:2]),
+        ("refused at all", traffic.statuses[429] > 0, traffic.statuses[429]),
+        ("no more than 1.25 queues were answered before an accepted one (p99)", before <= 1.25 * QUEUE, before / QUEUE),
+        ("overload does not lower the rate by half", served_rate >= 0.5 * rate, rates),
+        ("a place came free before Retry-After (95%)", free_before >= 0.95, f"{free_before:.1%}"),
+        (
+            "Retry-After at most twice all places' turnover (90%)",
+            not_long >= 0.9,
+            f"{not_long:.1%}, median {ratio:.2f}",
+        ),
+        ("/health p99 during the overload", slowest <= WORST_HEALTH_SECONDS, f"{slowest * 1000:.0f} ms"),
+        ("an obedient crowd is served at half the rate or more", crowd_rate >= 0.5 * served_rate, crowd_rates),
+        ("an obedient crowd asks 3 times or less on average", mean <= 3, f"{mean:.2f}, at most {max(attempts)}"),
+    ):
+        verdict.promise(promise, kept, seen)
     return verdict.close(server, max(idle, idle_again))
 
 
-def main() -> int:
-    """Parse, serve, overload."""
-    given = options(__doc__, minutes=5.0, queue=QUEUE, seed=0)
-    with served("--max-queue", str(given.queue)) as server:
-        return asyncio.run(run(server, given.minutes, given.queue, given.seed))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, run, "--max-queue", str(QUEUE), minutes=5.0, seed=0)
