@@ -146,7 +146,7 @@ LONG: dict[str, Any] = {
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_frees_the_work(server: Served, stream: bool) -> None:
     aborted = server.metric("request_success_total", finished_reason="abort")
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         if stream:
             with client.stream("POST", COMPLETIONS, json={**LONG, "stream": True, "stream_canvas": True}) as response:
                 for line in response.iter_lines():

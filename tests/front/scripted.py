@@ -109,7 +109,7 @@ def tokens_of(seed: int, count: int) -> tuple[int, ...]:
     return tuple(token(seed, position) for position in range(count))
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for something that the engine does by itself."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event of its own)

@@ -189,7 +189,7 @@ async def test_an_idle_worker_is_not_taken_for_a_hanging_one() -> None:
 async def test_a_deadline_that_passes_while_there_is_no_worker(tmp_path: Path) -> None:
     flag = tmp_path / "flag"
     async with running(configured(f"hang:{flag}")) as engine:
-        stream = await engine.begin(job("late", Do.HANG, deadline=time.time() + 0.5))
+        stream = await engine.begin(job("late", Do.HANG, deadline=time.time() + 2))
         flag.touch()
         await engine.kill()
         last = await failure(stream)
