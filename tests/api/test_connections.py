@@ -71,7 +71,7 @@ async def test_past_the_limit_only_probes_are_answered(root_path: str) -> None:
 async def test_those_within_the_limit_are_served_meanwhile() -> None:
     async with (
         serving(max_connections=LIMIT) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as regular,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as regular,
         asking(port) as client,
     ):
         assert (await regular.post("/v1/completions", json=BODY)).status_code == 200

@@ -149,8 +149,8 @@ async def test_root_path_opens_nothing_else() -> None:
 async def test_head_is_get_without_its_body_also_while_the_server_is_not_ready() -> None:
     """A body after a header would be read as the next answer, so one real connection is used for all."""
     engine = ScriptedEngine(at_once, is_ready=False)
-    one = httpx.Limits(max_connections=1)
-    async with serving(engine) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=one) as client:
+    one: dict[str, Any] = {"limits": httpx.Limits(max_connections=1), "timeout": 60}
+    async with serving(engine) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", **one) as client:
         readable = {path for method, path in operations(make()) if method == "GET"} | {"/openapi.json"}
         assert {*PROBES, "/metrics", "/", "/version", "/v1/models", "/v1/models/dlm"} <= readable
         for ready in (False, True):

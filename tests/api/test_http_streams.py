@@ -96,7 +96,7 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
 
     engine = ScriptedEngine(flood)
     body = json.dumps({**ASKED, "stream_canvas": True}).encode()
-    async with serving(engine, slow_client_seconds=0.2) as port, asyncio.timeout(60):
+    async with serving(engine, slow_client_seconds=1) as port, asyncio.timeout(60):
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
         writer.write(hostile.post(body))
         while not engine.cancelled:  # noqa: ASYNC110

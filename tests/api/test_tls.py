@@ -47,16 +47,18 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str]) -> None:
     async with serving(ssl_certfile=files["certificate"], ssl_keyfile=files["key"]) as port:
-        async with httpx.AsyncClient(verify=trusting(authority), base_url=f"https://localhost:{port}") as client:
+        async with httpx.AsyncClient(
+            verify=trusting(authority), base_url=f"https://localhost:{port}", timeout=60
+        ) as client:
             assert (await client.get("/health")).json() == {"status": "ok"}
             answer = await client.post("/v1/completions", json={"prompt": "Hi"})
             assert answer.json()["choices"][0]["text"] == "Hi"
             streamed = await client.post("/v1/completions", json={"prompt": "Hi", "stream": True})
             assert streamed.text.endswith("data: [DONE]\n\n")
-        async with httpx.AsyncClient(base_url=f"https://localhost:{port}") as stranger:
+        async with httpx.AsyncClient(base_url=f"https://localhost:{port}", timeout=60) as stranger:
             with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                 await stranger.get("/health")
-        async with httpx.AsyncClient(base_url=f"http://localhost:{port}") as plain:
+        async with httpx.AsyncClient(base_url=f"http://localhost:{port}", timeout=60) as plain:
             with pytest.raises(httpx.TransportError):
                 await plain.get("/health")
 
