@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.convert import Plan
-from server.diffusion.approximations import approximations
+from server.diffusion.schedule import approximations
 from server.types import FinishReason, JobResult, StepTrace, TrajectoryResult
 
 

@@ -95,7 +95,8 @@ class Book:
         cost.check(self.largest)
         self._entries[job.id] = Entry(job, cost, now)
         if any(entry.job.priority > job.priority for entry in self):
-            self._entries = dict(sorted(self._entries.items(), key=_priority))  # stable: in order of arrival
+            order = sorted(self._entries, key=lambda each: self._entries[each].job.priority)
+            self._entries = {each: self._entries[each] for each in order}  # within a priority in order of arrival
 
     def drop(self, job_id: str) -> bool:
         """Forget a job and what it holds. Returns whether it was here."""
@@ -133,7 +134,3 @@ class Book:
         shared = sum(each.cost.cached_tokens for each in begun if each.caches)
         grown = sum(each.holding * each.cost.grown_tokens for each in begun)
         return not more or shared + grown + more <= self.budget.cached_tokens
-
-
-def _priority(item: tuple[str, Entry]) -> int:
-    return item[1].job.priority

@@ -57,7 +57,7 @@ class Demand:
         """What each reward model reads around the response of a guided job, by name; the conversation's keys and values
         are computed here, once for all trajectories and steps."""
         contexts: dict[str, RewardContext] = {}
-        if not job.guidance.uses_gradient or job.guidance.gradient_steps == 0:
+        if not job.guidance.inner_steps:
             return contexts
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]

@@ -14,10 +14,10 @@ from torch import Tensor
 import kernels
 from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
+from server.diffusion.sampler import IntArray
 from server.guidance.assembly import Responses
 from server.types import ModelInfo
 from server.worker.pack import Batch, Member
-from server.worker.trajectory import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Group:
     @property
     def gradient_steps(self) -> int:
         """The largest M of its members; 0 when unguided."""
-        return self.members[0].gradient_steps
+        return self.members[0].step.gradient_steps
 
     def of(self, members: Sequence[Member]) -> Group:
         """Some of its members, in their order."""
@@ -45,7 +45,7 @@ class Group:
 
     def by_gradient_steps(self) -> list[Group]:
         """One group for each M of its members, the largest first."""
-        parts = itertools.groupby(self.members, key=lambda member: member.gradient_steps)
+        parts = itertools.groupby(self.members, key=lambda member: member.step.gradient_steps)
         return [self.of(tuple(members)) for _, members in parts]
 
     def rows(self) -> IntArray:
@@ -126,6 +126,6 @@ def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True
         names: tuple[str, ...] = ()
         if member.step.guided:
             names = tuple(sorted(weighted.model for weighted in member.trajectory.job.guidance.reward_models))
-        split.setdefault((names, 0 if share_inner_steps else member.gradient_steps), []).append(member)
+        split.setdefault((names, 0 if share_inner_steps else member.step.gradient_steps), []).append(member)
     for (rewards, _), members in split.items():
-        yield Group(tuple(sorted(members, key=lambda member: -member.gradient_steps)), rewards, device)
+        yield Group(tuple(sorted(members, key=lambda member: -member.step.gradient_steps)), rewards, device)

@@ -96,8 +96,6 @@ class InnerSteps:
             group.keys,
             stop,
             first_step=first,
-            eos_token_id=self.info.eos_token_id,
-            pad_token_id=self.info.pad_token_id,
             timings=self.timings,
             read_after=read_after,
         )

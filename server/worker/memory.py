@@ -19,7 +19,7 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
 The memory that is free after loading, times `fraction`, is divided so: an eighth for cached conversations (if there
 are reward models), the rest for the forward, and, because forward and guidance never run at the same time, the same
 rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
-The fraction that is left is a margin; what a CPU's allocator keeps (`worker.allocator`) comes out of it too.
+The fraction that is left is a margin; what a CPU's allocator keeps (`keep_large_blocks`) comes out of it too.
 Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
 batches than `CAPS` make a step longer without making it cheaper. On a CPU they can even make it dearer: every inner
 step passes over phi several times, and once phi has outgrown the last cache each pass comes from memory. So there
@@ -29,7 +29,9 @@ the matrix products read the head and the embedding tables too often.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -53,6 +55,15 @@ FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
 LAST_CACHE_BYTES = 32 << 20  # where the system does not say
 LEAST_STEERED = 256  # rows; with half of them a guided step of the pair of `make bench` took a tenth longer
 LEAST = 16  # of anything: with less the models would not have fitted
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = (1 << 31) - 1  # free memory at the heap's end that is not given back; the largest value there is
+
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where a control group keeps its limit and use, and its entry of file pages not read lately: in v2, and in v1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +144,22 @@ def last_cache_bytes(*, root: Path = Path("/")) -> int:
     return max(sizes[1:], default=LAST_CACHE_BYTES)
 
 
+def keep_large_blocks(spare_bytes: float) -> bool:
+    """Let the C library use freed blocks of a denoising step again. Returns whether it does: there must be
+    `spare_bytes` for what the heap then holds, and the library must be one that can (glibc).
+
+    glibc takes every block over 32 MiB fresh from the kernel and gives it back when freed, so each step would fault in
+    its logits, gradients and work space page by page: some 4 to 8% of a guided step of the pair of `make bench`. The
+    price: aligned blocks seldom fit exactly where the last one was, so before places repeat the heap may hold eight of
+    the largest kind that is kept (seen: some). Hence a limit of 256 MiB, or an eighth of what is spare.
+    """
+    large = min(256 << 20, int(spare_bytes / 8))
+    if large <= 32 << 20 or platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(M_MMAP_THRESHOLD, large)) and bool(library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
 def _machine_bytes(root: Path) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -152,17 +179,12 @@ def _group_bytes(root: Path) -> list[int]:
         return left
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers not in GROUP_FILES:
             continue
-        mount = root / "sys/fs/cgroup" / controllers
-        limit, used, inactive = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("memory.max", "memory.current", "inactive_file")
-        )
+        limit, used, inactive = GROUP_FILES[controllers]
         # Inside a container the path may be the host's: then its own group is at the mount.
         group = Path(path.lstrip("/"))
-        for folder in (mount / each for each in (group, *group.parents)):
+        for folder in (root / "sys/fs/cgroup" / controllers / each for each in (group, *group.parents)):
             try:
                 most = (folder / limit).read_text().strip()
                 statistics = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kernels.transfer import upload
+from server.diffusion.sampler import FloatArray, IntArray
 from server.diffusion.schedule import Step
 from server.models.packing import PackedLayout
-from server.worker.trajectory import FloatArray, IntArray, Trajectory
+from server.worker.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,6 @@ class Member:
         """Which of its rows (n,) this step may reveal: those of the block."""
         inside = (self.positions >= self.step.start) & (self.positions < self.step.stop)
         return np.flatnonzero(inside).astype(np.int64)
-
-    @property
-    def gradient_steps(self) -> int:
-        """M, or 0 in a step without guidance."""
-        return self.trajectory.gradient_steps(self.step)
 
 
 @dataclass(frozen=True, slots=True)

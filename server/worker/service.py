@@ -28,14 +28,11 @@ from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Messa
 from server.wire.config import WorkerConfig
 from server.wire.messages import Failed
 from server.worker import memory
-from server.worker.allocator import keep_large_blocks
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.scoring import Scorer
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torc
 
 
 def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
-    """The torch dtype of a setting; `own` is the checkpoint's. Raises ConfigurationError for an unknown one.
+    """The torch dtype of a setting; `own` is the checkpoint's.
 
     "auto" is bfloat16 on a GPU, and on a CPU where the checkpoint is in it and the processor multiplies such matrices;
     else float32. No timing has a say, so a server gives the same tokens at every start.
@@ -78,8 +75,6 @@ def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = Non
     if name == "auto":
         natively = device.type == "cuda" or (own == torch.bfloat16 and settings().bfloat16)
         return torch.bfloat16 if natively else torch.float32
-    if name not in DTYPES:
-        raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -189,11 +184,9 @@ def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionMo
     """The model under its served name, with its context cut to `max_model_len`."""
     info = model.info
     if config.max_model_len is not None:
-        if not 0 < config.max_model_len <= info.context_length:
-            raise ConfigurationError(
-                f"max_model_len: {config.max_model_len} is not between 1 and the model's context length, "
-                f"{info.context_length}"
-            )
+        if config.max_model_len > info.context_length:
+            more = f"{config.max_model_len} is more than the model's context length, {info.context_length}"
+            raise ConfigurationError(f"max_model_len: {more}")
         canvas = min(info.default_max_tokens, max(1, config.max_model_len // 2))  # so that a prompt fits too
         info = replace(info, context_length=config.max_model_len, default_max_tokens=canvas)
     if config.served_model_name is not None:
@@ -210,7 +203,7 @@ def _budgets(
     if device.type != "cuda":
         free //= config.data_parallel
     if device.type == "cpu":
-        keep_large_blocks(free * (1 - config.memory_fraction))
+        memory.keep_large_blocks(free * (1 - config.memory_fraction))
     shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
         free,
         config.memory_fraction,

@@ -33,7 +33,7 @@ from server.worker.trajectory import Trajectory
 
 
 @dataclass(slots=True)
-class _Spent:
+class _Spent(Timings):
     """Seconds that the parts of one step took together, and the distinct rows that they had."""
 
     forward: float = 0.0
@@ -80,7 +80,7 @@ class Denoiser:
     def step(self, trajectories: Sequence[tuple[Trajectory, Step]]) -> list[Decision]:
         """One step of every given trajectory, and what it did. They are changed only when all else is done, so a part
         of the step that runs out of memory can run again."""
-        self._spent, self.inner_steps.timings = _Spent(), Timings()
+        self._spent = self.inner_steps.timings = _Spent()
         decisions: list[Decision] = []
         sizes = [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories]
         for part in self.forwards.parts(trajectories, sizes):
@@ -141,7 +141,7 @@ class Denoiser:
         trajectory, step, rewards = decision.trajectory, decision.step, decision.rewards
         masked = int(trajectory.masked.sum())
         trajectory.reveal(decision.chosen, decision.tokens)
-        trajectory.reward_calls += trajectory.gradient_steps(step)
+        trajectory.reward_calls += step.gradient_steps
         trajectory.last_reward = rewards[-1] if rewards else None
         if trajectory.job.trace:
             trajectory.trace.append(
@@ -171,12 +171,12 @@ class Denoiser:
         return rows, most
 
     def _count(self, decisions: Sequence[Decision]) -> None:
-        stats, spent, timings = self.stats, self._spent, self.inner_steps.timings
+        stats, spent = self.stats, self._spent
         stats.model_forward_seconds.add(spent.forward)
         if spent.guidance:
             stats.guidance_seconds.add(spent.guidance)
-            stats.reward_forward_seconds.add(timings.reward_forward_seconds)
-            stats.reward_backward_seconds.add(timings.reward_backward_seconds)
+            stats.reward_forward_seconds.add(spent.reward_forward_seconds)
+            stats.reward_backward_seconds.add(spent.reward_backward_seconds)
         stats.batch_trajectories.add(len(decisions))
         stats.batch_rows.add(spent.rows)
         stats.denoising_steps += len(decisions)

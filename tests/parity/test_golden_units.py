@@ -106,8 +106,6 @@ def test_gradients_rewards_and_steered_logits(
         plan(1, DiffusionParams(1), GuidanceParams()),
         lambda inner: torch.zeros(len(params.tau), 4, dtype=torch.long),
         case["gradient_steps"],
-        eos_token_id=pair64.loaded.info.eos_token_id,
-        pad_token_id=pair64.loaded.info.pad_token_id,
         timings=Timings(),
     )
     rewards = [float(reward) for reward in steered.rewards]

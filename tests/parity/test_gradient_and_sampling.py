@@ -83,8 +83,6 @@ class Problem:
                 [STEP],
                 lambda inner: torch.zeros(count, 4, dtype=torch.long),
                 1,
-                eos_token_id=self.pair.loaded.info.eos_token_id,
-                pad_token_id=self.pair.loaded.info.pad_token_id,
                 timings=Timings(),
             )
         finally:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext, grow
-from server.guidance.steer import visible_positions
 from server.models.layers import SelfAttention
 from server.models.packing import EMPTY_PREFIX
 from server.rewards.reward_model import RewardModel
@@ -60,7 +59,7 @@ def both_ways(
     responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    visible = responses.visible(responses.committed)
     absurd = torch.where(visible[responses.masked][:, None], embeds, 1e6 * embeds)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
     ways = []
@@ -98,7 +97,7 @@ def test_rewards_and_gradients_are_the_same(model: RewardModel, cached: bool) ->
     ways = both_ways(model, known, canvases, positions)
     assert_same(ways)
     g, responses = ways[1][1], Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    hidden = ~visible_positions(responses.committed, responses.first, EOS, PAD)[responses.masked]
+    hidden = ~responses.visible(responses.committed)[responses.masked]
     assert 20 < int(hidden.sum()) < len(hidden)
     assert not g[hidden].any()  # exactly
     assert float(g[~hidden].abs().amax(dim=1).min()) > 1e-9
@@ -143,7 +142,7 @@ def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> Non
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    visible = responses.visible(responses.committed)
     embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
     objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
     rewards, _ = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=False)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from server.worker.allocator import keep_large_blocks
+from server.worker.memory import keep_large_blocks
 
 PROGRAM = """
 import resource, sys, torch
-from server.worker.allocator import keep_large_blocks
+from server.worker.memory import keep_large_blocks
 if sys.argv[1] == "keep":
     assert keep_large_blocks(float(sys.argv[2]))
 faults = []
