@@ -8,7 +8,7 @@ than the budget, but not larger than what memory takes, runs alone.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the
 reward models' cached conversations. Rows of logits and reward-model tokens do not: that part of a step runs in as many
-parts as it takes (worker/parts).
+parts as it takes (worker/failures).
 """
 
 from __future__ import annotations

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import kernels
 from kernels.transfer import upload
-from server.guidance.assembly import Objective, Timings
-from server.guidance.prefixes import RewardContext, grow
+from server.guidance.assembly import Objective, Responses, Timings
+from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
 from server.rewards.reward_model import RewardModel
 from server.types import ModelInfo
-from server.worker.group import Group
+from server.worker.pack import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,16 @@ class InnerSteps:
         *,
         read_after: bool = False,
     ) -> Steered:
+        responses = Responses.of(
+            [member.trajectory.tokens for member in group.members],
+            [member.positions for member in group.members],
+            group.device,
+            eos_token_id=self.info.eos_token_id,
+            pad_token_id=self.info.pad_token_id,
+        )
         return steer(
             state,
-            group.responses(self.info),
+            responses,
             objectives,
             [member.trajectory.job.guidance.method for member in group.members],
             [member.step for member in group.members],
@@ -102,32 +109,19 @@ class InnerSteps:
 
     def _objective(self, name: str, group: Group) -> Objective:
         """One reward model with every member's context and weight."""
-        trajectories = [member.trajectory for member in group.members]
-        weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
+        model, trajectories = self.reward_models[name], [member.trajectory for member in group.members]
+        contexts = [trajectory.contexts[name] for trajectory in trajectories]
         if self.grows:
-            self._grow(name, group)
-        return Objective(
-            self.reward_models[name],
-            tuple(trajectory.contexts[name] for trajectory in trajectories),
-            upload(torch.tensor(weights, dtype=torch.float64), group.device),
-        )
-
-    def _grow(self, name: str, group: Group) -> None:
-        """Take what has been settled since the last step into the contexts. They stay right if this step fails, because
-        what is settled never changes."""
-        trajectories = [member.trajectory for member in group.members]
-        started = time.perf_counter()
-        grown: list[RewardContext] = grow(
-            self.reward_models[name],
-            [trajectory.contexts[name] for trajectory in trajectories],
-            [trajectory.tokens for trajectory in trajectories],
-            [int(trajectory.masked.argmax()) for trajectory in trajectories],  # something is masked in each of them
-            self.info.eos_token_id,
-            self.info.pad_token_id,
-        )
-        for trajectory, context in zip(trajectories, grown, strict=True):
-            trajectory.contexts[name] = context
-        self.timings.reward_forward_seconds += time.perf_counter() - started
+            # What has been settled never changes, so the contexts stay right if this step fails.
+            started = time.perf_counter()
+            tokens = [trajectory.tokens for trajectory in trajectories]
+            first = [int(trajectory.masked.argmax()) for trajectory in trajectories]  # something is masked in each
+            contexts = grow(model, contexts, tokens, first, self.info.eos_token_id, self.info.pad_token_id)
+            for trajectory, context in zip(trajectories, contexts, strict=True):
+                trajectory.contexts[name] = context
+            self.timings.reward_forward_seconds += time.perf_counter() - started
+        weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
+        return Objective(model, tuple(contexts), upload(torch.tensor(weights, dtype=torch.float64), group.device))
 
 
 def _part(objective: Objective, members: slice) -> Objective:

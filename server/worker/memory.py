@@ -32,8 +32,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,11 +96,10 @@ class Footprint:
             cached_token=max((_cached_token(reward) for reward in rewards), default=0.0),
         )
 
-    def budgets(
-        self, free_bytes: float, fraction: float, device: str, *, rewards: int, context_length: int
-    ) -> tuple[Budget, Budget]:
-        """(shared, largest) for that much free memory and so many reward models."""
+    def budgets(self, free_bytes: float, fraction: float, device: str, *, context_length: int) -> tuple[Budget, Budget]:
+        """(shared, largest) for that much free memory."""
         pool = max(0.0, free_bytes * fraction - FIXED_BYTES)
+        rewards = self.reward_token > 0
         step = pool * (7 / 8 if rewards else 1.0)
         tokens = int(step / (self.token + self.hidden))
         caps = CAPS.get(device, CAPS["cuda"])
@@ -108,16 +107,11 @@ class Footprint:
             steered = max(LEAST_STEERED, int(last_cache_bytes() / self.phi_row))
             caps = replace(caps, guided_rows=min(caps.guided_rows, steered))
         guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
-        rows = int(guidance / (self.guided_row + 2 * self.reward_token))
-        largest = Budget(
-            tokens=tokens,
-            guided_rows=rows if rewards else 0,
-            logit_rows=int(guidance / self.logit_row),
-            reward_tokens=2 * rows if rewards else 0,
-            cached_tokens=int((pool - step) / self.cached_token) if rewards else 0,
-        )
-        largest = _each(largest, lambda name, value: max(LEAST, value))
-        return _each(largest, lambda name, value: min(value, getattr(caps, name))), largest
+        rows = int(guidance / (self.guided_row + 2 * self.reward_token)) if rewards else 0
+        cached = int((pool - step) / self.cached_token) if rewards else 0
+        sizes = (tokens, rows, caps.trajectories, int(guidance / self.logit_row), 2 * rows, cached)
+        largest = Budget(*(max(LEAST, size) for size in sizes))
+        return Budget(*map(min, astuple(largest), astuple(caps))), largest
 
 
 def cached_share(model: RewardModel) -> float:
@@ -193,10 +187,6 @@ def _group_bytes(root: Path) -> list[int]:
             except OSError:
                 continue
     return left
-
-
-def _each(budget: Budget, change: Callable[[str, int], int]) -> Budget:
-    return Budget(**{field.name: change(field.name, getattr(budget, field.name)) for field in fields(budget)})
 
 
 def _sizes(dtype: torch.dtype) -> tuple[int, int]:

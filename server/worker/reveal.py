@@ -20,9 +20,8 @@ from kernels.transfer import download, upload
 from server.diffusion.sampler import FloatArray, IntArray, reveal
 from server.diffusion.schedule import Step
 from server.types import ModelInfo
-from server.worker.group import Group
 from server.worker.inner import Cohort
-from server.worker.pack import Member
+from server.worker.pack import Group, Member
 from server.worker.trajectory import Trajectory
 
 

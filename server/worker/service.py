@@ -162,18 +162,10 @@ def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable
     tokenizer = model.tokenizer
     prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
     guidances = [GuidanceParams("entrgi", (WeightedReward(name),)) for name in reward_models]
+    sampling, diffusion = SamplingParams(max_tokens=8), DiffusionParams(steps=2)
     for index, guidance in enumerate(guidances or [GuidanceParams()]):
-        runner.add(
-            Job(
-                id=f"warm-up-{index}",
-                prompt_ids=tuple(prompt),
-                sampling=SamplingParams(max_tokens=8),
-                diffusion=DiffusionParams(steps=2),
-                guidance=guidance,
-                conversation=conversation,
-            ),
-            runner.clock(),
-        )
+        job = Job(f"warm-up-{index}", tuple(prompt), sampling, diffusion, guidance, conversation=conversation)
+        runner.add(job, runner.clock())
     while runner.has_work:
         for event in runner.step():
             if isinstance(event, Failed):
@@ -204,13 +196,8 @@ def _budgets(
         free //= config.data_parallel
     if device.type == "cpu":
         memory.keep_large_blocks(free * (1 - config.memory_fraction))
-    shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
-        free,
-        config.memory_fraction,
-        device.type,
-        rewards=len(reward_models),
-        context_length=model.info.context_length,
-    )
+    footprint, context = memory.Footprint.of(model.model, reward_models), model.info.context_length
+    shared, largest = footprint.budgets(free, config.memory_fraction, device.type, context_length=context)
     shared = replace(shared, trajectories=config.batch_trajectories)
     if config.batch_tokens:
         shared, largest = replace(shared, tokens=config.batch_tokens), replace(largest, tokens=config.batch_tokens)

@@ -21,12 +21,10 @@ from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import ModelInfo, StepTrace
 from server.wire.stats import RunnerStats
-from server.worker.failures import free_memory
-from server.worker.group import Group, groups
+from server.worker.failures import Limits, free_memory
 from server.worker.inner import Cohort, InnerSteps
 from server.worker.memory import cached_share
-from server.worker.pack import Batch, Forward, Member, pack
-from server.worker.parts import Limits
+from server.worker.pack import Batch, Forward, Group, Member, groups, pack
 from server.worker.reveal import Decision, base_confidence, decide
 from server.worker.savings import Savings
 from server.worker.trajectory import Trajectory

@@ -91,7 +91,7 @@ def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
     footprint = FOOTPRINT
     before = None
     for gigabytes in (0, 1, 4, 16, 60, 10_000):
-        shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", rewards=1, context_length=2048)
+        shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", context_length=2048)
         for field in fields(shared):
             one, all_, cap = (getattr(b, field.name) for b in (shared, largest, CAPS["cuda"]))
             assert 1 <= one <= min(all_, cap)
@@ -138,7 +138,7 @@ def test_on_a_cpu_as_many_rows_are_steered_at_once_as_the_last_cache_holds(
 ) -> None:
     monkeypatch.setattr(memory, "last_cache_bytes", lambda: cache)
     footprint = replace(FOOTPRINT, phi_row=4.0 * vocabulary)
-    on_cpu, on_gpu = (footprint.budgets(1e13, 0.8, d, rewards=1, context_length=2048)[0] for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (footprint.budgets(1e13, 0.8, d, context_length=2048)[0] for d in ("cpu", "cuda"))
     assert on_cpu == replace(CAPS["cpu"], guided_rows=rows)
     assert on_gpu == CAPS["cuda"]
 

@@ -15,8 +15,7 @@ from server.budget import Budget
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Job, Message, SamplingParams
-from server.worker.failures import Attempt
-from server.worker.parts import RECOVERY_PARTS, Limits
+from server.worker.failures import RECOVERY_PARTS, Attempt, Limits
 from server.worker.runner import Runner
 from tests.support.jobs import answers, make_job
 from tests.support.models import diffusion, reward, tokenizer
