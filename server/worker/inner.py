@@ -6,6 +6,7 @@ the beginning, and the state splits in its own memory: a group takes no more tha
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ class InnerSteps:
         staying, done = group, 0
         seen: list[Tensor] = []  # rewards before each inner step so far, of the members that were there
         first_w: Tensor | None = None
-        for leaving in reversed(group.by_gradient_steps()):
+        by_steps = itertools.groupby(reversed(group.members), key=lambda member: member.step.gradient_steps)
+        for leaving in [group.of(tuple(members)[::-1]) for _, members in by_steps]:
             steered = self._steer(staying, state, objectives, done, leaving.gradient_steps)
             seen += steered.rewards
             first_w = steered.first_w if first_w is None else first_w

@@ -8,7 +8,6 @@ Equal canvases share one forward: the K trajectories of a prompt at their first 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -188,11 +187,6 @@ class Group:
     def of(self, members: Sequence[Member]) -> Group:
         """Some of its members, in their order."""
         return replace(self, members=tuple(members))
-
-    def by_gradient_steps(self) -> list[Group]:
-        """One group for each M of its members, the largest first."""
-        parts = itertools.groupby(self.members, key=lambda member: member.step.gradient_steps)
-        return [self.of(tuple(members)) for _, members in parts]
 
     def rows(self) -> IntArray:
         """Places of the group's rows among the batch's logits, (N,)."""

@@ -105,9 +105,7 @@ def load(config: WorkerConfig) -> LoadedService:
     reward_device = device
     if config.reward_device is not None:
         reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
-    own = None
-    if config.dtype == "auto" and device.type == "cpu":
-        own = checkpoint_dtype(checkpoint_folder(config.model))
+    own = checkpoint_dtype(checkpoint_folder(config.model)) if config.dtype == "auto" else None
     dtype = resolve_dtype(config.dtype, device, own)
     if activation_dtype(dtype, device) != dtype:
         logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)

@@ -133,12 +133,15 @@ class Denoiser:
         return decisions
 
     def _commit(self, decision: Decision) -> None:
-        """Write what was chosen into the canvas, and what was seen into the trajectory."""
+        """Write what was chosen and seen into the trajectory, which goes on to its next step."""
         if decision.failure:
             return
         trajectory, step, rewards = decision.trajectory, decision.step, decision.rewards
         masked = int(trajectory.masked.sum())
-        trajectory.reveal(decision.chosen, decision.tokens)
+        trajectory.tokens[decision.chosen] = decision.tokens
+        trajectory.masked[decision.chosen] = False
+        trajectory.cursor += 1
+        trajectory.model_calls += 1
         trajectory.reward_calls += step.gradient_steps
         trajectory.last_reward = rewards[-1] if rewards else None
         if trajectory.job.trace:

@@ -69,10 +69,3 @@ class Trajectory:
         if not step.guided:
             positions = positions[(positions >= step.start) & (positions < step.stop)]
         return positions.astype(np.int64)
-
-    def reveal(self, positions: IntArray, tokens: IntArray) -> None:
-        """Take what a step chose, (k,) each, and go on to the next one."""
-        self.tokens[positions] = tokens
-        self.masked[positions] = False
-        self.cursor += 1
-        self.model_calls += 1
