@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from server.types import DiffusionParams, GuidanceParams
 
 EPS = 1e-3  # the end of time; Dream's generation code calls it `eps`
-WINDOW = ("start", "stop", "every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +115,3 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
                 )
             )
     return tuple(planned)
-
-
-def approximations(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[str, ...]:
-    """The algorithm where it is an adaptive one, then each of `guidance.start`, `guidance.stop` and `guidance.every`
-    that leaves a step unguided. Of an adaptive run's steps nothing is known in advance: there a field counts that is
-    not its default."""
-    names = [diffusion.algorithm] if diffusion.adaptive else []
-    return (*names, *(f"guidance.{field}" for field in WINDOW if _skips(field, max_tokens, diffusion, guidance)))
-
-
-def _skips(field: str, max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> bool:
-    everywhere = GuidanceParams()
-    if not guidance.inner_steps or getattr(guidance, field) == getattr(everywhere, field):
-        return False
-    if diffusion.adaptive:
-        return True
-    alone = replace(guidance, **{name: getattr(everywhere, name) for name in WINDOW if name != field})
-    steps = plan(max_tokens, diffusion, alone)
-    return any(not step.guided and (step.reveal > 0 or diffusion.algorithm == "origin") for step in steps)

@@ -28,20 +28,15 @@ from server.worker.pack import Group
 class Cohort:
     """Members of a group with the same M, when they are through with their inner steps; N rows.
 
-    `first_row` is where their rows begin among the whole group's. `rewards`, (members,) each, are those before each
+    `rows` are their rows among the whole group's. `rewards`, (members,) each, are those before each
     inner step, and once more after the last where a member is traced; `first_w` (N,) is w at the first.
     """
 
     group: Group
     state: kernels.Guided
-    first_row: int = 0
+    rows: slice
     rewards: tuple[Tensor, ...] = ()
     first_w: Tensor | None = None
-
-    @property
-    def rows(self) -> slice:
-        """Of the whole group's rows."""
-        return slice(self.first_row, self.first_row + self.group.count)
 
 
 class InnerSteps:
@@ -75,8 +70,8 @@ class InnerSteps:
             rewards = [reward[first : first + len(leaving.members)] for reward in seen]
             if any(member.trajectory.job.trace for member in leaving.members):
                 rewards += self._steer(leaving, left, after, done, done, read_after=True).rewards
-            w = None if first_w is None else first_w[row : row + leaving.count]
-            cohorts.append(Cohort(leaving, left, row, tuple(rewards), w))
+            rows = slice(row, row + leaving.count)
+            cohorts.append(Cohort(leaving, left, rows, tuple(rewards), None if first_w is None else first_w[rows]))
         return cohorts
 
     def _steer(

@@ -24,7 +24,7 @@ from server.wire.stats import RunnerStats
 from server.worker.failures import Limits, free_memory
 from server.worker.inner import Cohort, InnerSteps
 from server.worker.memory import cached_share
-from server.worker.pack import Batch, Forward, Group, Member, groups, pack
+from server.worker.pack import Forward, Group, Member, groups, pack
 from server.worker.reveal import Decision, base_confidence, decide
 from server.worker.savings import Savings
 from server.worker.trajectory import Trajectory
@@ -95,7 +95,12 @@ class Denoiser:
         """One forward, and what follows from it by group and part."""
         started = time.perf_counter()
         batch = pack(trajectories, self.info.mask_token_id, self.device, share_equal=self.savings.share_equal_canvases)
-        forward = self._states(batch)
+        if self.savings.head_on_masked_rows:
+            forward = Forward(batch, self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head)
+        else:
+            everywhere = torch.arange(len(batch.tokens), device=self.device)
+            logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
+            forward = Forward(batch, logits[batch.rows], torch.clone)
         self._spent.forward += time.perf_counter() - started
         self._spent.rows += len(batch.blind)
         decisions: list[Decision] = []
@@ -108,13 +113,6 @@ class Denoiser:
                     decisions += [Decision(m.trajectory, m.step, failure="out_of_memory") for m in part.items]
         return decisions
 
-    def _states(self, batch: Batch) -> Forward:
-        if self.savings.head_on_masked_rows:
-            return Forward(batch, self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head)
-        everywhere = torch.arange(len(batch.tokens), device=self.device)
-        logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
-        return Forward(batch, logits[batch.rows], torch.clone)
-
     def _decide(self, group: Group, forward: Forward) -> list[Decision]:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
@@ -122,7 +120,7 @@ class Denoiser:
         self._spent.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
-        cohorts = [Cohort(group, state)]
+        cohorts = [Cohort(group, state, slice(None))]
         if group.rewards:
             started = time.perf_counter()
             cohorts = self.inner_steps.run(group, state)

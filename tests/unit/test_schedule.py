@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.diffusion.schedule import Step, adapted, approximations, blocks, plan, time_grid
+from server.api.answers import approximations
+from server.diffusion.schedule import Step, adapted, blocks, plan, time_grid
 from server.types import DiffusionParams, GuidanceParams
 from tests.support.models import GOLDEN
 
