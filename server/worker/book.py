@@ -108,9 +108,8 @@ class Book:
         entry = self._next(begun)
         if entry is None or not self._fits(entry, begun):
             return None
-        index = entry.admitted
         entry.admitted += 1
-        return entry, index
+        return entry, entry.admitted - 1
 
     def _next(self, begun: list[Entry]) -> Entry | None:
         """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there

@@ -139,10 +139,8 @@ class Limits:
         logger.warning("%s: memory ran out at %s; the limits are %s from now on", self.name, total, list(self.now))
 
     def _recover(self) -> None:
-        if self.now == self.most:
-            return
         self._quiet += 1
-        if self._quiet >= RECOVERY_PARTS:
+        if self.now != self.most and self._quiet >= RECOVERY_PARTS:
             self._quiet = 0
             self.now = tuple(min(2 * limit, most) for limit, most in zip(self.now, self.most, strict=True))
             logger.info("%s: the limits are %s again", self.name, list(self.now))

@@ -67,8 +67,9 @@ class Forward:
     states: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def logits(self, rows: IntArray) -> Tensor:
-        """phi_0 (N, V) of some of the U rows, any of them more than once: `rows` (N,)."""
+    def logits(self, members: Sequence[Member]) -> Tensor:
+        """phi_0 (N, V) of these members' rows; members may share some of the U rows."""
+        rows = np.concatenate([member.rows for member in members])
         distinct, places = np.unique(rows, return_inverse=True)
         if len(distinct) == len(rows):
             return self._distinct(rows)
@@ -187,10 +188,6 @@ class Group:
     def of(self, members: Sequence[Member]) -> Group:
         """Some of its members, in their order."""
         return replace(self, members=tuple(members))
-
-    def rows(self) -> IntArray:
-        """Places of the group's rows among the batch's logits, (N,)."""
-        return np.concatenate([member.rows for member in self.members])
 
     def repeat(self, values: Sequence[float | int | bool]) -> npt.NDArray[np.generic]:
         """One value a member -> one a row, (N,)."""

@@ -59,9 +59,8 @@ class Denoiser:
         self.savings = savings or Savings()
         self.device = model.device
         self.stats = RunnerStats()
-        self.inner_steps = InnerSteps(
-            info, reward_models, grows=self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
-        )
+        grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
+        self.inner_steps = InnerSteps(info, reward_models, grows=grows)
         budget = budget or Budget()
         self.forwards = Limits("forward (canvas tokens)", (budget.tokens,), self.ran_out)
         self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self.ran_out)
@@ -116,7 +115,7 @@ class Denoiser:
     def _decide(self, group: Group, forward: Forward) -> list[Decision]:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
-        phi_0 = forward.logits(group.rows())
+        phi_0 = forward.logits(group.members)
         self._spent.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
