@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import MODELS, bundled_model_path, bundled_reward_models
+from demo import bundled_model_path, bundled_reward_models
 from demo.batches import BatchMaker
 from demo.corpus import Corpus
 from demo.tokenizer import chat_text
@@ -22,24 +22,18 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
 ASKED = [Message("user", "Write a short review of a hotel.")]
 
 
+HOW = {"dtype": torch.float32, "device": "cpu"}
+
+
 @pytest.fixture(scope="module")
 def loaded():
-    return load_diffusion_model(bundled_model_path(), dtype=torch.float32, device="cpu")
+    return load_diffusion_model(bundled_model_path(), **HOW)
 
 
 @pytest.fixture(scope="module")
 def rewards(loaded):
-    return {
-        name: load_reward_model(
-            name,
-            path,
-            diffusion_tokenizer=loaded.tokenizer,
-            diffusion_vocab_size=loaded.info.vocab_size,
-            dtype=torch.float32,
-            device="cpu",
-        )
-        for name, path in bundled_reward_models().items()
-    }
+    beside = {"diffusion_tokenizer": loaded.tokenizer, "diffusion_vocab_size": loaded.info.vocab_size}
+    return {name: load_reward_model(name, path, **beside, **HOW) for name, path in bundled_reward_models().items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,6 @@ def test_the_folders_hold_the_files_of_a_published_checkpoint():
         assert ours["architectures"] == theirs["architectures"]
         assert ours["dtype"] == "float32"  # what they are meant for; they are stored in half of it
     assert (bundled_model_path() / "model.safetensors").stat().st_size <= 12e6
-    assert (MODELS / "README.md").is_file()
 
 
 def test_the_training_script_learns_the_committed_tokenizers(learned):
@@ -68,11 +61,7 @@ def test_the_chat_template_renders_what_training_saw(loaded):
     messages = [Message("system", "You are a critic."), *ASKED]
     expected = chat_text([(message.role, message.content) for message in messages], add_generation_prompt=True)
     assert loaded.tokenizer.render_chat(messages) == loaded.tokenizer.encode(expected)
-
-
-def test_the_default_canvas_comes_from_the_checkpoint(loaded):
     assert loaded.info.default_max_tokens == 48
-    assert loaded.info.family == "dream"
 
 
 def test_the_diffusion_model_predicts_masked_tokens_of_unseen_texts(loaded, learned):
@@ -122,21 +111,16 @@ def test_concrete_follows_details_and_not_feelings(rewards):
 def test_the_reward_gradient_points_to_the_better_word(loaded, rewards):
     """Half-way between two words, the gradient prefers the one with the higher reward: what guidance relies on."""
     reward = rewards["sentiment"]
-    better = 0
     pairs = [("wonderful", "awful"), ("lovely", "terrible"), ("great", "bad"), ("clean", "dirty"), ("good", "poor")]
-    prefix_text = chat_text([("user", ASKED[0].content)], add_generation_prompt=True)
-    prefix = reward.tokenizer.encode(prefix_text)
-    for good, bad in pairs:
-        words = [f" {word}" for word in (good, bad)]
-        ids = [reward.tokenizer.encode(word) for word in words]
-        assert all(len(found) == 1 for found in ids), words
-        before, after = reward.tokenizer.encode("The hotel was"), reward.tokenizer.encode(".<|im_end|>\n")
-        length = len(before) + 1 + len(after)
-        table = reward.own_embeddings(torch.tensor([*before, ids[0][0], *after])).clone()
-        ends = reward.own_embeddings(torch.tensor([ids[0][0], ids[1][0]]))
-        table[len(before)] = ends.mean(0)
-        embeds = table.requires_grad_()
-        layout = reward.layout([reward.prefill(prefix)], [length])
+    question = chat_text([("user", ASKED[0].content)], add_generation_prompt=True)
+    prefix = reward.prefill(reward.tokenizer.encode(question))
+    before, after = reward.tokenizer.encode("The hotel was"), reward.tokenizer.encode(".<|im_end|>\n")
+    for words in pairs:
+        (good,), (bad,) = (reward.tokenizer.encode(f" {word}") for word in words)
+        embeds = reward.own_embeddings(torch.tensor([*before, good, *after])).clone()
+        ends = reward.own_embeddings(torch.tensor([good, bad]))
+        embeds[len(before)] = ends.mean(0)
+        embeds.requires_grad_()
+        layout = reward.layout([prefix], [len(embeds)])
         (gradient,) = torch.autograd.grad(reward.read(layout, embeds).sum(), embeds)
-        better += bool((gradient[len(before)] * (ends[0] - ends[1])).sum() > 0)
-    assert better == len(pairs)
+        assert gradient[len(before)] @ (ends[0] - ends[1]) > 0, words

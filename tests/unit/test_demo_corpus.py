@@ -70,9 +70,7 @@ def test_moods_and_details_show_in_the_grades():
         request = corpus.request(WORDINGS, "train")
         review = corpus.answer(request)
         by_kind.setdefault(request.kind, []).append((review.sentiment, review.concreteness))
-    mean = {
-        kind: tuple(sum(axis) / len(axis) for axis in zip(*grades, strict=True)) for kind, grades in by_kind.items()
-    }
+    mean = {kind: [sum(axis) / len(axis) for axis in zip(*grades, strict=True)] for kind, grades in by_kind.items()}
     assert mean["positive"][0] > 1.2 > -1.2 > mean["negative"][0]
     assert abs(mean["review"][0]) < 0.3
     assert mean["detailed"][1] > mean["review"][1] + 1
@@ -81,8 +79,7 @@ def test_moods_and_details_show_in_the_grades():
 
 def test_the_quality_prompts_are_in_the_splits_that_they_name():
     found = build()
-    assert len(found["compare"]) == 64
-    assert len(found["fluency"]) == 200
+    assert (len(found["compare"]), len(found["fluency"])) == (64, 200)
     assert sum(item["split"] != "train" for item in found["fluency"]) == 100
     assert sum(item["form"] == "raw" for item in found["fluency"]) == 100
     seen = {example.prompt.strip() for example in stream(10, 9000)}

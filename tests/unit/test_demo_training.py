@@ -21,6 +21,7 @@ from demo.train_dlm import DlmTraining, initialise, masked_loss, train_dlm
 from demo.train_rewards import encode, reward_config, rewards
 from server.models.dream import DreamModel
 from server.models.layers import DecoderConfig
+from server.models.packing import PackedLayout
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +51,18 @@ def test_a_batch_is_prompt_answer_and_padding_with_masks_in_the_canvas_only(toke
     assert batch.weights.sum().item() == pytest.approx(1.0, abs=1e-5)
     whole = batch.tokens.clone()
     whole[batch.rows] = batch.targets
+    assert not (whole == mask).any()
     for sequence in whole.split(list(batch.lengths)):
         first = (sequence == eos).nonzero()[0, 0]
         assert first > 0
         assert (sequence[first:] == eos).all()  # nothing follows the end
-        assert not (sequence == mask).any()
-    # The masked share of the canvases is spread over the whole of (0, 1].
     counts = [int((part == mask).sum()) for part in batch.tokens.split(list(batch.lengths))]
-    assert min(counts) <= 6
-    assert max(counts) >= 20
+    assert min(counts) <= 6 < 20 <= max(counts)  # the masked share is spread over the whole of (0, 1]
 
 
 def test_the_loss_equals_each_sequence_by_itself_in_float64(tokenizers):
     model = tiny_model(tokenizers[0]).double()
     batch = BatchMaker(Corpus(3), tokenizers[0], seed=3).next()
-    from server.models.packing import PackedLayout
-
     total, start = 0.0, 0
     for length in batch.lengths:
         inside = (batch.rows >= start) & (batch.rows < start + length)
@@ -82,11 +79,9 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
     matrices = torch.randn(3, 24, 40)
     found = orthogonalised(matrices)
     values = torch.linalg.svdvals(found)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
+    assert 0.5 < values.min() <= values.max() < 1.3
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    cosine = functional.cosine_similarity(found.flatten(1), (left @ right).flatten(1))
-    assert (cosine > 0.95).all()
+    assert (functional.cosine_similarity(found.flatten(1), (left @ right).flatten(1)) > 0.95).all()
 
 
 def test_muon_fits_a_linear_map_whichever_side_is_longer():
@@ -152,19 +147,13 @@ def test_spoiled_texts_are_graded_below_clean_ones_for_both_rewards():
         assert sum(spoiled) / 1500 < sum(clean) / 1500 - 0.8
 
 
-def test_an_unknown_reward_is_refused():
-    with pytest.raises(ValueError, match="politeness"):
-        GradedTexts("politeness", seed=1)
-
-
 def make_archive(path, line="7\t-1.5\tNo ''real'' plot.\n"):
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
         for name in FILES.values():
-            content = line.encode()
             info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            info.size = len(line)
+            tar.addfile(info, io.BytesIO(line.encode()))
     with zipfile.ZipFile(path, "w") as outer:
         outer.writestr(ARCHIVE, inner.getvalue())
 
