@@ -29,6 +29,8 @@ from server.worker.savings import Savings
 from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
 
+DEADLINE = "deadline"
+
 
 class Runner:
     """The jobs and the models of one device. `begin` is called with a job's id before anything is computed for it."""
@@ -94,7 +96,7 @@ class Runner:
             if job.deadline is None or now < job.deadline:
                 continue
             if entry.admitted:
-                entry.stopped = "deadline"
+                entry.stopped = DEADLINE
             else:
                 self.book.drop(job.id)
                 events.append(Failed(job.id, "deadline", "the deadline passed while the request was queued", "timeout"))

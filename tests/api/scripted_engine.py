@@ -36,11 +36,17 @@ Script = Callable[[Job], AsyncIterator[Event]]
 class ScriptedEngine(Engine):
     """The engine's face without a worker: every job gets the events of `script`."""
 
-    def __init__(self, script: Script, refuse: Exception | None = None, *, is_ready: bool = True) -> None:
+    info = INFO  # type: ignore[assignment]
+
+    def __init__(
+        self, script: Script, refuse: Exception | None = None, *, is_ready: bool = True, info: EngineInfo = INFO
+    ) -> None:
         super().__init__(EngineConfig(WorkerConfig("dlm")))
         self._script = script
         self.refuse = refuse
         self.is_ready = is_ready
+        self.info = info
+        self.jobs: list[Job] = []
         self.cancelled: list[str] = []
         self.closed: set[str] = set()
 
@@ -54,15 +60,12 @@ class ScriptedEngine(Engine):
     def ready(self) -> bool:
         return self.is_ready
 
-    @property
-    def info(self) -> EngineInfo:
-        return INFO
-
     def check_room(self, jobs: int = 1) -> None:
         if self.refuse is not None:
             raise self.refuse
 
     def submit(self, job: Job) -> Any:
+        self.jobs.append(job)
         return Scripted(self, job)
 
     async def score(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:

@@ -10,20 +10,19 @@ import os
 import random
 import re
 import socket
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.faults import hostile
 from tests.faults.mutations import BODIES, mutant
+from tests.support.serving import GOLDEN, wait_for
 
 if TYPE_CHECKING:
     from tests.support.serving import Launch, Served
 
-RM = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny" / "rm"
+RM = GOLDEN / "dream-tiny" / "rm"
 CHAT = "/v1/chat/completions"
 KNOWN: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "seed": 3}
 LONG: dict[str, Any] = {
@@ -50,17 +49,11 @@ def known(abused: Served) -> Any:
 
 @pytest.fixture
 def unharmed(abused: Served, known: Any) -> Any:
-    """The known request gets the same answer afterwards, and no slot is left taken."""
+    """The known request gets the same answer afterwards, no slot is left taken, and nothing went wrong."""
     yield abused
     wait_for(lambda: abused.metric("num_requests_running") + abused.metric("num_requests_waiting") == 0)
     assert abused.post(CHAT, KNOWN).json()["choices"] == known
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    give_up_at = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.05)
+    assert '"level": "ERROR"' not in abused.log.read_text()
 
 
 def descriptors(served: Served) -> int:
@@ -76,16 +69,13 @@ async def test_hostile_bytes(abused: Served, known: Any, case: hostile.Hostile) 
     assert abused.post(CHAT, KNOWN).json()["choices"] == known
 
 
-def test_after_hostile_bytes(unharmed: Served) -> None:
-    assert not [line for line in unharmed.log.read_text().splitlines() if '"level": "ERROR"' in line]
-
-
 def test_the_fuzzer_starts_from_requests_that_are_valid(unharmed: Served) -> None:
     for path, body in BODIES:
         assert unharmed.post(path, body).status_code == 200, (path, body)
 
 
 async def test_fuzzed_requests(unharmed: Served) -> None:
+    assert mutant(1, 0) == mutant(1, 0) != mutant(2, 0)  # the same each time
     statuses = set()
     for start in range(0, 160, 16):
         cases = [mutant(99, index) for index in range(start, start + 16)]
@@ -94,11 +84,6 @@ async def test_fuzzed_requests(unharmed: Served) -> None:
             statuses.add(reply.status)
             assert hostile.fault(reply, with_body=not case.startswith(b"HEAD ")) is None
     assert {200, 400, 405, 408} <= statuses
-
-
-def test_fuzzed_requests_are_the_same_each_time() -> None:
-    assert [mutant(1, index) for index in range(50)] == [mutant(1, index) for index in range(50)]
-    assert mutant(1, 0) != mutant(2, 0)
 
 
 GOOD = hostile.post(json.dumps(KNOWN).encode(), path=CHAT)
@@ -139,38 +124,39 @@ async def test_slow_senders_are_cut_off(unharmed: Served, start: bytes, status: 
     writer.transport.abort()
 
 
+@contextlib.contextmanager
+def deaf(served: Served, data: bytes) -> Iterator[None]:
+    """A client that sends this and reads nothing."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(60)
+        sock.connect((served.host, served.port))
+        sock.sendall(data)
+        yield
+
+
 def test_who_reads_nothing_of_a_large_answer_is_cut_off(unharmed: Served) -> None:
     wait_for(lambda: descriptors(unharmed) < 40)
     before = descriptors(unharmed)
     body = json.dumps({"prompt": "word " * 300_000, "return_token_strs": True}).encode()
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    sock.settimeout(60)
-    sock.connect((unharmed.host, unharmed.port))
-    sock.sendall(hostile.post(body, path="/tokenize"))
-    wait_for(lambda: descriptors(unharmed) <= before)
-    sock.close()
+    with deaf(unharmed, hostile.post(body, path="/tokenize")):
+        wait_for(lambda: descriptors(unharmed) <= before)
 
 
 def test_who_reads_nothing_of_a_stream_holds_no_slot(unharmed: Served) -> None:
     """Whether the kernel takes it all or the server gives it up: `unharmed` sees the slot free again."""
     body = json.dumps({**KNOWN, "max_tokens": 128, "ignore_eos": True, "stream": True, "stream_canvas": True}).encode()
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    sock.settimeout(60)
-    sock.connect((unharmed.host, unharmed.port))
-    sock.sendall(hostile.post(body, path=CHAT))
-    wait_for(lambda: unharmed.metric("num_requests_running") == 1)
-    wait_for(lambda: unharmed.metric("num_requests_running") == 0)
-    sock.close()
+    with deaf(unharmed, hostile.post(body, path=CHAT)):
+        wait_for(lambda: unharmed.metric("num_requests_running") == 1)
+        wait_for(lambda: unharmed.metric("num_requests_running") == 0)
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 60_000])
-def test_leaving_with_half_a_request_sent_ahead_frees_the_slot(unharmed: Served, ahead: int) -> None:
-    """A server that stops reading while it answers would not see this client go."""
+@pytest.mark.parametrize(("stream", "ahead"), [(False, 0), (True, 0), (False, 1), (False, 60_000)])
+def test_leaving_frees_the_slot(unharmed: Served, stream: bool, ahead: int) -> None:
+    """Also with half a request sent ahead: a server that stops reading while it answers would not see it."""
     aborted = unharmed.metric("request_success_total", finished_reason="abort")
     with socket.create_connection((unharmed.host, unharmed.port), timeout=60) as sock:
-        sock.sendall(hostile.post(json.dumps(LONG).encode(), path=CHAT))
+        sock.sendall(hostile.post(json.dumps({**LONG, "stream": stream}).encode(), path=CHAT))
         sock.sendall((b"GET /version HTTP/1.1\r\nHost: test\r\nA: " + b"x" * 60_000)[:ahead])
         wait_for(lambda: unharmed.metric("num_requests_running") == 1)
     wait_for(lambda: unharmed.metric("request_success_total", finished_reason="abort") == aborted + 1)
@@ -206,46 +192,6 @@ async def test_clients_that_leave(unharmed: Served) -> None:
 
     await asyncio.gather(*map(leave, range(60)))
     wait_for(lambda: descriptors(unharmed) < 40)
-    assert not [line for line in unharmed.log.read_text().splitlines() if '"level": "ERROR"' in line]
-
-
-BOMBS: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/score", {"queries": "word " * 20_000, "documents": ["a"] * 1000}),
-    ("/v1/rerank", {"query": "word " * 20_000, "documents": ["a"] * 1000}),
-    ("/v1/completions", {"prompt": "Hi", "n": 2**30}),
-    ("/v1/completions", {"prompt": "Hi", "best_of": 1025, "guidance": "bon"}),
-    ("/v1/completions", {"prompt": ["Hi"] * 100, "best_of": 100, "guidance": "bon"}),
-    ("/v1/completions", {"prompt": "Hi", "stop": ["x" * 1001]}),
-    ("/v1/completions", {"prompt": "Hi", "stop": ["x"] * 5}),
-    ("/v1/completions", {"prompt": "Hi", "logit_bias": {str(index): 1 for index in range(1000)}}),
-    ("/v1/completions", {"prompt": "Hi", "bad_words": ["x"]}),
-    ("/v1/completions", {"prompt": "Hi", "max_tokens": 2**40}),
-    ("/v1/completions", {"prompt": "Hi", "diffusion": {"steps": 2**20}}),
-    ("/v1/completions", {"prompt": "Hi", "guidance": {"method": "entrgi", "gradient_steps": 10**6}}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 5000}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "<" * 1_900_000}]}),
-    ("/v1/completions", {"prompt": "Hi", "guided_regex": "(a+)+$"}),
-    ("/v1/completions", {"prompt": "Hi", "response_format": {"type": "json_schema", "json_schema": {}}}),
-    ("/v1/chat/completions", {**KNOWN, "chat_template": "{% for i in range(10**9) %}{% endfor %}"}),
-    ("/v1/chat/completions", {**KNOWN, "chat_template_kwargs": {"a": 1}}),
-]
-
-
-@pytest.mark.parametrize(("path", "body"), BOMBS, ids=range(len(BOMBS)))
-def test_small_requests_for_much_work_are_refused(abused: Served, path: str, body: dict[str, Any]) -> None:
-    response = abused.post(path, body)
-    assert response.status_code == 400
-    assert hostile.is_envelope(response.text)
-    assert len(response.content) < 1500
-
-
-def test_more_prompts_than_places_are_no_reason_to_wait(launch: Launch) -> None:
-    served = launch("--max-queue", "2")
-    served.wait_ready()
-    response = served.post("/v1/completions", {"prompt": ["a", "b", "c"], "max_tokens": 2})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt"
-    assert served.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Bad input against a real server: the right status, a message that names the field, and the server goes on."""
+"""Bad input: the right status, against a real server, and what the message says: the field, what would be right, what
+was sent; in JSON's words, not in Python's."""
 
 from __future__ import annotations
 
@@ -8,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from server.methods import METHODS
+from tests.api.scripted_engine import check_envelope, make, open_client
+
 if TYPE_CHECKING:
     from tests.support.serving import Served
 
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-GOOD = {"prompt": "Hi", "max_tokens": 4}
-GOOD_CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+COMPLETIONS, CHAT, SCORE, RERANK = "/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/rerank"
+GOOD: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi"},
+    CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+    SCORE: {"queries": "a", "documents": "b"},
+    RERANK: {"query": "a", "documents": ["b"]},
+}
 
 Wrong = list[tuple[str, list[Any], dict[str, Any]]]
 """A field's path, values that are wrong there, and what else the request has. The field is named in the error."""
@@ -54,13 +61,11 @@ FIELDS: Wrong = [
     ("chat_template", ["yes"], {}),
     ("chat_template", [True], {"prompt": [5, 6]}),
     ("temprature", [0.5], {}),
+    ("guided_regex", ["(a+)+$"], {}),
+    ("bad_words", [["x"]], {}),
+    ("response_format", [{"type": "json_schema", "json_schema": {}}], {}),
     ("max_completion_tokens", [4], {}),
     ("messages", [[]], {}),
-    # What a masked model cannot honour.
-    ("echo", [True], {}),
-    ("logprobs", [0, 1], {}),
-    ("logit_bias", [{"5": 1}], {}),
-    ("frequency_penalty", [0.5], {}),
     ("presence_penalty", [-1], {}),
     ("repetition_penalty", [1.1], {}),
     ("guidance", [3], {}),
@@ -92,7 +97,7 @@ FIELDS: Wrong = [
     ("diffusion.confidence_threshold", [0.9], {"diffusion": {}}),
     ("diffusion.algorithm_temperature", [-1], {"diffusion": {}}),
     *(("diffusion.algorithm_temperature", [1], algorithm(name)) for name in ("entropy_bound", "threshold", "origin")),
-    ("diffusion.block_length", [5], {"diffusion": {}}),
+    ("diffusion.block_length", [5], {"max_tokens": 4, "diffusion": {}}),
     ("diffusion.schedule", ["cosine"], {"diffusion": {}}),
     ("diffusion.schedule", ["even"], algorithm("origin")),
     ("diffusion.deprioritize_eos", [True], algorithm("origin")),
@@ -103,6 +108,7 @@ USER = {"role": "user", "content": "Hi"}
 IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
 CHAT_FIELDS: Wrong = [
     ("messages", [None, [], "Hi", [{"role": "user", "content": "word " * 3000}]], {}),
+    ("messages", [[{"role": "user", "content": ""}] * 5000, [{"role": "user", "content": "<" * 1_900_000}]], {}),
     ("messages.0", ["Hi"], {"messages": [None]}),
     ("messages.0.content", [None, 5, [], IMAGE, "\udfff"], {"messages": [USER]}),
     ("messages.0.role", [None, "wizard"], {"messages": [USER]}),
@@ -111,22 +117,21 @@ CHAT_FIELDS: Wrong = [
     ("max_tokens", [4], {"max_completion_tokens": 8}),
     ("prompt", ["Hi"], {}),
     ("suffix", ["Hi"], {}),
-    ("tools", [[{"type": "function"}]], {}),
+    ("chat_template", ["{% for i in range(10**9) %}{% endfor %}"], {}),
+    ("chat_template_kwargs", [{"a": 1}], {}),
     ("tool_choice", ["required"], {}),
     ("response_format.type", ["json_object"], {"response_format": {}}),
-    ("logprobs", [True], {}),
-    ("top_logprobs", [3], {}),
     ("reasoning_effort", ["high"], {}),
     ("service_tier", ["priority"], {}),
 ]
 
 
-def cases(path: str, good: dict[str, Any], fields: Wrong) -> list[Any]:
+def cases(path: str, fields: Wrong) -> list[Any]:
     """(route, body, param) of every wrong value."""
     made = []
     for param, values, context in fields:
         for value in values:
-            body = copy.deepcopy({**good, **context})
+            body = copy.deepcopy({**GOOD[path], **context})
             *parents, last = (int(part) if part.isdecimal() else part for part in param.split("."))
             place: Any = body
             for parent in parents:
@@ -158,12 +163,9 @@ BODIES: list[tuple[bytes, str]] = [
 
 
 def check(response: Any, status: int, param: str | None) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
+    error = check_envelope(response, status)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param, error
-    assert error["code"] is None or isinstance(error["code"], str)
     assert len(error["message"]) <= 900
     assert "Traceback" not in error["message"]
     assert "site-packages" not in error["message"]
@@ -175,25 +177,27 @@ def send(server: Served, path: str, body: dict[str, Any]) -> Any:
     return server.client.post(path, content=data, headers={"Content-Type": "application/json"})
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"), cases(COMPLETIONS, GOOD, FIELDS) + cases(CHAT, GOOD_CHAT, CHAT_FIELDS)
-)
+@pytest.mark.parametrize(("path", "body", "param"), cases(COMPLETIONS, FIELDS) + cases(CHAT, CHAT_FIELDS))
 def test_the_wrong_field_is_named(server: Served, path: str, body: dict[str, Any], param: str) -> None:
     check(send(server, path, body), 400, param)
 
 
-def test_an_unknown_name_is_repeated_only_in_part(server: Served) -> None:
-    check(send(server, COMPLETIONS, {**GOOD, "x" * 5000: 1}), 400, "x" * 197 + "...")
-    for model in ("no-such-model", "rm"):
-        check(send(server, COMPLETIONS, {**GOOD, "model": model}), 404, "model")
+def test_messages_quote_little(server: Served) -> None:
+    check(send(server, COMPLETIONS, {**GOOD[COMPLETIONS], "x" * 5000: 1}), 400, "x" * 197 + "...")
+    for model in ("no-such-model", "rm", "secret" * 20):
+        response = send(server, COMPLETIONS, {**GOOD[COMPLETIONS], "model": model})
+        check(response, 404, "model")
+        assert len(response.content) < 400
+    big = send(server, COMPLETIONS, {**GOOD[COMPLETIONS], "temperature": "y" * 1_000_000})
+    check(big, 400, "temperature")
+    assert len(big.content) < 1000
 
 
 @pytest.mark.parametrize(("body", "part"), BODIES, ids=range(len(BODIES)))
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/score", "/tokenize"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, SCORE, "/tokenize"])
 def test_body(server: Served, path: str, body: bytes, part: str) -> None:
     response = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
+    error = check_envelope(response, 400)
     assert error["type"] == "invalid_request_error"
     # The other routes have other fields; there the first unknown one is named instead.
     if path == COMPLETIONS:
@@ -201,43 +205,32 @@ def test_body(server: Served, path: str, body: bytes, part: str) -> None:
     assert len(error["message"]) < 900
 
 
-def test_messages_quote_little(server: Served) -> None:
-    response = send(server, COMPLETIONS, {**GOOD, "model": "secret" * 20})
-    assert len(response.json()["error"]["message"]) < 400
-    big = send(server, COMPLETIONS, {**GOOD, "temperature": "y" * 1_000_000})
-    assert big.status_code == 400
-    assert len(big.content) < 1000
-
-
-def test_long_conversation_for_the_reward_model_names_the_prompt(server: Served) -> None:
-    """Fits the diffusion model's context but not the reward model's, whose template is longer."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_long_conversation_for_the_reward_model_names_the_prompt(server: Served, stream: bool) -> None:
+    """Fits the diffusion model's context but not the reward model's, whose template is longer: the worker knows."""
     info = {model["id"]: model for model in server.client.get("/v1/models").json()["data"]}
     room = info["dlm"]["context_length"] - 4
     tokens = server.post("/tokenize", {"prompt": "a"}).json()["tokens"]
-    response = send(server, COMPLETIONS, {"prompt": tokens * room, "max_tokens": 4, "guidance": "bon", "best_of": 1})
-    check(response, 400, "prompt")
-
-
-def test_the_server_goes_on(server: Served) -> None:
-    response = server.post(COMPLETIONS, {**GOOD, "guidance": "entrgi", "best_of": 2})
-    assert response.status_code == 200
-    assert isinstance(response.json()["choices"][0]["reward"], float)
+    body = {"prompt": tokens * room, "max_tokens": 4, "guidance": "bon", "best_of": 1, "stream": stream}
+    check(send(server, COMPLETIONS, body), 400, "prompt")
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
-        ("/v1/score", {"queries": "a", "documents": []}, 400, "documents"),
-        ("/v1/score", {"queries": ["a", "b"], "documents": ["c"]}, 400, "documents"),
-        ("/v1/score", {"queries": "a", "documents": "b", "model": "dlm"}, 404, "model"),
-        ("/v1/score", {"documents": "b"}, 400, "queries"),
-        ("/v1/score", {"queries": "a", "documents": ["b"] * 1025}, 400, "documents"),
-        ("/v1/score", {"queries": "a", "documents": "b " * 9000}, 400, "documents"),
-        ("/v1/score", {"queries": [[{"role": "x", "content": "a"}]], "documents": "b"}, 400, "queries.0.0.role"),
-        ("/v1/rerank", {"query": "a", "documents": "b"}, 400, "documents"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, 400, "top_n"),
-        ("/v1/rerank", {"query": ["a"], "documents": ["b"]}, 400, "query.0"),
-        ("/v1/rerank", {"query": "a", "documents": [{"text": 5}]}, 400, "documents.0"),
+        (SCORE, {"queries": "a", "documents": []}, 400, "documents"),
+        (SCORE, {"queries": ["a", "b"], "documents": ["c"]}, 400, "documents"),
+        (SCORE, {"queries": "a", "documents": "b", "model": "dlm"}, 404, "model"),
+        (SCORE, {"documents": "b"}, 400, "queries"),
+        (SCORE, {"queries": "a", "documents": ["b"] * 1025}, 400, "documents"),
+        (SCORE, {"queries": "a", "documents": "b " * 9000}, 400, "documents"),
+        (SCORE, {"queries": [[{"role": "x", "content": "a"}]], "documents": "b"}, 400, "queries.0.0.role"),
+        (SCORE, {"queries": "word " * 20_000, "documents": ["a"] * 1000}, 400, "documents"),
+        (RERANK, {"query": "word " * 20_000, "documents": ["a"] * 1000}, 400, "documents"),
+        (RERANK, {"query": "a", "documents": "b"}, 400, "documents"),
+        (RERANK, {"query": "a", "documents": ["b"], "top_n": -1}, 400, "top_n"),
+        (RERANK, {"query": ["a"], "documents": ["b"]}, 400, "query.0"),
+        (RERANK, {"query": "a", "documents": [{"text": 5}]}, 400, "documents.0"),
         ("/v2/rerank", {"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, 400, "max_tokens_per_doc"),
         ("/rerank", {"query": "a", "documents": ["b"], "model": "dlm"}, 404, "model"),
         ("/tokenize", {}, 400, "prompt"),
@@ -251,3 +244,98 @@ def test_the_server_goes_on(server: Served) -> None:
 )
 def test_other_routes(server: Served, path: str, body: dict[str, Any], status: int, param: str) -> None:
     check(send(server, path, body), status, param)
+
+
+# -- what the messages say ---------------------------------------------------------------------------------------
+
+*FIRST, LAST = METHODS
+BON = {"method": "bon"}
+TEXT = {"type": "text", "text": "Hi"}
+CACHED = {**TEXT, "cache_control": {"type": "ephemeral"}}
+TITLED = ["a", {"text": "b", "title": "c"}]
+
+
+def said(content: object) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+MESSAGES: dict[str, list[tuple[dict[str, Any], str]]] = {
+    COMPLETIONS: [
+        ({"temperature": 3}, "`temperature` must be less than or equal to 2 (got 3)"),
+        ({"temperature": "hot"}, "`temperature` must be a number (got 'hot')"),
+        ({"n": True}, "`n` must be an integer (got true)"),
+        ({"stream": 1}, "`stream` must be true or false (got 1)"),
+        ({"stop": 5}, "`stop` must be a string or a list of strings"),
+        ({"stop": [""]}, "`stop.0` must have at least 1 character (got '')"),
+        ({"stop": ["a"] * 5}, "`stop` must have at most 4 items, not 5"),
+        ({"guidance": 5}, "`guidance` must be a method's name or an object"),
+        ({"guidance": "best"}, f"`guidance.method` must be {', '.join(map(repr, FIRST))} or {LAST!r} (got 'best')"),
+        ({"guidance": {"reward_model": "z"}}, "`guidance.reward_model` names 'z', which is not loaded; loaded: rm"),
+        ({"guidance": BON | {"eta": 1}}, "`guidance.eta` has no effect with method bon, which uses no gradient"),
+        ({"diffusion": []}, "`diffusion` must be an object"),
+        ({"diffusion": {"entropy_bound": 1}}, "`diffusion.entropy_bound` has no effect with algorithm entropy"),
+        ({"frobnicate": 1}, "`frobnicate` is not a field of this request"),
+        ({"best_of": 200}, "`best_of` must be at most 128 on this server (got 200)"),
+        ({"prompt": ["Hi"] * 129}, "`prompt` must have at most 128 items on this server, not 129"),
+        ({"stream_canvas": True}, "`stream_canvas` needs `stream`"),
+    ],
+    CHAT: [
+        ({"messages": []}, "`messages` must have at least 1 item, not 0"),
+        (said(5), "`messages.0.content` must be a string or a list of text parts"),
+        ({"messages": [{"role": "user"}]}, "`messages.0.content` is required"),
+        (
+            said([TEXT, CACHED]),
+            "`messages.0.content` holds 'cache_control' in part 1; a text part has `type` and `text` only",
+        ),
+    ],
+    SCORE: [
+        ({"queries": 5}, "`queries` must be a prompt, a list of messages, or a list of those"),
+        ({"documents": 5}, "`documents` must be a string or a list of strings"),
+    ],
+    RERANK: [
+        ({"query": 5}, "`query` must be a prompt or a list of messages"),
+        (
+            {"documents": TITLED},
+            "`documents.1` holds 'title', which would not be read: a document is a string or its `text` alone",
+        ),
+    ],
+}
+"""By route: what is wrong in the request, and the message, which begins with the field."""
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"), [(path, *case) for path, cases in MESSAGES.items() for case in cases]
+)
+async def test_messages(path: str, change: dict[str, Any], message: str) -> None:
+    async with open_client(make()) as client:
+        error = check_envelope(await client.post(path, json={**GOOD[path], **change}), 400)
+    param = message.split("`")[1]
+    assert error == {"message": message, "type": "invalid_request_error", "param": param, "code": "invalid_value"}
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "reason"),
+    [
+        (COMPLETIONS, "logprobs", 0, "left-to-right"),
+        (COMPLETIONS, "logprobs", 5, "left-to-right"),
+        (COMPLETIONS, "echo", True, "left-to-right"),
+        (CHAT, "logprobs", True, "left-to-right"),
+        (CHAT, "top_logprobs", 2, "left-to-right"),
+        (CHAT, "frequency_penalty", 0.5, "left to right"),
+        (CHAT, "logit_bias", {"5": 1}, "sampler"),
+        (CHAT, "tools", [{"type": "function"}], "only writes text"),
+        (CHAT, "min_tokens", 3, "ignore_eos"),
+        ("/tokenize", "add_special_tokens", True, "as it stands"),
+    ],
+)
+async def test_a_refused_field_says_why(path: str, field: str, value: object, reason: str) -> None:
+    body = GOOD.get(path, {"prompt": "Hi"})
+    async with open_client(make()) as client:
+        error = check_envelope(await client.post(path, json={**body, field: value}), 400)
+        assert error["param"] == field
+        assert error["message"].startswith(f"`{field}` is not supported: ")
+        assert reason in error["message"]
+        nothing = {"echo": False, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "add_special_tokens": False}
+        for same in (None, nothing.get(field)):
+            response = await client.post(path, json={**body, field: same})
+            assert response.status_code == 200, response.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import resource
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +15,6 @@ import httpx
 import pytest
 
 from server.api.protocol import EXTRA_CONNECTIONS
-from server.cli import allow_descriptors
 from tests.api.scripted_engine import ScriptedEngine, check_envelope, never, serving
 from tests.faults import hostile
 
@@ -95,31 +93,22 @@ async def test_running_requests_count_whatever_they_wait_for() -> None:
 
 
 async def test_one_answer_a_connection_past_the_limit(caplog: pytest.LogCaptureFixture) -> None:
-    """A probe's connection, too, is closed with its answer: kept alive, they would use up the few there are."""
-    async with serving(max_connections=LIMIT) as port, idle(port, LIMIT):
-        head = hostile.get(path="/v1/models").replace(b"GET", b"HEAD")
-        for request, status in ((hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503), (head, 503)):
+    """A probe's connection, too, is closed with its answer: kept alive, they would use up the few there are. A large
+    request gets its answer and not a reset, although nobody reads its body. However many are refused in a row, probes
+    still get in."""
+    head = hostile.get(path="/v1/models").replace(b"GET", b"HEAD")
+    large = hostile.post(b"{" + b" " * 1_900_000 + b"}", path="/v1/completions")
+    async with serving(max_connections=LIMIT) as port, asking(port) as client, idle(port, LIMIT):
+        for request, status in (
+            (hostile.get(path="/health"), 200), (GOOD, 503), (GOOD * 2, 503), (head, 503), (large, 503),
+        ):  # fmt: skip
             reply = await hostile.exchange(port, request, seconds=30, linger=30)
             assert (reply.status, reply.closed) == (status, True)
             assert bool(reply.body) == (request is not head)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-async def test_refusals_leave_room_for_probes() -> None:
-    """A refused connection is closed at once, so that many of them in a row do not use up the places past the limit."""
-    async with serving(max_connections=LIMIT) as port, asking(port) as client, idle(port, LIMIT):
         for _ in range(3 * EXTRA_CONNECTIONS):
             check_envelope(await client.post("/v1/completions", json=BODY), 503)
         assert (await client.get("/ready")).status_code == 200
-
-
-async def test_a_large_request_past_the_limit_gets_its_answer() -> None:
-    """Not a reset, although nobody reads its body."""
-    large = hostile.post(b"{" + b" " * 1_900_000 + b"}", path="/v1/completions")
-    async with serving(max_connections=LIMIT) as port, idle(port, LIMIT):
-        reply = await hostile.exchange(port, large, seconds=30, linger=30)
-        assert (reply.status, reply.closed) == (503, True)
-        assert json.loads(reply.body)["error"]["code"] == "too_many_connections"
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_far_past_the_limit_connections_are_cut_off() -> None:
@@ -168,22 +157,15 @@ async def test_idle_connections_live_as_long_as_a_setting_says() -> None:
 
 def test_descriptors_are_allowed_for() -> None:
     """In a process of its own: a limit cannot be lowered for a test and raised again."""
-    program = (
-        "import resource, sys\n"
-        "from server.cli import allow_descriptors\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
-        "for needed in (32, 200, 1000):\n"
-        "    allow_descriptors(needed)\n"
-        "    print(*resource.getrlimit(resource.RLIMIT_NOFILE))\n"
-    )
+    program = """
+import resource
+from server.cli import allow_descriptors
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))
+for needed in (32, 200, 1000):
+    allow_descriptors(needed)
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split("\n")[:3] == ["64 512", "200 512", "512 512"]
-    assert "max_connections needs 1000 descriptors and the system allows 512" in done.stderr
-
-
-def test_enough_descriptors_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    caplog.set_level(logging.WARNING)
-    allow_descriptors(8)
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
-    assert not caplog.records
+    (warning,) = done.stderr.splitlines()  # enough of them are left alone in silence
+    assert "max_connections needs 1000 descriptors and the system allows 512" in warning

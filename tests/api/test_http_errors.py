@@ -8,6 +8,7 @@ import pytest
 
 from server.errors import Draining, NotReady, QueueFull
 from server.types import Job
+from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed
 from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client, operations, unloaded
 
@@ -110,6 +111,15 @@ async def test_refusals(error: Exception, status: int, code: str, stream: bool) 
         if status == 503:
             assert check_envelope(await client.get("/ready"), 503)["code"] == code
             assert (await client.get("/health")).status_code == 200
+
+
+async def test_more_prompts_than_places_are_no_reason_to_wait() -> None:
+    engine = ScriptedEngine(at_once)
+    engine.config = EngineConfig(WorkerConfig("dlm"), max_queue=2)
+    async with open_client(make(engine)) as client:
+        error = check_envelope(await client.post("/v1/completions", json={"prompt": ["a", "b", "c"]}), 400)
+        assert error["param"] == "prompt"
+        assert (await client.post("/v1/completions", json={"prompt": ["a", "b"]})).status_code == 200
 
 
 async def test_body_limit() -> None:

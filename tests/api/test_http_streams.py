@@ -107,19 +107,12 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels_all_its_jobs(stream: bool) -> None:
-    running: list[str] = []
-
-    async def run_for_ever(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        running.append(job.id)
-        await asyncio.Event().wait()
-
-    engine = ScriptedEngine(run_for_ever)
+    engine = ScriptedEngine(never)
     body = json.dumps({"prompt": ["Hi", "Ho"], "stream": stream}).encode()
     async with serving(engine) as port, asyncio.timeout(60), httpx.AsyncClient() as client:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(hostile.post(body))
-        while len(running) < 2:  # noqa: ASYNC110
+        while len(engine.jobs) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         writer.close()
         while len(engine.cancelled) < 2:  # noqa: ASYNC110

@@ -1,7 +1,9 @@
-"""`/v1/models`: what a client needs to know, under every name of the model."""
+"""What a client can learn: `/v1/models`, under every name of the model, and the OpenAPI document."""
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import httpx
@@ -20,12 +22,8 @@ def ok(response: httpx.Response) -> dict[str, Any]:
 async def test_a_model_answers_to_all_its_names() -> None:
     async with open_client(make(served_model_name=["dlm", "also", "org/also"])) as client:
         listed = ok(await client.get("/v1/models"))["data"]
-        assert [(model["id"], model["root"]) for model in listed] == [
-            ("dlm", "dlm"),
-            ("also", "dlm"),
-            ("org/also", "dlm"),
-            ("rm", "rm"),
-        ]
+        roots = {model["id"]: model["root"] for model in listed}
+        assert roots == {"dlm": "dlm", "also": "dlm", "org/also": "dlm", "rm": "rm"}
         for entry in listed:
             assert ok(await client.get(f"/v1/models/{entry['id']}")) == entry
         for name in ("dlm", "also", "org/also"):
@@ -60,26 +58,32 @@ async def test_defaults_are_those_of_a_request_that_names_none() -> None:
     diffusion = {key: defaults[key] for key in Diffusion.model_fields if key in defaults}
     top = {key: value for key, value in defaults.items() if key not in {*guidance, *diffusion, "best_of", "guidance"}}
     own = ("entropy_bound", "confidence_threshold")  # each belongs to an algorithm that is not the default
-    body = {
-        "prompt": "Hi",
-        "seed": 1,
-        **top,
-        "guidance": {"method": "entrgi", **guidance},
-        "diffusion": {key: value for key, value in diffusion.items() if key not in own},
-    }
-    jobs: list[Any] = []
-
-    class Noting(ScriptedEngine):
-        def submit(self, job: Any) -> Any:
-            jobs.append(job)
-            return super().submit(job)
-
-    async with open_client(make(Noting(at_once), request_timeout=9)) as client:
+    body = {"prompt": "Hi", "seed": 1, **top, "guidance": {"method": "entrgi", **guidance}}
+    body["diffusion"] = {key: value for key, value in diffusion.items() if key not in own}
+    engine = ScriptedEngine(at_once)
+    async with open_client(make(engine, request_timeout=9)) as client:
         ok(await client.post("/v1/completions", json=body))
         ok(await client.post("/v1/completions", json={"prompt": "Hi", "seed": 1, "guidance": "entrgi"}))
-    explicit, implicit = jobs
-    assert (explicit.sampling, explicit.diffusion, explicit.guidance) == (
-        implicit.sampling,
-        implicit.diffusion,
-        implicit.guidance,
-    )
+    explicit, implicit = engine.jobs
+    for block in ("sampling", "diffusion", "guidance"):
+        assert getattr(explicit, block) == getattr(implicit, block)
+
+
+async def test_openapi_is_complete() -> None:
+    app = make()
+    document = app.openapi()
+    for reference in re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document)):
+        assert reference in document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert "422" not in operation["responses"], path
+            assert ("requestBody" in operation) == (method == "post")
+            for status, response in operation["responses"].items():
+                if status != "200":
+                    schema = response["content"]["application/json"]["schema"]
+                    assert schema == {"$ref": "#/components/schemas/ErrorEnvelope"}
+    assert "text/event-stream" in document["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
+    async with open_client(app) as client:
+        assert (await client.get("/openapi.json")).json() == document
+        for path in ("/docs", "/redoc"):  # both would load scripts from elsewhere
+            assert (await client.get(path)).status_code == 404

@@ -7,9 +7,6 @@ import io
 import json
 import logging
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import log
 from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
-from server.cli import engine_config, parser
+from server.cli import engine_config, main, parser
 from server.settings import SETTINGS, SettingsError, load, reward_models, unknown_variables
 from server.wire.config import FrontSettings, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
@@ -44,7 +41,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     assert load({}).host == "0.0.0.0"
 
 
-def test_lists_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENTRGI_API_KEY", "key-number-one, key-number-two")
     monkeypatch.setenv("ENTRGI_REWARD_MODEL", '["a=x", "org/name"]')
     monkeypatch.setenv("ENTRGI_SERVED_MODEL_NAME", "x, y")
@@ -54,13 +51,10 @@ def test_lists_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reward_models(settings.reward_model) == {"a": "x", "org/name": "org/name"}
     assert settings.served_model_name == ("x", "y")
     assert settings.cors_origins == ()
+    for text, value in (("true", True), ("False", False), ("1", True), ("0", False)):
+        monkeypatch.setenv("ENTRGI_SPARE_WORKER", text)
+        assert load({}).spare_worker is value
     assert load({"served_model_name": ["a,b", "c", "a"]}).served_model_name == ("a", "b", "c")
-
-
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("1", True), ("0", False)])
-def test_switches_in_the_environment(text: str, value: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENTRGI_SPARE_WORKER", text)
-    assert load({}).spare_worker is value
 
 
 @pytest.mark.parametrize(
@@ -140,12 +134,9 @@ def test_users_need_not_read_more_than_forty_settings() -> None:
     assert len(SETTINGS) <= 40
 
 
-def test_command_line_refuses_bad_settings() -> None:
-    command = [sys.executable, "-m", "server", "serve", "--port", "http"]
-    root = Path(__file__).resolve().parents[2]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: port: ")
+def test_command_line_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "http"]) == 2
+    assert capsys.readouterr().err.startswith("error: port: ")
 
 
 def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
@@ -172,51 +163,40 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
 # -- logs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def logger() -> Iterator[tuple[logging.Logger, logging.StreamHandler[io.StringIO]]]:
-    logger = logging.getLogger("test.log")
-    handler = logging.StreamHandler(io.StringIO())
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel("INFO")
-    yield logger, handler
-    logger.removeHandler(handler)
-
-
 EVIL = 'x"\n{"level": "INFO", "message": "forged"}\r\x1b[31m\u2028'
 
 
-def test_json_lines_cannot_be_forged(
-    logger: tuple[logging.Logger, logging.StreamHandler[io.StringIO]],
-) -> None:
-    log_to, handler = logger
-    handler.setFormatter(log.JSONFormatter())
+def lines_of(formatter: logging.Formatter) -> list[str]:
+    """What becomes of a message and of an exception that are a client's."""
+    logger, handler = logging.Logger("test.log"), logging.StreamHandler(io.StringIO())
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)
     token = log.request_id.set("id-1")
-    log_to.info("got %s", EVIL, extra={"path": EVIL})
+    logger.info("got %s", EVIL, extra={"path": EVIL})
     try:
         raise ValueError(EVIL)
     except ValueError:
-        log_to.exception("broke")
+        logger.exception("broke")
     log.request_id.reset(token)
-    lines = handler.stream.getvalue().splitlines()
-    assert len(lines) == 2
-    first, second = map(json.loads, lines)
+    text: str = handler.stream.getvalue()
+    return text.splitlines()
+
+
+def test_json_lines_cannot_be_forged() -> None:
+    first, second = map(json.loads, lines_of(log.JSONFormatter()))
     assert first["message"] == f"got {EVIL}"
     assert first["path"] == EVIL
     assert first["request_id"] == second["request_id"] == "id-1"
     assert "ValueError" in second["traceback"]
 
 
-def test_console_lines_cannot_be_forged(
-    logger: tuple[logging.Logger, logging.StreamHandler[io.StringIO]],
-) -> None:
-    log_to, handler = logger
-    handler.setFormatter(log.ConsoleFormatter())
-    log_to.info("got %s", EVIL, extra={"path": EVIL})
-    text = handler.stream.getvalue()
-    assert len(text.splitlines()) == 1
-    assert "\x1b" not in text
-    assert text.rstrip("\n").isprintable()
+def test_console_lines_cannot_be_forged() -> None:
+    first, second, *traceback = lines_of(log.ConsoleFormatter())
+    assert "forged" in first
+    assert "broke" in second
+    for line in (first, second, *traceback):
+        assert line.isprintable()
+        assert not line.startswith("{")
 
 
 # -- metrics -------------------------------------------------------------------------------------------------

@@ -39,17 +39,11 @@ def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> di
     return {"certificate": str(certificate), "key": str(key), "encrypted": str(encrypted)}
 
 
-def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
 async def test_requests_over_tls(authority: trustme.CA, files: dict[str, str]) -> None:
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
     async with serving(ssl_certfile=files["certificate"], ssl_keyfile=files["key"]) as port:
-        async with httpx.AsyncClient(
-            verify=trusting(authority), base_url=f"https://localhost:{port}", timeout=60
-        ) as client:
+        async with httpx.AsyncClient(verify=trusting, base_url=f"https://localhost:{port}", timeout=60) as client:
             assert (await client.get("/health")).json() == {"status": "ok"}
             answer = await client.post("/v1/completions", json={"prompt": "Hi"})
             assert answer.json()["choices"][0]["text"] == "Hi"

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
+from typing import Any, cast
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
@@ -22,24 +24,23 @@ from server.api.telemetry import exporting_provider
 from server.errors import ConfigurationError
 from server.types import Job
 from server.wire.messages import Event, Failed, Started
-from tests.api.scripted_engine import ScriptedEngine, at_once, make, open_client
-from tests.support.serving import Launch
+from tests.api.scripted_engine import ScriptedEngine, make, open_client
+from tests.support.serving import ROOT, Launch
 
-ROOT = Path(__file__).resolve().parents[2]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 SECRET = "the-secret-of-the-prompt"
 
 
-@pytest.fixture
-def spans() -> tuple[TracerProvider, InMemorySpanExporter]:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
+@asynccontextmanager
+async def traced(
+    engine: ScriptedEngine | None = None, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, InMemorySpanExporter]]:
+    """A client of an application, and what it has recorded."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    return provider, exporter
-
-
-Spans = tuple[TracerProvider, InMemorySpanExporter]
+    async with open_client(make(engine, tracer_provider=provider, **settings)) as client:
+        yield client, exporter
 
 
 def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
@@ -47,18 +48,17 @@ def by_name(exporter: InMemorySpanExporter) -> dict[str, ReadableSpan]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_spans_of_a_request(spans: Spans, stream: bool) -> None:
-    provider, exporter = spans
+async def test_spans_of_a_request(stream: bool) -> None:
     body = {
         "prompt": SECRET, "suffix": SECRET, "stop": ["a-stop-string"], "max_tokens": 8, "temperature": 0.5, "seed": 11,
         "top_k": 5, "guidance": {"method": "entrgi", "gradient_steps": 2}, "best_of": 1, "stream": stream,
     }  # fmt: skip
-    async with open_client(make(tracer_provider=provider)) as client:
+    async with traced() as (client, exporter):
         response = await client.post("/v1/completions", json=body, headers={**TRACEPARENT, "X-Request-Id": "id-1"})
         assert response.status_code == 200
     found = by_name(exporter)
     assert set(found) == {"POST /v1/completions", "queue", "text_completion dlm"}
-    request, queue, generation = (found[n] for n in ("POST /v1/completions", "queue", "text_completion dlm"))
+    request, queue, generation = found["POST /v1/completions"], found["queue"], found["text_completion dlm"]
     assert request.kind is SpanKind.SERVER
     assert f"{request.context.trace_id:032x}" == TRACE
     assert request.parent is not None
@@ -73,42 +73,27 @@ async def test_spans_of_a_request(spans: Spans, stream: bool) -> None:
     assert request.attributes["http.response.status_code"] == 200
     assert request.attributes["entrgi.request_id"] == "id-1"
     given = dict(generation.attributes or {})
-    assert given["gen_ai.response.id"].startswith("cmpl-")
-    assert {key: value for key, value in given.items() if key != "gen_ai.response.id"} == {
-        "gen_ai.operation.name": "text_completion",
-        "gen_ai.provider.name": "entrgi",
-        "gen_ai.request.model": "dlm",
-        "gen_ai.request.choice.count": 1,
-        "gen_ai.request.max_tokens": 8,
-        "gen_ai.request.temperature": 0.5,
-        "gen_ai.request.top_p": 0.95,
-        "gen_ai.request.top_k": 5,
-        "gen_ai.request.seed": 11,
-        "gen_ai.request.stream": stream,
-        "gen_ai.response.model": "dlm",
-        "gen_ai.response.finish_reasons": ("length",),
-        "gen_ai.usage.input_tokens": given["gen_ai.usage.input_tokens"],
-        "gen_ai.usage.output_tokens": 2,
-        "entrgi.prompt_index": 0,
-        "entrgi.best_of": 1,
-        "entrgi.diffusion.steps": 8,
-        "entrgi.diffusion.algorithm": "entropy",
-        "entrgi.guidance.method": "entrgi",
-        "entrgi.guidance.reward_models": ("rm",),
-        "entrgi.guidance.gradient_steps": 2,
-        "entrgi.trajectory_tokens": 2,
-        "entrgi.model_calls": 2,
-        "entrgi.reward_calls": 0,
-    }
-    assert given["gen_ai.usage.input_tokens"] > 0
+    assert str(given.pop("gen_ai.response.id")).startswith("cmpl-")
+    assert cast(int, given.pop("gen_ai.usage.input_tokens")) > 0
+    groups: dict[str, dict[str, object]] = {
+        "gen_ai": {"operation.name": "text_completion", "provider.name": "entrgi", "usage.output_tokens": 2},
+        "gen_ai.request": {
+            "model": "dlm", "choice.count": 1, "max_tokens": 8, "temperature": 0.5, "top_p": 0.95, "top_k": 5,
+            "seed": 11, "stream": stream,
+        },
+        "gen_ai.response": {"model": "dlm", "finish_reasons": ("length",)},
+        "entrgi": {"prompt_index": 0, "best_of": 1, "trajectory_tokens": 2, "model_calls": 2, "reward_calls": 0},
+        "entrgi.diffusion": {"steps": 8, "algorithm": "entropy"},
+        "entrgi.guidance": {"method": "entrgi", "reward_models": ("rm",), "gradient_steps": 2},
+    }  # fmt: skip
+    assert given == {f"{group}.{name}": told for group, names in groups.items() for name, told in names.items()}
     everything = "".join(span.to_json() for span in exporter.get_finished_spans())
     assert SECRET not in everything
     assert "a-stop-string" not in everything
 
 
-async def test_every_prompt_has_its_spans_and_probes_have_none(spans: Spans) -> None:
-    provider, exporter = spans
-    async with open_client(make(tracer_provider=provider, root_path="/llm")) as client:
+async def test_every_prompt_has_its_spans_and_probes_have_none() -> None:
+    async with traced(root_path="/llm") as (client, exporter):
         for path in ("/health", "/ready", "/ping", "/metrics", "/llm/health", "/llm/metrics"):
             assert (await client.get(path)).status_code == 200
         assert exporter.get_finished_spans() == ()
@@ -119,13 +104,12 @@ async def test_every_prompt_has_its_spans_and_probes_have_none(spans: Spans) -> 
     assert sorted(indices) == [0, 0, 1, 1, 2, 2]
 
 
-async def test_a_failure_is_an_error_of_its_span(spans: Spans) -> None:
+async def test_a_failure_is_an_error_of_its_span() -> None:
     async def fails(job: Job) -> AsyncIterator[Event]:
         yield Started(job.id)
         yield Failed(job.id, "engine_failed", f"broke on {SECRET}")
 
-    provider, exporter = spans
-    async with open_client(make(ScriptedEngine(fails), tracer_provider=provider)) as client:
+    async with traced(ScriptedEngine(fails)) as (client, exporter):
         body = {"messages": [{"role": "user", "content": SECRET}]}
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 500
         assert (await client.post("/v1/chat/completions", json={})).status_code == 400
@@ -135,9 +119,8 @@ async def test_a_failure_is_an_error_of_its_span(spans: Spans) -> None:
     assert generation.attributes is not None
     assert generation.attributes["error.type"] == "engine_failed"
     assert SECRET not in "".join(span.to_json() for span in exporter.get_finished_spans())
-    statuses = [s.attributes["http.response.status_code"] for s in exporter.get_finished_spans() if s.attributes and
-                "http.route" in s.attributes]  # fmt: skip
-    assert statuses == [500, 400]
+    attributes = [span.attributes or {} for span in exporter.get_finished_spans()]
+    assert [each["http.response.status_code"] for each in attributes if "http.route" in each] == [500, 400]
 
 
 async def test_nothing_is_traced_unless_configured() -> None:
@@ -145,7 +128,7 @@ async def test_nothing_is_traced_unless_configured() -> None:
     assert exporting_provider(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}) is None
     assert exporting_provider("http://127.0.0.1:1", {"OTEL_SDK_DISABLED": "true"}) is None
     assert exporting_provider("http://127.0.0.1:1", {"OTEL_TRACES_EXPORTER": "none"}) is None
-    async with open_client(make(ScriptedEngine(at_once))) as client:
+    async with open_client(make()) as client:
         assert (await client.post("/v1/completions", json={"prompt": "Hi"}, headers=TRACEPARENT)).status_code == 200
 
 

@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, Popen
 
-from rich.console import Console
+import httpx
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from demo import bundled_model_path
-from tests.conformance.environments import BUILD, FOLDER, python_of
-from tests.conformance.matrix import Row, line, markdown, table
+from tests.conformance.matrix import Row, line, markdown
 from tests.support.serving import ROOT, served
 
+FOLDER = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "conformance"
 PAGE = ROOT / "docs" / "conformance.md"
+INSTALL_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,9 @@ def main() -> int:
     clients = [client for client in CLIENTS if not names or client.name in names]
     if unknown := set(names) - {client.name for client in clients}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
-    with Progress(*columns, console=console) as progress:
+    rows: list[Row] = []
+    with Progress(*columns) as progress:
         for client in clients:
             task = progress.add_task(client.name, total=None)
 
@@ -76,10 +80,9 @@ def main() -> int:
 
             rows.append(outcome(client, tell))
             progress.stop_task(task)
-            progress.console.print(f"{client.name} {rows[-1].version}: {rows[-1].result}")
+            progress.console.print(f"{client.name} {rows[-1].version}: {rows[-1].result}, {rows[-1].seconds:.0f} s")
             for failure in rows[-1].failures:
                 progress.console.print(f"  {failure}", markup=False, soft_wrap=True)
-    console.print(table(rows))
     print(line(rows))
     if not names:
         PAGE.write_text(markdown(rows), "utf-8")
@@ -95,22 +98,41 @@ def outcome(client: Client, tell: Callable[[Row], None]) -> Row:
     try:
         python = python_of(client.name, out / "install.log")
         key = secrets.token_hex(16)
-        if (FOLDER / client.name / "requirements.txt").exists():
+        if python == Path(sys.executable):
+            _run(client, python, out, row, tell, {})
+        else:
             with served("--api-key", key, *client.flags, log=out / "server.log") as server:
                 _run(client, python, out, row, tell, facts(server.url, key))
-        else:
-            _run(client, python, out, row, tell, {})
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         row.trouble = f"{type(error).__name__}: {error}"
-    row.seconds = time.monotonic() - started
+    row.seconds = round(time.monotonic() - started, 1)
     return row
+
+
+def python_of(client: str, log: Path) -> Path:
+    """The interpreter of a client's environment below `build/conformance`, made if its requirements have changed; pip's
+    output goes to `log`. A client without requirements runs in ours. Raises CalledProcessError and TimeoutExpired."""
+    requirements = FOLDER / client / "requirements.txt"
+    if not requirements.exists():
+        return Path(sys.executable)
+    folder = BUILD / "environments" / client
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text("utf-8") == wanted:
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    with log.open("ab") as output:
+        for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(requirements)]):
+            subprocess.run(command, check=True, stdout=output, stderr=output, timeout=INSTALL_SECONDS)
+    stamp.write_text(wanted, "utf-8")
+    return python
 
 
 def facts(url: str, key: str) -> dict[str, str]:
     """What a client must know of the server, as environment variables (`shared/checks.py`)."""
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        models = {model["type"]: model["id"] for model in reversed(json.load(response)["data"])}
+    answer = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=30).raise_for_status()
+    models = {model["type"]: model["id"] for model in reversed(answer.json()["data"])}
     return {
         "CONFORMANCE_URL": url,
         "CONFORMANCE_KEY": key,
@@ -136,28 +158,18 @@ def _run(
         **server,
         "CONFORMANCE_OUT": str(out),
     }
-    late = threading.Event()
+    command = [str(python), str(FOLDER / client.name / "check.py")]
     with (
         (out / "log").open("wb") as log,
-        subprocess.Popen(
-            [str(python), str(FOLDER / client.name / "check.py")],
-            env=environment,
-            cwd=out,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-        ) as process,
+        Popen(command, env=environment, cwd=out, stdout=PIPE, stderr=log, start_new_session=True) as process,
     ):
 
-        def end() -> None:
+        def end(trouble: str | None = None) -> None:
+            row.trouble = trouble
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-        def too_late() -> None:
-            late.set()
-            end()
-
-        timer = threading.Timer(client.seconds, too_late)
+        timer = threading.Timer(client.seconds, end, [f"not done within {client.seconds:g} s"])
         timer.start()
         try:
             for said in process.stdout or ():
@@ -168,23 +180,18 @@ def _run(
             raise
         finally:
             timer.cancel()
-    if late.is_set():
-        row.trouble = f"not done within {client.seconds:g} s"
-    elif process.returncode and not row.failures:
+    if process.returncode and not row.failures:
         row.trouble = f"exit status {process.returncode}; see {(out / 'log').relative_to(ROOT)}"
 
 
 def _hear(said: bytes, row: Row) -> None:
     """Take one line of a client's; what is not ours is the client library's own talk."""
-    try:
+    with contextlib.suppress(ValueError):
         data = json.loads(said)
-    except ValueError:
-        return
-    if isinstance(data, dict):
-        row.version = data.get("version", row.version)
-        row.expected = data.get("checks", row.expected)
-        if "check" in data:
-            row.checks.append(data)
+        if isinstance(data, dict):
+            row.version = data.get("version", row.version)
+            row.expected = data.get("checks", row.expected)
+            row.checks += [data] if "check" in data else []
 
 
 if __name__ == "__main__":

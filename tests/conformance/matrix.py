@@ -1,4 +1,4 @@
-"""The conformance matrix: what each client did, as a table for people, Markdown for `docs/`, and one JSON line."""
+"""The conformance matrix: what each client did, as Markdown for `docs/`, and as one JSON line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import platform
 import time
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.table import Table
 
 from server import __version__
 
@@ -58,14 +56,6 @@ class Row:
         return [each["check"] for each in self.checks]
 
 
-def table(rows: list[Row]) -> Table:
-    """For the terminal."""
-    made = Table("client", "version", "exercised", "result", title="Conformance", show_lines=True)
-    for row in rows:
-        made.add_row(row.client, row.version, "\n".join(row.exercised), f"{row.result}\n{row.seconds:.0f} s")
-    return made
-
-
 def markdown(rows: list[Row]) -> str:
     """For `docs/conformance.md`."""
     lines = [TITLE, f"Last run: {time.strftime('%Y-%m-%d')}, server {__version__}, Python {platform.python_version()}."]
@@ -81,15 +71,6 @@ def markdown(rows: list[Row]) -> str:
 
 def line(rows: list[Row]) -> str:
     """For programs."""
-    clients = [
-        {
-            "client": row.client,
-            "version": row.version,
-            "exercised": row.exercised,
-            "passed": row.passed,
-            "failures": row.failures,
-            "seconds": round(row.seconds, 1),
-        }
-        for row in rows
-    ]
+    names = ("client", "version", "exercised", "passed", "failures", "seconds")
+    clients = [{name: getattr(row, name) for name in names} for row in rows]
     return json.dumps({"conformance": clients, "server": __version__, "passed": all(row.passed for row in rows)})

@@ -113,9 +113,7 @@ async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def watched(server: Server, pause: float) -> AsyncIterator[list[Usage]]:
-    """What the processes hold: before the block, every `pause` seconds, and, when they have calmed down, after it. Both
-    times with the connection over which the server is asked whether it is idle."""
-    await server.seconds_until_idle()
+    """What the processes hold: before the block, every `pause` seconds, and, when they have calmed down, after it."""
     samples = [server.usage()]
 
     async def watch() -> None:
@@ -126,7 +124,7 @@ async def watched(server: Server, pause: float) -> AsyncIterator[list[Usage]]:
     async with meanwhile(watch()):
         yield samples
     await server.seconds_until_idle()
-    await asyncio.sleep(6)  # until connections that lingered are gone
+    await asyncio.sleep(6)  # idle connections are closed after 5
     samples.append(server.usage())
 
 

@@ -16,6 +16,7 @@ from kernels import varlen
 from server.errors import ConfigurationError
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
+from server.guidance.steer import visible_positions
 from server.models import graphs
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import shape_of
@@ -137,7 +138,7 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     canvases = [rng.integers(20, 500, 10) for _ in range(3)]
     canvases[1][4], canvases[2][5] = EOS, PAD
     responses = Responses.of(canvases, [np.arange(2, 10)] * 3, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    visible = responses.visible(responses.committed)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assembly = Assembly(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)
     expected = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)

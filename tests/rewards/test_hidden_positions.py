@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext, grow
+from server.guidance.steer import visible_positions
 from server.models.layers import SelfAttention
 from server.models.packing import EMPTY_PREFIX
 from server.rewards.reward_model import RewardModel
@@ -59,7 +60,7 @@ def both_ways(
     responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     generator = torch.Generator().manual_seed(seed)
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = responses.visible(responses.committed)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     absurd = torch.where(visible[responses.masked][:, None], embeds, 1e6 * embeds)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
     ways = []
@@ -97,7 +98,7 @@ def test_rewards_and_gradients_are_the_same(model: RewardModel, cached: bool) ->
     ways = both_ways(model, known, canvases, positions)
     assert_same(ways)
     g, responses = ways[1][1], Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    hidden = ~responses.visible(responses.committed)[responses.masked]
+    hidden = ~visible_positions(responses.committed, responses.first, EOS, PAD)[responses.masked]
     assert 20 < int(hidden.sum()) < len(hidden)
     assert not g[hidden].any()  # exactly
     assert float(g[~hidden].abs().amax(dim=1).min()) > 1e-9
@@ -142,7 +143,7 @@ def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> Non
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    visible = responses.visible(responses.committed)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
     objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
     rewards, _ = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=False)

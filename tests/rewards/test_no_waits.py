@@ -22,7 +22,7 @@ from kernels.transfer import upload
 from server.diffusion.schedule import plan
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
-from server.guidance.steer import Steered, steer
+from server.guidance.steer import Steered, steer, visible_positions
 from server.methods import METHODS, Method
 from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardModel
@@ -242,7 +242,10 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
         columns = [np.full(count, value) for value in (1, 0, 0, 0, inner)]
         return row_keys(*(upload(torch.from_numpy(x), CPU) for x in (*columns, np.arange(count))))
 
-    return lambda: steer(state, responses, objectives, NAMES, places, keys, steps, timings=Timings(), read_after=True)
+    return lambda: steer(
+        state, responses, objectives, NAMES, places, keys, steps, eos_token_id=EOS, pad_token_id=PAD,
+        timings=Timings(), read_after=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "template ends in padding"])
@@ -274,7 +277,7 @@ def test_a_pass_needs_no_values(way: str) -> None:
     context = RewardContext.of(model, range(20), (3, 4))
     canvases = [np.arange(20, 32)] * 3
     responses = Responses.of(canvases, [np.arange(2, 12)] * 3, meta, eos_token_id=EOS, pad_token_id=PAD)
-    visible = responses.visible(responses.committed)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":
         model.graphed_passes = GraphedPasses(model, again)

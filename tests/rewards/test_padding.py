@@ -11,6 +11,7 @@ import torch
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.plain import PlainLoop, PlainReward
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
+from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids, split_at_response
 from server.types import Message
@@ -88,7 +89,7 @@ def test_guidance_reads_the_same_place(
         assert (contexts[0].settled >= GROW_BY) == cached
     responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=diffusion_pad)
     tokens = responses.committed
-    visible = responses.visible(tokens)
+    visible = visible_positions(tokens, responses.first, EOS, diffusion_pad)
     embeds = torch.randn(
         len(responses.masked), ours.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )

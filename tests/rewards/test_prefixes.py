@@ -9,6 +9,7 @@ from torch import Tensor
 
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
+from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
 from server.types import Message
@@ -41,7 +42,7 @@ def read(
     )
     generator = torch.Generator().manual_seed(3)
     embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = responses.visible(responses.committed)
+    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
     objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
     return Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
 

@@ -58,6 +58,14 @@ def wait_answer(url: str, process: subprocess.Popen[bytes], log: Path, seconds: 
     raise RuntimeError(f"no answer at {url}: exit status {process.poll()}\n{told}")
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Until the condition holds. Raises AssertionError when it does not in time."""
+    give_up_at = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up_at, "waited in vain"
+        time.sleep(0.02)
+
+
 def free_port() -> int:
     """A port of the loopback that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -17,41 +17,22 @@ def body(arguments: str) -> dict[str, Any]:
     return request_body(generation_options(_parser().parse_args(["complete", "Hotel?", *shlex.split(arguments)])))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sent"),
-    [
-        ("", {}),
-        (
-            "--max-tokens 8 --temperature 0.5 --stop . --stop '!'",
-            {"max_tokens": 8, "temperature": 0.5, "stop": [".", "!"]},
-        ),
-        (
-            "--guidance entrgi --reward-model joy --best-of 4 --steps 4",
-            {"best_of": 4, "guidance": {"method": "entrgi", "reward_model": "joy"}, "diffusion": {"steps": 4}},
-        ),
-        (
-            "--guidance of-the-server --guidance-start 0.1 --guidance-stop 0.9 --guidance-every 2",
-            {"guidance": {"method": "of-the-server", "start": 0.1, "stop": 0.9, "every": 2}},
-        ),
-        (
-            "--guidance aps --reward-model joy --reward-model a=b=0.5",
-            {
-                "guidance": {
-                    "method": "aps",
-                    "reward_models": [{"model": "joy", "weight": 1.0}, {"model": "a=b", "weight": 0.5}],
-                }
-            },
-        ),
-        (
-            "--algorithm entropy_bound --entropy-bound 0.5",
-            {"diffusion": {"algorithm": "entropy_bound", "entropy_bound": 0.5}},
-        ),
-        (
-            "--algorithm threshold --confidence-threshold 0.8",
-            {"diffusion": {"algorithm": "threshold", "confidence_threshold": 0.8}},
-        ),
-    ],
-)
+JOY = {"method": "entrgi", "reward_model": "joy"}
+WINDOW = {"method": "of-the-server", "start": 0.1, "stop": 0.9, "every": 2}
+WEIGHTED = {"method": "aps", "reward_models": [{"model": "joy", "weight": 1.0}, {"model": "a=b", "weight": 0.5}]}
+THRESHOLD = {"algorithm": "threshold", "confidence_threshold": 0.8}
+SENT: dict[str, dict[str, Any]] = {
+    "": {},
+    "--max-tokens 8 --temperature 0.5 --stop . --stop '!'": {"max_tokens": 8, "temperature": 0.5, "stop": [".", "!"]},
+    "--guidance entrgi --reward-model joy --best-of 4": {"best_of": 4, "guidance": JOY},
+    "--guidance of-the-server --guidance-start 0.1 --guidance-stop 0.9 --guidance-every 2": {"guidance": WINDOW},
+    "--guidance aps --reward-model joy --reward-model a=b=0.5": {"guidance": WEIGHTED},
+    "--steps 4 --entropy-bound 0.5": {"diffusion": {"steps": 4, "entropy_bound": 0.5}},
+    "--algorithm threshold --confidence-threshold 0.8": {"diffusion": THRESHOLD},
+}
+
+
+@pytest.mark.parametrize(("arguments", "sent"), SENT.items())
 def test_arguments_are_the_fields_that_are_sent(arguments: str, sent: dict[str, Any]) -> None:
     assert body(arguments) == sent
 

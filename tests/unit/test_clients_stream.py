@@ -9,16 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients import (
-    ApiError,
-    CanvasFrame,
-    ChoiceFinished,
-    Event,
-    StreamBroken,
-    Summary,
-    TextDelta,
-    UnexpectedResponse,
-)
+from clients import ApiError, CanvasFrame, ChoiceFinished, Event, StreamBroken, Summary, TextDelta, UnexpectedResponse
 from clients.events import StreamReader
 from clients.sse import EventParser
 
@@ -66,26 +57,16 @@ def test_any_text_survives_unescaped(text: str) -> None:
 
 
 def test_completion_stream() -> None:
+    canvas = {"prompt": 0, "trajectory": 1, "step": 3, "tokens": ["Nice", None], "reward": 0.5}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    counts = {"steps": 2, "model_calls": 2, "reward_calls": 6, "queue_ms": 1.0, "generation_ms": 8.0}
+    report = {"method": "entrgi", "reward_models": ["joy"], "seed": 7, "rewards": [[2.5]], **counts}
     stream = sse(
         {"choices": [{"index": 0, "text": "Nice "}]},
-        {"choices": [], "canvas": {"prompt": 0, "trajectory": 1, "step": 3, "tokens": ["Nice", None], "reward": 0.5}},
+        {"choices": [], "canvas": canvas},
         {"choices": [{"index": 0, "text": "\u2028hotel"}]},
         {"choices": [{"index": 0, "text": "", "finish_reason": "stop", "reward": 2.5, "token_ids": [4, 5]}]},
-        {
-            "choices": [],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-            "guidance": {
-                "method": "entrgi",
-                "reward_models": ["joy"],
-                "seed": 7,
-                "rewards": [[2.5]],
-                "steps": 2,
-                "model_calls": 2,
-                "reward_calls": 6,
-                "queue_ms": 1.0,
-                "generation_ms": 8.0,
-            },
-        },
+        {"choices": [], "usage": usage, "guidance": report},
         "[DONE]",
     )
     *events, last = read(b": keep-alive\n\n", *(stream[i : i + 7] for i in range(0, len(stream), 7)))
@@ -116,13 +97,8 @@ def test_chat_stream() -> None:
 
 def test_an_error_inside_the_stream_is_raised_after_the_events_before_it() -> None:
     reader = StreamReader(request_id="r-1")
-    events = reader.feed(
-        sse(
-            {"choices": [{"index": 0, "text": "a"}]},
-            {"error": {"message": "broke", "type": "server_error", "param": None, "code": "internal_error"}},
-            "[DONE]",
-        )
-    )
+    error = {"message": "broke", "type": "server_error", "param": None, "code": "internal_error"}
+    events = reader.feed(sse({"choices": [{"index": 0, "text": "a"}]}, {"error": error}, "[DONE]"))
     assert next(events) == TextDelta(0, "a")
     with pytest.raises(ApiError) as caught:
         next(events)

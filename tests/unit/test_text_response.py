@@ -28,25 +28,21 @@ def byte_ids(text: str) -> list[int]:
     return [index for index in found if index is not None]
 
 
-def test_a_stop_token_ends_the_text() -> None:
-    finished = finish_text(TOKENIZER, [*ids("one two"), TURN, *ids(" three"), EOS], STOPS)
-    assert (finished.text, finished.finish_reason, finished.stop_reason) == ("one two", "stop", None)
-    assert finished.completion_tokens == len(ids("one two"))
-
-
-def test_without_one_it_ends_with_the_canvas() -> None:
-    finished = finish_text(TOKENIZER, ids("one two"), STOPS)
-    assert (finished.text, finished.finish_reason) == ("one two", "length")
-    assert finished.completion_tokens == len(ids("one two"))
-    assert finish_text(TOKENIZER, [EOS], STOPS).text == ""
-    assert finish_text(TOKENIZER, [EOS], STOPS).completion_tokens == 0
-
-
-def test_ignore_eos_reads_all_tokens() -> None:
-    tokens = [*ids("one"), TURN, *ids(" two"), EOS]
-    finished = finish_text(TOKENIZER, tokens, STOPS, ignore_eos=True)
-    assert (finished.text, finished.finish_reason) == ("one two", "length")
-    assert finished.completion_tokens == len(tokens)
+@pytest.mark.parametrize(
+    ("tokens", "ignore_eos", "text", "reason"),
+    [
+        ([*ids("one two"), TURN, *ids(" three"), EOS], False, "one two", "stop"),
+        ([EOS], False, "", "stop"),
+        (ids("one two"), False, "one two", "length"),
+        ([*ids("one"), TURN, *ids(" two"), EOS], True, "one two", "length"),
+    ],
+)
+def test_a_text_ends_with_a_stop_token_or_the_canvas(
+    tokens: list[int], ignore_eos: bool, text: str, reason: str
+) -> None:
+    finished = finish_text(TOKENIZER, tokens, STOPS, ignore_eos=ignore_eos)
+    assert (finished.text, finished.finish_reason, finished.stop_reason) == (text, reason, None)
+    assert finished.completion_tokens == len(tokens if ignore_eos else ids(text))
 
 
 def test_the_earliest_stop_string_cuts_the_text() -> None:
@@ -57,7 +53,7 @@ def test_the_earliest_stop_string_cuts_the_text() -> None:
     assert finish_text(TOKENIZER, ids("ab"), STOPS, ["a"]).completion_tokens == 0
     # Where two begin at the same place, the first named.
     assert finish_text(TOKENIZER, ids("abc"), STOPS, ["bc", "b"]).stop_reason == "bc"
-    # A stop string behind the stop token is not in the text.
+    # A stop string after the stop token is not in the text.
     assert finish_text(TOKENIZER, [*ids("ab"), EOS, *ids("cd")], STOPS, ["cd"]).stop_reason is None
 
 

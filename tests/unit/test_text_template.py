@@ -16,6 +16,7 @@ from server.text.tokenizer import Tokenizer
 from server.types import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = ("tokenizer.json", "tokenizer_config.json")
 TEMPLATES = {
     "golden": (GOLDEN / "dream-tiny/rm/chat_template.jinja").read_text(),
     "stripping": "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}",
@@ -30,7 +31,7 @@ TEMPLATES = {
 @pytest.fixture(scope="module", params=TEMPLATES)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in FILES:
         shutil.copy(GOLDEN / "dream-tiny/rm" / name, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
     return Tokenizer.load(folder)
@@ -46,7 +47,7 @@ def rendered(tokenizer: Tokenizer, messages: list[Message], prompt: bool) -> str
     return tokenizer.chat_template.render(messages, prompt)
 
 
-PIECES = [
+BITS = (
     "<|im_start|>",
     "<|im_end|>",
     "<|endoftext|>",
@@ -59,8 +60,8 @@ PIECES = [
     "a",
     "</think>",
     "é",
-]
-CONTENTS = st.lists(st.sampled_from(PIECES), max_size=7).map("".join)
+)
+CONTENTS = st.lists(st.sampled_from(BITS), max_size=7).map("".join)
 CONVERSATIONS = st.lists(
     st.builds(Message, st.sampled_from(["system", "user", "assistant"]), CONTENTS), min_size=1, max_size=3
 )
@@ -129,16 +130,13 @@ def test_a_template_that_does_not_write_the_response_once(times: int, template: 
 
 def test_spaces_that_a_special_token_takes_with_it(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "dream-tiny/rm", tmp_path, dirs_exist_ok=True)
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["added_tokens"][2]["rstrip"] = True  # <|im_end|>
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"]["2"]["rstrip"] = True
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    data, config = (json.loads((tmp_path / name).read_text()) for name in FILES)
+    data["added_tokens"][2]["rstrip"] = config["added_tokens_decoder"]["2"]["rstrip"] = True  # <|im_end|>
+    for name, changed in zip(FILES, (data, config), strict=True):
+        (tmp_path / name).write_text(json.dumps(changed))
     tokenizer = Tokenizer.load(tmp_path)
     plain = tokenizer.render_chat([Message("user", "a"), Message("user", "b")])
     cut = tokenizer.render_chat([Message("user", "a<"), Message("user", "b")])
-    assert plain == tokenizer.encode(
-        "<|im_start|>user\na<|im_end|><|im_start|>user\nb<|im_end|><|im_start|>assistant\n"
-    )
+    whole = "<|im_start|>user\na<|im_end|><|im_start|>user\nb<|im_end|><|im_start|>assistant\n"
+    assert plain == tokenizer.encode(whole)
     assert [index for index in cut if index != tokenizer.id_of("<")] == plain

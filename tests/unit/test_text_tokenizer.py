@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from server.text.tokenizer import Tokenizer
 from server.types import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = ["dream-tiny/dlm", "dream-tiny/rm", "llada-tiny/dlm", "llada-tiny/rm"]
 TEXTS = [
     "",
     " ",
@@ -62,13 +61,7 @@ def write_slow_layout(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_nothing_imports_torch() -> None:
-    code = "import sys, server.text.response, server.text.template; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-
-
-@pytest.mark.parametrize("folder", ["dream-tiny/dlm", "dream-tiny/rm", "llada-tiny/dlm", "llada-tiny/rm"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_encoding_equals_transformers(folder: str) -> None:
     ours, theirs = golden(folder), PreTrainedTokenizerFast.from_pretrained(GOLDEN / folder)
     for text in TEXTS:
@@ -84,13 +77,13 @@ def test_encoding_equals_transformers(folder: str) -> None:
     assert ours.special_ids == frozenset(theirs.all_special_ids)
 
 
-@pytest.mark.parametrize("folder", ["dream-tiny/dlm", "dream-tiny/rm", "llada-tiny/dlm", "llada-tiny/rm"])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_chats_equal_transformers(folder: str) -> None:
     ours, theirs = golden(folder), PreTrainedTokenizerFast.from_pretrained(GOLDEN / folder)
     turns = [("system", "Be brief."), ("user", "Hi  there \n"), ("assistant", ""), ("user", "don't\tstop 日本語")]
     for count in range(1, 5):
-        messages = [Message(role, content) for role, content in turns[:count]]  # type: ignore[arg-type]
         chat = [{"role": role, "content": content} for role, content in turns[:count]]
+        messages = [Message(**turn) for turn in chat]  # type: ignore[arg-type]
         for prompt in (True, False):
             expected = theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
             assert ours.render_chat(messages, add_generation_prompt=prompt) == expected
@@ -140,14 +133,15 @@ def test_slow_layout_with_an_added_tokens_file(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"neither tokenizer\.json nor vocab\.json"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(ConfigurationError, match="tokenizer_class 'GPT2Tokenizer'"):
-        Tokenizer.load(write_slow_layout(tmp_path / "class", tokenizer_class="GPT2Tokenizer"))
-    with pytest.raises(ConfigurationError, match="declared as id 600"):
-        Tokenizer.load(write_slow_layout(tmp_path / "gap", added_tokens_decoder={"600": {"content": "<a>"}}))
-    with pytest.raises(ConfigurationError, match="chat_template: line 1"):
-        Tokenizer.load(write_slow_layout(tmp_path / "jinja", chat_template="{% for %}"))
-    with pytest.raises(ConfigurationError, match="chat_template must be"):
-        Tokenizer.load(write_slow_layout(tmp_path / "number", chat_template=7))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tokenizer_class": "GPT2Tokenizer"}, "tokenizer_class 'GPT2Tokenizer'"),
+        ({"added_tokens_decoder": {"600": {"content": "<a>"}}}, "declared as id 600"),
+        ({"chat_template": "{% for %}"}, "chat_template: line 1"),
+        ({"chat_template": 7}, "chat_template must be"),
+    ]
+    for number, (changes, message) in enumerate(wrong):
+        with pytest.raises(ConfigurationError, match=message):
+            Tokenizer.load(write_slow_layout(tmp_path / str(number), **changes))
     folder = tmp_path / "broken"
     shutil.copytree(GOLDEN / "dream-tiny/dlm", folder)
     (folder / "tokenizer.json").write_text("{}")
@@ -160,15 +154,15 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
 def test_chat_templates_are_found_in_each_of_their_places(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "{{ messages[0].content }}"}]
-    folder = write_slow_layout(tmp_path, chat_template=named)
-    assert Tokenizer.load(folder).render_chat([Message("user", "abc")]) == Tokenizer.load(folder).encode("abc")
+    folder, message = write_slow_layout(tmp_path, chat_template=named), [Message("user", "abc")]
+    assert Tokenizer.load(folder).render_chat(message) == Tokenizer.load(folder).encode("abc")
     (folder / "chat_template.jinja").write_text("{{ eos_token }}")
-    assert Tokenizer.load(folder).render_chat([Message("user", "abc")]) == [508]
+    assert Tokenizer.load(folder).render_chat(message) == [508]
     (folder / "chat_template.jinja").unlink()
     bare = Tokenizer.load(write_slow_layout(tmp_path, chat_template=None))
     assert not bare.has_chat_template
     with pytest.raises(InvalidRequest, match="the diffusion model has no chat template") as refused:
-        bare.render_chat([Message("user", "abc")])
+        bare.render_chat(message)
     assert refused.value.param == "messages"
 
 
@@ -204,22 +198,13 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     assert ours == expected
 
 
-def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
-    template = "{{ messages.__class__.__base__.__subclasses__() }}"
-    tokenizer = Tokenizer.load(write_slow_layout(tmp_path, chat_template=template))
-    with pytest.raises(InvalidRequest, match="unsafe"):
-        tokenizer.render_chat([Message("user", "a")])
-
-
 def test_odd_text_and_ids() -> None:
     tokenizer = golden()
     with pytest.raises(InvalidRequest, match="surrogate"):
         tokenizer.encode("\ud800")
     assert tokenizer.decode([600, 1, 2]) == ""
-    assert tokenizer.token_string(600) is None
-    assert tokenizer.id_of("no such token at all") is None
-    assert tokenizer.token_string(3) == "<|mask|>"
-    assert tokenizer.id_of("<|mask|>") == 3
+    assert (tokenizer.token_string(600), tokenizer.id_of("no such token at all")) == (None, None)
+    assert (tokenizer.token_string(3), tokenizer.id_of("<|mask|>")) == ("<|mask|>", 3)
 
 
 def test_a_run_that_continues_a_text_gets_no_space_in_front(tmp_path: Path) -> None:

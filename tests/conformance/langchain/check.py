@@ -53,8 +53,7 @@ def chain() -> None:
 def guided() -> None:
     """ChatOpenAI: guidance and diffusion in extra_body"""
     body = {"guidance": {"method": "aps", "reward_model": REWARD}, "best_of": 2, "diffusion": {"steps": 8}}
-    guide = ChatOpenAI(**SERVER, max_tokens=16, extra_body=body)
-    true(isinstance(guide.invoke(PROMPT).text, str))
+    true(isinstance(ChatOpenAI(**SERVER, max_tokens=16, extra_body=body).invoke(PROMPT).text, str))
     wrong = ChatOpenAI(**SERVER, extra_body={"guidance": {"method": "bon", "eta": 1}})
     equal(raises(openai.BadRequestError, lambda: wrong.invoke(PROMPT)).param, "guidance.eta")
 

@@ -17,10 +17,9 @@ TEXT = {"model": f"text-completion-openai/{MODEL}", "prompt": PROMPT, "max_token
 @check
 def chat() -> None:
     """chat: answer, usage, seed"""
-    answer = litellm.completion(**CHAT, seed=1, temperature=0.7, top_p=0.9)
+    answer, again = (litellm.completion(**CHAT, seed=1, temperature=0.7, top_p=0.9) for _ in range(2))
     equal(answer.choices[0].message.role, "assistant")
     true(answer.usage.completion_tokens > 0, answer.usage)
-    again = litellm.completion(**CHAT, seed=1, temperature=0.7, top_p=0.9)
     equal(answer.choices[0].message.content, again.choices[0].message.content)
 
 
@@ -49,8 +48,7 @@ async def asynchronous() -> None:
 def guided() -> None:
     """chat: guidance and diffusion in extra_body"""
     body = {"guidance": {"method": "entrgi", "reward_model": REWARD}, "best_of": 2, "diffusion": {"steps": 8}}
-    answer = litellm.completion(**CHAT, extra_body=body)
-    true(isinstance(answer.choices[0].message.content, str))
+    true(isinstance(litellm.completion(**CHAT, extra_body=body).choices[0].message.content, str))
 
 
 @check

@@ -7,8 +7,8 @@ import asyncio
 import openai
 from checks import KEY, MESSAGES, MODEL, PROMPT, REWARD, URL, check, equal, main, raises, true
 
-client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
-asynchronous = {"base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0}
+SERVER = {"base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0}
+client = openai.OpenAI(**SERVER)
 
 
 @check
@@ -22,16 +22,14 @@ def models() -> None:
 @check
 def completions() -> None:
     """completions: text and token prompts, n, suffix, stop, seed"""
-    one = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, seed=1)
-    again = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, seed=1)
+    one, again = (client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=16, seed=1) for _ in range(2))
     equal(one.choices[0].text, again.choices[0].text)
     true(one.choices[0].finish_reason in ("stop", "length"))
     true(one.usage and one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens, one.usage)
     batch = client.completions.create(model=MODEL, prompt=["One", "Two"], n=2, max_tokens=8, suffix=" end", stop=["."])
     equal([choice.index for choice in batch.choices], [0, 1, 2, 3])
     true(all("." not in choice.text for choice in batch.choices))
-    tokens = client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=8)
-    equal(tokens.usage and tokens.usage.prompt_tokens, 3)
+    equal(client.completions.create(model=MODEL, prompt=[5, 6, 7], max_tokens=8).usage.prompt_tokens, 3)
 
 
 @check
@@ -43,7 +41,7 @@ def chat() -> None:
     equal(answer.object, "chat.completion")
     message = answer.choices[0].message
     equal((message.role, message.refusal, message.tool_calls), ("assistant", None, None))
-    true(isinstance(message.content, str))
+    true(isinstance(message.content, str), message)
 
 
 @check
@@ -77,22 +75,14 @@ def stream_helper() -> None:
 @check
 def guided() -> None:
     """extra_body: guidance (short and long form), best_of, rewards in the answer"""
-    short = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=12, seed=3, n=2, best_of=3, extra_body={"guidance": "bon"}
-    )
+    given = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "seed": 3}
+    short = client.completions.create(**given, n=2, best_of=3, extra_body={"guidance": "bon"})
     rewards = [choice.reward for choice in short.choices]
     equal(rewards, sorted(rewards, reverse=True))
     equal(len(short.guidance["rewards"][0]), 3)
-    long = client.chat.completions.create(
-        model=MODEL,
-        messages=MESSAGES,
-        max_tokens=12,
-        extra_body={
-            "best_of": 2,
-            "guidance": {"method": "entrgi", "reward_model": REWARD, "gradient_steps": 1, "eta": 0.5},
-            "return_token_ids": True,
-        },
-    )
+    guidance = {"method": "entrgi", "reward_model": REWARD, "gradient_steps": 1, "eta": 0.5}
+    body = {"best_of": 2, "guidance": guidance, "return_token_ids": True}
+    long = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=12, extra_body=body)
     equal((long.guidance["method"], long.guidance["reward_models"]), ("entrgi", [REWARD]))
     equal(len(long.choices[0].token_ids), 12)
 
@@ -101,12 +91,11 @@ def guided() -> None:
 def diffusion() -> None:
     """extra_body: diffusion, trace, stream_canvas"""
     body = {"diffusion": {"steps": 4, "algorithm": "maskgit_plus"}, "trace": True}
-    answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=12, seed=4, extra_body=body)
+    given = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "seed": 4}
+    answer = client.completions.create(**given, extra_body=body)
     equal(answer.guidance["steps"], 4)
     true(answer.trace[0][0], answer.trace)
-    chunks = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=12, seed=4, stream=True, extra_body=body | {"stream_canvas": True}
-    )
+    chunks = client.completions.create(**given, stream=True, extra_body=body | {"stream_canvas": True})
     canvases = [chunk.canvas for chunk in chunks if "canvas" in (chunk.model_extra or {})]
     equal(canvases[-1]["tokens"].count(None), 0)
 
@@ -114,7 +103,7 @@ def diffusion() -> None:
 @check
 async def asynchronously() -> None:
     """async: eight at a time, and a stream"""
-    async with openai.AsyncOpenAI(**asynchronous) as aio:
+    async with openai.AsyncOpenAI(**SERVER) as aio:
         given = {"model": MODEL, "messages": MESSAGES, "max_tokens": 12}
         answers = await asyncio.gather(*(aio.chat.completions.create(**given, seed=seed) for seed in range(8)))
         stream = await aio.chat.completions.create(**given, seed=5, stream=True)
@@ -125,7 +114,7 @@ async def asynchronously() -> None:
 @check
 async def walking_away() -> None:
     """async: a stream closed half-way, and the client's own timeout"""
-    async with openai.AsyncOpenAI(**asynchronous) as aio:
+    async with openai.AsyncOpenAI(**SERVER) as aio:
         stream = await aio.completions.create(model=MODEL, prompt=PROMPT, max_tokens=64, stream=True)
         await anext(aiter(stream))
         await stream.close()
@@ -139,28 +128,22 @@ async def walking_away() -> None:
 @check
 def errors() -> None:
     """errors: 400, 401, 404 and 408 as its exceptions, with code, param and request id"""
-    wrong = raises(openai.BadRequestError, lambda: client.completions.create(model=MODEL, prompt="Hi", logprobs=2))
-    equal((wrong.param, wrong.type), ("logprobs", "invalid_request_error"))
-    true(wrong.request_id)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    wrong = raises(
-        openai.BadRequestError,
-        lambda: client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools),
-    )
-    equal(wrong.param, "tools")
-    wrong = raises(openai.NotFoundError, lambda: client.completions.create(model="gpt-4o", prompt="Hi"))
-    equal((wrong.code, wrong.param), ("model_not_found", "model"))
-    wrong = raises(openai.NotFoundError, lambda: client.models.retrieve("gpt-4o"))
-    wrong = raises(openai.NotFoundError, lambda: client.embeddings.create(model=MODEL, input="Hi"))
-    equal(wrong.code, "not_found")
-    stranger = openai.OpenAI(base_url=f"{URL}/v1", api_key="wrong", max_retries=0)
-    wrong = raises(openai.AuthenticationError, stranger.models.list)
-    equal(wrong.code, "invalid_api_key")
-    late = raises(
-        openai.APIStatusError,
-        lambda: client.completions.create(model=MODEL, prompt="Hi", extra_body={"timeout": 1e-9}),
-    )
-    equal(late.status_code, 408)
+    late = {"timeout": 1e-9}
+    stranger = openai.OpenAI(**{**SERVER, "api_key": "wrong"})
+    complete, chat_of, retrieve = client.completions.create, client.chat.completions.create, client.models.retrieve
+    for kind, status, (code, param), call in (
+        (openai.BadRequestError, 400, (None, "logprobs"), lambda: complete(model=MODEL, prompt="Hi", logprobs=2)),
+        (openai.BadRequestError, 400, (None, "tools"), lambda: chat_of(model=MODEL, messages=MESSAGES, tools=tools)),
+        (openai.NotFoundError, 404, ("model_not_found", "model"), lambda: complete(model="gpt-4o", prompt="Hi")),
+        (openai.NotFoundError, 404, ("model_not_found", None), lambda: retrieve("gpt-4o")),
+        (openai.NotFoundError, 404, ("not_found", None), lambda: client.embeddings.create(model=MODEL, input="Hi")),
+        (openai.AuthenticationError, 401, ("invalid_api_key", None), stranger.models.list),
+        (openai.APIStatusError, 408, (None, None), lambda: complete(model=MODEL, prompt="Hi", extra_body=late)),
+    ):
+        wrong = raises(kind, call)
+        true(wrong.request_id)
+        equal((wrong.status_code, code and wrong.code, param and wrong.param), (status, code, param))
 
 
 main("openai")

@@ -11,10 +11,9 @@ from typing import Any
 import schemathesis
 from schemathesis import GenerationMode
 
-CANVAS = 4
-"""Tokens to generate where a body asks for more, so that a prompt has room and thousands of requests take minutes."""
-CHARACTERS = 24
-"""Of a text, so that all texts of a body fit the context together."""
+CANVAS = 4  # tokens to generate where a body asks for more: a prompt has room, thousands of requests take minutes
+CHARACTERS = 24  # of a text, so that all texts of a body fit the context together
+TEXTS = {"prompt", "suffix", "messages", "query", "queries", "documents", "document"}
 LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
@@ -24,7 +23,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if case.meta is None or case.meta.generation.mode != GenerationMode.POSITIVE or not isinstance(case.body, dict):
         return
     body = case.body = whole(case.body)
-    shorten(body)
+    for name in TEXTS & body.keys():
+        body[name] = short(body[name])
     if case.path.endswith("completions"):
         generation(body)
     elif case.path == "/v1/score":
@@ -40,13 +40,6 @@ def whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: whole(each) for name, each in value.items()}
     return value
-
-
-def shorten(body: dict[str, Any]) -> None:
-    """Prompts, conversations and documents of a few words."""
-    for name in ("prompt", "suffix", "messages", "query", "queries", "documents", "document"):
-        if name in body:
-            body[name] = short(body[name])
 
 
 def short(value: Any) -> Any:
@@ -77,22 +70,20 @@ def generation(body: dict[str, Any]) -> None:
     fields = guidance if isinstance(guidance, dict) else {"method": guidance}
     prompts = body.get("prompt")
     many = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
-    number = len(prompts) if many else 1
-    if number > 1:
+    several = many and len(prompts) > 1
+    if several:
         body["n"] = min(body.get("n") or 1, 2)
         body["best_of"] = body.get("best_of") and 2
-    n = body.get("n") or 1
+    n, steered = body.get("n") or 1, (fields.get("method") or "none") != "none"
     if body.get("best_of") is not None:
-        body["best_of"] = n if (fields.get("method") or "none") == "none" else max(n, body["best_of"])
-    elif (fields.get("method") or "none") != "none" and number > 1:
+        body["best_of"] = max(n, body["best_of"]) if steered else n
+    elif steered and several:
         body["best_of"] = n  # its default of 4 for every prompt would be over the limit
-    if fields.get("start") is not None or fields.get("stop") is not None:
-        start, stop = fields.get("start") or 0.0, fields["stop"] if fields.get("stop") is not None else 1.0
-        if start >= stop:
-            fields["start"], fields["stop"] = 0.0, stop or 1.0
+    start, stop = fields.get("start") or 0.0, 1.0 if fields.get("stop") is None else fields["stop"]
+    if start >= stop:
+        fields["start"], fields["stop"] = 0.0, stop or 1.0
     if fields.get("reward_models"):
-        terms = {term["model"]: term for term in fields["reward_models"]}
-        fields["reward_models"] = list(terms.values())
+        fields["reward_models"] = list({term["model"]: term for term in fields["reward_models"]}.values())
     if diffusion.get("algorithm") in ("maskgit_plus", "topk_margin", "origin"):
         fields.pop("confidence", None)  # of the entropies, which these do not rank by
 

@@ -20,16 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-URL = os.environ.get("CONFORMANCE_URL", "")
-"""The server, without `/v1`."""
-KEY = os.environ.get("CONFORMANCE_KEY", "")
-"""A valid API key."""
-MODEL = os.environ.get("CONFORMANCE_MODEL", "")
-"""The id of the diffusion model."""
-REWARD = os.environ.get("CONFORMANCE_REWARD", "")
-"""The id of a reward model."""
-OUT = Path(os.environ.get("CONFORMANCE_OUT", "."))
-"""A folder for the client's own files."""
+URL = os.environ.get("CONFORMANCE_URL", "")  # of the server, without `/v1`
+KEY = os.environ.get("CONFORMANCE_KEY", "")  # a valid one
+MODEL = os.environ.get("CONFORMANCE_MODEL", "")  # the id of the diffusion model
+REWARD = os.environ.get("CONFORMANCE_REWARD", "")  # the id of a reward model
+OUT = Path(os.environ.get("CONFORMANCE_OUT", "."))  # a folder for the client's own files
 
 PROMPT = "Write a short review of a film."
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -45,16 +40,14 @@ def check(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def main(distribution: str | None = None) -> None:
     """Run all checks of the client that `distribution` installs, and exit: 0 when all passed, else 1."""
-    say({"version": importlib.metadata.version(distribution) if distribution else "-"})
-    say({"checks": len(_CHECKS)})
+    say({"version": importlib.metadata.version(distribution) if distribution else "-", "checks": len(_CHECKS)})
     failed = False
     for function in _CHECKS:
         started, error, detail = time.monotonic(), None, None
         try:
-            if inspect.iscoroutinefunction(function):
-                detail = asyncio.run(function())
-            else:
-                detail = function()
+            detail = function()
+            if inspect.iscoroutine(detail):
+                detail = asyncio.run(detail)
         except Exception as raised:
             traceback.print_exc()
             error = f"{type(raised).__name__}: {raised}"[:500]
