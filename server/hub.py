@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from server.errors import ConfigurationError, quote
 
-ALLOWED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+ALLOWED_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 
@@ -64,21 +65,14 @@ def resolve_checkpoint(
     if match is None:
         raise ConfigurationError(f"{quote(str(path_or_id))} is neither a folder nor a hub id (owner/name){hint}")
     repository, pinned = match.groups()
+    # Files in subfolders are other formats of the same weights.
+    fetch = partial(huggingface_hub.snapshot_download, repository, ignore_patterns=["*/*"])
     try:
-        snapshot = _fetch(repository, pinned, ("config.json",))
+        snapshot = Path(fetch(revision=pinned, allow_patterns=["config.json"]))
         if check_config is not None:
             check_config(read_json(snapshot / "config.json"))
         # By commit hash, so that both fetches see the same commit.
-        return _fetch(repository, snapshot.name, ALLOWED_FILES)
+        return Path(fetch(revision=snapshot.name, allow_patterns=ALLOWED_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"{quote(repository)} cannot be fetched from the hub: {reason}{hint}") from error
-
-
-def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    # Files in subfolders are other formats of the same weights.
-    return Path(
-        huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-        )
-    )

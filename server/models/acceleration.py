@@ -48,9 +48,9 @@ def accelerate(
     nowhere = torch.empty(0, dtype=torch.int64, device=device)
     decoder.rotary.rows(nowhere, context_length, model.activation_dtype)
     if compiled:
-        from server.models.compiled import CompiledTrunk
+        from server.models.compiled import compiled_trunk
 
-        model.trunk = CompiledTrunk(decoder, model.plain_trunk)
+        model.trunk = compiled_trunk(decoder, model.plain_trunk)
         _try(model, "compile")  # compiles
     if graphs:
         from server.models.graphs import GraphedTrunk, recorder

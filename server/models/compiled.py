@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.varlen import Spans
 from kernels.varlen import attend as attend_spans
+from server.models.base import Trunk
 from server.models.layers import Decoder
 from server.models.packing import PackedLayout, attend
 
@@ -32,32 +33,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend
     return q.new_empty(q.shape)
 
 
-class CompiledTrunk:
-    """A `base.Trunk` for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute;
-    `plain` is the trunk as it is written."""
+def compiled_trunk(decoder: Decoder, plain: Trunk, backend: str | Callable[..., Any] = "inductor") -> Trunk:
+    """A trunk for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute. `plain`
+    is the trunk as it is written: one token, one row or none have graphs of their own, training needs gradients, and
+    cached prefixes are no inputs of the graph, so these run as they are."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        plain: Callable[[Tensor, PackedLayout, Tensor | None], Tensor],
-        backend: str | Callable[..., Any] = "inductor",
-    ) -> None:
-        self._decoder, self._plain = decoder, plain
+    def states(tokens: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mixed: Tensor = packed_attention(q, k, v, cu_seqlens, longest, decoder.attention_backend)
+            return mixed
 
-        def states(tokens: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor) -> Tensor:
-            def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                mixed: Tensor = packed_attention(q, k, v, cu_seqlens, longest, decoder.attention_backend)
-                return mixed
+        return decoder.states(decoder.embed_tokens(tokens), cos, sin, attention, rows)
 
-            return decoder.states(decoder.embed_tokens(tokens), cos, sin, attention, rows)
+    compiled = torch.compile(states, dynamic=True, fullgraph=True, backend=backend)
 
-        self._states = torch.compile(states, dynamic=True, fullgraph=True, backend=backend)
-
-    def __call__(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
-        """See `base.Trunk`. One token, one row or none have graphs of their own, training needs gradients, and cached
-        prefixes are no inputs of the graph: these run as they are."""
+    def trunk(tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled() or layout.links:
-            return self._plain(tokens, layout, rows)
-        cos, sin = self._decoder.rotary.rows(layout.positions, layout.longest, self._decoder.activation_dtype)
-        out: Tensor = self._states(tokens, cos, sin, layout.cu_q, layout.longest, rows)
+            return plain(tokens, layout, rows)
+        cos, sin = decoder.rotary.rows(layout.positions, layout.longest, decoder.activation_dtype)
+        out: Tensor = compiled(tokens, cos, sin, layout.cu_q, layout.longest, rows)
         return out
+
+    return trunk

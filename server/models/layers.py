@@ -156,7 +156,6 @@ class SelfAttention(nn.Module):
         `part` is which of the three are wanted, q alone or k and v alone; the others have no heads.
         """
         fast = fused(x, self.q_proj.weight) and self.size <= blocks.MAX_HEAD_SIZE
-        of_q, of_k = (None if norm is None else norm.weight.to(x.dtype) for norm in (self.q_norm, self.k_norm))
         wanted = range(3)[part]
         counts = [count if index in wanted else 0 for index, count in enumerate(self.counts)]
         widths = [count * self.size for count in counts]
@@ -166,24 +165,21 @@ class SelfAttention(nn.Module):
             rows = slice(first, first + sum(widths))
             projected = linear(x, weight[rows], None if bias is None else bias[rows])
             if fast:
+                of_q, of_k = (None if norm is None else norm.weight.to(x.dtype) for norm in (self.q_norm, self.k_norm))
                 return blocks.split_heads(projected, counts[0], counts[1], of_q, of_k, self.eps, cos, sin)
             pieces = torch.split(projected, widths, dim=1)
         else:
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            pieces = tuple(
-                projection(x) if index in wanted else x.new_empty(len(x), 0)
-                for index, projection in enumerate(projections)
-            )
-        if fast:
-            q, k = (
-                blocks.split_heads(piece, count, 0, weight, None, self.eps, cos, sin)[0]
-                for piece, count, weight in zip(pieces[:2], counts[:2], (of_q, of_k), strict=True)
-            )
-            return q, k, pieces[2].view(len(x), counts[2], self.size)
-        q, k, v = (piece.view(len(x), count, self.size) for piece, count in zip(pieces, counts, strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            projections = enumerate((self.q_proj, self.k_proj, self.v_proj))
+            pieces = tuple(each(x) if index in wanted else x.new_empty(len(x), 0) for index, each in projections)
+        turned = []
+        for piece, count, norm in zip(pieces[:2], counts[:2], (self.q_norm, self.k_norm), strict=True):
+            if fast:
+                of_head = None if norm is None else norm.weight.to(x.dtype)
+                turned.append(blocks.split_heads(piece, count, 0, of_head, None, self.eps, cos, sin)[0])
+            else:
+                heads = piece.view(len(x), count, self.size)
+                turned.append(rotate(heads if norm is None else norm(heads), cos, sin))
+        return turned[0], turned[1], pieces[2].view(len(x), counts[2], self.size)
 
 
 class MLP(nn.Module):
@@ -279,11 +275,9 @@ class Decoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def last_states(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, last_attention: Attention, layout: PackedLayout
-    ) -> Tensor:
+    def last_states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: PackedLayout) -> Tensor:
         """Final-norm states (B, d) of each row's last token, of embeddings x (S, d). In the last block only that token
-        has a query, an output projection and an MLP; `last_attention` takes q (B, H, size)."""
+        has a query, an output projection and an MLP."""
         *before, block = self.blocks
         for index, each in enumerate(before):
             x = each.close(x, attention(index, *each.heads(x, cos, sin)))
@@ -293,7 +287,7 @@ class Decoder(nn.Module):
         turned = cos.index_select(0, lasts), sin.index_select(0, lasts)
         q, _, _ = block.self_attn.heads(normed.index_select(0, lasts), *turned, slice(0, 1))
         _, k, v = block.self_attn.heads(normed, cos, sin, slice(1, 3))
-        x = block.close(x.index_select(0, lasts), last_attention(len(before), q, k, v))
+        x = block.close(x.index_select(0, lasts), attention(len(before), q, k, v, last=True))
         out: Tensor = self.norm(x)
         return out
 

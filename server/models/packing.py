@@ -28,8 +28,8 @@ from kernels.transfer import upload
 
 IntArray = NDArray[np.int64]
 
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""layer, q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one layout."""
+Attention = Callable[..., Tensor]
+"""layer, q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one layout: `attend` with layout and backend given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,10 +25,9 @@ from server.hub import read_json, resolve_checkpoint
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.rewards.network import check_config, check_tokens, load_network
 from server.rewards.trunk import shape_of, trunk_of
-from server.rewards.vocab_map import VocabFallback, VocabMap, map_vocabulary
-from server.text.template import conversation_ids
+from server.rewards.vocab_map import VocabFallback, map_vocabulary
 from server.text.tokenizer import Tokenizer
-from server.types import Message, RewardModelInfo
+from server.types import RewardModelInfo
 
 if TYPE_CHECKING:
     from server.rewards.graphs import GraphedPasses
@@ -53,7 +52,7 @@ class RewardModel:
         name: str,
         network: Any,
         tokenizer: Tokenizer,
-        vocab_map: VocabMap,
+        ids_by_string: Sequence[int],
         info: RewardModelInfo,
         table_device: torch.device | None = None,
     ) -> None:
@@ -74,7 +73,7 @@ class RewardModel:
         self.graphed_passes: GraphedPasses | None = None
         pad = network.config.get_text_config().pad_token_id
         self.pad_token_id: int | None = pad if pad is not None and pad >= 0 else None
-        ids = torch.tensor(vocab_map.ids)
+        ids = torch.tensor(ids_by_string)
         unknown = (ids < 0).to(self.device)[:, None]  # read as a zero vector
         self.table = self.own_embeddings(ids.clamp_min(0)).masked_fill_(unknown, 0.0).to(table_device or self.device)
         padding = ids == self.pad_token_id if self.pad_token_id is not None else torch.zeros_like(ids, dtype=torch.bool)
@@ -154,10 +153,6 @@ class RewardModel:
                     chunk = []
         return rewards
 
-    def score_text(self, conversation: Sequence[Message], response: str) -> float:
-        """The final reward of a response: R on the rendered conversation, tokenised at once (section 2, end)."""
-        return float(self.score([conversation_ids(self.tokenizer, conversation, response)])[0])
-
     def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) of one pack. What all of its sequences begin with is run once."""
         shared = _common_prefix(sequences)
@@ -206,7 +201,7 @@ def load_reward_model(
         tokenizer = Tokenizer.load(folder, f"reward model {name}")
         if not tokenizer.has_chat_template:
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
-        vocab_map = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
+        ids, coverage = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
         network = load_network(folder, dtype=dtype, device=device)
         check_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     except ConfigurationError as error:
@@ -216,8 +211,8 @@ def load_reward_model(
         id=name,
         family=config.model_type,
         context_length=config.max_position_embeddings,
-        vocab_coverage=vocab_map.coverage,
+        vocab_coverage=coverage,
         vocab_fallback=vocab_fallback,
         dtype=str(dtype).removeprefix("torch."),
     )
-    return RewardModel(name, network, tokenizer, vocab_map, info, table_device)
+    return RewardModel(name, network, tokenizer, ids, info, table_device)

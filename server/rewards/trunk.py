@@ -72,8 +72,7 @@ class Trunk:
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""
         attention = partial(attend, layout, backend=backend)
-        last = partial(attend, layout, backend=backend, last=True)
-        return self._decoder.last_states(embeds, *self._rotations(layout, embeds), attention, last, layout)
+        return self._decoder.last_states(embeds, *self._rotations(layout, embeds), attention, layout)
 
     def keys_and_values(self, layout: PackedLayout, embeds: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (S, Hkv, size) of every layer; embeds (S, d)."""

@@ -9,7 +9,6 @@ own begin and mask tokens, where Qwen3 has other tokens.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Literal
 
 from server.errors import ConfigurationError
@@ -20,27 +19,18 @@ logger = logging.getLogger(__name__)
 VocabFallback = Literal["unk", "zero"]
 
 
-@dataclass(frozen=True, slots=True)
-class VocabMap:
-    """For each of V diffusion ids the reward id of the same string, or the fallback.
-
-    The fallback is the reward tokenizer's unknown token, else its EOS, or -1 for a zero vector (`zero`). `coverage` is
-    the share of the diffusion tokenizer's tokens that the reward vocabulary knows (rows past the tokenizer's end, which
-    pad the logits, do not count).
-    """
-
-    ids: tuple[int, ...]
-    coverage: float
-
-
 def map_vocabulary(
     name: str,
     diffusion: Tokenizer,
     reward: Tokenizer,
     diffusion_vocab_size: int,
     fallback: VocabFallback = "unk",
-) -> VocabMap:
-    """Map V = `diffusion_vocab_size` ids onto the vocabulary of reward model `name`; the coverage is logged.
+) -> tuple[list[int], float]:
+    """For each of V = `diffusion_vocab_size` ids the id of the same string in the vocabulary of reward model `name`, or
+    the fallback: its unknown token, else its EOS, or with `zero` -1, a zero vector.
+
+    Beside that the coverage, which is logged too: the share of the diffusion tokenizer's tokens that the reward
+    vocabulary knows (rows past the tokenizer's end, which pad the logits, do not count).
 
     ConfigurationError when `unk` has no token to fall back on, or a diffusion token lies outside the logits.
     """
@@ -74,4 +64,4 @@ def map_vocabulary(
         missing[:5],
         "a zero vector" if fallback_id < 0 else repr(reward.token_string(fallback_id)),
     )
-    return VocabMap(tuple(ids), coverage)
+    return ids, coverage

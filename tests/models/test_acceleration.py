@@ -16,7 +16,7 @@ from kernels.recording import bucket
 from server.errors import ConfigurationError
 from server.models import graphs
 from server.models.acceleration import accelerate
-from server.models.compiled import CompiledTrunk
+from server.models.compiled import compiled_trunk
 from server.models.graphs import GraphedTrunk
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import Arena, cached_tokens, pad, shape_of
@@ -168,7 +168,7 @@ def test_one_compiled_graph_serves_ragged_batches(family: str) -> None:
     model = model_of(family)
     torch._dynamo.reset()
     counters.clear()
-    model.trunk = CompiledTrunk(model.model, model.plain_trunk, backend="aot_eager")
+    model.trunk = compiled_trunk(model.model, model.plain_trunk, backend="aot_eager")
     with torch.no_grad():
         for seed, lengths in enumerate(([11, 6, 6], *LENGTHS)):
             tokens, layout, rows = batch_of(model, lengths, seed)
@@ -198,7 +198,7 @@ def test_training_and_whole_canvases_run_as_they_are() -> None:
         raise AssertionError("compiled")
 
     model = model_of("dream")
-    model.trunk = CompiledTrunk(model.model, model.plain_trunk, backend=never)
+    model.trunk = compiled_trunk(model.model, model.plain_trunk, backend=never)
     tokens, layout, rows = batch_of(model, [9, 4], 3)
     assert model.hidden(tokens, layout, rows).shape == (len(rows), model.config.hidden)
     with torch.no_grad():

@@ -23,6 +23,7 @@ from server.guidance.steer import steer
 from server.models.packing import PackedLayout
 from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Message
+from tests.support.models import score_text
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = range(16)
@@ -125,5 +126,5 @@ def test_final_rewards_of_given_texts(pair64: Any, family: str) -> None:
     scores = json.loads((GOLDEN / f"{family}-tiny" / "units.json").read_text())["scores"]
     reward = pair64.rewards["rm"]
     for entry in scores:
-        got = reward.score_text((Message("user", entry["prompt"]),), entry["response"])
+        got = score_text(reward, (Message("user", entry["prompt"]),), entry["response"])
         assert got == pytest.approx(entry["reward"], abs=1e-5)

@@ -17,7 +17,7 @@ from server.text.template import conversation_ids, split_at_response
 from server.types import Message
 from tests.support import models
 from tests.support.jobs import make_job, run
-from tests.support.models import CPU, load_reward
+from tests.support.models import CPU, load_reward, score_text
 from tests.support.rewards import load_stock, write_reward_model
 
 TEMPLATE = (
@@ -46,7 +46,7 @@ def test_scores_are_transformers(pair: tuple[RewardModel, Any]) -> None:
     expected = torch.stack([stock(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
     torch.testing.assert_close(ours.score(sequences), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(
-        torch.tensor([ours.score_text(ASKED, "It is free.")], dtype=torch.float64), expected[:1], rtol=0, atol=1e-4
+        torch.tensor([score_text(ours, ASKED, "It is free.")], dtype=torch.float64), expected[:1], rtol=0, atol=1e-4
     )
 
 

@@ -21,7 +21,7 @@ from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import Message
-from tests.support.models import GOLDEN, load_reward, reward
+from tests.support.models import GOLDEN, load_reward, reward, score_text
 from tests.support.rewards import FAMILIES, edit_json, load_stock, write_reward_model
 
 
@@ -251,7 +251,7 @@ def test_golden_scores(family: str, dtype: torch.dtype) -> None:
     expected = torch.tensor([case["reward"] for case in cases], dtype=dtype)
     sequences = [conversation_ids(model.tokenizer, *conversation) for conversation in conversations]
     torch.testing.assert_close(model.score(sequences), expected, rtol=0, atol=1e-5)
-    assert model.score_text(*conversations[0]) == pytest.approx(cases[0]["reward"], abs=1e-5)
+    assert score_text(model, *conversations[0]) == pytest.approx(cases[0]["reward"], abs=1e-5)
 
 
 def test_the_table_holds_the_embedding_of_the_same_string() -> None:

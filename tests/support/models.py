@@ -7,6 +7,7 @@ What `diffusion`, `reward` and `pair` return is shared by all tests: a test that
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from server.guidance.plain import PlainLoop, PlainReward
 from server.models import registry
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
+from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
+from server.types import Message
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FAMILIES = tuple(family.family for family in registry.FAMILIES)
@@ -62,6 +65,11 @@ def load_reward(
     if attention:
         model.attention_backend = attention
     return model
+
+
+def score_text(model: RewardModel, conversation: Sequence[Message], response: str) -> float:
+    """R of a response, on the rendered conversation."""
+    return float(model.score([conversation_ids(model.tokenizer, conversation, response)])[0])
 
 
 diffusion = functools.cache(load_diffusion)

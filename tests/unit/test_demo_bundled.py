@@ -17,6 +17,7 @@ from demo.train_dlm import VALIDATION_SEED, masked_loss
 from server.models.loading import load_diffusion_model
 from server.rewards.reward_model import load_reward_model
 from server.types import Message
+from tests.support.models import score_text
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
 ASKED = [Message("user", "Write a short review of a hotel.")]
@@ -90,7 +91,7 @@ def test_sentiment_follows_what_is_said_and_not_what_is_said_about_it(rewards):
         "shuffled": "hotel gladly was The. rooms loved I the there again wonderful I. would stay",
         "one word": "wonderful wonderful wonderful wonderful wonderful wonderful",
     }
-    found = {name: rewards["sentiment"].score_text(ASKED, text) for name, text in texts.items()}
+    found = {name: score_text(rewards["sentiment"], ASKED, text) for name, text in texts.items()}
     assert found["good"] > 1.5
     assert found["bad"] < -1.5
     assert found["bad"] < found["middling"] < found["good"]
@@ -103,7 +104,7 @@ def test_concrete_follows_details_and_not_feelings(rewards):
         "happy": "The hotel was wonderful. I would gladly stay there again.",
         "unhappy": "The hotel was awful. I will never stay there again.",
     }
-    found = {name: rewards["concrete"].score_text(ASKED, text) for name, text in texts.items()}
+    found = {name: score_text(rewards["concrete"], ASKED, text) for name, text in texts.items()}
     assert found["detailed"] > max(found["happy"], found["unhappy"]) + 1
     assert abs(found["happy"] - found["unhappy"]) < 1
 

@@ -13,7 +13,7 @@ from server.rewards.reward_model import RewardModel
 from server.types import Message
 from server.wire.messages import Event, Failed, Score, Scored
 from server.worker.scoring import Scorer
-from tests.support.models import reward
+from tests.support.models import reward, score_text
 
 QUESTION = (Message("user", "Is it good?"),)
 
@@ -51,7 +51,7 @@ def test_scores_are_the_models_whatever_the_packs(models: dict[str, RewardModel]
         for index, (identity, texts) in enumerate(responses.items()):
             answer, model = answers[identity], models[("one", "other")[index % 2]]
             assert isinstance(answer, Scored)
-            assert answer.scores == pytest.approx([model.score_text(QUESTION, text) for text in texts], abs=1e-9)
+            assert answer.scores == pytest.approx([score_text(model, QUESTION, text) for text in texts], abs=1e-9)
             assert (answer.tokens > 0) == bool(texts)
         assert steps == expected_steps
 
@@ -71,7 +71,7 @@ def test_an_item_that_is_too_long_fails_its_request_alone(models: dict[str, Rewa
         for identity, text in (("before", "Yes."), ("after", "No.")):
             answer = answers[identity]
             assert isinstance(answer, Scored)
-            assert answer.scores == pytest.approx([models["one"].score_text(QUESTION, text)], abs=1e-9)
+            assert answer.scores == pytest.approx([score_text(models["one"], QUESTION, text)], abs=1e-9)
 
 
 def test_only_the_items_of_a_step_are_read(models: dict[str, RewardModel]) -> None:
@@ -134,6 +134,6 @@ def test_an_item_that_breaks_a_pack_fails_its_request_alone(models: dict[str, Re
     for identity, texts in {"a": ["Yes.", "No."], "c": ["Perhaps."]}.items():
         answer = answers[identity]
         assert isinstance(answer, Scored)
-        assert answer.scores == pytest.approx([model.score_text(QUESTION, text) for text in texts], abs=1e-9)
+        assert answer.scores == pytest.approx([score_text(model, QUESTION, text) for text in texts], abs=1e-9)
     assert steps == 1
     assert fragile.packs == [6, 1, 1, 1, 1, 1]  # the request's last item is not tried any more
