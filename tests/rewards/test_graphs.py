@@ -14,21 +14,15 @@ from benchmarks.checkpoints import Shape
 from benchmarks.reward_passes import Setup, measure_passes
 from kernels import varlen
 from server.errors import ConfigurationError
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
-from server.guidance.prefixes import RewardContext
-from server.guidance.steer import visible_positions
 from server.models import graphs
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, graph_where_possible, worst_difference
 from server.rewards.reward_model import RewardModel
 from server.rewards.trunk import Wrapped
-from server.text.template import split_at_response
-from server.types import Message
 from tests.support.graphs import again
 from tests.support.models import CPU, load_reward
-
-EOS, PAD = 7, 9
+from tests.support.rewards import EOS, PAD, Pass, contexts, embeddings
 
 
 @pytest.fixture
@@ -57,11 +51,8 @@ def rows_of(
     model: RewardModel, prefixes: list[Prefix], lengths: list[int], visible: list[int], seed: int
 ) -> tuple[PackedLayout, Tensor]:
     """Rows of which the first `visible` tokens count, and their embeddings."""
-    embeds = torch.randn(
-        sum(lengths), model.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
     layout = model.layout(prefixes, lengths)
-    return layout.hiding(torch.tensor(visible), layout.positions), embeds
+    return layout.hiding(torch.tensor(visible), layout.positions), embeddings(model, sum(lengths), seed)
 
 
 def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -99,8 +90,7 @@ def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: Rewar
     seen = []
     for seed, visible in enumerate(([7, 5], [2, 5], [6, 1])):
         hiding = layout.hiding(torch.tensor(visible), layout.positions)
-        generator = torch.Generator().manual_seed(seed)
-        embeds = torch.randn(12, model.hidden_size, dtype=torch.float64, generator=generator)
+        embeds = embeddings(model, 12, seed)
         got = passes.run(hiding, embeds)
         assert_same(got, differentiate(model, hiding, embeds))
         seen.append(got[0])
@@ -132,21 +122,16 @@ def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel, mon
 
 
 def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
-    before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
-    context = RewardContext.of(model, before, after)
     rng = np.random.default_rng(2)
     canvases = [rng.integers(20, 500, 10) for _ in range(3)]
     canvases[1][4], canvases[2][5] = EOS, PAD
-    responses = Responses.of(canvases, [np.arange(2, 10)] * 3, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
-    embeds = torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assembly = Assembly(Objective(model, (context,) * 3, torch.ones(3, dtype=torch.float64)), responses)
-    expected = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
+    one, embeds = Pass(model, contexts(model, 3), canvases, [np.arange(2, 10)] * 3), embeddings(model, 24)
+    expected = one.read(embeds)
     passes = GraphedPasses(model, again)
     model.graphed_passes = passes
     try:
-        got = assembly.read(embeds, responses.committed, visible, Timings(), gradient=True)
-        unasked = assembly.read(embeds, responses.committed, visible, Timings(), gradient=False)
+        got = one.read(embeds)
+        unasked = one.read(embeds, gradient=False)
     finally:
         model.graphed_passes = None
     assert len(passes.recorded.held) == 1

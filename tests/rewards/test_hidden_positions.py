@@ -12,20 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext, grow
-from server.guidance.steer import visible_positions
 from server.models.layers import SelfAttention
 from server.models.packing import EMPTY_PREFIX
 from server.rewards.reward_model import RewardModel
 from server.rewards.trunk import Wrapped
-from server.text.template import split_at_response
-from server.types import Message
 from tests.support.models import load_reward
-
-EOS, PAD = 7, 9
-CPU = torch.device("cpu")
-
+from tests.support.rewards import EOS, PAD, Pass, contexts, embeddings
 
 pytestmark = pytest.mark.usefixtures("exact_qwen3_norms")
 
@@ -43,33 +36,20 @@ def model(request: pytest.FixtureRequest) -> RewardModel:
     return load(written_out=request.param)
 
 
-def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[RewardContext]:
-    """Two conversations in turn, before the response either cached or led in."""
-    of = []
-    for text in ("Hello", "Write about the licence."):
-        before, after = split_at_response(model.tokenizer, (Message("user", text),))
-        of.append(RewardContext.of(model, before, after, cached=cached))
-    return [of[index % 2] for index in range(count)]
-
-
 def both_ways(
     model: RewardModel, known: list[RewardContext], canvases: list[Any], positions: list[Any], seed: int = 3
 ) -> list[tuple[Tensor, Tensor]]:
     """Rewards (B,) and dr/de (N, D) by each way; embeddings that stand for hidden positions are absurd in the second,
     so that whatever reads them shows."""
-    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
-    absurd = torch.where(visible[responses.masked][:, None], embeds, 1e6 * embeds)
-    objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
+    one = Pass(model, known, canvases, positions)
+    embeds = embeddings(model, len(one.responses.masked), seed)
+    absurd = torch.where(one.visible[one.responses.masked][:, None], embeds, 1e6 * embeds)
     ways = []
     for backend, values in (("sdpa", embeds), ("reference", absurd)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "attention_backend", backend)
-            assembly = Assembly(objective, responses)
-            assert (assembly.layout is None) == (backend == "sdpa")  # the way follows the attention
-            ways.append(assembly.read(values, responses.committed, visible, Timings(), gradient=True))
+            assert (one.assembly().layout is None) == (backend == "sdpa")  # the way follows the attention
+            ways.append(one.read(values))
     return ways
 
 
@@ -97,8 +77,8 @@ def test_rewards_and_gradients_are_the_same(model: RewardModel, cached: bool) ->
         assert {context.settled for context in known} == {0, 10, 23}
     ways = both_ways(model, known, canvases, positions)
     assert_same(ways)
-    g, responses = ways[1][1], Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    hidden = ~visible_positions(responses.committed, responses.first, EOS, PAD)[responses.masked]
+    g, one = ways[1][1], Pass(model, known, canvases, positions)
+    hidden = ~one.visible[one.responses.masked]
     assert 20 < int(hidden.sum()) < len(hidden)
     assert not g[hidden].any()  # exactly
     assert float(g[~hidden].abs().amax(dim=1).min()) > 1e-9
@@ -123,11 +103,10 @@ def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None
     """Nothing behind a revealed EOS can be seen in this step: it is left out of the rows, by either way."""
     canvases = [np.array([30, 41, EOS, 50, PAD, 60]), np.array([30, EOS, 41, PAD, 50, 60])]
     positions = [np.array([1, 3, 5]), np.array([1, 4])]  # the second EOS is only what a masked position may become
-    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
-    assert responses.hidden.reshape(2, 6).tolist() == [[False] * 3 + [True] * 3, [False] * 3 + [True] + [False] * 2]
     known = contexts(model, 2)
-    objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
-    assembly = Assembly(objective, responses)
+    one = Pass(model, known, canvases, positions)
+    assert one.responses.hidden.reshape(2, 6).tolist() == [[False] * 3 + [True] * 3, [False] * 3 + [True] + [False] * 2]
+    assembly = one.assembly()
     assert assembly.lengths == (3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids))
     assert assembly.rows.tolist() == [0, 3, 4]
     assert_same(both_ways(model, known, canvases, positions))
@@ -136,17 +115,8 @@ def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None
 def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> None:
     """No template of ours ends with the response; one that did must not be given another row's reward."""
     known = [RewardContext.of(model, (), ())] * 2
-    responses = Responses.of(
-        [np.array([PAD, PAD]), np.array([30, 41])],
-        [np.array([0, 1]), np.array([1])],
-        CPU,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
-    embeds = torch.ones(3, model.hidden_size, dtype=torch.float64)
-    objective = Objective(model, tuple(known), torch.ones(2, dtype=torch.float64))
-    rewards, _ = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=False)
+    one = Pass(model, known, [np.array([PAD, PAD]), np.array([30, 41])], [np.array([0, 1]), np.array([1])])
+    rewards, _ = one.read(embeddings(model, 3), gradient=False)
     assert rewards.isfinite().tolist() == [False, True]
 
 
@@ -162,8 +132,7 @@ def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
     model = load(written_out=True)
     layout = model.layout([EMPTY_PREFIX] * 2, [4, 3])
     layout = layout.hiding(torch.tensor([2, 3]), layout.positions)
-    x = torch.randn(7, model.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x.requires_grad_()
+    x = embeddings(model, 7).requires_grad_()
     seen = []
 
     def spoil(gradient: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from kernels import varlen
 from kernels.random import row_keys
 from kernels.transfer import upload
 from server.diffusion.schedule import plan
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
+from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
-from server.guidance.steer import Steered, steer, visible_positions
+from server.guidance.steer import Steered, steer
 from server.methods import METHODS, Method
 from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardModel
@@ -30,8 +30,8 @@ from server.text.template import split_at_response
 from server.types import DiffusionParams, GuidanceParams, Message
 from tests.support.graphs import again
 from tests.support.models import CPU, load_reward
+from tests.support.rewards import EOS, PAD, Pass, contexts
 
-EOS, PAD = 7, 9
 VOCABULARY = 512
 
 
@@ -224,11 +224,10 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     canvases[1][1] = PAD
     responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     count = len(responses.masked)
-    objectives = []
-    for weight, model in enumerate(rewards, start=1):
-        before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
-        context = RewardContext.of(model, before, after)
-        objectives.append(Objective(model, (context,) * 3, torch.full((3,), float(weight), dtype=torch.float64)))
+    objectives = [
+        Objective(model, tuple(contexts(model, 3)), torch.full((3,), float(weight), dtype=torch.float64))
+        for weight, model in enumerate(rewards, start=1)
+    ]
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(count, VOCABULARY, generator=generator)
     logits[20, EOS] = 30.0  # masked, and an EOS by its argmax
@@ -275,19 +274,16 @@ def test_a_pass_needs_no_values(way: str) -> None:
     meta = torch.device("meta")
     model = load_reward("dream", torch.bfloat16, attention="varlen", device=meta, vocab_fallback="zero")
     context = RewardContext.of(model, range(20), (3, 4))
-    canvases = [np.arange(20, 32)] * 3
-    responses = Responses.of(canvases, [np.arange(2, 12)] * 3, meta, eos_token_id=EOS, pad_token_id=PAD)
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
+    one = Pass(model, [context] * 3, [np.arange(20, 32)] * 3, [np.arange(2, 12)] * 3, device=meta)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":
         model.graphed_passes = GraphedPasses(model, again)
-    objective = Objective(model, (context,) * 3, torch.ones(3, device=meta))
     if way == "asking":
         model.attention_backend = "sdpa"
         with pytest.raises(NotImplementedError, match="nonzero"):
-            Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
+            one.read(embeds)
         return
-    rewards, g = Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
+    rewards, g = one.read(embeds)
     assert (rewards.shape, g.shape) == ((3,), embeds.shape)
     assert (rewards.device, g.device) == (meta, meta)
 

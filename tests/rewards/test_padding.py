@@ -8,24 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.plain import PlainLoop, PlainReward
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
-from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids, split_at_response
 from server.types import Message
 from tests.support import models
 from tests.support.jobs import make_job, run
-from tests.support.models import CPU, load_reward, score_text
-from tests.support.rewards import load_stock, write_reward_model
+from tests.support.models import load_reward, score_text
+from tests.support.rewards import EOS, Pass, embeddings, load_stock, write_reward_model
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 IM_END = 2  # of both tokenizers; the template's last token
-EOS, MASKED_FROM = 7, 12
+MASKED_FROM = 12
 ASKED = (Message("user", "Tell me about the licence."),)
 
 
@@ -83,18 +81,13 @@ def test_guidance_reads_the_same_place(
     positions = [np.arange(MASKED_FROM, 16) for _ in canvases]
     diffusion_pad = 8
     context = RewardContext.of(ours, before, after, cached=cached)
-    contexts = [context] * len(canvases)
+    known = [context] * len(canvases)
     if grows:
-        contexts = grow(ours, contexts, canvases, [MASKED_FROM] * len(canvases), EOS, diffusion_pad)
-        assert (contexts[0].settled >= GROW_BY) == cached
-    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=diffusion_pad)
-    tokens = responses.committed
-    visible = visible_positions(tokens, responses.first, EOS, diffusion_pad)
-    embeds = torch.randn(
-        len(responses.masked), ours.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    objective = Objective(ours, tuple(contexts), torch.ones(len(canvases), dtype=torch.float64))
-    rewards, g = Assembly(objective, responses).read(embeds, tokens, visible, Timings(), gradient=True)
+        known = grow(ours, known, canvases, [MASKED_FROM] * len(canvases), EOS, diffusion_pad)
+        assert (known[0].settled >= GROW_BY) == cached
+    one = Pass(ours, known, canvases, positions, diffusion_pad)
+    tokens, visible, embeds = one.responses.committed, one.visible, embeddings(ours, len(one.responses.masked))
+    rewards, g = one.read(embeds)
     own = {string: ours.tokenizer.id_of(string) for string in models.tokenizer().vocab()}
     ids_of = {index: own[string] for string, index in models.tokenizer().vocab().items()}
     for row, canvas in enumerate(canvases):

@@ -7,15 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
-from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel
-from server.text.template import split_at_response
-from server.types import Message
 from tests.support.models import reward
+from tests.support.rewards import EOS, PAD, Pass, contexts, embeddings
 
-EOS, PAD = 7, 9
 LENGTH = 24
 
 
@@ -24,27 +20,12 @@ def model() -> RewardModel:
     return reward()
 
 
-def contexts(model: RewardModel, count: int) -> list[RewardContext]:
-    """Two conversations in turn, each context shared by its trajectories."""
-    split = [
-        split_at_response(model.tokenizer, (Message("user", text),)) for text in ("Hello", "Write about the licence.")
-    ]
-    of = [RewardContext.of(model, before, after) for before, after in split]
-    return [of[index % 2] for index in range(count)]
-
-
 def read(
     model: RewardModel, known: list[RewardContext], canvases: list[np.ndarray], settled: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Rewards (B,) and dr/de of the masked rows, everything after `settled` being masked."""
-    responses = Responses.of(
-        canvases, [np.arange(stop, LENGTH) for stop in settled], torch.device("cpu"), eos_token_id=EOS, pad_token_id=PAD
-    )
-    generator = torch.Generator().manual_seed(3)
-    embeds = torch.randn(len(responses.masked), model.hidden_size, generator=generator, dtype=torch.float64)
-    visible = visible_positions(responses.committed, responses.first, EOS, PAD)
-    objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
-    return Assembly(objective, responses).read(embeds, responses.committed, visible, Timings(), gradient=True)
+    one = Pass(model, known, canvases, [np.arange(stop, LENGTH) for stop in settled])
+    return one.read(embeddings(model, len(one.responses.masked)))
 
 
 def test_growing_changes_no_reward_and_no_gradient(model: RewardModel) -> None:
@@ -79,6 +60,5 @@ def test_growing_in_two_steps_is_growing_at_once_and_shares_the_conversation(mod
 
 
 def test_uncached_leads_do_not_grow(model: RewardModel) -> None:
-    before, after = split_at_response(model.tokenizer, (Message("user", "Hello"),))
-    known = [RewardContext.of(model, before, after, cached=False)]
+    known = contexts(model, 1, cached=False)
     assert grow(model, known, [np.arange(100, 100 + LENGTH)], [20], EOS, PAD) == known

@@ -1,13 +1,16 @@
-"""Reward models of any architecture, written as published ones are."""
+"""Reward models of any architecture, written as published ones are, and one pass of guidance through a model."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     GemmaConfig,
@@ -20,7 +23,16 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from tests.support.models import GOLDEN
+from server.guidance.assembly import Assembly, Objective, Responses, Timings
+from server.guidance.prefixes import RewardContext
+from server.guidance.steer import visible_positions
+from server.rewards.reward_model import RewardModel
+from server.text.template import split_at_response
+from server.types import Message
+from tests.support.models import CPU, GOLDEN
+
+EOS, PAD = 7, 9
+"""Ids of the diffusion model's that hide positions in the tests of passes."""
 
 SMALL = {
     "hidden_size": 32,
@@ -67,3 +79,44 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """As transformers has it."""
     stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return stock.eval().requires_grad_(False)
+
+
+def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[RewardContext]:
+    """What `count` trajectories of two conversations in turn have around their responses."""
+    of = []
+    for text in ("Hello", "Write about the licence."):
+        before, after = split_at_response(model.tokenizer, (Message("user", text),))
+        of.append(RewardContext.of(model, before, after, cached=cached))
+    return [of[index % 2] for index in range(count)]
+
+
+def embeddings(model: RewardModel, count: int, seed: int = 3) -> Tensor:
+    """Random ones, (count, D) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, model.hidden_size, dtype=torch.float64, generator=generator)
+
+
+class Pass:
+    """Everything that one pass reads; `visible` (R,) as the committed tokens alone have it."""
+
+    def __init__(
+        self,
+        model: RewardModel,
+        known: Sequence[RewardContext],
+        canvases: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        pad_token_id: int = PAD,
+        device: torch.device = CPU,
+    ) -> None:
+        self.responses = Responses.of(canvases, positions, device, eos_token_id=EOS, pad_token_id=pad_token_id)
+        self.visible = visible_positions(self.responses.committed, self.responses.first, EOS, pad_token_id)
+        weights = torch.ones(len(canvases), dtype=torch.float64, device=device)
+        self.objective = Objective(model, tuple(known), weights)
+
+    def assembly(self) -> Assembly:
+        """As the attention that the model has now wants it."""
+        return Assembly(self.objective, self.responses)
+
+    def read(self, embeds: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
+        """Rewards (B,) and dr/de (N, D)."""
+        return self.assembly().read(embeds, self.responses.committed, self.visible, Timings(), gradient=gradient)
