@@ -71,19 +71,27 @@ def attend(
 
 def reference(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool, scale: float | None) -> Tensor:
     """The specification, one sequence at a time from the same metadata, on any device and dtype."""
-    outputs = []
-    groups = q.shape[1] // k.shape[1]
-    q_edges, k_edges = spans.cu_q.tolist(), spans.cu_k.tolist()
-    for index in range(len(q_edges) - 1):
-        here, there = (slice(edges[index], edges[index + 1]) for edges in (q_edges, k_edges))
-        queries, keys, values = (x.transpose(0, 1) for x in (q[here], k[there], v[there]))
-        keys, values = (x.repeat_interleave(groups, dim=0) for x in (keys, values))
-        length, seen = queries.shape[1], keys.shape[1]
+    queries, keys = ([*x.diff().tolist(), len(y) - int(x[-1])] for x, y in ((spans.cu_q, q), (spans.cu_k, k)))
+    return by_sequence(q, k, v, queries, keys, causal, scale)
+
+
+def by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int], causal: bool, scale: float | None
+) -> Tensor:
+    """The same where the host knows how many queries and keys each sequence has."""
+    outputs, groups = [], q.shape[1] // k.shape[1]
+    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
+    for own in zip(*(torch.split(x, list(n)) for x, n in ((q, queries), (k, keys), (v, keys))), strict=True):
+        count, seen = len(own[0]), len(own[1])
+        if not count:
+            continue
+        one, *others = (x.transpose(0, 1) for x in own)  # (heads, n, d)
+        key, value = (x.repeat_interleave(groups, 0)[None] for x in others)
         mask = None
-        if causal:
-            mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-        outputs.append(mixed.transpose(0, 1))
+        if causal and count > 1:
+            mask = torch.ones(count, seen, dtype=torch.bool, device=q.device).tril(seen - count)
+        mixed = functional.scaled_dot_product_attention(one[None], key, value, attn_mask=mask, scale=scale)
+        outputs.append(mixed[0].transpose(0, 1))
     return torch.cat(outputs)
 
 

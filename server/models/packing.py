@@ -7,7 +7,7 @@ models run causal rows that continue cached conversations. A packed forward equa
 rounding.
 
 Three ways compute the same attention. "cpp" (`kernels.attention`) reads prefixes where they lie and is the CPU's way.
-The kernels of `kernels.varlen` want each row's keys in one piece, so one gather a layer lays them out. "sdpa" is the
+The kernels of `kernels.varlen` want each row's keys in one piece, so one gather a layer lays them out. "sdpa" is their
 plain form, one row at a time, for whatever the other two cannot do: float64, a GPU in 32 bits, no C++ compiler.
 """
 
@@ -53,11 +53,6 @@ class Prefix:
         """The ancestors and this one, the first tokens first, without those that hold nothing."""
         before = self.parent.chain() if self.parent is not None else []
         return [*before, self] if self.own else before
-
-    def whole(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (Hkv, length, d) of one layer, the parent's included."""
-        links = self.chain()
-        return torch.cat([link.keys[layer] for link in links], 1), torch.cat([link.values[layer] for link in links], 1)
 
 
 EMPTY_PREFIX = Prefix(0)
@@ -250,36 +245,12 @@ def attend(
         pieces = [(link.keys[layer], link.values[layer]) for link in layout.links]
         rows = layout.last_rows if last else layout.rows
         return attention.attend(q, k, v, rows, pieces, causal=layout.causal, scale=scale)
-    if backend == "sdpa":
-        return _attend_rows(layout, layer, q, k, v, scale, last=last)
     k, v = layout.laid_out(layer, k, v)
+    if backend == "sdpa":
+        if layout.visible is not None:
+            raise ValueError("only a variable-length attention reads the rows' lengths from the device")
+        keys = [prefix.length + own for prefix, own in zip(layout.prefixes, layout.lengths, strict=True)]
+        queries = (1,) * len(keys) if last else layout.lengths
+        return varlen.by_sequence(q, k, v, queries, keys, layout.causal, scale)
     spans = layout.last_spans if last else layout.spans
     return varlen.attend(backend, q.contiguous(), k, v, spans, causal=layout.causal, scale=scale)
-
-
-def _attend_rows(
-    layout: PackedLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, last: bool
-) -> Tensor:
-    """The same, one row after another."""
-    if layout.visible is not None:
-        raise ValueError("only a variable-length attention reads the rows' lengths from the device")
-    groups, lengths = q.shape[1] // k.shape[1], list(layout.lengths)
-    counts = [1] * len(lengths) if last else lengths
-    outputs = []
-    # split, not slices: the gradient of a split is one concatenation, that of n slices n full-size sums.
-    parts = torch.split(q, counts), torch.split(k, lengths), torch.split(v, lengths)
-    for prefix, *own in zip(layout.prefixes, *parts, strict=True):
-        queries, keys, values = (x.transpose(0, 1) for x in own)  # (heads, n, d)
-        if prefix.length:
-            before = prefix.whole(layer)
-            keys, values = torch.cat([before[0], keys], 1), torch.cat([before[1], values], 1)
-        keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
-        count, seen = queries.shape[1], keys.shape[1]
-        mask = None
-        if layout.causal and count > 1:
-            mask = torch.ones(count, seen, dtype=torch.bool, device=q.device).tril(seen - count)
-        mixed = functional.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], attn_mask=mask, scale=scale
-        )
-        outputs.append(mixed[0].transpose(0, 1))
-    return torch.cat(outputs)

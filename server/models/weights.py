@@ -40,44 +40,40 @@ class StoredTensor:
     dtype: str
 
 
-def weight_files(folder: Path) -> dict[str, Path] | None:
-    """Tensor name -> file by a sharded checkpoint's index, or None for a single `model.safetensors`.
-
-    Raises ConfigurationError when there is neither, saying so if only formats are there that can run code.
-    """
-    if (folder / INDEX_FILE).is_file():
-        return _indexed_files(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return None
-    unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE_SUFFIXES)
-    if unsafe:
-        raise ConfigurationError(
-            f"{folder.name}: {unsafe[0]} is a pickle format, which can run code and is never loaded; "
-            f"convert the weights to {SINGLE_FILE}"
-        )
-    raise ConfigurationError(f"{folder.name}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-
-
 def _indexed_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file by a sharded checkpoint's index."""
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigurationError(f"{folder.name}: {INDEX_FILE} has no weight_map")
-    files: dict[str, Path] = {}
-    for name, shard in weight_map.items():
+    for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ConfigurationError(f"{folder.name}: {INDEX_FILE} names {quote(shard)}, not a safetensors file beside")
-        files[name] = folder / shard
-    absent = sorted({path.name for path in files.values() if not path.is_file()})
+    absent = sorted(shard for shard in set(weight_map.values()) if not (folder / shard).is_file())
     if absent:
         raise ConfigurationError(f"{folder.name}: shards are missing: {_listing(absent)}")
-    return files
+    return {name: folder / shard for name, shard in weight_map.items()}
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name, from the headers alone. Raises ConfigurationError."""
-    indexed = weight_files(folder)
+    """Every tensor of a checkpoint by name, from the headers alone.
+
+    Raises ConfigurationError for files that are missing or damaged, saying so if only formats are there that can run
+    code.
+    """
+    indexed, files = None, [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        indexed = _indexed_files(folder)
+        files = sorted(set(indexed.values()))
+    elif not files[0].is_file():
+        unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE_SUFFIXES)
+        raise ConfigurationError(
+            f"{folder.name}: {unsafe[0]} is a pickle format, which can run code and is never loaded; "
+            f"convert the weights to {SINGLE_FILE}"
+            if unsafe
+            else f"{folder.name}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+        )
     found: dict[str, StoredTensor] = {}
-    for path in sorted(set(indexed.values())) if indexed is not None else [folder / SINGLE_FILE]:
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, attend
 from tests.support.kernels import choose_kernels
+from tests.support.models import whole
 
 Heads = tuple[int, int]
 
@@ -23,7 +24,7 @@ def written_out(layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor, *, last: 
     outputs, first = [], 0
     groups = q.shape[1] // k.shape[1]
     for row, (prefix, length) in enumerate(zip(layout.prefixes, layout.lengths, strict=True)):
-        before = [x.transpose(0, 1) for x in prefix.whole(0)] if prefix.length else [k[:0], v[:0]]
+        before = [x.transpose(0, 1) for x in whole(prefix, 0)] if prefix.length else [k[:0], v[:0]]
         keys, values = torch.cat([before[0], k[first:][:length]]), torch.cat([before[1], v[first:][:length]])
         for place in [length - 1] if last else range(length):
             seen = prefix.length + (place + 1 if layout.causal else length)
@@ -176,7 +177,7 @@ def test_rows_that_grow_share_the_first_prefix_and_hold_what_they_added() -> Non
     ]  # fmt: skip
     for grown, prefix, start, length in ((first, none, 0, 2), (second, parent, 2, 1), (third, child, 3, 3)):
         for index, own in ((0, k), (1, v)):
-            before = prefix.whole(0)[index] if prefix.length else own[:0].transpose(0, 1)
+            before = whole(prefix, 0)[index] if prefix.length else own[:0].transpose(0, 1)
             expected = torch.cat([before, own[start:][:length].transpose(0, 1)], dim=1)
-            assert torch.equal(grown.whole(0)[index], expected)
+            assert torch.equal(whole(grown, 0)[index], expected)
             assert grown.keys[0].is_contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.guidance.prefixes import GROW_BY, RewardContext, grow
 from server.rewards.reward_model import RewardModel
-from tests.support.models import reward
+from tests.support.models import reward, whole
 from tests.support.rewards import EOS, PAD, Pass, contexts, embeddings
 
 LENGTH = 24
@@ -55,7 +55,7 @@ def test_growing_in_two_steps_is_growing_at_once_and_shares_the_conversation(mod
     assert once[0].prefix.parent is twice[0].prefix.parent is start[0].prefix
     for layer in range(len(once[0].prefix.keys)):
         assert once[0].prefix.keys[layer].shape[1] == 20  # the conversation's are not held again
-        for one, other in zip(once[0].prefix.whole(layer), twice[0].prefix.whole(layer), strict=True):
+        for one, other in zip(whole(once[0].prefix, layer), whole(twice[0].prefix, layer), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from server.guidance.plain import PlainLoop, PlainReward
 from server.models import registry
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.models.packing import Prefix
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
@@ -65,6 +67,12 @@ def load_reward(
     if attention:
         model.attention_backend = attention
     return model
+
+
+def whole(prefix: Prefix, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (Hkv, length, d) of one layer, the parent's included."""
+    links = prefix.chain()
+    return torch.cat([link.keys[layer] for link in links], 1), torch.cat([link.values[layer] for link in links], 1)
 
 
 def score_text(model: RewardModel, conversation: Sequence[Message], response: str) -> float:
