@@ -60,6 +60,4 @@ def packed_causal_attention(
     return attend(packed.layout, layer, q, k, v, packed.backend, scale=scaling)[None], None
 
 
-def register() -> None:
-    """Make the function known to transformers under `ATTENTION_NAME`; registering again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, packed_causal_attention)
+AttentionInterface.register(ATTENTION_NAME, packed_causal_attention)

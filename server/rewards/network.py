@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from server.errors import ConfigurationError, quote
 from server.models.weights import stored_tensors
-from server.rewards.attention import ATTENTION_NAME, register
+from server.rewards.attention import ATTENTION_NAME
 from server.text.tokenizer import Tokenizer
 
 HEAD = "score.weight"
@@ -60,7 +60,6 @@ def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
     except (ValueError, KeyError, OSError) as error:
         raise ConfigurationError(f"config.json: {_first_line(error)}") from error
     _check_attention(config)
-    register()
     try:
         network, report = AutoModelForSequenceClassification.from_pretrained(
             folder,

@@ -98,19 +98,6 @@ def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: Rewar
     assert len({tuple(rewards.tolist()) for rewards in seen}) == 3
 
 
-def test_graphs_are_bounded_and_what_they_return_stays(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    passes = GraphedPasses(model, again)
-    results = []
-    for repeat in range(2):
-        for length in (5, 40, 70):
-            layout, embeds = rows_of(model, [EMPTY_PREFIX], [length], [length], repeat)
-            results.append((passes.run(layout, embeds), differentiate(model, layout, embeds)))
-    assert len(passes.recorded.held) == 2
-    for got, expected in results:
-        assert_same(got, expected)
-
-
 def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_TOKENS", 256)
     passes = GraphedPasses(model, again)

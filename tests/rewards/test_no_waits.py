@@ -286,14 +286,3 @@ def test_a_pass_needs_no_values(way: str) -> None:
     rewards, g = one.read(embeds)
     assert (rewards.shape, g.shape) == ((3,), embeds.shape)
     assert (rewards.device, g.device) == (meta, meta)
-
-
-def test_asking_how_many_are_seen_waits(
-    rewards: list[RewardModel], no_waits: NoWaits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The way for CPUs, which is why there are two."""
-    for model in rewards:
-        monkeypatch.setattr(model, "attention_backend", "sdpa")
-    run = steering(rewards, 1)
-    with pytest.raises(Waits, match="nonzero"), torch.no_grad(), no_waits:
-        run()
