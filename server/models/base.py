@@ -103,8 +103,8 @@ class DiffusionModel(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """What hidden states and logits are in, see `Decoder.activation_dtype`."""
-        return self.model.activation_dtype
+        """What hidden states and logits are in, see `Embedding.activation_dtype`."""
+        return self.model.embed_tokens.activation_dtype
 
     def plain_trunk(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """The `Trunk` as it is written."""

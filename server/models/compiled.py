@@ -50,7 +50,7 @@ def compiled_trunk(decoder: Decoder, plain: Trunk, backend: str | Callable[..., 
     def trunk(tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled() or layout.links:
             return plain(tokens, layout, rows)
-        cos, sin = decoder.rotary.rows(layout.positions, layout.longest, decoder.activation_dtype)
+        cos, sin = decoder.rotary.rows(layout.positions, layout.longest, decoder.embed_tokens.activation_dtype)
         out: Tensor = compiled(tokens, cos, sin, layout.cu_q, layout.longest, rows)
         return out
 

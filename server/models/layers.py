@@ -257,11 +257,6 @@ class Decoder(nn.Module):
         self.rotary = RotaryTable(config.head_size, config.rope_theta)
         self.attention_backend = "sdpa"
 
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """What states are in: the weights' dtype, or float32 where the device has no instructions for it."""
-        return self.embed_tokens.activation_dtype
-
     def states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
         """Final-norm states (S, d), or (N, d) at packed indices `rows` (N,), of embeddings x (S, d) with rotations
         (S, head_size / 2): a function of tensors alone."""
