@@ -96,7 +96,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "kernels": kernels.backend_info(),
+        "kernels": kernels.default_backend(),
     }
 
 

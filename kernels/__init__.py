@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import available_backends, backend_info, open_state
-from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term, check_rows
+from kernels.dispatch import available_backends, choose, default_backend, state_class
+from kernels.ops import FilteredStats, Guided, Mixed, RowParams, RowStats, Term
 from kernels.settings import BACKENDS
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "RowStats",
     "Term",
     "available_backends",
-    "backend_info",
     "begin",
+    "default_backend",
     "draw",
     "filtered_stats",
     "mix",
@@ -50,7 +50,7 @@ def begin(logits: Tensor, params: RowParams, *, backend: str | None = None, upda
     follow, if known: the last of them then keeps no moments. The logits must not change while the state lives.
     Raises ValueError for shapes that do not fit, an unknown backend, or one that cannot run here.
     """
-    return open_state(logits, params, backend, updates)
+    return state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
 
 
 @torch.no_grad()
@@ -62,7 +62,6 @@ def draw(state: Guided, keys: Tensor, rows: Tensor | None = None, *, never: int 
     other token. The distribution that is drawn from, and every statistic, is the one without this rule. ValueError
     where the vocabulary lacks the id or has no other.
     """
-    check_rows(rows)
     if never is not None and not (0 <= never < state.vocab_size > 1):
         raise ValueError(f"never is {never}, which must be one id of several below {state.vocab_size}")
     if keys.shape != (_count(state, rows), 4):
@@ -73,7 +72,6 @@ def draw(state: Guided, keys: Tensor, rows: Tensor | None = None, *, never: int 
 @torch.no_grad()
 def filtered_stats(state: Guided, tokens: Tensor, rows: Tensor | None = None) -> FilteredStats:
     """Entropy, the given tokens' probability and the top-two margin of softmax(filter(phi / tau)), each (n,)."""
-    check_rows(rows)
     if tokens.shape != (_count(state, rows),):
         raise ValueError(f"tokens must be ({_count(state, rows)},), not {tuple(tokens.shape)}")
     return state._filtered_stats(tokens, rows)
@@ -111,4 +109,7 @@ def update(state: Guided, terms: Sequence[Term]) -> None:
 
 
 def _count(state: Guided, rows: Tensor | None) -> int:
+    """How many rows are meant; ValueError for anything but None and a one-dimensional int64 tensor."""
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.long):
+        raise ValueError("rows must be a one-dimensional int64 tensor")
     return state.rows if rows is None else len(rows)

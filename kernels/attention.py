@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpp.build import DTYPES, PASS_DTYPES, call
+from kernels.cpp.build import DTYPES, call
 from kernels.cpp.build import runs as runs
 
 Piece = tuple[Tensor, Tensor]
@@ -105,7 +105,7 @@ def attend(
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v in each row: q (queries, H, size), k and v (keys, Hkv, size) -> (queries, H, size),
-    differentiable with respect to the three. All of them, and the pieces, are on the CPU and in one of `PASS_DTYPES`.
+    differentiable with respect to the three. All of them, and the pieces, are on the CPU and in one of `DTYPES`.
 
     With `causal` a row's last query sees all of its keys, the one before all but the last, and so on. `scale` None is
     1 / sqrt(size). `pieces` is what the rows' indices mean. ValueError where shapes or dtypes do not fit.
@@ -114,8 +114,8 @@ def attend(
     if q.shape[0] != rows.queries or k.shape != (rows.keys, key_heads, size) or v.shape != k.shape or heads % key_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for {rows.queries} queries")
     for x in (q, k, v, *(x for piece in pieces for x in piece)):
-        if x.dtype != q.dtype or x.dtype not in PASS_DTYPES or x.device.type != "cpu":
-            raise ValueError(f"one of {PASS_DTYPES} on the CPU is wanted, not {x.dtype} on {x.device}")
+        if x.dtype != q.dtype or x.dtype not in DTYPES or x.device.type != "cpu":
+            raise ValueError(f"one of {tuple(DTYPES)} on the CPU is wanted, not {x.dtype} on {x.device}")
     for keys, values in pieces:
         if keys.shape[::2] != (key_heads, size) or values.shape != keys.shape:
             raise ValueError(f"a piece of keys {tuple(keys.shape)} and values {tuple(values.shape)}")
@@ -124,32 +124,32 @@ def attend(
     for index, length in zip(rows.order, rows.lengths, strict=True):
         if pieces[index][0].shape[1] != length:
             raise ValueError(f"piece {index} has {pieces[index][0].shape[1]} tokens, not {length}")
-    scale = size**-0.5 if scale is None else scale
-    out: Tensor = _Attend.apply(q, k, v, rows, pieces, causal, scale)  # type: ignore[no-untyped-call]
+    layout = rows, pieces, causal, size**-0.5 if scale is None else scale
+    out: Tensor = _Attend.apply(q, k, v, layout)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Attend(torch.autograd.Function):
+    """`layout`: the last arguments of `Rows.arguments`."""
+
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Rows, pieces: Sequence[Piece], causal: bool, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: tuple[Any, ...]) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(q)
         log_sums = torch.empty(q.shape[:2]) if any(ctx.needs_input_grad[:3]) else None
-        arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
+        rows, *others = layout
+        arguments, _table = rows.arguments(q, k, v, *others)
         call("attention", ctypes.byref(arguments), out, log_sums)
         if log_sums is not None:
             ctx.save_for_backward(q, k, v, out, log_sums)
-            ctx.others = rows, pieces, causal, scale
+            ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sums = ctx.saved_tensors
-        rows, pieces, causal, scale = ctx.others
-        g = gradients[0].contiguous()
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
-        call("attention_gradient", ctypes.byref(arguments), g, out, log_sums, d_q, d_k, d_v)
-        return d_q, d_k, d_v, None, None, None, None
+        written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        rows, *others = ctx.layout
+        arguments, _table = rows.arguments(q, k, v, *others)
+        call("attention_gradient", ctypes.byref(arguments), gradients[0].contiguous(), out, log_sums, *written)
+        return *written, None

@@ -10,12 +10,13 @@ Shapes: S tokens, width d, H heads of `size` channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.cpp.build import PASS_DTYPES, call
+from kernels.cpp.build import DTYPES, call
 from kernels.cpp.build import runs as cpp_runs
 
 MAX_HEAD_SIZE = 1024  # of the C++ gradient's buffer
@@ -23,19 +24,43 @@ MAX_HEAD_SIZE = 1024  # of the C++ gradient's buffer
 
 def runs(x: Tensor) -> bool:
     """Whether the passes below take x. KERNELS_BACKEND=reference or torch turns them off with the other kernels."""
-    fits = x.device.type == "cpu" and x.dtype in PASS_DTYPES and x.numel() > 0
+    fits = x.device.type == "cpu" and x.dtype in DTYPES and x.numel() > 0
     return fits and not torch.compiler.is_compiling() and cpp_runs()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) * weight, over the last axis of x (..., d)."""
-    out: Tensor = _RMSNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    inverse = torch.empty(x.shape[:-1])  # float32; the gradient reads it
+    sizes = inverse.numel(), x.shape[-1]
+
+    def norm(x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        _call("rms_norm", x, weight, out, inverse, *sizes, float(epsilon))
+        return out
+
+    def gradient(x: Tensor, g: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        _call("rms_norm_gradient", g, x, weight, inverse, out, *sizes)
+        return out
+
+    out: Tensor = _Fused.apply(x, norm, gradient)  # type: ignore[no-untyped-call]
     return out
 
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x (S, 2 m), which holds [gate, up] -> (S, m)."""
-    out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
+
+    def forward(x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], x.shape[1] // 2)
+        _call("swiglu", x, x[:, out.shape[1] :], x.shape[1], out, *out.shape)
+        return out
+
+    def gradient(x: Tensor, g: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        _call("swiglu_gradient", g, x, out, *g.shape)
+        return out
+
+    out: Tensor = _Fused.apply(x, forward, gradient)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -61,11 +86,29 @@ def split_heads(
     Each head of q and k is normalised where it has a weight (size,), then rotated by cosines and sines (S, size / 2),
     channel i with channel i + size / 2. ValueError for heads wider than `MAX_HEAD_SIZE`.
     """
-    if 2 * cosines.shape[1] > MAX_HEAD_SIZE:
-        raise ValueError(f"heads of {2 * cosines.shape[1]} channels; at most {MAX_HEAD_SIZE}")
-    q, k, v = _Heads.apply(  # type: ignore[no-untyped-call]
-        x, heads, key_heads, query_weight, key_weight, epsilon, cosines, sines
-    )
+    rows, size, angles = len(x), 2 * cosines.shape[1], (cosines.float().contiguous(), sines.float().contiguous())
+    if size > MAX_HEAD_SIZE:
+        raise ValueError(f"heads of {size} channels; at most {MAX_HEAD_SIZE}")
+    rotated = (query_weight, 0), (key_weight, heads * size)  # weight and first column of q and k
+    unrotated = slice((heads + key_heads) * size, None)
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = x.new_empty(rows, heads, size), x.new_empty(rows, key_heads, size)
+        for part, (weight, first) in zip((q, k), rotated, strict=True):
+            if part.numel():
+                _call("rotate_heads", x[:, first:], x.shape[1], weight, float(epsilon), *angles, part, *part.shape)
+        return q, k, x[:, unrotated].reshape(rows, -1, size).clone(memory_format=torch.contiguous_format)
+
+    def gradient(x: Tensor, *gradients: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for g, (weight, first) in zip(gradients, rotated, strict=False):
+            if g.numel():
+                here = g, x[:, first:], x.shape[1], weight, float(epsilon), *angles, out[:, first:]
+                _call("rotate_heads_gradient", *here, *g.shape)
+        out[:, unrotated] = gradients[2].reshape(rows, -1)
+        return out
+
+    q, k, v = _Fused.apply(x, split, gradient)  # type: ignore[no-untyped-call]
     return q, k, v
 
 
@@ -74,80 +117,19 @@ def _call(name: str, x: Tensor, *arguments: Tensor | int | float | None) -> None
     call(name, x, *arguments, x.dtype, torch.get_num_threads())
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x = x.contiguous()
-        out, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])  # float32
-        _call("rms_norm", x, weight, out, inverse, inverse.numel(), x.shape[-1], float(epsilon))
-        ctx.save_for_backward(x, weight, inverse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        out = torch.empty_like(x)
-        g = gradients[0].contiguous()
-        _call("rms_norm_gradient", g, x, weight, inverse, out, inverse.numel(), x.shape[-1])
-        return out, None, None
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        out = x.new_empty(x.shape[0], x.shape[1] // 2)
-        _call("swiglu", x, x[:, out.shape[1] :], x.shape[1], out, *out.shape)
-        ctx.save_for_backward(x)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        out = torch.empty_like(x)
-        g = gradients[0].contiguous()
-        _call("swiglu_gradient", g, x, out, *g.shape)
-        return out
-
-
-class _Heads(torch.autograd.Function):
-    """q, k and v of stacked projections; their gradients go back into one stacked gradient."""
+class _Fused(torch.autograd.Function):
+    """`forward` of x, whose gradient with respect to x is `gradient` of x and the gradients of what it returned. Both
+    get contiguous tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        heads: int,
-        key_heads: int,
-        query_weight: Tensor | None,
-        key_weight: Tensor | None,
-        epsilon: float,
-        cosines: Tensor,
-        sines: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, cosines, sines = x.contiguous(), cosines.float().contiguous(), sines.float().contiguous()
-        ctx.shape = rows, heads, key_heads, size = len(x), heads, key_heads, 2 * cosines.shape[1]
-        ctx.epsilon = float(epsilon)
-        q, k = x.new_empty(rows, heads, size), x.new_empty(rows, key_heads, size)
-        for weight, part, first in ((query_weight, q, 0), (key_weight, k, heads)):
-            if part.numel():
-                here = x[:, first * size :]
-                _call("rotate_heads", here, x.shape[1], weight, ctx.epsilon, cosines, sines, part, *part.shape)
-        ctx.save_for_backward(x, query_weight, key_weight, cosines, sines)
-        v = x[:, (heads + key_heads) * size :].reshape(rows, -1, size).clone(memory_format=torch.contiguous_format)
-        return q, k, v
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor | tuple[Tensor, ...]], gradient: Callable[..., Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, query_weight, key_weight, cosines, sines = ctx.saved_tensors
-        rows, heads, key_heads, size = ctx.shape
-        out = torch.empty_like(x)
-        for weight, g, first in ((query_weight, gradients[0], 0), (key_weight, gradients[1], heads)):
-            if g.numel():
-                here, there = x[:, first * size :], out[:, first * size :]
-                _call(
-                    "rotate_heads_gradient", g.contiguous(), here, x.shape[1], weight, ctx.epsilon, cosines, sines,
-                    there, *g.shape,
-                )  # fmt: skip
-        out[:, (heads + key_heads) * size :] = gradients[2].reshape(rows, -1)
-        return out, None, None, None, None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient(*ctx.saved_tensors, *(g.contiguous() for g in gradients)), None, None

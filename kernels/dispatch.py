@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from kernels.cpp import CppState, library
-from kernels.cpp.build import LOGITS_DTYPES
-from kernels.ops import Guided, RowParams
+from kernels.cpp.build import DTYPES
+from kernels.ops import Guided
 from kernels.reference import ReferenceState
 from kernels.settings import BACKENDS, has_triton, settings
 from kernels.torch_ops import TorchState
-
-OPS = ("row_stats", "draw", "filtered_stats", "mix", "update")
 
 
 def state_class(name: str) -> type[Guided]:
@@ -37,14 +34,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     wanted = settings()
     if wanted.plain:
         return str(wanted.backend)
-    if dtype == torch.float64:
-        return "torch"
-    if wanted.backend is not None and (wanted.backend == "triton") == (device.type == "cuda"):
-        return wanted.backend
-    if device.type == "cuda" and has_triton():
-        return "triton"
-    if device.type == "cpu" and dtype in LOGITS_DTYPES and library() is not None:
-        return "cpp"
+    if device.type == "cuda" and dtype != torch.float64:
+        return "triton" if wanted.backend == "triton" or has_triton() else "torch"
+    if device.type == "cpu" and dtype in DTYPES:
+        return "cpp" if wanted.backend == "cpp" or library() is not None else "torch"
     return "torch"
 
 
@@ -54,15 +47,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if there.get(name, True))
 
 
-def open_state(logits: Tensor, params: RowParams, backend: str | None, updates: int | None) -> Guided:
-    """The state for these logits in the named backend, or the one that `choose` gives.
-
-    Raises ValueError for an unknown name, or one that cannot run on these logits or this machine.
-    """
-    return state_class(backend or choose(logits.device, logits.dtype))(logits, params, updates)
-
-
-def backend_info() -> dict[str, str]:
-    """Op -> the implementation that runs for 32-bit and 16-bit logits on this machine's default device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return dict.fromkeys(OPS, choose(device, torch.float32))
+def default_backend() -> str:
+    """The backend that runs for 32-bit and 16-bit logits on this machine's default device."""
+    return choose(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)

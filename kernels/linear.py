@@ -11,6 +11,7 @@ weight are this one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,27 +52,23 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         out = x.new_empty(len(x), len(weight))
-        buffer = _buffer(x, weight)
-        for start in range(0, len(weight), len(buffer)):
-            block = weight[start : start + len(buffer)]
-            wide = buffer[: len(block)].copy_(block)
-            torch.mm(x, wide.t(), out=out[:, start : start + len(block)])
+        for block, wide in _widened(weight, x):
+            torch.mm(x, wide.t(), out=out[:, block])
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        g = gradients[0]
+        ((weight,), (g,)) = ctx.saved_tensors, gradients
         out = g.new_zeros(len(g), weight.shape[1])
-        buffer = _buffer(g, weight)
-        for start in range(0, len(weight), len(buffer)):
-            block = weight[start : start + len(buffer)]
-            wide = buffer[: len(block)].copy_(block)
-            out.addmm_(g[:, start : start + len(block)], wide)
+        for block, wide in _widened(weight, g):
+            out.addmm_(g[:, block], wide)
         return out, None, None
 
 
-def _buffer(x: Tensor, weight: Tensor) -> Tensor:
-    """Room for one widened block: (rows, in)."""
-    rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    return x.new_empty(min(rows, len(weight)), weight.shape[1])
+def _widened(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of the weight's rows, each with these rows in x's dtype, in the same memory every time."""
+    height = min(max(1, BLOCK_ELEMENTS // max(1, weight.shape[1])), len(weight))
+    buffer = x.new_empty(height, weight.shape[1])
+    for start in range(0, len(weight), height):
+        block = weight[start : start + height]
+        yield slice(start, start + len(block)), buffer[: len(block)].copy_(block)

@@ -83,22 +83,12 @@ class Term:
     soft: Tensor
 
 
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def check_rows(rows: Tensor | None) -> None:
-    """ValueError for anything but None and a one-dimensional int64 tensor."""
-    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.long):
-        raise ValueError("rows must be a one-dimensional int64 tensor")
-
-
 class Guided(ABC):
     """The state of one denoising step: phi and Adam's fresh moments. Backends implement the underscored methods;
     callers use the functions of the package, which check shapes first."""
 
     backend: str
+    stats: RowStats  # of the current phi
 
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         if logits.ndim != 2 or 0 in logits.shape or not logits.is_floating_point():
@@ -109,7 +99,7 @@ class Guided(ABC):
                 raise ValueError(f"params.{field.name} must have shape ({logits.shape[0]},) on {logits.device}")
         self.logits = logits.detach()
         self.params = params
-        self.dtype = compute_dtype(logits)
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.expected_updates = updates
         self.updates = 0
 
@@ -122,11 +112,6 @@ class Guided(ABC):
     def vocab_size(self) -> int:
         """V, the width of the logits."""
         return self.logits.shape[1]
-
-    @property
-    @abstractmethod
-    def stats(self) -> RowStats:
-        """Statistics of the current phi."""
 
     @abstractmethod
     def phi(self) -> Tensor:

@@ -52,14 +52,15 @@ def best(phi: Tensor, never: int | None) -> Tensor:
     return place + (place >= never)
 
 
-def draw(phi: Tensor, params: RowParams, keys: Tensor, never: int | None = None) -> Tensor:
-    """One token a row, (N,) int64, by the rejection rule of algorithm.md 1.4; phi (N, V), keys (N, 4).
+def draw(phi: Tensor, params: RowParams, keys: Tensor, never: int | None = None, kept: Tensor | None = None) -> Tensor:
+    """One token a row, (N,) int64, by the rejection rule of algorithm.md 1.4; phi (N, V), keys (N, 4). `kept` is what
+    `kept_tokens` gives, where it is known.
 
     Round r draws the first id whose cumulative unfiltered probability exceeds u_r and accepts it when the filters
     keep it and it is not `never`. After 64 rejections, u_64 draws from the ids that can be accepted. A greedy row,
     and one of which the filters keep nothing but `never`, takes the best other token.
     """
-    kept = kept_tokens(phi, params)
+    kept = kept_tokens(phi, params) if kept is None else kept
     if never is not None:
         kept[:, never] = False
     weights = torch.softmax(phi.double() / params.tau.double()[:, None], dim=-1)
@@ -108,19 +109,14 @@ class ReferenceState(Guided):
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         super().__init__(logits, params, updates)
         self._current = self.logits.to(self.dtype)
-        self._stats: RowStats | None = None
+        self.stats = row_stats(self._current, self.params.tau)
         self._m = torch.zeros((), dtype=self.dtype, device=logits.device)
         self._v = torch.zeros((), dtype=self.dtype, device=logits.device)
 
-    @property
-    def stats(self) -> RowStats:
-        if self._stats is None:
-            self._stats = row_stats(self._current, self.params.tau)
-        return self._stats
-
     def _part(self, rows: slice) -> Self:
         part = super()._part(rows)
-        part._current, part._stats = self._current[rows], None
+        part._current = self._current[rows]
+        part.stats = row_stats(part._current, part.params.tau)
         if self.updates:
             part._m, part._v = self._m[rows], self._v[rows]
         return part
@@ -159,4 +155,4 @@ class ReferenceState(Guided):
         m_hat = self._m / (1 - BETA_1**t)
         v_hat = self._v / (1 - BETA_2**t)
         self._current = phi + params.eta[:, None] * m_hat / (v_hat.sqrt() + EPSILON)
-        self._stats = None
+        self.stats = row_stats(self._current, params.tau)

@@ -65,20 +65,19 @@ def _read() -> Settings:
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known[1:])}")
     backend, bfloat16, cpp, fused = values
-    native = bfloat16 == "1" if bfloat16 else not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
+    native = bfloat16 == "1" if bfloat16 else not {"avx512_bf16", "amx_bf16"}.isdisjoint(" ".join(processor()).split())
     return Settings(backend or None, native, cpp or "native", fused == "1")
 
 
 @functools.cache
-def processor_flags() -> frozenset[str]:
-    """The features that Linux lists of the first processor; none elsewhere."""
+def processor() -> tuple[str, ...]:
+    """What Linux says of the processors' models and features, a line each; nothing elsewhere."""
+    wanted = ("flags", "Features", "model name", "CPU part")
     try:
         with open("/proc/cpuinfo") as file:
-            return frozenset(
-                next((line.split(":")[1] for line in file if line.startswith(("flags", "Features"))), "").split()
-            )
+            return tuple(sorted({line.strip() for line in file if line.startswith(wanted)}))
     except OSError:
-        return frozenset()
+        return ()
 
 
 @functools.cache

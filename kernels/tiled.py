@@ -107,10 +107,6 @@ class TiledState(Guided):
 
     # -- shared -------------------------------------------------------------------------------------------------------
 
-    @property
-    def stats(self) -> RowStats:
-        return self._stats
-
     def _refresh(self) -> None:
         """Brings `sums` and `stats` up to date with `tiles`."""
         self.sums, entropy_1, entropy_tau = combine(self.tiles, self.params.tau)
@@ -118,7 +114,7 @@ class TiledState(Guided):
         lse_1 = self.sums.maximum + self.sums.s_1.log()
         lse_tau = self.sums.maximum / tau + self.sums.s_tau.log()
         lse_1, lse_tau, entropy_1, entropy_tau = (x.to(self.dtype) for x in (lse_1, lse_tau, entropy_1, entropy_tau))
-        self._stats = RowStats(lse_1, lse_tau, entropy_1, entropy_tau, self._argmax())
+        self.stats = RowStats(lse_1, lse_tau, entropy_1, entropy_tau, self._argmax())
 
     def _argmax(self) -> Tensor:
         """The lowest id of the largest value: the first tile that holds the maximum, then the first place in it."""
@@ -225,10 +221,8 @@ class TiledState(Guided):
     def _next_trail(self) -> Trail:
         """The trail that the coming update writes."""
         last = self.updates + 1 == self.expected_updates
-        return self.trail.after(self.updates + 1, last, self._new_gradient)
-
-    def _new_gradient(self) -> Tensor:
-        return self.logits.new_empty(self.logits.shape, dtype=self.dtype)
+        shape = self.logits.shape
+        return self.trail.after(self.updates + 1, last, lambda: self.logits.new_empty(shape, dtype=self.dtype))
 
     def _follow(self, after: Trail) -> None:
         """What an update has written is the state now."""
@@ -256,7 +250,7 @@ class CompiledState(TiledState):
     def _refresh(self) -> None:
         out = torch.empty(4, self.rows, device=self.logits.device)  # new ones: earlier statistics stay as they were
         self._top = torch.empty(self.rows, dtype=torch.long, device=self.logits.device)
-        self._stats = RowStats(out[0], out[1], out[2], out[3], self._top)
+        self.stats = RowStats(out[0], out[1], out[2], out[3], self._top)
         self._combine(out)
 
     @abstractmethod

@@ -2,8 +2,9 @@
 
 Elementwise work is done in blocks of rows small enough to stay in a core's cache, which also bounds the temporaries.
 A token is drawn by inverse CDF over the tile sums, then verified: it is kept when the mass (and the count) of what
-ranks above it is small enough, which takes one pass and no sort. The few rows whose first draw is rejected find their
-last kept rank exactly, from a histogram and a sort of the one bin in which the cut lies (`last_kept`).
+ranks above it is small enough, which takes one pass and no sort. The few rows whose first draw is rejected go through
+the rule as `kernels.reference` writes it, except that their last kept rank comes from a histogram and a sort of the one
+bin in which the cut lies (`last_kept`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from kernels.adam import Trail, advance, direction, moments
 from kernels.ops import FilteredStats, RowParams
-from kernels.random import MAX_REJECTIONS, uniform
-from kernels.reference import first_exceeding
+from kernels.random import uniform
+from kernels.reference import best, draw, first_exceeding
 from kernels.tiled import TILE, TiledState
 
 BINS = 2048  # of the rank histogram
@@ -156,7 +157,7 @@ class TorchState(TiledState):
         index = torch.arange(self.rows, device=keys.device) if rows is None else rows
         params = self.params.select(index)
         total = self.sums.s_tau[index]
-        first = self._stats.argmax[index] if never is None else self._best_other(never, index)
+        first = self.stats.argmax[index] if never is None else self._best_other(never, index)
         # One kept token needs no draw: the second is cut when the first alone exceeds top_p.
         certain = params.greedy | (params.top_k == 1) | ((1 / total > params.top_p) & (params.top_p < 1))
         tokens = torch.where(certain, first, self._invert(uniform(keys, 0), index))
@@ -164,27 +165,22 @@ class TorchState(TiledState):
         limit = torch.where(params.top_p >= 1, torch.inf, params.top_p.double() * total)
         kept = ((mass <= limit) | (count == 0)) & (count < params.top_k)
         accepted = certain | (kept if never is None else kept & (tokens != never))
-        rejected = torch.nonzero(~accepted)[:, 0]  # the one read of the device
+        rejected = torch.nonzero(~accepted)[:, 0]
         for block in self._blocks(len(rejected), self.vocab_size, self.wide_block_elements):
             some = rejected[block]
-            tokens[some] = self._redraw(keys[some], index[some], first[some], never)
+            phi = self._block(index[some], 0, self.vocab_size)
+            value, token, _ = last_kept(phi, self.sums.maximum[index[some]].to(self.dtype), params.select(some))
+            tokens[some] = draw(phi, params.select(some), keys[some], never, kept_mask(phi, value, token))
         return tokens
 
     def _best_other(self, never: int, index: Tensor) -> Tensor:
-        """The lowest id of the largest value beside `never` in rows `index` (n,): its own tile is looked at anew."""
-        lowest = torch.finfo(
-            self.dtype
-        ).min  # for -inf, so that a row of nothing else still has one that is not `never`
-
-        def look(tile: Tensor) -> Tensor:
-            phi, columns = self._tile_values(tile, index)
-            return phi.clamp_min(lowest).masked_fill(columns == never, -torch.inf)
-
-        maximum = self.tiles.maximum[index].clamp_min(lowest)
-        maximum[:, never // self.tile] = look(torch.full_like(index, never // self.tile)).amax(-1).to(maximum.dtype)
-        tile = maximum.argmax(-1)
-        # Only a row that is not numbers can point past the end.
-        return (tile * self.tile + look(tile).argmax(-1)).clamp_max(self.vocab_size - 1)
+        """The lowest id of the largest value beside `never` in rows `index` (n,)."""
+        tokens = self.stats.argmax[index]
+        again = torch.nonzero(tokens == never)[:, 0]
+        for block in self._blocks(len(again), self.vocab_size, self.wide_block_elements):
+            some = again[block]
+            tokens[some] = best(self._block(index[some], 0, self.vocab_size), never)
+        return tokens
 
     def _invert(self, u: Tensor, index: Tensor) -> Tensor:
         """The first id (n,) whose cumulative unfiltered mass exceeds u (n,) times the total."""
@@ -215,30 +211,6 @@ class TorchState(TiledState):
                 mass[block] += tile_sums(self._exponent(phi, some).exp_().mul_(above)).sum(-1)
                 count[block] += above.sum(-1)
         return mass, count
-
-    def _redraw(self, keys: Tensor, index: Tensor, first: Tensor, never: int | None) -> Tensor:
-        """Rounds 1 and later of the rejection rule for rows whose first draw was rejected; (b,) tokens. `first` (b,)
-        is the best token that may be accepted."""
-        phi = self._block(index, 0, self.vocab_size)
-        value, token, weights = last_kept(phi, self.sums.maximum[index].to(self.dtype), self.params.select(index))
-        kept = kept_mask(phi, value, token)
-        if never is not None:
-            kept[:, never] = False
-        rounds = torch.arange(1, MAX_REJECTIONS, device=keys.device)
-        u = uniform(keys[:, None, :], rounds)
-        cumulative = weights.cumsum(-1)
-        total = cumulative[:, -1:]
-        target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-        x = torch.searchsorted(cumulative, target, right=True).clamp_max(self.vocab_size - 1)
-        accepted = kept.gather(-1, x)
-        round_ = accepted.to(torch.uint8).argmax(-1, keepdim=True)
-        # What `never` leaves to the others may be too small for a number: relative to the best of them it is not.
-        z = (phi.gather(-1, first[:, None]) - phi) / self.params.tau[index][:, None]
-        z = z.double().masked_fill_(~kept, torch.inf).nan_to_num_(torch.inf, neginf=torch.inf)
-        cumulative = z.neg_().exp_().cumsum(-1)
-        fallback = first_exceeding(cumulative, uniform(keys, MAX_REJECTIONS))
-        fallback = torch.where(cumulative[:, -1] > 0, fallback, first)
-        return torch.where(accepted.any(-1), x.gather(-1, round_)[:, 0], fallback)
 
     def _filtered_stats(self, tokens: Tensor, rows: Tensor | None) -> FilteredStats:
         index = torch.arange(self.rows, device=tokens.device) if rows is None else rows

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import attention
-from kernels.cpp.build import PASS_DTYPES
+from kernels.cpp.build import DTYPES
 from kernels.transfer import upload
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype, head_size: 
     if name == "sdpa":
         return None
     if name == "cpp":
-        if device.type != "cpu" or dtype not in PASS_DTYPES:
+        if device.type != "cpu" or dtype not in DTYPES:
             return f"it needs float32 or bfloat16 on the CPU, not {str(dtype).removeprefix('torch.')} on {device}"
         return None if attention.runs() else "there is no C++ compiler, or the environment turns the C++ passes off"
     if device.type != "cuda":
@@ -155,24 +155,16 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
     shapes = ((9, 4, head_size), (17, 2, head_size), (17, 2, head_size), (9, 4, head_size))
     q, k, v, g = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     for causal in (False, True):
+        results = []
         try:
-            got, expected = (
-                _run_both_ways(_IMPLEMENTATIONS[each], [x.to(kind) for x in (q, k, v)], g.to(kind), spans, causal)
-                for each, kind in ((name, dtype), ("reference", torch.float32))
-            )
+            for each, kind in ((name, dtype), ("reference", torch.float32)):
+                a, b, c = leaves = [x.to(kind, copy=True).requires_grad_() for x in (q, k, v)]
+                with torch.enable_grad():
+                    out = _IMPLEMENTATIONS[each](a, b, c, spans, causal, None)
+                    results.append([out.detach(), *torch.autograd.grad(out, leaves, g.to(kind))])
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             return f"a trial run failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        worst = max(float((a.float() - b).abs().max()) for a, b in zip(got, expected, strict=True))
+        worst = max(float((a.float() - b).abs().max()) for a, b in zip(*results, strict=True))
         if not worst <= TOLERANCE:
             return f"a trial run was off by {worst:.3g}"
     return None
-
-
-def _run_both_ways(
-    implementation: Attention, inputs: list[Tensor], g: Tensor, spans: Spans, causal: bool
-) -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
-    with torch.enable_grad():
-        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
-        out = implementation(q, k, v, spans, causal, None)
-        return [out.detach(), *torch.autograd.grad(out, leaves, g)]

@@ -6,6 +6,7 @@
 // matrix products of their own, on tiles of registers.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "tiles.h"
@@ -50,11 +51,11 @@ inline void tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, c
     for (int v = 0; v < 2; ++v) *reinterpret_cast<Vector*>(c + r * c_row + v * LANES) = sum[r][v];
 }
 
-template <int ROWS>
-inline void last_rows(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
-                      int64_t b_row, float* c, int64_t c_row, bool add) {
-  if (rows == ROWS) return tile<ROWS>(depth, a, a_row, a_step, b, b_row, c, c_row, add);
-  if constexpr (ROWS > 1) last_rows<ROWS - 1>(rows, depth, a, a_row, a_step, b, b_row, c, c_row, add);
+// The same for any number of rows up to ROWS.
+template <int ROWS, class... Others>
+inline void short_tile(int64_t rows, Others... others) {
+  if (rows == ROWS) return tile<ROWS>(others...);
+  if constexpr (ROWS > 1) short_tile<ROWS - 1>(rows, others...);
 }
 
 // The same for any number of rows, and columns in a multiple of COLUMNS.
@@ -65,8 +66,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64
     for (; row + TILE_ROWS <= rows; row += TILE_ROWS)
       tile<TILE_ROWS>(depth, a + row * a_row, a_row, a_step, b + column, b_row, c + row * c_row + column, c_row, add);
     if (row < rows)
-      last_rows<TILE_ROWS>(rows - row, depth, a + row * a_row, a_row, a_step, b + column, b_row,
-                           c + row * c_row + column, c_row, add);
+      short_tile<TILE_ROWS>(rows - row, depth, a + row * a_row, a_row, a_step, b + column, b_row,
+                            c + row * c_row + column, c_row, add);
   }
 }
 
@@ -184,24 +185,8 @@ struct Task {
   }
 };
 
-struct Longest {
-  int64_t wide = 0, width = 0, own = 0;
-  explicit Longest(const Attention& x) {
-    for (int64_t i = 0; i < x.row_count; ++i) {
-      const Task<float> task(x, i * x.key_heads);
-      wide = std::max(wide, task.wide);
-      width = task.width;
-      own = std::max(own, task.row.k_count);
-    }
-  }
-};
-
 // exp(score - maximum) in place, 0 from `seen` to `end` (a multiple of COLUMNS). Returns the maximum and the sum.
-struct Exponentials {
-  float maximum, sum;
-};
-
-inline Exponentials exponentials(float* scores, int64_t seen, int64_t end) {
+inline std::pair<float, float> exponentials(float* scores, int64_t seen, int64_t end) {
   std::fill(scores + seen, scores + end, -INFINITE);
   float most[COLUMNS], sums[COLUMNS];
   for (int64_t c = 0; c < COLUMNS; ++c) most[c] = -INFINITE, sums[c] = 0;
@@ -221,10 +206,15 @@ inline Exponentials exponentials(float* scores, int64_t seen, int64_t end) {
   return {maximum, sum};
 }
 
+inline void make_room(std::vector<float>& buffer, int64_t floats) {
+  if (int64_t(buffer.size()) < floats) buffer.resize(floats);
+}
+
 template <class T>
-void forward_task(const Task<T>& task, float* buffer, void* out, float* log_sums) {
+void forward_task(const Task<T>& task, std::vector<float>& buffer, void* out, float* log_sums) {
   const Attention& x = task.x;
-  float* keys = buffer;                               // (size, wide)
+  make_room(buffer, 2 * task.width * task.wide + QUERIES * (2 * task.width + task.wide));
+  float* keys = buffer.data();                               // (size, wide)
   float* values = keys + task.width * task.wide;      // (keys, width)
   float* q = values + task.wide * task.width;         // (QUERIES, width)
   float* mixed = q + QUERIES * task.width;            // (QUERIES, width)
@@ -238,24 +228,22 @@ void forward_task(const Task<T>& task, float* buffer, void* out, float* log_sums
     product(count, end, x.size, q, task.width, 1, keys, task.wide, scores, task.wide, false);
     float factors[QUERIES];
     for (int64_t i = 0; i < count; ++i) {
-      const Exponentials row = exponentials(scores + i * task.wide, task.seen(first + i), end);
-      factors[i] = 1.0f / row.sum;
-      if (log_sums) log_sums[task.at(first + i) / x.size] = row.maximum + std::log(row.sum);
+      const auto [maximum, sum] = exponentials(scores + i * task.wide, task.seen(first + i), end);
+      factors[i] = 1.0f / sum;
+      if (log_sums) log_sums[task.at(first + i) / x.size] = maximum + std::log(sum);
     }
     product(count, task.width, seen, scores, task.wide, 1, values, task.width, mixed, task.width, false);
     task.scatter(mixed, first, count, factors, out);
   }
 }
 
-struct Gradients {
-  void *q, *k, *v;
-};
-
 template <class T>
-void backward_task(const Task<T>& task, float* buffer, const void* g, const void* out, const float* log_sums,
-                   const Gradients& to) {
+void backward_task(const Task<T>& task, std::vector<float>& buffer, const void* g, const void* out, const float* log_sums,
+                   void* to_q, void* to_k, void* to_v) {
   const Attention& x = task.x;
-  float* keys = buffer;                                // (size, wide)
+  make_room(buffer, 3 * task.width * task.wide + QUERIES * (3 * task.width + 2 * task.wide) +
+                        2 * task.row.k_count * task.width);
+  float* keys = buffer.data();                                // (size, wide)
   float* values = keys + task.width * task.wide;       // (size, wide)
   float* rows_of_keys = values + task.width * task.wide;  // (keys, width)
   float* q = rows_of_keys + task.wide * task.width;    // (QUERIES, width), and so on
@@ -295,28 +283,31 @@ void backward_task(const Task<T>& task, float* buffer, const void* g, const void
         }
     }
     product(count, task.width, last, slopes, task.wide, 1, rows_of_keys, task.width, d_q, task.width, false);
-    task.scatter(d_q, first, count, scales, to.q);
+    task.scatter(d_q, first, count, scales, to_q);
     const int64_t own = last - task.before;  // q holds the scale already
     product(own, task.width, count, slopes + task.before, 1, task.wide, q, task.width, d_k, task.width, true);
     product(own, task.width, count, weights + task.before, 1, task.wide, d_out, task.width, d_v, task.width, true);
   }
   for (int64_t i = 0; i < task.row.k_count; ++i) {
     const int64_t at = ((task.row.k_start + i) * x.key_heads + task.head) * x.size;
-    std::copy(d_k + i * task.width, d_k + i * task.width + x.size, static_cast<T*>(to.k) + at);
-    std::copy(d_v + i * task.width, d_v + i * task.width + x.size, static_cast<T*>(to.v) + at);
+    std::copy(d_k + i * task.width, d_k + i * task.width + x.size, static_cast<T*>(to_k) + at);
+    std::copy(d_v + i * task.width, d_v + i * task.width + x.size, static_cast<T*>(to_v) + at);
   }
 }
 
-// work(task, buffer) for every row and key head, each thread with a buffer of so many floats.
-template <class T, class Work>
-void each_task(const Attention& x, int64_t floats, Work work) {
+// work(task, buffer) for every row and key head, each thread with a buffer of its own.
+template <class Work>
+void each_task(const Attention& x, Work work) {
+  typed(x.dtype, [&](auto zero) {
 #pragma omp parallel num_threads(x.threads)
-  {
-    const FlushDenormals guard;
-    std::vector<float> buffer(floats);
+    {
+      const FlushDenormals guard;
+      std::vector<float> buffer;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t number = 0; number < x.row_count * x.key_heads; ++number) work(Task<T>(x, number), buffer.data());
-  }
+      for (int64_t number = 0; number < x.row_count * x.key_heads; ++number)
+        work(Task<decltype(zero)>(x, number), buffer);
+    }
+  });
 }
 
 }  // namespace
@@ -325,25 +316,14 @@ extern "C" {
 
 // out (queries, heads, size); log_sums (queries, heads) or null.
 void attention(const Attention* x, void* out, float* log_sums) {
-  const Longest most(*x);
-  const int64_t floats = 2 * most.width * most.wide + QUERIES * (2 * most.width + most.wide);
-  typed(x->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    each_task<T>(*x, floats, [&](const Task<T>& task, float* buffer) { forward_task(task, buffer, out, log_sums); });
-  });
+  each_task(*x, [&](const auto& task, auto& buffer) { forward_task(task, buffer, out, log_sums); });
 }
 
 // The gradients of q, k and v that follow from g (queries, heads, size). The pieces are frozen and have none.
 void attention_gradient(const Attention* x, const void* g, const void* out, const float* log_sums, void* d_q,
                         void* d_k, void* d_v) {
-  const Longest most(*x);
-  const int64_t floats =
-      3 * most.width * most.wide + QUERIES * (3 * most.width + 2 * most.wide) + 2 * most.own * most.width;
-  typed(x->dtype, [&](auto zero) {
-    using T = decltype(zero);
-    each_task<T>(*x, floats, [&](const Task<T>& task, float* buffer) {
-      backward_task(task, buffer, g, out, log_sums, {d_q, d_k, d_v});
-    });
+  each_task(*x, [&](const auto& task, auto& buffer) {
+    backward_task(task, buffer, g, out, log_sums, d_q, d_k, d_v);
   });
 }
 }

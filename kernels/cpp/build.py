@@ -23,7 +23,7 @@ from typing import Any
 import torch  # first: it brings the OpenMP runtime, which the library then shares instead of loading a second one
 from torch import Tensor
 
-from kernels.settings import settings
+from kernels.settings import processor, settings
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,7 @@ BASELINE_FLAGS: tuple[tuple[str, ...], ...] = (("-fopenmp",), ())
 NATIVE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), *BASELINE_FLAGS)
 COMPILE_SECONDS = 300
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum Dtype` of tiles.h
-LOGITS_DTYPES = tuple(DTYPES)
-PASS_DTYPES = (torch.float32, torch.bfloat16)  # of attention and the blocks' passes
-
-Library = ctypes.CDLL
-
-
-class CompileError(Exception):
-    """No shared library could be built; the message says why."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # all that a pass takes; `enum Dtype` of tiles.h
 
 
 def cache_folder() -> Path:
@@ -57,34 +49,24 @@ def cache_folder() -> Path:
 
 def find_compiler() -> str:
     """Path of the C++ compiler: CXX, else the first of `COMPILERS` on the PATH."""
-    for name in (os.environ.get("CXX"), *COMPILERS):
-        path = shutil.which(name) if name else None
-        if path:
-            return path
-    raise CompileError("no C++ compiler found (looked for " + ", ".join(COMPILERS) + " and $CXX)")
-
-
-def processor_features() -> str:
-    """Everything that -march=native looks at, as one string."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    wanted = ("flags", "Features", "model name", "CPU part")
-    return "\n".join([platform.machine(), platform.processor(), *sorted({x for x in lines if x.startswith(wanted)})])
+    paths = (shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name)
+    found = next(filter(None, paths), None)
+    if found is None:
+        raise RuntimeError("no C++ compiler found (looked for " + ", ".join(COMPILERS) + " and $CXX)")
+    return found
 
 
 def build_key(compiler: str, flags: tuple[str, ...]) -> str:
     """Hash of all that shapes the machine code: of the processor only what the flags make it depend on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     sources = [path.read_text() for path in (*sorted(SOURCE.parent.glob("*.h")), SOURCE)]
-    processor = processor_features() if any("native" in flag for flag in flags) else platform.machine()
-    parts = (*sources, compiler, version, " ".join(flags), processor)
+    features = processor() if any("native" in flag for flag in flags) else ()
+    parts = (*sources, compiler, version, " ".join(flags), platform.machine(), *features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def compile_library(folder: Path, flag_sets: tuple[tuple[str, ...], ...]) -> Path:
-    """The compiled library's path, compiling only if the cache lacks it. Raises CompileError."""
+    """The compiled library's path, compiling only if the cache lacks it. Raises RuntimeError."""
     compiler = find_compiler()
     errors = []
     for extra in flag_sets:
@@ -104,21 +86,23 @@ def compile_library(folder: Path, flag_sets: tuple[tuple[str, ...], ...]) -> Pat
                 output.replace(target)
                 return target
             errors.append(result.stderr.strip() or f"exit status {result.returncode}")
-    raise CompileError(f"{compiler} failed: {errors[0]}")
+    raise RuntimeError(f"{compiler} failed: {errors[0]}")
 
 
 @functools.cache
-def _load(target: str) -> Library | str:
+def _load(target: str) -> ctypes.CDLL | str:
     if target == "off":
         return "KERNELS_CPP is off"
     try:
-        return Library(str(compile_library(cache_folder(), BASELINE_FLAGS if target == "baseline" else NATIVE_FLAGS)))
-    except (CompileError, OSError) as error:
+        return ctypes.CDLL(
+            str(compile_library(cache_folder(), BASELINE_FLAGS if target == "baseline" else NATIVE_FLAGS))
+        )
+    except (RuntimeError, OSError) as error:
         log.warning("C++ kernels are not available, plain torch runs instead: %s", error)
         return str(error)
 
 
-def library() -> Library | None:
+def library() -> ctypes.CDLL | None:
     """The loaded library, compiled by the first call (some seconds); None when that failed."""
     loaded = _load(settings().cpp)
     return None if isinstance(loaded, str) else loaded
@@ -141,13 +125,12 @@ def call(name: str, *arguments: Any) -> None:
     converted: list[Any] = []
     for value in arguments:
         if value is None or isinstance(value, Tensor):
-            converted.append(ctypes.c_void_p(address(value)))
+            value = ctypes.c_void_p(address(value))
         elif isinstance(value, torch.dtype):
-            converted.append(ctypes.c_int32(DTYPES[value]))
-        elif isinstance(value, float):
-            converted.append(ctypes.c_float(value))
-        else:
-            converted.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+            value = ctypes.c_int32(DTYPES[value])
+        elif isinstance(value, int | float):
+            value = ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+        converted.append(value)
     getattr(library(), name)(*converted)
 
 

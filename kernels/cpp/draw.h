@@ -59,18 +59,13 @@ class Row {
   int64_t invert(double u) {
     const double* mass = s.mass + row * s.tiles;
     const double target = u * total;
-    double before = 0;
+    double sum = 0, before = 0;
     int64_t tile = -1;
-    for (int64_t j = 0; j < s.tiles; ++j) {
-      if (mass[j] > 0) {
-        tile = j;
-        if (before + mass[j] > target) break;
-      }
-      if (j + 1 < s.tiles) before += mass[j];
+    for (int64_t j = 0; j < s.tiles && !(tile >= 0 && sum > target); ++j) {
+      if (mass[j] > 0) tile = j, before = sum;
+      sum += mass[j];
     }
     if (tile < 0) return s.argmax[row];
-    before = 0;
-    for (int64_t j = 0; j < tile; ++j) before += mass[j];
     const int64_t width = tile_width(s, tile);
     tile_weights(load(s, row, tile * TILE, width, phi_), width, maximum, inverse_tau, weights_);
     int64_t last = 0;
@@ -198,50 +193,49 @@ class Row {
 
   // Minus the entropy, the token's probability, and the top-two margin of the filtered distribution.
   void filtered_stats(int64_t token, float* neg_entropy, float* probability, float* margin) {
-    if (std::isinf(limit) && top_k >= s.vocab) return unfiltered_stats(token, neg_entropy, probability, margin);
-    const Cut cut = last_kept();
-    double kept = 0, weighted = 0;
+    const float value = value_at(s, row, token);
+    bool inside = true;
+    double kept = 0, weighted = 0;  // sums of w and of w log w
     float second = -INFINITE;
     int64_t count = 0;
-    const int64_t top = s.argmax[row];
-    each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        if (!cut.keeps(phi[i], ids[i])) continue;
-        kept += weights[i];
-        if (weights[i] > 0) weighted += weights[i] * ((phi[i] - maximum) * inverse_tau);
-        if (ids[i] != top) second = std::max(second, phi[i]);
-        ++count;
-      }
-    });
+    if (std::isinf(limit) && top_k >= s.vocab) {
+      kept = total, count = s.vocab;
+      unfiltered(&weighted, &second);
+    } else {
+      const Cut cut = last_kept();
+      inside = cut.keeps(value, token);
+      const int64_t top = s.argmax[row];
+      each_kept([&](const float* phi, const float* weights, const int64_t* ids, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+          if (!cut.keeps(phi[i], ids[i])) continue;
+          kept += weights[i];
+          if (weights[i] > 0) weighted += weights[i] * ((phi[i] - maximum) * inverse_tau);
+          if (ids[i] != top) second = std::max(second, phi[i]);
+          ++count;
+        }
+      });
+    }
     auto share = [&](float phi) { return exponential((phi - maximum) * inverse_tau) / kept; };
-    const float value = value_at(s, row, token);
     *neg_entropy = float(weighted / kept - std::log(kept));
-    *probability = cut.keeps(value, token) ? float(share(value)) : 0.0f;
+    *probability = inside ? float(share(value)) : 0.0f;
     *margin = float(1.0 / kept - (count > 1 ? share(second) : 0.0));
   }
 
  private:
-  // The same where nothing is filtered: the tiles know it all, without another pass over phi.
-  void unfiltered_stats(int64_t token, float* neg_entropy, float* probability, float* margin) {
-    const int64_t top = s.argmax[row];
-    double weighted = 0;
-    float second = -INFINITE;
+  // Where nothing is filtered the tiles know it all, without another pass over phi.
+  void unfiltered(double* weighted, float* second) {
+    const int64_t top = s.argmax[row], top_tile = top / TILE, start = top_tile * TILE, width = tile_width(s, top_tile);
     for (int64_t tile = 0; tile < s.tiles; ++tile) {
       const int64_t at = row * s.tiles + tile;
       const double delta = s.maximum[at] - maximum;
       if (delta == -std::numeric_limits<double>::infinity()) continue;
       const double z = delta * inverse_tau;
-      weighted += std::exp(z) * (s.t_tau[at] + z * s.s_tau[at]);
-      if (tile != top / TILE) second = std::max(second, float(s.maximum[at]));
+      *weighted += std::exp(z) * (s.t_tau[at] + z * s.s_tau[at]);
+      if (tile != top_tile) *second = std::max(*second, float(s.maximum[at]));
     }
-    const int64_t start = top / TILE * TILE;
-    const float* phi = load(s, row, start, tile_width(s, top / TILE), phi_);
-    for (int64_t i = 0; i < tile_width(s, top / TILE); ++i)
-      if (start + i != top) second = std::max(second, phi[i]);
-    auto share = [&](float phi) { return exponential((phi - maximum) * inverse_tau) / total; };
-    *neg_entropy = float(weighted / total - std::log(total));
-    *probability = float(share(value_at(s, row, token)));
-    *margin = float(1.0 / total - (s.vocab > 1 ? share(second) : 0.0));
+    const float* phi = load(s, row, start, width, phi_);
+    for (int64_t i = 0; i < width; ++i)
+      if (start + i != top) *second = std::max(*second, phi[i]);
   }
 
   // A logit below which no id is kept: V ids down there weigh less together than what top_p cuts off. -inf where top_p

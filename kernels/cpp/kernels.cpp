@@ -7,7 +7,6 @@
 #include "attention.h"
 #include "blocks.h"
 #include "draw.h"
-#include "tiles.h"
 
 namespace {
 
@@ -74,6 +73,20 @@ void each_tile(const State& s, int64_t columns, Use use) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t tile = 0; tile < tiles; ++tile) use(row, tile * TILE, std::min(TILE, columns - tile * TILE));
+  }
+}
+
+// use(i, row) for each of `count` rows: those of `index`, or the first ones where it is null.
+template <class Use>
+void each_drawn(const State& s, const int64_t* index, int64_t count, int64_t never, Use use) {
+#pragma omp parallel num_threads(s.threads)
+  {
+    FlushDenormals flush;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) {
+      Row row(s, index ? index[i] : i, never);
+      use(i, row);
+    }
   }
 }
 
@@ -159,33 +172,13 @@ void step(const State* state, float* gradient, float* phi, float* m, float* v, i
 // One token for each of `count` rows, none of them `never`; keys (count, 4).
 void draw(const State* state, const int64_t* keys, const int64_t* index, int64_t count, int64_t never,
           int64_t* tokens) {
-#pragma omp parallel num_threads(state->threads)
-  {
-    FlushDenormals flush;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) tokens[i] = Row(*state, index ? index[i] : i, never).draw(keys + 4 * i);
-  }
+  each_drawn(*state, index, count, never, [=](int64_t i, Row& row) { tokens[i] = row.draw(keys + 4 * i); });
 }
 
 // Statistics of the filtered distribution; out (3, count).
 void filtered_stats(const State* state, const int64_t* tokens, const int64_t* index, int64_t count, float* out) {
-#pragma omp parallel num_threads(state->threads)
-  {
-    FlushDenormals flush;
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i)
-      Row(*state, index ? index[i] : i).filtered_stats(tokens[i], out + i, out + count + i, out + 2 * count + i);
-  }
-}
-
-// exp of n floats at most 88, for tests of its accuracy.
-void exponentials(const float* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = exponential(x[i]);
-}
-
-// Uniforms of n keys (n, 4) at a round, for tests against kernels/random.py.
-void uniforms(const int64_t* keys, int64_t n, int32_t round, double* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = uniform(keys + 4 * i, uint32_t(round));
+  each_drawn(*state, index, count, -1, [=](int64_t i, Row& row) {
+    row.filtered_stats(tokens[i], out + i, out + count + i, out + 2 * count + i);
+  });
 }
 }

@@ -1,6 +1,6 @@
 """The state of a denoising step whose passes run in kernels.cpp; the matrix products stay torch's.
 
-Float32, bfloat16 and float16 logits on the CPU; arithmetic in float32, sums across tiles in float64.
+Float32 and bfloat16 logits on the CPU; arithmetic in float32, sums across tiles in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.adam import Trail
-from kernels.cpp.build import DTYPES, LOGITS_DTYPES, address, call, library, unavailable_reason
+from kernels.cpp.build import DTYPES, address, call, library, unavailable_reason
 from kernels.ops import RowParams
 from kernels.tiled import CompiledState
 
@@ -29,15 +29,15 @@ class _State(ctypes.Structure):
 
 
 class CppState(CompiledState):
-    """Tiles and trails in C++. ValueError without a compiled library, or for other logits than `LOGITS_DTYPES`."""
+    """Tiles and trails in C++. ValueError without a compiled library, or for other logits than `DTYPES`."""
 
     backend = "cpp"
 
     def __init__(self, logits: Tensor, params: RowParams, updates: int | None) -> None:
         if library() is None:
             raise ValueError(f"the cpp backend is not available: {unavailable_reason()}")
-        if logits.device.type != "cpu" or logits.dtype not in LOGITS_DTYPES:
-            raise ValueError(f"the cpp backend takes CPU logits in {LOGITS_DTYPES}, not {logits.dtype} {logits.device}")
+        if logits.device.type != "cpu" or logits.dtype not in DTYPES:
+            raise ValueError(f"the cpp backend takes CPU logits in {tuple(DTYPES)}, not {logits.dtype} {logits.device}")
         super().__init__(logits, params, updates)
 
     def _call(self, name: str, *arguments: object) -> None:

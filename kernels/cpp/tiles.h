@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -49,17 +50,11 @@ struct Plan {
 };
 
 // Denormal weights cost a hundred cycles each and mean nothing here.
-class FlushDenormals {
+struct FlushDenormals {
 #ifdef __SSE__
-  unsigned saved_ = _mm_getcsr();
-
- public:
-  FlushDenormals() { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-#else
- public:
-  FlushDenormals() {}
-  ~FlushDenormals() {}
+  const unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
 #endif
 };
 
@@ -91,8 +86,7 @@ inline float exponential(float x) {
   return x < -87.33f ? 0.0f : p * scale;
 }
 
-// 16-bit floats as they lie in memory: arithmetic widens them, and what is stored is rounded to the nearest (ties to
-// even).
+// A 16-bit float as it lies in memory: arithmetic widens it, and what is stored is rounded to the nearest (ties to even).
 struct bfloat16 {
   uint16_t word;
   void operator=(float x) {  // not a constructor: loops that make a temporary are not vectorised
@@ -102,20 +96,7 @@ struct bfloat16 {
   operator float() const { return bits<float>(uint32_t(word) << 16); }
 };
 
-struct half {  // read only
-  uint16_t word;
-  operator float() const {
-    const uint32_t sign = uint32_t(word & 0x8000u) << 16;
-    const uint32_t magnitude = word & 0x7fffu;
-    // Shifting the exponent by 2^112 in float arithmetic also normalises half denormals.
-    const float scaled = bits<float>(magnitude << 13) * bits<float>(uint32_t(0x77800000u));
-    const uint32_t finite = bits<uint32_t>(scaled) | sign;
-    const uint32_t special = sign | 0x7f800000u | (magnitude << 13);  // infinity, or NaN with its payload
-    return bits<float>(magnitude >= 0x7c00u ? special : finite);
-  }
-};
-
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };  // as kernels/cpp/build.py numbers them
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };  // as kernels/cpp/build.py numbers them
 
 // use(x) with x of the type in which tensors of a pass are stored.
 template <class Use>
@@ -163,10 +144,8 @@ const float* load(const State& s, int64_t row, int64_t start, int64_t width, flo
     const float* x = static_cast<const float*>(s.logits) + from;
     if (!s.g1) return x;
     std::copy(x, x + width, buffer);
-  } else if (s.dtype == BFLOAT16) {
-    convert(static_cast<const bfloat16*>(s.logits) + from, width, buffer);
   } else {
-    convert(static_cast<const half*>(s.logits) + from, width, buffer);
+    convert(static_cast<const bfloat16*>(s.logits) + from, width, buffer);
   }
   if (!s.g1) return buffer;
   const float* g1 = s.g1 + at;
@@ -195,12 +174,8 @@ void tile_weights(const float* phi, int64_t width, float maximum, float inverse_
   for (int64_t i = 0; i < width; ++i) out[i] = exponential((phi[i] - maximum) * inverse_tau);
 }
 
-struct Sums {
-  float s, t;
-};
-
 // sum exp(d / tau) and sum d / tau exp(d / tau) with d = phi - maximum; -inf counts as nothing.
-Sums exponential_sums(const float* phi, int64_t width, float maximum, float inverse_tau) {
+std::pair<float, float> exponential_sums(const float* phi, int64_t width, float maximum, float inverse_tau) {
   float s = 0, t = 0;
 #pragma omp simd reduction(+ : s, t)
   for (int64_t i = 0; i < width; ++i) {
@@ -224,12 +199,10 @@ void tile_sums(const State& s, int64_t row, int64_t tile, const float* phi) {
     s.s_1[at] = s.t_1[at] = s.s_tau[at] = s.t_tau[at] = broken ? NAN : 0.0;
     return;
   }
-  const Sums one = exponential_sums(phi, width, maximum, 1.0f);
-  const Sums own = s.tau[row] == 1.0f ? one : exponential_sums(phi, width, maximum, 1.0f / s.tau[row]);
-  s.s_1[at] = one.s;
-  s.t_1[at] = one.t;
-  s.s_tau[at] = own.s;
-  s.t_tau[at] = own.t;
+  const auto one = exponential_sums(phi, width, maximum, 1.0f);
+  const auto own = s.tau[row] == 1.0f ? one : exponential_sums(phi, width, maximum, 1.0f / s.tau[row]);
+  std::tie(s.s_1[at], s.t_1[at]) = one;
+  std::tie(s.s_tau[at], s.t_tau[at]) = own;
 }
 
 }  // namespace

@@ -51,14 +51,7 @@ class TritonState(CompiledState):
         super()._prepare()
         self._tile_planes = torch.stack(self.tiles)
         self.tiles = Tiles(*self._tile_planes.unbind(0))
-
-    @property
-    def _tile_count(self) -> int:
-        return self.tiles.maximum.shape[1]
-
-    @property
-    def _plane(self) -> int:
-        return self.rows * self._tile_count
+        self._plane, self._tile_count = self.tiles.maximum.numel(), self.tiles.maximum.shape[1]
 
     def _source(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """logits, g1, g2 and phi; what the current kind does not read is the logits again."""
@@ -128,7 +121,7 @@ class TritonState(CompiledState):
             g.to(table.dtype).contiguous(), table, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
             self._plane, self.rows, table.shape[1], table.stride(0), self.vocab_size, self.logits.stride(0),
-            self._tile_count, *self._corrections(),
+            self._tile_count, 1 - BETA_1 ** (self.updates + 1), 1 - BETA_2 ** (self.updates + 1),
             KIND=self._kind, WRITE=write, BM=ROWS, BN=WIDTH, BK=DEPTH,
             SUB=pieces(self._kind, write), GROUP=16,
             UPCAST=interpreted(), num_warps=WARPS, num_stages=STAGES,
@@ -141,11 +134,6 @@ class TritonState(CompiledState):
         write = 0 if after.newest is not None else 2 if after.m is not None else 1
         return tuple(self.logits if tensor is None else tensor for tensor in held), write
 
-    def _corrections(self) -> tuple[float, float]:
-        """By what the coming update divides Adam's moments."""
-        t = self.updates + 1
-        return 1 - BETA_1**t, 1 - BETA_2**t
-
     def _step(self, slope: Tensor, offset: Tensor, start: int, after: Trail) -> None:
         targets, write = self._targets(after)
         tiles_a_program = 16
@@ -153,7 +141,7 @@ class TritonState(CompiledState):
             slope, offset, *self._source(), *targets,
             self._tau, self._eta, self.sums.maximum, self.sums.s_tau, self._tile_planes,
             self._plane, start, slope.shape[1], self.vocab_size, self.logits.stride(0), self._tile_count,
-            *self._corrections(),
+            1 - BETA_1 ** (self.updates + 1), 1 - BETA_2 ** (self.updates + 1),
             KIND=self._kind, WRITE=write, TILE=self.tile, TILES=tiles_a_program, num_warps=8,
         )  # fmt: skip
 

@@ -151,7 +151,7 @@ def load(config: WorkerConfig) -> LoadedService:
         model=model.info,
         reward_models=tuple(reward.info for reward in reward_models.values()),
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
-        kernel_backend=", ".join(sorted(set(kernels.backend_info().values()))),
+        kernel_backend=kernels.default_backend(),
         largest=largest,
     )
     logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)

@@ -36,8 +36,8 @@ class Implementation:
     def dtypes(self) -> list[torch.dtype]:
         if self.interpreted:  # slow, and float16 differs from float32 in nothing but its loads
             return [torch.float32, torch.bfloat16]
-        exact = [torch.float64] if self.backend == "torch" else []
-        return [*exact, torch.float32, torch.bfloat16, torch.float16]
+        others = {"torch": [torch.float64, torch.float16], "triton": [torch.float16], "cpp": []}
+        return [*others[self.backend], torch.float32, torch.bfloat16]
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:

@@ -11,22 +11,27 @@ from tests.support.kernels import choose_kernels
 FLOATS = ("lse_1", "lse_tau", "entropy_1", "entropy_tau")
 
 
-def test_the_named_backend_runs(implementation, make_case):
-    case = make_case(4, 50, 3, torch.float32, implementation.device)
-    assert case.begin(implementation.backend).backend == implementation.backend
+def cases(implementation, make_case, seed):
+    for shape in implementation.shapes:
+        for dtype in implementation.dtypes:
+            yield make_case(*shape, dtype, implementation.device, seed=seed)
+
+
+def three_states(case, implementation):
+    """Of the implementation, of plain torch in the same dtype, and the truth."""
+    state = case.begin(implementation.backend)
+    assert state.backend == implementation.backend
+    return state, case.begin("reference"), case.truth()
 
 
 def test_row_stats(implementation, make_case, assert_as_good_as_torch):
-    for shape in implementation.shapes:
-        for dtype in implementation.dtypes:
-            case = make_case(*shape, dtype, implementation.device)
-            stats, plain = case.begin(implementation.backend).stats, case.begin("reference").stats
-            truth = case.truth().stats
-            for name in FLOATS:
-                assert_as_good_as_torch(getattr(stats, name), getattr(plain, name), getattr(truth, name), floor=8)
-            # The lowest id among equal values, which bfloat16 rows are full of.
-            top = case.logits == case.logits.amax(-1, keepdim=True)
-            assert stats.argmax.tolist() == [int(torch.nonzero(row)[0, 0]) for row in top]
+    for case in cases(implementation, make_case, seed=0):
+        stats, plain, truth = (s.stats for s in three_states(case, implementation))
+        for name in FLOATS:
+            assert_as_good_as_torch(getattr(stats, name), getattr(plain, name), getattr(truth, name), floor=8)
+        # The lowest id among equal values, which bfloat16 rows are full of.
+        top = case.logits == case.logits.amax(-1, keepdim=True)
+        assert stats.argmax.tolist() == [int(torch.nonzero(row)[0, 0]) for row in top]
 
 
 def test_row_stats_of_extreme_rows(implementation):
@@ -58,31 +63,23 @@ def test_row_stats_of_extreme_rows(implementation):
 
 
 def test_filtered_stats(implementation, make_case, assert_as_good_as_torch):
-    for shape in implementation.shapes:
-        for dtype in implementation.dtypes:
-            case = make_case(*shape, dtype, implementation.device, seed=1)
-            rows = torch.arange(0, case.n, 2, device=case.device)
-            for subset in (None, rows):
-                tokens = case.tokens if subset is None else case.tokens[subset]
-                actual, plain, truth = (
-                    kernels.filtered_stats(state, tokens, subset)
-                    for state in (case.begin(implementation.backend), case.begin("reference"), case.truth())
-                )
-                for name in ("neg_entropy", "token_probability", "margin"):
-                    assert_as_good_as_torch(getattr(actual, name), getattr(plain, name), getattr(truth, name), floor=16)
+    for case in cases(implementation, make_case, seed=1):
+        states = three_states(case, implementation)
+        for subset in (None, torch.arange(0, case.n, 2, device=case.device)):
+            tokens = case.tokens if subset is None else case.tokens[subset]
+            actual, plain, truth = (kernels.filtered_stats(state, tokens, subset) for state in states)
+            for name in ("neg_entropy", "token_probability", "margin"):
+                assert_as_good_as_torch(getattr(actual, name), getattr(plain, name), getattr(truth, name), floor=16)
 
 
 def test_mix(implementation, make_case, assert_as_good_as_torch):
-    for shape in implementation.shapes:
-        for dtype in implementation.dtypes:
-            case = make_case(*shape, dtype, implementation.device, seed=2)
-            actual, plain = (
-                kernels.mix(case.begin(backend), case.table, case.tokens, case.w)
-                for backend in (implementation.backend, "reference")
-            )
-            truth = kernels.mix(case.truth(), case.table.double(), case.tokens, case.w.double())
-            assert_as_good_as_torch(actual.soft, plain.soft, truth.soft, floor=16)
-            assert_as_good_as_torch(actual.embeds, plain.embeds, truth.embeds, floor=16)
+    for case in cases(implementation, make_case, seed=2):
+        actual, plain, truth = (
+            kernels.mix(state, case.table.to(state.dtype), case.tokens, case.w.to(state.dtype))
+            for state in three_states(case, implementation)
+        )
+        assert_as_good_as_torch(actual.soft, plain.soft, truth.soft, floor=16)
+        assert_as_good_as_torch(actual.embeds, plain.embeds, truth.embeds, floor=16)
 
 
 @pytest.mark.parametrize("native", ["0", "1"])
@@ -90,14 +87,13 @@ def test_mix_takes_a_table_in_another_dtype(implementation, make_case, assert_as
     choose_kernels(monkeypatch, BFLOAT16=native)
     case = make_case(4, 300, 33, torch.bfloat16, implementation.device, seed=3)
     table = case.table.bfloat16()
-    actual, plain = (
-        kernels.mix(case.begin(backend), table, case.tokens, case.w)
-        for backend in (implementation.backend, "reference")
+    actual, plain, truth = (
+        kernels.mix(state, table.double() if state.dtype == torch.float64 else table, case.tokens, case.w).soft
+        for state in three_states(case, implementation)
     )
-    truth = kernels.mix(case.truth(), table.double(), case.tokens, case.w.double())
     # Where the device multiplies 16-bit numbers natively, the weights are rounded to the table's dtype for it, once.
     floor = 16 if implementation.device == "cpu" and native == "0" else 2.0**-8 / 2.0**-23
-    assert_as_good_as_torch(actual.soft, plain.soft, truth.soft, floor=floor)
+    assert_as_good_as_torch(actual, plain, truth, floor=floor)
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 4])
@@ -111,43 +107,37 @@ def test_update(implementation, make_case, assert_as_good_as_torch, updates, kno
     """
     if implementation.interpreted and (updates, known) not in {(1, False), (3, True), (4, False)}:
         pytest.skip("the interpreter takes a minute for what a GPU does in a blink")
-    for shape in implementation.shapes:
-        for dtype in implementation.dtypes:
-            for scale in (1e-9, 1.0):
-                case = make_case(*shape, dtype, implementation.device, seed=4)
-                states = [case.begin(b, updates if known else None) for b in (implementation.backend, "reference")]
-                states.append(case.truth())
+    for scale in (1e-9, 1.0):
+        for case in cases(implementation, make_case, seed=4):
+            states = [case.begin(b, updates if known else None) for b in (implementation.backend, "reference")]
+            states.append(case.truth())
+            softs = []
+            for _ in range(updates):
+                g, other = case.normal(case.n, case.d) * scale, case.normal(case.n, case.d) * scale
                 softs = []
-                for _ in range(updates):
-                    g, other = case.normal(case.n, case.d) * scale, case.normal(case.n, case.d) * scale
-                    softs = []
-                    for state in states:
-                        table, w = case.table.to(state.dtype), case.w.to(state.dtype)
-                        soft = kernels.mix(state, table, case.tokens, w).soft
-                        softs.append(soft)
-                        terms = [kernels.Term(g.to(state.dtype), table, soft)]
-                        terms.append(kernels.Term(other.to(state.dtype), table.flip(0), soft_of(state, table.flip(0))))
-                        kernels.update(state, terms)
-                moved = [state.phi().double() - case.logits.double() for state in states]
-                if scale < 1e-6:
-                    error, own = ((m - moved[2]).norm() for m in moved[:2])
-                    unit = torch.finfo(states[0].dtype).eps
-                    rounding = unit * case.logits.double().norm() + 32 * unit * moved[2].norm()
-                    assert error <= 3 * own + rounding, f"{shape} {dtype}: {error:.3g} against {own:.3g}"
-                else:
-                    error, own = ((m - moved[2]).abs().mean() for m in moved[:2])
-                    assert error <= 4 * own + 1e-5, f"{shape} {dtype}: {error:.3g} against {own:.3g}"
-                # Statistics must be those of the phi that the implementation itself has reached.
-                phi, tau = states[0].phi().double(), case.params.tau.double()
-                stats = states[0].stats
-                torch.testing.assert_close(stats.lse_1.double(), phi.logsumexp(-1), rtol=1e-5, atol=1e-5)
-                z = phi / tau[:, None]
-                entropy = torch.special.entr(z.softmax(-1)).sum(-1)
-                torch.testing.assert_close(stats.entropy_tau.double(), entropy, rtol=1e-4, atol=1e-4)
-                at_argmax = phi.gather(-1, stats.argmax[:, None])[:, 0]
-                assert (at_argmax >= phi.amax(-1) - 1e-5).all()
-
-
-def soft_of(state: kernels.Guided, table: torch.Tensor) -> torch.Tensor:
-    """softmax(phi / tau) @ table, from phi itself."""
-    return torch.softmax(state.phi() / state.params.tau[:, None], dim=-1) @ table
+                for state in states:
+                    table, w = case.table.to(state.dtype), case.w.to(state.dtype)
+                    soft = kernels.mix(state, table, case.tokens, w).soft
+                    softs.append(soft)
+                    terms = [kernels.Term(g.to(state.dtype), table, soft)]
+                    soft = kernels.mix(state, table.flip(0), case.tokens, w).soft
+                    terms.append(kernels.Term(other.to(state.dtype), table.flip(0), soft))
+                    kernels.update(state, terms)
+            moved = [state.phi().double() - case.logits.double() for state in states]
+            if scale < 1e-6:
+                error, own = ((m - moved[2]).norm() for m in moved[:2])
+                unit = torch.finfo(states[0].dtype).eps
+                rounding = unit * case.logits.double().norm() + 32 * unit * moved[2].norm()
+                assert error <= 3 * own + rounding, f"{case.logits.shape} {case.dtype}: {error:.3g} against {own:.3g}"
+            else:
+                error, own = ((m - moved[2]).abs().mean() for m in moved[:2])
+                assert error <= 4 * own + 1e-5, f"{case.logits.shape} {case.dtype}: {error:.3g} against {own:.3g}"
+            # Statistics must be those of the phi that the implementation itself has reached.
+            phi, tau = states[0].phi().double(), case.params.tau.double()
+            stats = states[0].stats
+            torch.testing.assert_close(stats.lse_1.double(), phi.logsumexp(-1), rtol=1e-5, atol=1e-5)
+            z = phi / tau[:, None]
+            entropy = torch.special.entr(z.softmax(-1)).sum(-1)
+            torch.testing.assert_close(stats.entropy_tau.double(), entropy, rtol=1e-4, atol=1e-4)
+            at_argmax = phi.gather(-1, stats.argmax[:, None])[:, 0]
+            assert (at_argmax >= phi.amax(-1) - 1e-5).all()

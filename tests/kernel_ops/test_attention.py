@@ -1,16 +1,13 @@
-"""Attention of packed rows in C++ against a softmax written out in float64, values and gradients."""
-
-from __future__ import annotations
+"""Attention of packed rows in C++ against `varlen.reference` in float64, values and gradients."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels import attention, varlen
-from kernels.attention import Piece, Rows
+from kernels.attention import Rows
 from kernels.cpp import library
 from tests.support.kernels import choose_kernels
 
@@ -30,36 +27,30 @@ HEADS = ((4, 2, 32), (3, 3, 8), (4, 1, 64), (2, 2, 20), (8, 2, 128), (1, 1, 1))
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded():
     torch.manual_seed(0)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, shape: int, pieces: list[Piece], causal: bool) -> Tensor:
-    """Row by row in the inputs' dtype, with plain tensor operations."""
-    outputs = []
-    first_q = first_k = 0
-    groups = q.shape[1] // k.shape[1]
-    for queries, own, before in zip(*SHAPES[shape], strict=True):
-        keys, values = (
-            torch.cat([*(pieces[index][which].transpose(0, 1) for index in before), x[first_k : first_k + own]])
-            for which, x in ((0, k), (1, v))
-        )
-        keys, values = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (keys, values))
-        scores = q[first_q : first_q + queries].transpose(0, 1) @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])
-        if causal:
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - queries + 1)
-            scores = scores.masked_fill(hidden, -math.inf)
-        outputs.append((scores.softmax(-1) @ values).transpose(0, 1))
-        first_q, first_k = first_q + queries, first_k + own
-    return torch.cat(outputs)
+def specified(q, k, v, shape, pieces, causal):
+    """By `varlen.reference` in the inputs' dtype, each row's keys and values put together."""
+    queries, own, before = SHAPES[shape]
+    keys, values = (
+        torch.cat([
+            part
+            for row, last in zip(before, x.split(own), strict=True)
+            for part in (*(pieces[index][which].transpose(0, 1) for index in row), last)
+        ])
+        for which, x in ((0, k), (1, v))
+    )  # fmt: skip
+    lengths = [count + sum(PIECES[index] for index in row) for count, row in zip(own, before, strict=True)]
+    return varlen.attend("reference", q, keys, values, varlen.Spans.of(queries, lengths), causal=causal)
 
 
-def inputs(
-    shape: int, heads: tuple[int, int, int], dtype: torch.dtype = torch.float32
-) -> tuple[list[Tensor], list[Piece], Rows]:
+def inputs(shape, heads, dtype=torch.float32):
     queries, keys, before = SHAPES[shape]
     many, few, size = heads
-    q, k, v = (torch.randn(sum(n), count, size).to(dtype) for n, count in ((queries, many), (keys, few), (keys, few)))
+    sizes = ((queries, many), (keys, few), (keys, few))
+    q, k, v = (torch.randn(count, sum(n), size).to(dtype).transpose(0, 1) for n, count in sizes)  # not contiguous
     pieces = [(torch.randn(few, n, size).to(dtype), torch.randn(few, n, size).to(dtype)) for n in PIECES]
     return [q, k, v], pieces, Rows(queries, keys, before, PIECES)
 
@@ -67,9 +58,7 @@ def inputs(
 @pytest.mark.parametrize("target", ["native", "baseline"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", HEADS)
-def test_it_is_the_written_out_softmax(
-    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int, int], dtype: torch.dtype, target: str
-) -> None:
+def test_it_is_the_specification(monkeypatch, heads, dtype, target):
     """Values and gradients, against float64 on what the inputs hold."""
     choose_kernels(monkeypatch, CPP=target)
     for shape, causal in itertools.product(range(len(SHAPES)), (False, True)):
@@ -77,7 +66,7 @@ def test_it_is_the_written_out_softmax(
         g = torch.randn_like(tensors[0])
         ours, exact = ([x.to(kind).requires_grad_() for x in tensors] for kind in (dtype, torch.float64))
         out = attention.attend(*ours, rows, pieces, causal=causal)
-        truth = written_out(*exact, shape, [(k.double(), v.double()) for k, v in pieces], causal)
+        truth = specified(*exact, shape, [(k.double(), v.double()) for k, v in pieces], causal)
         assert out.dtype == dtype
         results = zip(
             [out, *torch.autograd.grad(out, ours, g)],
@@ -91,7 +80,7 @@ def test_it_is_the_written_out_softmax(
                 assert (got.double() - expected).norm() <= 2**-7 * expected.norm() + 1e-9
 
 
-def test_sharp_and_flat_scores() -> None:
+def test_sharp_and_flat_scores():
     """Scores of +-1000 neither overflow nor turn into NaN, and equal ones give the mean."""
     v = torch.randn(4, 1, 8)
     k = torch.zeros(4, 1, 8)
@@ -103,7 +92,7 @@ def test_sharp_and_flat_scores() -> None:
     torch.testing.assert_close(out[2], v[[0, 1, 3]].mean(0))
 
 
-def test_a_broken_row_stays_alone() -> None:
+def test_a_broken_row_stays_alone():
     """NaN in one row reaches no other: one request's failure is never another's."""
     tensors, pieces, rows = inputs(1, (4, 2, 32))
     expected = attention.attend(*tensors, rows, pieces)
@@ -115,26 +104,7 @@ def test_a_broken_row_stays_alone() -> None:
     assert torch.equal(got[others], expected[others])
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
-    tensors, pieces, rows = inputs(2, (4, 2, 32))
-    threads = torch.get_num_threads()
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        try:
-            results.append(attention.attend(*tensors, rows, pieces, causal=True))
-        finally:
-            torch.set_num_threads(threads)
-    assert all(torch.equal(each, results[0]) for each in results[1:])
-
-
-def test_strided_inputs_are_read_as_they_lie() -> None:
-    tensors, pieces, rows = inputs(1, (4, 2, 32))
-    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
-    assert torch.equal(attention.attend(*apart, rows, pieces), attention.attend(*tensors, rows, pieces))
-
-
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused():
     (q, k, v), pieces, rows = inputs(2, (4, 2, 32))
     for bad in ((q[1:], k, v), (q, k[1:], v[1:]), (q, k, v[..., :8]), (q[:, :3], k, v)):
         with pytest.raises(ValueError, match="queries"):
@@ -151,7 +121,7 @@ def test_what_does_not_fit_is_refused() -> None:
             Rows(queries, keys, before, (1,))
 
 
-def test_what_a_cpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_cpu_takes(monkeypatch):
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
         assert varlen.choose("auto", cpu, dtype, 32) == "cpp"

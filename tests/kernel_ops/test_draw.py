@@ -21,6 +21,13 @@ def parameters(n, v, device, tau=1.0, top_p=1.0, top_k=None, greedy=False, dtype
     )
 
 
+def begin(implementation, logits, *filters, **others):
+    """A state of these logits (N, V), the same `parameters` in each row."""
+    logits = logits.to(implementation.device).contiguous()
+    params = parameters(*logits.shape, implementation.device, *filters, **others)
+    return kernels.begin(logits, params, backend=implementation.backend)
+
+
 def keys_of(n: int, device: str, seed: int = 0) -> torch.Tensor:
     position = torch.arange(n, device=device)
     zero = torch.zeros_like(position)
@@ -69,9 +76,7 @@ def test_distribution(implementation, kind, top_p, top_k, rank):
     row = row_of(kind, v)
     never = None if rank is None else int(row.float().sort(descending=True, stable=True).indices[rank])
     expected = filtered(row, tau, top_p, top_k or v, never)
-    logits = row.to(implementation.device).expand(n, v).contiguous()
-    params = parameters(n, v, implementation.device, tau, top_p, top_k)
-    state = kernels.begin(logits, params, backend=implementation.backend)
+    state = begin(implementation, row.expand(n, v), tau, top_p, top_k)
     tokens = kernels.draw(state, keys_of(n, implementation.device, 5), never=never).cpu()
     counts = torch.bincount(tokens, minlength=v)
     assert counts[expected == 0].sum() == 0  # nothing outside the nucleus, ever
@@ -91,8 +96,7 @@ def test_distribution_over_several_tiles(implementation):
     v, n = 2600, 4000
     row = row_of("flat", v)
     row[2500:] += 1.0
-    logits = row.to(implementation.device).expand(n, v).contiguous()
-    state = kernels.begin(logits, parameters(n, v, implementation.device, 0.7, 0.95), backend=implementation.backend)
+    state = begin(implementation, row.expand(n, v), 0.7, 0.95)
     tokens = kernels.draw(state, keys_of(n, implementation.device, 6)).cpu()
     expected = filtered(row, 0.7, 0.95, v)
     assert (expected[tokens] > 0).all()
@@ -102,6 +106,16 @@ def test_distribution_over_several_tiles(implementation):
     assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
 
 
+def test_random_numbers_are_those_of_the_specification(implementation):
+    """A row of V equal values draws id floor(u V)."""
+    n, v = (12, 256) if implementation.interpreted else (500, 4096)
+    g = torch.Generator().manual_seed(0)
+    seed, *columns = (torch.randint(0, 2**bound, (n,), generator=g) for bound in (62, 16, 16, 31, 8, 31))
+    keys = row_keys(torch.where(seed % 2 == 0, seed, -seed), *columns).to(implementation.device)
+    state = begin(implementation, torch.zeros(n, v))
+    assert kernels.draw(state, keys).equal((uniform(keys, 0) * v).long())
+
+
 def test_same_tokens_as_the_reference(implementation, make_case):
     """Every implementation draws the same token for the same key: exactly in float64, and but for a draw within
     rounding of a boundary in float32 (a chance below 1e-4 a row)."""
@@ -109,27 +123,16 @@ def test_same_tokens_as_the_reference(implementation, make_case):
         for dtype in implementation.dtypes:
             case = make_case(n, v, 2, dtype, implementation.device, seed=n + v)
             state, reference = case.begin(implementation.backend), case.begin("reference")
-            for inner, never in enumerate((None, int(reference.stats.argmax[0]))):
+            for inner, never in enumerate((None, int(reference.stats.argmax[0]), None)):
                 actual = kernels.draw(state, case.keys(inner=inner), never=never)
                 expected = kernels.draw(reference, case.keys(inner=inner), never=never)
                 different = int((actual != expected).sum())
                 assert different <= (0 if dtype == torch.float64 else 1)
-
-
-def test_same_tokens_after_updates_in_float64(implementation, make_case):
-    if torch.float64 not in implementation.dtypes:
-        pytest.skip("float64 runs in plain torch")
-    case = make_case(50, 2100, 11, torch.float64, implementation.device, seed=21)
-    states = [case.begin(implementation.backend, updates=3), case.begin("reference")]
-    for inner in range(4):
-        tokens = [kernels.draw(state, case.keys(inner=inner)) for state in states]
-        assert tokens[0].equal(tokens[1])
-        if inner == 3:
-            break
-        g = case.normal(case.n, case.d)
-        for state in states:
-            soft = kernels.mix(state, case.table, tokens[0], case.w).soft
-            kernels.update(state, [kernels.Term(g, case.table, soft)])
+                if dtype == torch.float64:  # and after updates
+                    g = case.normal(case.n, case.d)
+                    for each in (state, reference):
+                        soft = kernels.mix(each, case.table, expected, case.w).soft
+                        kernels.update(each, [kernels.Term(g, case.table, soft)])
 
 
 def test_a_token_that_is_never_drawn_leaves_the_rule_as_it_is(implementation):
@@ -137,8 +140,7 @@ def test_a_token_that_is_never_drawn_leaves_the_rule_as_it_is(implementation):
     v, n = 5, 4 if implementation.interpreted else 40
     row = torch.tensor([2.0, 1.0, 2.0, -1.0, 0.5])
     for top_p, top_k in ((1.0, 5), (0.7, 5), (1.0, 2), (0.5, 1)):
-        params = parameters(n, v, implementation.device, 0.7, top_p, top_k)
-        state = kernels.begin(row.expand(n, v).to(implementation.device), params, backend=implementation.backend)
+        state = begin(implementation, row.expand(n, v), 0.7, top_p, top_k)
         keys = keys_of(n, implementation.device, 3)
         cumulative = (row.double() / 0.7).softmax(-1).cumsum(-1).tolist()
         for never in range(v):
@@ -178,13 +180,6 @@ def test_where_a_token_that_is_never_drawn_is_all_there_is(implementation):
         assert kernels.filtered_stats(state, torch.full_like(state.stats.argmax, never)).token_probability[1] == 1
 
 
-@pytest.mark.parametrize("never", [-1, 9])
-def test_an_id_that_does_not_exist_cannot_be_ruled_out(make_case, never):
-    case = make_case(2, 9, 2, torch.float32, "cpu")
-    with pytest.raises(ValueError, match="one id of several below 9"):
-        kernels.draw(case.begin("reference"), case.keys(), never=never)
-
-
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k):
     """On flat rows two tokens of thousands are kept, so nearly every row spends its 64 rejections."""
@@ -204,24 +199,17 @@ def test_equal_values_are_ranked_by_id(implementation):
     """All values equal: top_k 3 keeps ids 0, 1, 2; top_p just below a half keeps the lower half (the last crosses)."""
     n, v = (3, 300) if implementation.interpreted else (2000, 1030)
     keys, half = keys_of(n, implementation.device), v // 2
-    logits = torch.zeros(n, v, device=implementation.device)
-    state = kernels.begin(logits, parameters(n, v, implementation.device, top_k=3), backend=implementation.backend)
+    logits = torch.zeros(n, v)
+    state = begin(implementation, logits, top_k=3)
     drawn = set(kernels.draw(state, keys).tolist())
     assert drawn <= {0, 1, 2} if implementation.interpreted else drawn == {0, 1, 2}
     # Not a half, which the mass of the lower half hits exactly, where rounding would decide.
-    state = kernels.begin(logits, parameters(n, v, implementation.device, top_p=0.4999), backend=implementation.backend)
+    state = begin(implementation, logits, top_p=0.4999)
     assert int(kernels.draw(state, keys).max()) < half
     last = torch.full((n,), half - 1, device=implementation.device)
     probability = kernels.filtered_stats(state, last).token_probability
     torch.testing.assert_close(probability, torch.full_like(probability, 1 / half))
     assert (kernels.filtered_stats(state, last + 1).token_probability == 0).all()
-
-
-def test_greedy_rows_take_the_argmax(implementation, make_case):
-    case = make_case(8, 1100, 2, torch.float32, implementation.device, seed=40)
-    params = parameters(8, 1100, implementation.device, greedy=True)
-    state = kernels.begin(case.logits, params, backend=implementation.backend)
-    assert kernels.draw(state, case.keys()).equal(case.logits.argmax(-1))
 
 
 def test_a_row_does_not_depend_on_the_batch(implementation, make_case):
@@ -245,8 +233,7 @@ def test_rows_that_are_not_numbers_still_give_an_id(implementation):
     logits = torch.randn(3, v, generator=torch.Generator().manual_seed(0))
     logits[0] = torch.nan
     logits[1, 7] = torch.nan
-    logits = logits.to(implementation.device)
-    state = kernels.begin(logits, parameters(3, v, implementation.device, 0.7, 0.9), backend=implementation.backend)
+    state = begin(implementation, logits, 0.7, 0.9)
     tokens = kernels.draw(state, keys_of(3, implementation.device))
     assert ((tokens >= 0) & (tokens < v)).all()
     assert not torch.isfinite(state.stats.entropy_tau[:2]).any()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels
+from kernels import attention
 from kernels.settings import settings
 from tests.support.kernels import choose_kernels
 
@@ -22,63 +23,37 @@ def test_importing_kernels_does_not_import_triton():
     assert out.strip() == "False"
 
 
-def test_an_unknown_backend_is_refused_with_the_known_ones(case):
-    with pytest.raises(ValueError, match=r"unknown kernel backend 'numpy'; known: reference, torch, cpp"):
-        case.begin("numpy")
-
-
-def test_cpp_refuses_float64(make_case):
-    if "cpp" not in kernels.available_backends():
-        pytest.skip("no C++ compiler")
-    with pytest.raises(ValueError, match="float64"):
-        make_case(2, 9, 2, torch.float64, "cpu").begin("cpp")
-
-
-def test_float64_logits_run_in_torch(make_case):
-    case = make_case(2, 9, 2, torch.float64, "cpu")
-    assert kernels.begin(case.logits, case.params).backend == "torch"
-
-
-def test_info_names_what_runs(case):
-    info = kernels.backend_info()
-    assert set(info) == {"row_stats", "draw", "filtered_stats", "mix", "update"}
+def test_what_runs_where_none_is_named(case, make_case):
     if not torch.cuda.is_available():
-        assert set(info.values()) == {kernels.begin(case.logits, case.params).backend}
+        assert kernels.default_backend() == kernels.begin(case.logits, case.params).backend
+    wide = make_case(2, 9, 2, torch.float64, "cpu")
+    assert kernels.begin(wide.logits, wide.params).backend == "torch"
+    if "cpp" in kernels.available_backends():
+        with pytest.raises(ValueError, match="float64"):
+            wide.begin("cpp")
 
 
-def test_shapes_that_do_not_fit_are_refused(case):
-    p = case.params
-    with pytest.raises(ValueError, match="floating-point"):
-        kernels.begin(case.logits[0], p)
-    with pytest.raises(ValueError, match="floating-point"):
-        kernels.begin(case.logits.long(), p)
-    short = kernels.RowParams(p.tau[:2], p.top_p, p.top_k, p.greedy, p.eta)
-    with pytest.raises(ValueError, match=r"params\.tau"):
-        kernels.begin(case.logits, short)
+def test_what_does_not_fit_is_refused(case):
+    p, g = case.params, case.normal(4, 3)
     state = kernels.begin(case.logits, p)
-    with pytest.raises(ValueError, match="keys"):
-        kernels.draw(state, case.keys(3))
-    with pytest.raises(ValueError, match="tokens"):
-        kernels.filtered_stats(state, case.tokens[:2])
-    with pytest.raises(ValueError, match="table"):
-        kernels.mix(state, case.table[:10], case.tokens, case.w)
-    with pytest.raises(ValueError, match="tokens and w"):
-        kernels.mix(state, case.table, case.tokens, case.w[:1])
-    with pytest.raises(ValueError, match="rows"):
-        kernels.draw(state, case.keys(1), torch.tensor([[0]]))
-    with pytest.raises(ValueError, match="at least one term"):
-        kernels.update(state, [])
-    g = case.normal(4, 3)
-    with pytest.raises(ValueError, match="a term"):
-        kernels.update(state, [kernels.Term(g[:2], case.table, g)])
-
-
-def test_more_updates_than_announced_are_refused(case):
-    state = kernels.begin(case.logits, case.params, updates=1)
-    term = kernels.Term(case.normal(4, 3), case.table, case.normal(4, 3))
-    kernels.update(state, [term])
-    with pytest.raises(ValueError, match="1 updates only"):
-        kernels.update(state, [term])
+    short = kernels.RowParams(p.tau[:2], p.top_p, p.top_k, p.greedy, p.eta)
+    for message, call in (
+        ("unknown kernel backend 'numpy'; known: reference, torch, cpp", lambda: case.begin("numpy")),
+        ("floating-point", lambda: kernels.begin(case.logits[0], p)),
+        ("floating-point", lambda: kernels.begin(case.logits.long(), p)),
+        (r"params\.tau", lambda: kernels.begin(case.logits, short)),
+        ("keys", lambda: kernels.draw(state, case.keys(3))),
+        ("rows", lambda: kernels.draw(state, case.keys(1), torch.tensor([[0]]))),
+        ("one id of several below 50", lambda: kernels.draw(state, case.keys(), never=-1)),
+        ("one id of several below 50", lambda: kernels.draw(state, case.keys(), never=50)),
+        ("tokens", lambda: kernels.filtered_stats(state, case.tokens[:2])),
+        ("table", lambda: kernels.mix(state, case.table[:10], case.tokens, case.w)),
+        ("tokens and w", lambda: kernels.mix(state, case.table, case.tokens, case.w[:1])),
+        ("at least one term", lambda: kernels.update(state, [])),
+        ("a term", lambda: kernels.update(state, [kernels.Term(g[:2], case.table, g)])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_no_gradient_flows_through_the_operations(case):
@@ -156,8 +131,9 @@ def test_the_number_of_threads_changes_nothing(make_case):
         torch.set_num_threads(count)
         try:
             state = case.begin("cpp")
-            tokens = kernels.draw(state, case.keys(), never=7)
-            results.append([state.stats.entropy_tau, tokens, kernels.filtered_stats(state, tokens).neg_entropy])
+            tokens, (q, k) = kernels.draw(state, case.keys(), never=7), case.table[:60].view(2, 30, 1, 3)
+            mixed = attention.attend(q, k, k, attention.Rows([9, 21], [9, 21]), causal=True)
+            results.append([mixed, state.stats.entropy_tau, tokens, kernels.filtered_stats(state, tokens).neg_entropy])
         finally:
             torch.set_num_threads(threads)
     assert all(a.equal(b) for a, b in zip(*results, strict=True))

@@ -1,9 +1,11 @@
-"""The Triton kernels without a GPU: the same tests in triton's interpreter, in a process of its own.
+"""The Triton kernels without a GPU: this folder's tests in triton's interpreter, and every kernel compiled for sm_80,
+sm_90 and sm_100 (no spills, limits kept, tensor cores used).
 
-The interpreter must be chosen before triton is imported, and turns numpy's warnings about infinities that a kernel
-masks out into errors here, so it cannot share a process with the rest of the suite."""
+Whether triton interprets must be chosen before it is imported, and the interpreter turns numpy's warnings about
+infinities that a kernel masks out into errors here, so each of these runs in a process of its own."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -21,23 +23,47 @@ pytestmark = [
 ]
 
 
+def run(*arguments, **environment):
+    command, others = [sys.executable, "-m", *arguments], {**os.environ, **environment}
+    return subprocess.run(command, env=others, capture_output=True, text=True, check=False, timeout=880)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("files", "at_least"),
-    [(["test_accuracy.py"], 9), (["test_draw.py"], 7), (["test_update_exact.py", "test_triton_variants.py"], 5)],
+    [(["test_accuracy.py"], 9), (["test_draw.py"], 7), (["test_update_exact.py"], 5)],
     ids=["accuracy", "draw", "update"],
 )
 def test_kernels_in_the_interpreter(files, at_least):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    result = subprocess.run(
-        [*command, "-k", "interpreter", *(str(HERE / name) for name in files)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=880,
-    )
+    warnings = "-W", "ignore::RuntimeWarning"
+    files = [str(HERE / name) for name in files]
+    result = run("pytest", "-q", "-p", "no:cacheprovider", *warnings, "-k", "interpreter", *files, TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None
     assert int(passed[1]) >= at_least
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_compile_within_the_limits(architecture):
+    """Each kernel in its heaviest form; `benchmarks.kernels.aot` without --quick compiles everything."""
+    result = run("benchmarks.kernels.aot", "--quick", "--arch", str(architecture))
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    kernels = {entry["name"]: entry for entry in json.loads(result.stdout.splitlines()[-1])["kernels"]}
+    assert len(kernels) >= 10
+    assert all(entry["stack_bytes"] == 0 for entry in kernels.values())
+    fused = [entry for name, entry in kernels.items() if name.startswith("fused")]
+    assert len(fused) >= 2
+    assert all(entry["tensor_core_instructions"] > 0 for entry in fused)
+    assert all(entry["registers"] <= 255 for entry in fused)
+    # The passes that move whole rows are bound by memory: they must load 128 bits at a time and leave room for many
+    # warps (72 registers a thread are 28 warps on every one of these).
+    streaming = [kernels["row_sums bf16"], kernels["step kind 2 write 2"]]
+    assert all(entry["registers"] <= 72 and entry["wide_loads"] > 0 for entry in streaming)
+
+
+def test_interpreted_kernels_are_refused():
+    result = run("benchmarks.kernels.aot", TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from tests.support.kernels import choose_kernels
 
 
 def loss(phi, tau, g, table):
@@ -99,3 +100,43 @@ def test_logits_are_left_alone_and_base_statistics_stay(implementation, make_cas
     assert base.entropy_tau.equal(entropy)
     assert base.argmax.equal(argmax)
     assert not state.stats.entropy_tau.equal(entropy)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_and_library_updates_agree(implementation, make_case, monkeypatch, dtype):
+    if implementation.backend != "triton":
+        pytest.skip("about the Triton backend")
+    n, v, d = (3, 300, 33) if implementation.interpreted else (150, 3001, 65)
+    if not implementation.interpreted and dtype == torch.float32:
+        pytest.skip("float32 products stay with the library on a GPU")
+    moved = []
+    choose_kernels(monkeypatch, BFLOAT16="0")
+    for fused in "01":
+        choose_kernels(monkeypatch, FUSED=fused)
+        case = make_case(n, v, d, dtype, implementation.device, seed=80)
+        table = case.table.to(dtype)
+        state = case.begin("triton")
+        for _ in range(3):
+            g = (case.normal(n, d) * 1e-9).to(dtype).float()
+            soft = kernels.mix(state, table, case.tokens, case.w).soft
+            kernels.update(state, [kernels.Term(g, table, soft)])
+        moved.append((state.phi(), state.stats.entropy_tau, kernels.draw(state, case.keys())))
+    (phi, entropy, drawn), (fused_phi, fused_entropy, fused_drawn) = moved
+    step = (phi - case.logits.float()).norm()
+    assert (phi - fused_phi).norm() <= 1e-5 * step + 1e-7 * phi.norm()
+    torch.testing.assert_close(entropy, fused_entropy, rtol=1e-5, atol=1e-5)
+    assert drawn.equal(fused_drawn)
+
+
+def test_rows_past_two_to_the_31_elements(implementation):
+    """Offsets are 64-bit: the last row of a (14,200, 151,936) tensor is read where it is."""
+    if implementation.backend != "triton" or implementation.interpreted:
+        pytest.skip("about the Triton backend; needs 4.3 GB of device memory")
+    n, v = 14_200, 151_936
+    logits = torch.zeros(n, v, dtype=torch.bfloat16, device="cuda")
+    logits[-1, -1] = 20.0
+    column = torch.ones(n, device="cuda")
+    params = kernels.RowParams(column, column, torch.full_like(column, v).long(), column > 2, column)
+    state = kernels.begin(logits, params, backend="triton")
+    assert int(state.stats.argmax[-1]) == v - 1
+    assert int(state.stats.argmax[-2]) == 0

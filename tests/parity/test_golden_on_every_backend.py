@@ -40,4 +40,4 @@ def test_the_compiled_backend_runs_where_a_compiler_is(monkeypatch: pytest.Monke
     assert dispatch.choose(torch.device("cpu"), torch.float64) == "torch"
     expected = "cpp" if "cpp" in dispatch.available_backends() else "torch"
     assert dispatch.choose(torch.device("cpu"), torch.float32) == expected
-    assert set(kernels.backend_info().values()) <= set(kernels.BACKENDS)
+    assert kernels.default_backend() in kernels.BACKENDS
