@@ -1,7 +1,5 @@
 """Every operation of every implementation against float64, relative to plain torch in the same dtype."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -45,15 +43,10 @@ def test_row_stats_of_extreme_rows(implementation):
     logits[4] = torch.linspace(-1, 1, v)
     logits[5, :1024] = -torch.inf
     n = len(logits)
-    params = kernels.RowParams(
-        tau=torch.tensor([1.0, 0.7, 0.7, 0.7, 1e-3, 2.0]),
-        top_p=torch.full((n,), 0.9),
-        top_k=torch.full((n,), v),
-        greedy=torch.zeros(n, dtype=torch.bool),
-        eta=torch.full((n,), 0.5),
-    )
-    logits = logits.to(implementation.device)
-    params = kernels.RowParams(*(getattr(params, f.name).to(implementation.device) for f in dataclasses.fields(params)))
+    tau, half = torch.tensor([1.0, 0.7, 0.7, 0.7, 1e-3, 2.0]), torch.full((n,), 0.5)
+    columns = tau, half + 0.4, torch.full((n,), v), half > 1, half
+    logits, *columns = (x.to(implementation.device) for x in (logits, *columns))
+    params = kernels.RowParams(*columns)
     stats = kernels.begin(logits, params, backend=implementation.backend).stats
     z = logits.double() / params.tau.double()[:, None]
     entropy = torch.special.entr(z.softmax(-1)).sum(-1)

@@ -37,8 +37,7 @@ def target(request, monkeypatch):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
 def dtype(request):
-    kind: torch.dtype = request.param
-    return kind
+    return request.param
 
 
 def compare(fused, plain, x, unit=None):
