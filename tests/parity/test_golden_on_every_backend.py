@@ -26,7 +26,7 @@ def test_recorded_runs_in_float32(pair32: Any, family: str, backend: str, monkey
         opened[state.backend] += 1
         return state
 
-    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: backend)
+    monkeypatch.setattr(kernels, "choose", lambda device, dtype: backend)
     monkeypatch.setattr(kernels, "begin", count)
     wrong, runs = replay(pair32, family)
     assert not wrong
