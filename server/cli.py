@@ -24,7 +24,7 @@ from opentelemetry.trace import TracerProvider
 
 from server import __version__, log
 from server.api.app import create_app
-from server.api.middleware import MAX_HEADER_BYTES, QUIET_PATHS
+from server.api.middleware import MAX_HEADER_BYTES, probe_paths
 from server.api.protocol import EXTRA_CONNECTIONS, Connection, Room
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.errors import ConfigurationError
@@ -134,8 +134,8 @@ def allow_descriptors(needed: int) -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """uvicorn's configuration. h11, under our connection, bounds the size of headers while they arrive."""
-    probes = frozenset(prefix + path for prefix in {"", settings.root_path} for path in QUIET_PATHS)
-    room = Room(settings.max_connections, settings.slow_client_seconds, probes, app.state.frontend.metrics.refused)
+    refused = app.state.frontend.metrics.refused
+    room = Room(settings.max_connections, settings.slow_client_seconds, probe_paths(settings.root_path), refused)
     return uvicorn.Config(
         app,
         host=settings.host,

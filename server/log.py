@@ -20,8 +20,10 @@ _TRACEBACK_CHARACTERS = 20_000
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    """What `extra=` added to a record."""
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    """The request that a record was made for, and what `extra=` added to it."""
+    identity = request_id.get()
+    added = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    return added if identity is None else {"request_id": identity} | added
 
 
 class JSONFormatter(logging.Formatter):
@@ -35,8 +37,6 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if (identity := request_id.get()) is not None:
-            entry["request_id"] = identity
         entry |= _fields(record)
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)[-_TRACEBACK_CHARACTERS:]
@@ -49,10 +49,7 @@ class ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line, and its traceback below."""
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
-        fields = _fields(record)
-        if (identity := request_id.get()) is not None:
-            fields["request_id"] = identity
-        pairs = "".join(f" {key}={value}" for key, value in fields.items())
+        pairs = "".join(f" {key}={value}" for key, value in _fields(record).items())
         line = _one_line(f"{when} {record.levelname} {record.getMessage()}{' ' if pairs else ''}{pairs}")
         if record.exc_info:
             traceback = self.formatException(record.exc_info)[-_TRACEBACK_CHARACTERS:]

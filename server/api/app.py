@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -37,12 +36,7 @@ def create_app(
     """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
     while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
     metrics = Metrics(engine)
-    frontend = Frontend(
-        engine=engine,
-        settings=settings,
-        metrics=metrics,
-        tracer=telemetry.tracer_of(tracer_provider),
-    )
+    frontend = Frontend(engine, settings, metrics, telemetry.tracer_of(tracer_provider))
 
     async def start() -> None:
         try:
@@ -76,8 +70,6 @@ def create_app(
         telemetry=telemetry.fastapi_config(tracer_provider, settings.root_path),
     )
     app.state.frontend = frontend
-    app.state.created = int(time.time())
-    app.state.playground = ops.PLAYGROUND.read_text(encoding="utf-8")
     for each in (routes, rewards, ops):
         app.include_router(each.router)
     errors.install(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Frontend:
     settings: Settings
     metrics: Metrics
     tracer: Tracer = field(default_factory=NoOpTracer)
+    created: int = field(default_factory=lambda: int(time.time()))  # of the models, to their readers
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
     _waiting: int = 0  # calls of `aside`

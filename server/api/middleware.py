@@ -32,6 +32,11 @@ MAX_HEADER_BYTES = 65_536
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
 
 
+def probe_paths(root_path: str) -> frozenset[str]:
+    """Where machines ask after the server, with and without the prefix under which a proxy publishes us."""
+    return frozenset(prefix + path for prefix in {"", root_path} for path in QUIET_PATHS)
+
+
 def local_path(scope: Scope) -> str:
     """The path below the prefix under which a proxy publishes us; the proxy may or may not have cut it off."""
     path: str = scope["path"]

@@ -1,5 +1,5 @@
 """The OpenAPI document, made to be true: bodies that routes read by themselves, every status they answer, streams,
-headers, who needs a key, and, once the models are loaded, what they can take (`rules.narrow`)."""
+headers, who needs a key, and, once the models are loaded, what they can take (`rules.Within`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from server.api.errors import ErrorEnvelope
 from server.api.examples import EXAMPLES
-from server.api.rules import Served, narrow
+from server.api.rules import DOCUMENTED, Served
 
 STATUSES = {
     400: "A field is wrong; `param` is its path",
@@ -106,9 +106,10 @@ def install(
     def document() -> Document:
         if app.openapi_schema is not None:
             return app.openapi_schema
-        made = _build(app, keyed, open_paths)
         known = served()
-        narrow(made, known)
+        before = DOCUMENTED.set(known)
+        made = _build(app, keyed, open_paths)
+        DOCUMENTED.reset(before)
         if known is not None:
             app.openapi_schema = made
         return made

@@ -21,7 +21,7 @@ from server.api.rules import Served
 from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
-PLAYGROUND = Path(__file__).parent / "playground" / "index.html"
+PLAYGROUND = (Path(__file__).parent / "playground" / "index.html").read_text(encoding="utf-8")
 OWNER = "entrgi"
 
 router = APIRouter()
@@ -133,11 +133,10 @@ async def metrics(request: Request) -> Response:
 
 
 @readable("/", response_class=HTMLResponse, responses=errors(503))
-async def playground(request: Request) -> Response:
+async def playground() -> Response:
     """A page to try the server on, complete in one file."""
-    page: str = request.app.state.playground
     return HTMLResponse(
-        page,
+        PLAYGROUND,
         headers={
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -169,7 +168,7 @@ async def _models(request: Request) -> list[Model]:
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
         own = {name: value for name, value in asdict(info).items() if name in Model.model_fields}
-        return own | {"created": request.app.state.created, "root": info.id, "max_model_len": info.context_length}
+        return own | {"created": frontend.created, "root": info.id, "max_model_len": info.context_length}
 
     model = Model(
         **described(engine.model),

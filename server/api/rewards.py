@@ -123,9 +123,8 @@ async def _rerank(
     name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
     best = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))[: asked.top_n or None]
     results = [RankedDocument(index=index, relevance_score=rewards[index]) for index in best]
-    if asked.return_documents:
-        for result in results:
-            result.document = shown(asked.documents[result.index])
+    for result in results if asked.return_documents else ():
+        result.document = shown(asked.documents[result.index])
     return RerankResponse(
         id=f"rerank-{uuid.uuid4().hex}",
         model=name,

@@ -8,6 +8,7 @@ checked in `convert` and stands in the fields' descriptions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from server.settings import Settings
 from server.types import EngineInfo
 
 Schema = dict[str, Any]
-SERVED = "x-served"
-"""Keyword of a schema whose bound is the named attribute of `Served`, until that is known."""
+DOCUMENTED: ContextVar[Served | None] = ContextVar("documented", default=None)
+"""The server whose bounds go into JSON schemas; None while they are not known, which leaves them out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,16 @@ class Within(Rule):
     bound: str
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
-        return handler(schema) | {SERVED: self.bound}
+        made = handler(schema)
+        served = DOCUMENTED.get()
+        bound = None if served is None else getattr(served, self.bound)
+        keyword = {"array": "maxItems", "integer": "maximum"}.get(made.get("type", ""))
+        if isinstance(bound, tuple):
+            made |= {"enum": [*bound]} if bound else {}
+        elif bound is not None and keyword is not None:
+            made.pop("exclusiveMaximum", None)
+            made[keyword] = min(bound, made.get(keyword, bound))
+        return made
 
     def check(self, value: Any, info: ValidationInfo) -> Any:
         if info.context is not None:
@@ -190,23 +200,3 @@ def not_loaded(name: str, served: Served) -> Exception:
 def no_reward_model(method: str, _: Served) -> Exception:
     """Why a method cannot guide here."""
     return InvalidRequest(f"`guidance` {method} needs a reward model, and none is loaded", "guidance")
-
-
-def narrow(document: Any, served: Served | None) -> None:
-    """Put this server's bounds into a document's schemas, in place; without any, only take out their names."""
-    if isinstance(document, list):
-        for each in document:
-            narrow(each, served)
-    elif isinstance(document, dict):
-        for each in document.values():
-            narrow(each, served)
-        name = document.pop(SERVED, None)
-        if name is not None and served is not None:
-            bound = getattr(served, name)
-            for branch in document.get("anyOf", [document]):
-                keyword = {"array": "maxItems", "integer": "maximum"}.get(branch.get("type"))
-                if isinstance(bound, tuple):
-                    branch |= {"enum": [*bound]} if bound else {}
-                elif keyword is not None:
-                    branch.pop("exclusiveMaximum", None)
-                    branch[keyword] = min(bound, branch.get(keyword, bound))

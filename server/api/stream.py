@@ -175,10 +175,9 @@ class Chunks:
         for rank, answer in enumerate(answers):
             index = prompt * plan.sampling.n + rank
             text = self._texts[index]
-            if rest := text.rest(answer.text):
-                text.tokens = answer.completion_tokens
-                yield self._text_chunk(index, rest)
             text.tokens = answer.completion_tokens
+            if rest := text.rest(answer.text):
+                yield self._text_chunk(index, rest)
             end = self._chunk(self._choice(index, {} if plan.chat else "") | choice(plan, index, answer))
             yield end | report(plan, results) if whole and rank == len(answers) - 1 else end
         if whole and self._mode.include_usage:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.telemetry import TelemetryConfig
@@ -17,7 +17,7 @@ from opentelemetry.trace import NoOpTracer, Tracer, TracerProvider
 
 from server import __version__
 from server.api.convert import Plan
-from server.api.middleware import QUIET_PATHS
+from server.api.middleware import probe_paths
 from server.errors import ConfigurationError
 from server.types import Job, JobResult
 
@@ -71,8 +71,7 @@ def send_last_spans(provider: SdkTracerProvider) -> None:
 
 def fastapi_config(provider: TracerProvider | None, root_path: str) -> TelemetryConfig:
     """FastAPI's own telemetry: spans of requests other than probes, and nothing else."""
-    probes = frozenset(prefix + path for prefix in {"", root_path} for path in QUIET_PATHS)
-    exclude: Callable[[MutableMapping[str, Any]], bool] = lambda scope: scope["path"] in probes  # noqa: E731
+    probes = probe_paths(root_path)
     return {
         "tracing": provider is not None,
         "tracer_provider": provider,
@@ -80,7 +79,7 @@ def fastapi_config(provider: TracerProvider | None, root_path: str) -> Telemetry
         "logs": False,
         "operation_spans": False,
         "auto_configure": False,
-        "exclude": exclude,
+        "exclude": lambda scope: scope["path"] in probes,
     }
 
 
@@ -97,7 +96,8 @@ def operation(plan: Plan) -> str:
 def request_attributes(plan: Plan, job: Job) -> Attributes:
     """Of the span of one prompt's generation, when it begins."""
     sampling, diffusion, guidance = job.sampling, job.diffusion, job.guidance
-    attributes: Attributes = {
+    names = [weighted.model for weighted in guidance.reward_models]
+    attributes: dict[str, Any] = {
         "gen_ai.operation.name": operation(plan),
         "gen_ai.provider.name": "entrgi",
         "gen_ai.request.model": plan.model,
@@ -114,27 +114,23 @@ def request_attributes(plan: Plan, job: Job) -> Attributes:
         "entrgi.diffusion.steps": diffusion.steps,
         "entrgi.diffusion.algorithm": diffusion.algorithm,
         "entrgi.guidance.method": guidance.method,
+        "gen_ai.request.top_k": sampling.top_k,
+        "entrgi.guidance.reward_models": names or None,
+        "entrgi.guidance.gradient_steps": guidance.gradient_steps if guidance.uses_gradient else None,
     }
-    if sampling.top_k is not None:
-        attributes["gen_ai.request.top_k"] = sampling.top_k
-    if guidance.reward_models:
-        attributes["entrgi.guidance.reward_models"] = [weighted.model for weighted in guidance.reward_models]
-    if guidance.uses_gradient:
-        attributes["entrgi.guidance.gradient_steps"] = guidance.gradient_steps
-    return attributes
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def response_attributes(job: Job, result: JobResult) -> Attributes:
     """Of the same span, when it ends with an answer."""
     chosen = [result.trajectories[index] for index in result.chosen]
-    attributes: Attributes = {
+    attributes: dict[str, Any] = {
         "gen_ai.usage.input_tokens": len(job.prompt_ids) + len(job.suffix_ids),
         "gen_ai.usage.output_tokens": sum(trajectory.completion_tokens for trajectory in chosen),
         "gen_ai.response.finish_reasons": [trajectory.finish_reason for trajectory in chosen],
         "entrgi.trajectory_tokens": sum(trajectory.completion_tokens for trajectory in result.trajectories),
         "entrgi.model_calls": result.model_calls,
         "entrgi.reward_calls": result.reward_calls,
+        "entrgi.reward": chosen[0].reward,
     }
-    if chosen[0].reward is not None:
-        attributes["entrgi.reward"] = chosen[0].reward
-    return attributes
+    return {name: value for name, value in attributes.items() if value is not None}
