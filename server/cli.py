@@ -33,7 +33,6 @@ from server.methods import load_plugins
 from server.settings import (
     ENV_PREFIX,
     SETTINGS,
-    Setting,
     Settings,
     SettingsError,
     load,
@@ -184,16 +183,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=__version__)
     made.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file of settings ({ENV_PREFIX}CONFIG)")
     for name, setting in SETTINGS.items():
-        _add_flag(made, name, setting)
+        flag = "--" + name.replace("_", "-")
+        default = "none" if setting.default in (None, (), "") else setting.default
+        text = f"{setting.description} (default: {default})".replace("%", "%%")
+        if setting.kind is bool:
+            made.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            action = "append" if setting.is_list else "store"
+            made.add_argument(flag, dest=name, action=action, metavar="|".join(setting.choices) or "VALUE", help=text)
     return made
-
-
-def _add_flag(made: argparse.ArgumentParser, name: str, setting: Setting) -> None:
-    flag = "--" + name.replace("_", "-")
-    default = "none" if setting.default in (None, (), "") else setting.default
-    text = f"{setting.description} (default: {default})".replace("%", "%%")
-    if setting.kind is bool:
-        made.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
-    else:
-        action = "append" if setting.is_list else "store"
-        made.add_argument(flag, dest=name, action=action, metavar="|".join(setting.choices) or "VALUE", help=text)

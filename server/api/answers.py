@@ -194,7 +194,7 @@ def report(plan: Plan, results: Sequence[JobResult]) -> Data:
         "queue_ms": round(max(result.queue_ms for result in results), 3),
         "generation_ms": round(max(result.generation_ms for result in results), 3),
     }
-    if not plan.trace:
+    if not plan.asked.trace:
         return {"guidance": guidance}
     trace = [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
     return {"guidance": guidance, "trace": trace}
@@ -211,7 +211,7 @@ def choice(plan: Plan, index: int, answer: TrajectoryResult) -> Data:
     }
     if len(plan.guidance.reward_models) > 1:
         fields["rewards"] = answer.rewards
-    if plan.return_token_ids:
+    if plan.asked.return_token_ids:
         fields["token_ids"] = list(answer.token_ids)
     return fields
 

@@ -16,7 +16,6 @@ from server.api.fields import (
     Diffusion,
     GenerationRequest,
     Guidance,
-    StreamOptions,
 )
 from server.api.values import ChatMessage, Prompt
 from server.budget import Cost
@@ -43,16 +42,18 @@ RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One request, ready for the engine: a job a prompt, and what the answer needs to know."""
+    """One request, ready for the engine: a job a prompt."""
 
     id: str
     created: int
     model: str
-    chat: bool
+    asked: Asked
     jobs: tuple[Job, ...]
-    return_token_ids: bool
-    trace: bool
-    stream: StreamOptions | None
+
+    @property
+    def chat(self) -> bool:
+        """Whether a conversation is answered, and not a text completed."""
+        return isinstance(self.asked, ChatCompletionRequest)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -153,16 +154,7 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
     for job in jobs:
         # The worker, which knows the reward model's own count, checks again.
         Cost.of(job, reward_tokens=canvas).check(info.largest)
-    return Plan(
-        id=identity,
-        created=int(now),
-        model=info.model.id,
-        chat=isinstance(request, ChatCompletionRequest),
-        jobs=jobs,
-        return_token_ids=request.return_token_ids,
-        trace=request.trace,
-        stream=(request.stream_options or StreamOptions.model_validate({})) if request.stream else None,
-    )
+    return Plan(identity, int(now), info.model.id, request, jobs)
 
 
 def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:

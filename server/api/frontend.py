@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from opentelemetry.trace import NoOpTracer, Tracer
 
@@ -20,7 +19,6 @@ from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from server.types import Job
 
-Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
@@ -50,16 +48,17 @@ class Frontend:
     async def tokenizer(self) -> Tokenizer:
         """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""
         if self._tokenizer is None:
-            self._tokenizer = await self.aside(Tokenizer.load, Path(self.engine.info.model.tokenizer_path))
+            path = self.engine.info.model.tokenizer_path
+            self._tokenizer = await self.aside(lambda: Tokenizer.load(path))
         return self._tokenizer
 
-    async def aside(self, function: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs) -> Result:
+    async def aside(self, work: Callable[[], Result]) -> Result:
         """Run text work in the one thread that is for it. Raises QueueFull when too much of it waits."""
         if self._waiting >= self.engine.config.max_queue:
             raise QueueFull(f"the texts of {self._waiting} requests are being read; try again later")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._waiting -= 1
 

@@ -141,13 +141,14 @@ async def tokenize(frontend: Frontend, asked: TokenizeRequest) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
     if asked.messages is not None:
+        conversation = messages(asked.messages)
         generation = asked.add_generation_prompt is not False
-        tokens = await frontend.aside(tokenizer.render_chat, messages(asked.messages), generation)
+        tokens = await frontend.aside(lambda: tokenizer.render_chat(conversation, generation))
     elif asked.add_generation_prompt is not None:
         raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
     else:
-        tokens = await frontend.aside(tokenizer.encode, asked.prompt or "")
-    return await frontend.aside(_tokens, tokens, tokenizer, frontend.engine.info, asked.return_token_strs)
+        tokens = await frontend.aside(lambda: tokenizer.encode(asked.prompt or ""))
+    return await frontend.aside(lambda: _tokens(tokens, tokenizer, frontend.engine.info, asked.return_token_strs))
 
 
 def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
@@ -165,7 +166,7 @@ def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_stri
 async def detokenize(frontend: Frontend, asked: DetokenizeRequest) -> DetokenizeResponse:
     """Text of token ids, special tokens included."""
     tokenizer = await frontend.tokenizer()
-    text = await frontend.aside(tokenizer.decode, asked.tokens, skip_special_tokens=False)
+    text = await frontend.aside(lambda: tokenizer.decode(asked.tokens, skip_special_tokens=False))
     return DetokenizeResponse(prompt=text)
 
 

@@ -40,7 +40,8 @@ async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> 
 async def _answer(frontend: Frontend, asked: Asked) -> Response:
     frontend.engine.check_room()
     tokenizer = await frontend.tokenizer()
-    plan = await frontend.aside(make_plan, asked, frontend.engine.info, tokenizer, frontend.settings, uuid.uuid4().hex)
-    if plan.stream is not None:
-        return await open_stream(frontend, plan, plan.stream, tokenizer, frontend.engine.info.model.stop_token_ids)
+    info, settings, identity = frontend.engine.info, frontend.settings, uuid.uuid4().hex
+    plan = await frontend.aside(lambda: make_plan(asked, info, tokenizer, settings, identity))
+    if asked.stream:
+        return await open_stream(frontend, plan, tokenizer)
     return JSONResponse(response(plan, await results(frontend, plan)))

@@ -43,9 +43,7 @@ def encode(data: object) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-async def open_stream(
-    frontend: Frontend, plan: Plan, mode: StreamOptions, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]
-) -> EventStream:
+async def open_stream(frontend: Frontend, plan: Plan, tokenizer: Tokenizer) -> EventStream:
     """Submit the jobs and wait a moment for a refusal, which is raised; then the response that streams the rest."""
     sequence = events(frontend, plan)
     first = asyncio.ensure_future(anext(sequence))
@@ -56,7 +54,7 @@ async def open_stream(
         raise
     if first.done() and first.exception() is not None:
         await first  # raises
-    return EventStream(frontend, sequence, first, Chunks(plan, mode, tokenizer, stop_token_ids))
+    return EventStream(frontend, sequence, first, Chunks(plan, tokenizer, frontend.engine.info.model.stop_token_ids))
 
 
 class EventStream(Response):
@@ -124,9 +122,9 @@ async def _abandon(pending: asyncio.Future[tuple[int, Event]], sequence: Sequenc
 class Chunks:
     """Turns events into OpenAI's chunks."""
 
-    def __init__(self, plan: Plan, mode: StreamOptions, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
         self._plan = plan
-        self._mode = mode
+        self._mode = plan.asked.stream_options or StreamOptions.model_validate({})
         self._tokenizer = tokenizer
         self._results: dict[int, JobResult] = {}
         n = plan.sampling.n

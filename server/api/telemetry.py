@@ -106,7 +106,7 @@ def request_attributes(plan: Plan, job: Job) -> Attributes:
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.seed": sampling.seed,
-        "gen_ai.request.stream": plan.stream is not None,
+        "gen_ai.request.stream": plan.asked.stream,
         "gen_ai.response.id": plan.id,
         "gen_ai.response.model": plan.model,
         "entrgi.prompt_index": job.prompt_index,

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from server.api.convert import Plan
+from server.api.fields import CompletionRequest
 from server.api.frontend import Frontend
 from server.api.generation import results
 from server.errors import RequestError
@@ -134,8 +135,9 @@ async def test_a_client_that_leaves_while_its_request_fails_leaves_nothing_behin
 
     engine = ScriptedEngine(first_fails)
     frontend: Frontend = make(engine).state.frontend
+    asked = CompletionRequest.model_validate({"prompt": ["one", "two"]})
     jobs = (make_job("one", prompt_index=0), make_job("two", prompt_index=1))
-    working = asyncio.create_task(results(frontend, Plan("cmpl-1", 0, "dlm", False, jobs, False, False, None)))
+    working = asyncio.create_task(results(frontend, Plan("cmpl-1", 0, "dlm", asked, jobs)))
     for _ in range(turns):
         await asyncio.sleep(0)
     working.cancel()
