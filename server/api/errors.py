@@ -82,25 +82,22 @@ def install(app: FastAPI) -> None:
     """Register the translation for everything that a route or the router raises."""
 
     async def ours(request: Request, error: Exception) -> Response:
-        if not isinstance(error, RequestError):
-            error = unexpected(error)
+        assert isinstance(error, RequestError)
         if request.method == "POST":  # a probe of /ready is no refused request
             request.app.state.frontend.metrics.refused(error)
         return error_response(error)
 
     async def router(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        translated: RequestError
-        if status == 404:
-            translated = NotFound(f"there is no route {quote(request.url.path)}")
-        elif status == 405:
-            translated = MethodNotAllowed(f"{quote(request.url.path)} does not take {quote(request.method)}")
-        else:
-            translated = unexpected(error)
-        extra = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        assert isinstance(error, HTTPException)
+        extra = dict(error.headers or {})
         if extra.get("Allow") == "GET":
             extra["Allow"] = "GET, HEAD"  # every GET route has one beside it
-        return error_response(translated, extra)
+        path = quote(request.url.path)
+        if error.status_code == 404:
+            return error_response(NotFound(f"there is no route {path}"), extra)
+        if error.status_code == 405:
+            return error_response(MethodNotAllowed(f"{path} does not take {quote(request.method)}"), extra)
+        return error_response(unexpected(error), extra)
 
     app.add_exception_handler(RequestError, ours)
     app.add_exception_handler(HTTPException, router)

@@ -67,36 +67,28 @@ def _check_text(text: str) -> str:
 
 
 def _prompts(value: object, info: ValidationInfo) -> list[Prompt]:
-    """The four prompt forms as one: a list of texts and of token id lists."""
-    prompts = _listed(value)
-    Within("trajectories").check(prompts, info)
-    if info.context is not None:
-        for prompt in prompts:
-            if not isinstance(prompt, str) and (largest := max(prompt, default=0)) > info.context.vocabulary:
-                raise invalid(f"holds token id {largest}; the last of the vocabulary is {info.context.vocabulary}")
-    return prompts
-
-
-def _listed(value: object) -> list[Prompt]:
-    if isinstance(value, str):
-        return [_check_text(value)]
+    """The four prompt forms as one: a list of texts or of token id lists."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_token, value))):
+        value = [value]
     if not isinstance(value, list):
         raise invalid("must be a string, a list of strings, a list of token ids or a list of such lists")
     if not value:
         raise invalid("must not be empty")
-    if len(value) > MAX_PROMPTS and not _is_token(value[0]):
+    if len(value) > MAX_PROMPTS:
         raise invalid(f"must not hold more than {MAX_PROMPTS} prompts")
-    if all(_is_token(item) for item in value):
-        return [value]
-    if all(isinstance(item, str) for item in value):
-        return [_check_text(item) for item in value]
-    if all(isinstance(item, list) for item in value):
-        for item in value:
-            for token in item:
-                if not _is_token(token):
-                    raise invalid(f"{quote(token)} is not a token id")
-        return list(value)
-    raise invalid("must hold only strings, only token ids (integers from 0) or only lists of token ids")
+    if {*map(type, value)} not in ({str}, {list}):
+        raise invalid("must hold only strings, only token ids (integers from 0) or only lists of token ids")
+    Within("trajectories").check(value, info)
+    for prompt in value:
+        if isinstance(prompt, str):
+            _check_text(prompt)
+            continue
+        for token in prompt:
+            if not _is_token(token):
+                raise invalid(f"{quote(token)} is not a token id")
+        if info.context is not None and (largest := max(prompt, default=0)) > info.context.vocabulary:
+            raise invalid(f"holds token id {largest}; the last of the vocabulary is {info.context.vocabulary}")
+    return value
 
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31), Within("vocabulary")]
