@@ -14,7 +14,7 @@ from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
-from server.api.middleware import ALWAYS_OPEN, Cors, Guard, Observe
+from server.api.middleware import Cors, Guard, Observe
 from server.front.engine import Engine
 from server.settings import Settings
 
@@ -73,17 +73,10 @@ def create_app(
     for each in (routes, rewards, ops):
         app.include_router(each.router)
     errors.install(app)
-    open_paths = frozenset(settings.public_paths)
-
-    openapi.install(
-        app,
-        keyed=bool(settings.api_key),
-        open_paths=ALWAYS_OPEN | open_paths,
-        served=lambda: frontend.served,
-    )
+    openapi.install(app, frontend)
 
     # Added last is outermost.
-    app.add_middleware(Guard, api_keys=settings.api_key, open_paths=open_paths, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
             Cors,

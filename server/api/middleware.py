@@ -11,7 +11,6 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import error_response, unexpected
 from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, Unauthorized
 from server.log import request_id
-from server.settings import HASHED
+from server.settings import HASHED, Settings
 
 access = logging.getLogger("server.access")
 
@@ -103,11 +102,11 @@ class Guard:
     come in.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Iterable[str], open_paths: frozenset[str], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._digests = [_kept(key) for key in api_keys]
-        self._open_paths = ALWAYS_OPEN | open_paths
-        self._max_body_bytes = max_body_bytes
+        self._digests = [_kept(key) for key in settings.api_key]
+        self._open_paths = ALWAYS_OPEN.union(settings.public_paths)
+        self._max_body_bytes = settings.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, counting what is read of its body, or answer it."""

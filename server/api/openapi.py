@@ -3,7 +3,7 @@ headers, who needs a key, and, once the models are loaded, what they can take (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,7 +13,9 @@ from pydantic.json_schema import models_json_schema
 
 from server.api.errors import ErrorEnvelope
 from server.api.examples import EXAMPLES
-from server.api.rules import DOCUMENTED, Served
+from server.api.frontend import Frontend
+from server.api.middleware import ALWAYS_OPEN
+from server.api.rules import DOCUMENTED
 
 STATUSES = {
     400: "A field is wrong; `param` is its path",
@@ -93,24 +95,17 @@ def body(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def install(
-    app: FastAPI,
-    *,
-    keyed: bool,
-    open_paths: Collection[str] = (),
-    served: Callable[[], Served | None] = lambda: None,
-) -> None:
-    """Make `app.openapi` give the complete document. `keyed`: API keys are in force, except on `open_paths`. Until
-    `served` knows what the models can take, the document is made anew each time."""
+def install(app: FastAPI, frontend: Frontend) -> None:
+    """Make `app.openapi` give the complete document. Until the models are loaded it is made anew each time."""
 
     def document() -> Document:
         if app.openapi_schema is not None:
             return app.openapi_schema
-        known = served()
-        before = DOCUMENTED.set(known)
-        made = _build(app, keyed, open_paths)
+        served = frontend.served
+        before = DOCUMENTED.set(served)
+        made = _build(app, bool(frontend.settings.api_key), ALWAYS_OPEN.union(frontend.settings.public_paths))
         DOCUMENTED.reset(before)
-        if known is not None:
+        if served is not None:
             app.openapi_schema = made
         return made
 
