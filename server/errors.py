@@ -58,7 +58,7 @@ class RequestError(EntrgiError):
     type = "server_error"
     code: str | None = None
     kind = "failed"
-    retryable: bool | None = None
+    retryable = True
     retry_after: float | None = None
 
     def __init_subclass__(cls, *, code: str, status: int | None = None, kind: str | None = None) -> None:

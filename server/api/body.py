@@ -44,7 +44,7 @@ def posts(
     def register(handler: Handler[Model]) -> Handler[Model]:
         async def endpoint(request: Request) -> Response:
             frontend: Frontend = request.app.state.frontend
-            asked = await read(request, schema)
+            asked = await read(request, frontend, schema)
             answered = await unless_disconnected(request.receive, handler(frontend, asked))
             return JSONResponse(answered.to_json()) if isinstance(answered, Answer) else answered
 
@@ -82,7 +82,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read(request: Request, schema: type[Model]) -> Model:
+async def read(request: Request, frontend: Frontend, schema: type[Model]) -> Model:
     """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, UnknownModel, ClientGone, and
     `BodyTooLarge` from below."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -95,7 +95,6 @@ async def read(request: Request, schema: type[Model]) -> Model:
         data = await request.body()
     except ClientDisconnect:
         raise ClientGone("the client closed the connection") from None
-    frontend: Frontend = request.app.state.frontend
     if len(data) <= SMALL_BYTES:
         return validate(schema, parse(data), frontend.served)
     return await frontend.aside(lambda: validate(schema, parse(data), frontend.served))

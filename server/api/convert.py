@@ -29,7 +29,6 @@ from server.types import (
     GuidanceParams,
     Job,
     Message,
-    ModelInfo,
     SamplingParams,
     WeightedReward,
 )
@@ -126,7 +125,11 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
         contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
     guidance = _guidance(request.guidance, info)
     canvas = max_tokens or info.model.default_max_tokens
-    _check_length(canvas, contexts, info.model, source)
+    for context in contexts:
+        given = len(context.prompt_ids) + len(context.suffix_ids)
+        if given + canvas > info.model.context_length:
+            message = f"`{source}` takes {given} tokens and `max_tokens` {canvas} more; the model's context is "
+            raise InvalidRequest(f"{message}{info.model.context_length} tokens", source)
     diffusion = _diffusion(request.diffusion, canvas, request.guidance)
     sampling = _sampling(request, canvas, guidance, len(contexts), settings)
     timeout = request.timeout if request.timeout is not None else settings.request_timeout
@@ -185,17 +188,6 @@ def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance) -> DiffusionPa
     own = {each.name: getattr(asked, each.name) for each in fields(DiffusionParams)}
     made_up = {"steps": asked.steps or canvas, "algorithm_temperature": asked.algorithm_temperature or None}
     return DiffusionParams(**own | made_up)
-
-
-def _check_length(canvas: int, contexts: list[_Context], model: ModelInfo, source: str) -> None:
-    for context in contexts:
-        given = len(context.prompt_ids) + len(context.suffix_ids)
-        if given + canvas > model.context_length:
-            raise InvalidRequest(
-                f"`{source}` takes {given} tokens and `max_tokens` {canvas} more; the model's context is "
-                f"{model.context_length} tokens",
-                source,
-            )
 
 
 def _sampling(

@@ -28,7 +28,6 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
-PARAM_CHARACTERS = 200
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -60,8 +59,8 @@ def headers(error: RequestError) -> dict[str, str]:
     added: dict[str, str] = {}
     if error.retry_after is not None:
         added["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if error.retryable is not None:
-        added["x-should-retry"] = "true" if error.retryable else "false"
+    if not error.retryable:
+        added["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         added["WWW-Authenticate"] = 'Bearer realm="entrgi"'
     return added
@@ -106,7 +105,7 @@ def install(app: FastAPI) -> None:
 def explain(detail: Any) -> InvalidRequest:
     """One of pydantic's complaints, as ours."""
     location = detail["loc"]
-    param = _clean(".".join(str(part) for part in location)) or None
+    param = quote(".".join(str(part) for part in location)).strip("'\"") or None
     field = str(location[-1]) if location else ""
     where = f"`{param}`" if param else "the request body"
     kind = detail["type"]
@@ -131,13 +130,6 @@ def validate(schema: type[Model], data: object, served: Served | None = None) ->
         return schema.model_validate(data, context=served)
     except ValidationError as error:
         raise explain(error.errors(include_url=False, include_context=False)[0]) from None
-
-
-def _clean(text: str) -> str:
-    """A field path as it may stand in an answer: printable ASCII, at most 200 characters."""
-    text = text[: PARAM_CHARACTERS + 1].encode("ascii", "backslashreplace").decode("ascii")
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
 
 
 _WORDS = tuple(

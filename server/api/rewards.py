@@ -17,7 +17,7 @@ from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, To
 from server.api.frontend import Frontend
 from server.errors import InvalidRequest
 from server.text.tokenizer import Tokenizer
-from server.types import EngineInfo, Message
+from server.types import Message
 
 router = APIRouter()
 
@@ -138,27 +138,23 @@ async def _rerank(
 async def tokenize(frontend: Frontend, asked: TokenizeRequest) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
     tokenizer = await frontend.tokenizer()
+    return await frontend.aside(lambda: _tokenize(asked, tokenizer, frontend.engine.info.model.context_length))
+
+
+def _tokenize(asked: TokenizeRequest, tokenizer: Tokenizer, context_length: int) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
     if asked.messages is not None:
-        conversation = messages(asked.messages)
-        generation = asked.add_generation_prompt is not False
-        tokens = await frontend.aside(lambda: tokenizer.render_chat(conversation, generation))
+        tokens = tokenizer.render_chat(messages(asked.messages), asked.add_generation_prompt is not False)
     elif asked.add_generation_prompt is not None:
         raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
     else:
-        tokens = await frontend.aside(lambda: tokenizer.encode(asked.prompt or ""))
-    return await frontend.aside(lambda: _tokens(tokens, tokenizer, frontend.engine.info, asked.return_token_strs))
-
-
-def _tokens(tokens: list[int], tokenizer: Tokenizer, info: EngineInfo, with_strings: bool) -> Response:
+        tokens = tokenizer.encode(asked.prompt or "")
     strings = None
-    if with_strings:
+    if asked.return_token_strs:
         names = {token: tokenizer.token_string(token) or "" for token in set(tokens)}
         strings = [names[token] for token in tokens]
-    answer = TokenizeResponse(
-        count=len(tokens), max_model_len=info.model.context_length, tokens=tokens, token_strs=strings
-    )
+    answer = TokenizeResponse(count=len(tokens), max_model_len=context_length, tokens=tokens, token_strs=strings)
     return JSONResponse(answer.to_json())
 
 

@@ -166,10 +166,6 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 class ChatTemplate:
     """One compiled template and the special tokens' strings that it may name (`bos_token`, `eos_token`, ...).
 
@@ -182,7 +178,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _now
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.special_tokens = dict(special_tokens)
         self.owner = owner
         try:

@@ -211,12 +211,8 @@ def _content(token: Any) -> str | None:
 
 
 def _named_tokens(config: dict[str, Any], special_map: dict[str, Any]) -> dict[str, str]:
-    named = {}
-    for name in NAMED_TOKENS:
-        token = _content(config.get(name)) or _content(special_map.get(name))
-        if token is not None:
-            named[name] = token
-    return named
+    named = {name: _content(config.get(name)) or _content(special_map.get(name)) for name in NAMED_TOKENS}
+    return {name: token for name, token in named.items() if token is not None}
 
 
 def _add_missing(
