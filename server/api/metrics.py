@@ -8,6 +8,7 @@ process sees is counted here as it happens; what the workers count is asked of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -123,10 +124,6 @@ class _WorkerCollector(Collector):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def describe(self) -> Iterator[Metric]:
-        """Nothing: the names are fixed and unique, and no worker is asked at registration."""
-        return iter(())
-
     def collect(self) -> Iterator[Metric]:
         """One family a number."""
         engine = self._engine
@@ -163,9 +160,4 @@ class _WorkerCollector(Collector):
 
 def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:
     """Prometheus's buckets count everything at or below their bound."""
-    buckets: list[tuple[str, float]] = []
-    count = 0
-    for bound, here in zip((*distribution.bounds, float("inf")), distribution.counts, strict=True):
-        count += here
-        buckets.append(("+Inf" if bound == float("inf") else repr(bound), count))
-    return buckets
+    return list(zip((*map(repr, distribution.bounds), "+Inf"), accumulate(distribution.counts), strict=True))

@@ -61,8 +61,3 @@ class RunnerStats:
     def plus(self, other: RunnerStats) -> RunnerStats:
         """Field by field sum: the history of dead workers and the present of a live one."""
         return RunnerStats(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def reset(self) -> None:
-        """Start counting afresh (after the warm-up, which no client asked for)."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(RunnerStats(), each.name))

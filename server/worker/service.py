@@ -27,6 +27,7 @@ from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.wire.config import WorkerConfig
 from server.wire.messages import Failed
+from server.wire.stats import RunnerStats
 from server.worker import memory
 from server.worker.allocator import keep_large_blocks
 from server.worker.runner import Runner
@@ -146,7 +147,7 @@ def load(config: WorkerConfig) -> LoadedService:
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)
-    runner.stats.reset()
+    runner.denoiser.stats = RunnerStats()  # nobody asked for the warm-up
     info = EngineInfo(
         model=model.info,
         reward_models=tuple(reward.info for reward in reward_models.values()),
