@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from opentelemetry.trace import TracerProvider
+from opentelemetry.trace import NoOpTracerProvider, TracerProvider
 
 from server import __version__
 from server.api import errors, openapi, ops, rewards, routes, telemetry
@@ -36,7 +36,8 @@ def create_app(
     """The application on an engine that has not been started: its lifespan starts and stops it. The socket is open
     while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
     metrics = Metrics(engine)
-    frontend = Frontend(engine, settings, metrics, telemetry.tracer_of(tracer_provider))
+    tracer = (tracer_provider or NoOpTracerProvider()).get_tracer("entrgi", __version__)
+    frontend = Frontend(engine, settings, metrics, tracer)
 
     async def start() -> None:
         try:

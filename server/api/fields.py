@@ -65,11 +65,8 @@ def _boolean(value: object) -> object:
 
 # Values that ask for nothing.
 No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
-Yes: TypeAlias = Annotated[Literal[True], BeforeValidator(_boolean)]
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
-One: TypeAlias = Annotated[float, Field(ge=1, le=1)]
 ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
-NoDict: TypeAlias = Annotated[dict[str, Any], Field(max_length=0)]
 
 GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
 STREAM = Only("stream", lambda: [True], message="needs `stream`")
@@ -205,11 +202,11 @@ class GenerationRequest(Strict):
     # Accepted with the values that ask for nothing.
     frequency_penalty: Zero = 0
     presence_penalty: Zero = 0
-    logit_bias: NoDict | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     min_p: Zero = 0
     min_tokens: ZeroInt = 0
-    repetition_penalty: One = 1
-    skip_special_tokens: Yes = True
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1
+    skip_special_tokens: Annotated[Literal[True], BeforeValidator(_boolean)] = True
     prompt_logprobs: None = None
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from opentelemetry.trace import NoOpTracer, Tracer
+from opentelemetry.trace import Tracer
 
 from server.api.metrics import Metrics
 from server.api.rules import Served
@@ -29,7 +29,7 @@ class Frontend:
     engine: Engine
     settings: Settings
     metrics: Metrics
-    tracer: Tracer = field(default_factory=NoOpTracer)
+    tracer: Tracer
     created: int = field(default_factory=lambda: int(time.time()))  # of the models, to their readers
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None

@@ -12,8 +12,8 @@ from opentelemetry.trace import Status, StatusCode
 
 from server.api.convert import Plan
 from server.api.frontend import Frontend
-from server.api.telemetry import operation, request_attributes, response_attributes
-from server.errors import InvalidRequest, RequestError
+from server.api.telemetry import request_attributes, response_attributes
+from server.errors import InvalidRequest
 from server.front.engine import JobStream
 from server.log import request_id
 from server.types import Job, JobResult
@@ -38,7 +38,10 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
             index, event = await merged.get()
             records[index].see(event)
             if isinstance(event, Failed):
-                raise failure(event, plan)
+                error = event.error()
+                if isinstance(error, InvalidRequest) and error.param == "messages" and not plan.chat:
+                    error.param = "prompt"  # the request's own word
+                raise error
             unfinished -= isinstance(event, Finished)
             yield index, event
     finally:
@@ -63,14 +66,6 @@ async def results(frontend: Frontend, plan: Plan) -> list[JobResult]:
 async def _pump(index: int, stream: JobStream, merged: asyncio.Queue[tuple[int, Event]]) -> None:
     async for event in stream:
         await merged.put((index, event))
-
-
-def failure(event: Failed, plan: Plan) -> RequestError:
-    """A worker's failure as the error to raise, its `param` in the request's own words."""
-    error = event.error()
-    if isinstance(error, InvalidRequest) and event.param == "messages" and not plan.chat:
-        error.param = "prompt"
-    return error
 
 
 class _Record:
@@ -126,11 +121,12 @@ class _Record:
         self._gauge = metrics.requests_running.labels(model)
         self._gauge.inc()
         recording, at = self._span.is_recording(), _wall(moment)
+        operation = "chat" if self._plan.chat else "text_completion"
         self._span.end(at)
         self._span = self._tracer.start_span(
-            f"{operation(self._plan)} {model}",
+            f"{operation} {model}",
             self._parent,
-            attributes=request_attributes(self._plan, self._job) if recording else None,
+            attributes=request_attributes(self._plan, self._job, operation) if recording else None,
             start_time=at,
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.telemetry import TelemetryConfig
-from opentelemetry.trace import NoOpTracer, Tracer, TracerProvider
+from opentelemetry.trace import TracerProvider
 
 from server import __version__
 from server.api.convert import Plan
@@ -83,22 +83,12 @@ def fastapi_config(provider: TracerProvider | None, root_path: str) -> Telemetry
     }
 
 
-def tracer_of(provider: TracerProvider | None) -> Tracer:
-    """The tracer of our spans; one that does nothing without a provider."""
-    return NoOpTracer() if provider is None else provider.get_tracer("entrgi", __version__)
-
-
-def operation(plan: Plan) -> str:
-    """What OpenTelemetry's conventions call this kind of generation."""
-    return "chat" if plan.chat else "text_completion"
-
-
-def request_attributes(plan: Plan, job: Job) -> Attributes:
+def request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
     """Of the span of one prompt's generation, when it begins."""
     sampling, diffusion, guidance = job.sampling, job.diffusion, job.guidance
     names = [weighted.model for weighted in guidance.reward_models]
     attributes: dict[str, Any] = {
-        "gen_ai.operation.name": operation(plan),
+        "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "entrgi",
         "gen_ai.request.model": plan.model,
         "gen_ai.request.choice.count": sampling.n,
