@@ -119,7 +119,9 @@ def explain(detail: Any) -> InvalidRequest:
     if kind == "invalid":
         return InvalidRequest(f"{where} {message}", param)
     value = detail.get("input")
-    shown = f" (got {_shown(value)})" if isinstance(value, str | int | float | bool | None) else ""
+    shown = ""
+    if isinstance(value, str | int | float | None):
+        shown = f" (got {json.dumps(value) if value is None or isinstance(value, bool) else quote(value)})"
     return InvalidRequest(f"{where} {_in_our_words(message)}{shown}", param)
 
 
@@ -153,7 +155,3 @@ def _in_our_words(message: str) -> str:
     for pattern, word in _WORDS:
         message = pattern.sub(word, message)
     return message if message.startswith("must ") else f"is not valid: {message}"
-
-
-def _shown(value: str | int | float | bool | None) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else quote(value)
