@@ -105,7 +105,8 @@ def install(app: FastAPI) -> None:
 def explain(detail: Any) -> InvalidRequest:
     """One of pydantic's complaints, as ours."""
     location = detail["loc"]
-    param = quote(".".join(str(part) for part in location)).strip("'\"") or None
+    path = quote(".".join(str(part) for part in location))
+    param = path[1:].removesuffix(path[0]) or None
     field = str(location[-1]) if location else ""
     where = f"`{param}`" if param else "the request body"
     kind = detail["type"]
