@@ -64,6 +64,7 @@ class Tokenizer:
         self.special_starts = re.compile(f"(?={'|'.join(map(re.escape, self.special_strings)) or '(?!)'})")
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.named_tokens = dict(named_tokens)
+        self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         self.pad_token_id = self._named_id("pad_token")
         self.unk_token_id = self._named_id("unk_token")
