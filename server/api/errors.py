@@ -28,6 +28,7 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
+PARAM_CHARACTERS = 200
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -105,8 +106,7 @@ def install(app: FastAPI) -> None:
 def explain(detail: Any) -> InvalidRequest:
     """One of pydantic's complaints, as ours."""
     location = detail["loc"]
-    path = quote(".".join(str(part) for part in location))
-    param = path[1:].removesuffix(path[0]) or None
+    param = _clean(".".join(str(part) for part in location)) or None
     field = str(location[-1]) if location else ""
     where = f"`{param}`" if param else "the request body"
     kind = detail["type"]
@@ -133,6 +133,13 @@ def validate(schema: type[Model], data: object, served: Served | None = None) ->
         return schema.model_validate(data, context=served)
     except ValidationError as error:
         raise explain(error.errors(include_url=False, include_context=False)[0]) from None
+
+
+def _clean(text: str) -> str:
+    """A field path as it may stand in an answer: printable ASCII, at most 200 characters."""
+    text = text[: PARAM_CHARACTERS + 1].encode("ascii", "backslashreplace").decode("ascii")
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= PARAM_CHARACTERS else text[: PARAM_CHARACTERS - 3] + "..."
 
 
 _WORDS = tuple(
