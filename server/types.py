@@ -100,6 +100,11 @@ class GuidanceParams:
         """Whether the method moves logits along the reward's gradient."""
         return METHODS[self.method].weight is not None
 
+    @property
+    def inner_steps(self) -> int:
+        """How often a guided step moves them: M, or 0 for a method that does not."""
+        return self.gradient_steps if self.uses_gradient else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

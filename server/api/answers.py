@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.convert import Plan
-from server.diffusion.approximations import approximations
-from server.types import FinishReason, JobResult, StepTrace, TrajectoryResult
+from server.diffusion.schedule import plan as schedule
+from server.types import (
+    DiffusionParams,
+    FinishReason,
+    GuidanceParams,
+    JobResult,
+    StepTrace,
+    TrajectoryResult,
+)
+
+WINDOW = ("start", "stop", "every")
 
 
 class Answer(BaseModel):
@@ -229,3 +238,22 @@ def response(plan: Plan, results: Sequence[JobResult]) -> Data:
         choices.append(choice(plan, index, answer) | (turn if plan.chat else {"text": answer.text}))
     kind = "chat.completion" if plan.chat else "text_completion"
     return head(plan, kind, choices) | {"usage": usage(plan, results)} | report(plan, results)
+
+
+def approximations(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[str, ...]:
+    """The algorithm where it is an adaptive one, then each of `guidance.start`, `guidance.stop` and `guidance.every`
+    that leaves a step unguided. Of an adaptive run's steps nothing is known in advance: there a field counts that is
+    not its default."""
+    names = [diffusion.algorithm] if diffusion.adaptive else []
+    return (*names, *(f"guidance.{field}" for field in WINDOW if _skips(field, max_tokens, diffusion, guidance)))
+
+
+def _skips(field: str, max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> bool:
+    everywhere = GuidanceParams()
+    if not guidance.inner_steps or getattr(guidance, field) == getattr(everywhere, field):
+        return False
+    if diffusion.adaptive:
+        return True
+    alone = replace(guidance, **{name: getattr(everywhere, name) for name in WINDOW if name != field})
+    steps = schedule(max_tokens, diffusion, alone)
+    return any(not step.guided and (step.reveal > 0 or diffusion.algorithm == "origin") for step in steps)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from server.diffusion.schedule import Step
 from server.types import DiffusionParams
 
 FloatArray = npt.NDArray[np.floating]
 BoolArray = npt.NDArray[np.bool_]
-IndexArray = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
-def rank(confidence: FloatArray, last: BoolArray) -> IndexArray:
+def rank(confidence: FloatArray, last: BoolArray) -> IntArray:
     """Candidates from most to least confident, shape (n,); those marked `last` (drawn EOS) come after all others,
     among themselves by their own confidence. Equal confidence: the lower position first."""
-    order: IndexArray = np.lexsort((np.arange(len(confidence)), -confidence, last)).astype(np.int64)
+    order: IntArray = np.lexsort((np.arange(len(confidence)), -confidence, last)).astype(np.int64)
     return order
 
 
@@ -32,28 +33,6 @@ def perturb(confidence: FloatArray, temperature: float, uniforms: FloatArray) ->
     noise = -np.log(-np.log(np.maximum(uniforms.astype(np.float64), tiny)))
     result: FloatArray = confidence.astype(np.float64) / temperature + noise
     return result
-
-
-def reveal_most_confident(
-    confidence: FloatArray,
-    is_eos: BoolArray,
-    count: int,
-    *,
-    deprioritize_eos: bool,
-    algorithm_temperature: float | None = None,
-    uniforms: FloatArray | None = None,
-) -> IndexArray:
-    """Indices of the `count` candidates to reveal, in ascending order.
-
-    With `algorithm_temperature` > 0 they are drawn without replacement from softmax(confidence / a), with
-    `uniforms` (n,); drawn EOS tokens are then chosen only when no other candidate is left.
-    """
-    if algorithm_temperature:
-        if uniforms is None:
-            raise ValueError("algorithm_temperature needs uniforms")
-        confidence = perturb(confidence, algorithm_temperature, uniforms)
-    last = is_eos if deprioritize_eos else np.zeros_like(is_eos)
-    return np.sort(rank(confidence, last)[:count])
 
 
 def entropy_bounded(entropies: FloatArray, bound: float) -> int:
@@ -76,20 +55,30 @@ def above_threshold(probabilities: FloatArray, threshold: float) -> int:
     return int(np.logical_and.accumulate(exceeds).sum())
 
 
-def reveal_adaptively(confidence: FloatArray, is_eos: BoolArray, least: int, diffusion: DiffusionParams) -> IndexArray:
-    """Indices of the candidates that an adaptive algorithm reveals, in ascending order: at least `least`, or all.
+def reveal(
+    diffusion: DiffusionParams,
+    step: Step,
+    confidence: FloatArray,
+    is_eos: BoolArray,
+    uniforms: FloatArray | None = None,
+) -> IntArray:
+    """Indices of the candidates that a step reveals, in ascending order; arguments (n,), in the candidates' order.
 
-    `confidence` (n,) is minus the entropy in nats for `entropy_bound`, the largest probability for `threshold`. Drawn
-    EOS tokens rank last with `deprioritize_eos`, so they wait until all others fit.
+    `origin` reveals each on its own, with the step's probability. All others reveal the most confident, with drawn EOS
+    tokens (`is_eos`) last where they are deprioritized: as many as the step says or, for an adaptive algorithm, as its
+    rule allows. For `entropy_bound` the confidence is minus the entropy in nats, for `threshold` the largest
+    probability. `origin` and `algorithm_temperature` take `uniforms` in [0, 1); ValueError without them.
     """
-    order = rank(confidence, is_eos if diffusion.deprioritize_eos else np.zeros_like(is_eos))
+    if uniforms is None and (diffusion.algorithm == "origin" or diffusion.algorithm_temperature):
+        raise ValueError("origin and algorithm_temperature need uniforms")
+    if uniforms is not None and diffusion.algorithm == "origin":
+        return np.flatnonzero(uniforms < step.probability).astype(np.int64)
+    if uniforms is not None and diffusion.algorithm_temperature:
+        confidence = perturb(confidence, diffusion.algorithm_temperature, uniforms)
+    order = rank(confidence, is_eos & diffusion.deprioritize_eos)
+    count = step.reveal
     if diffusion.algorithm == "entropy_bound":
-        count = entropy_bounded(-confidence[order], diffusion.entropy_bound)
-    else:
-        count = above_threshold(confidence[order], diffusion.confidence_threshold)
-    return np.sort(order[: max(least, count)])
-
-
-def reveal_independently(uniforms: FloatArray, probability: float) -> IndexArray:
-    """`origin`: each candidate on its own with `probability` (1 reveals all, since uniforms are below 1)."""
-    return np.flatnonzero(uniforms < probability).astype(np.int64)
+        count = max(step.least(len(order)), entropy_bounded(-confidence[order], diffusion.entropy_bound))
+    elif diffusion.algorithm == "threshold":
+        count = max(step.least(len(order)), above_threshold(confidence[order], diffusion.confidence_threshold))
+    return np.sort(order[:count])

@@ -24,8 +24,8 @@ class Step:
     (response positions) in which positions may be revealed, `reveal` is k (for `origin`, which draws its
     positions, it is the number left at the last step of a block and 0 before; for the adaptive algorithms it is 1,
     since each of their steps reveals something), `left` is how many positions of the block the schedule leaves masked
-    after the step, `probability` is 1 - s/t, the chance with which `origin` reveals each masked position; `guided`
-    says whether gradient guidance runs here.
+    after the step, `probability` is 1 - s/t, the chance with which `origin` reveals each masked position, and
+    `gradient_steps` is M, 0 where no guidance runs.
     """
 
     index: int
@@ -35,7 +35,12 @@ class Step:
     reveal: int
     left: int
     probability: float
-    guided: bool
+    gradient_steps: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether gradient guidance runs here."""
+        return self.gradient_steps > 0
 
     def least(self, masked: int) -> int:
         """The fewest of a block's `masked` positions that an adaptive algorithm reveals in this step, so that the run
@@ -61,23 +66,22 @@ def blocks(max_tokens: int, steps: int, block_length: int | None) -> list[tuple[
     ]
 
 
-def is_guided(place: float, count: int, guidance: GuidanceParams) -> bool:
-    """Whether a step is guided: its `place` in [0, 1) of the run lies in [start, stop), and of the `count` steps before
-    it `every` is a divisor."""
-    if not guidance.uses_gradient or guidance.gradient_steps == 0:
-        return False
-    return guidance.start <= place < guidance.stop and count % guidance.every == 0
+def gradient_steps(place: float, count: int, guidance: GuidanceParams) -> int:
+    """M of a step, 0 where it is not guided. It is when its `place` in [0, 1) of the run lies in [start, stop), and
+    `every` is a divisor of the `count` of steps before it."""
+    inside = guidance.start <= place < guidance.stop and count % guidance.every == 0
+    return guidance.inner_steps if inside else 0
 
 
 def adapted(step: Step, masked: int, max_tokens: int, taken: int, guidance: GuidanceParams) -> Step:
     """A step of an adaptive run as it is met, after `taken` steps, with `masked` of `max_tokens` positions masked. The
     length of the run is not known yet, so the step's place in it is the share of positions revealed before it."""
-    return replace(step, guided=is_guided((max_tokens - masked) / max_tokens, taken, guidance))
+    return replace(step, gradient_steps=gradient_steps((max_tokens - masked) / max_tokens, taken, guidance))
 
 
 def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[Step, ...]:
     """Every scheduled step of a run, empty ones included (algorithm.md, section 1, points 6 and 'blocks'). For the
-    adaptive algorithms `guided` is settled only when a step is met: see `adapted`."""
+    adaptive algorithms `gradient_steps` is settled only when a step is met: see `adapted`."""
     layout = blocks(max_tokens, diffusion.steps, diffusion.block_length)
     total = sum(steps for _, _, steps in layout)
     planned: list[Step] = []
@@ -88,16 +92,15 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
         for i in range(steps):
             last = i == steps - 1
             fraction = 1.0 - grid[i + 1] / grid[i]
-            if diffusion.algorithm == "origin":
-                reveal = masked if last else 0
-            elif last:
+            if last:
                 reveal = masked
+            elif diffusion.algorithm == "origin":
+                reveal = 0
             elif diffusion.schedule == "even":
                 reveal = share + (i < extra)
             else:
                 reveal = int(masked * fraction)
-            if diffusion.algorithm != "origin":
-                masked -= reveal
+            masked -= reveal
             index = len(planned)
             planned.append(
                 Step(
@@ -108,7 +111,7 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
                     1 if diffusion.adaptive else reveal,
                     masked,
                     1.0 if last else fraction,
-                    is_guided(index / total, index, guidance),
+                    gradient_steps(index / total, index, guidance),
                 )
             )
     return tuple(planned)

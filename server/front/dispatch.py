@@ -41,7 +41,7 @@ def cost_of(work: Job | Score) -> float:
         return 1.0 + characters / CHARACTERS_A_TOKEN
     canvas = len(work.prompt_ids) + work.sampling.max_tokens + len(work.suffix_ids)
     steps = min(work.diffusion.steps, work.sampling.max_tokens)
-    passes = 1 + (work.guidance.gradient_steps if work.guidance.uses_gradient else 0)
+    passes = 1 + work.guidance.inner_steps
     return float(work.sampling.best_of * steps * canvas * passes)
 
 

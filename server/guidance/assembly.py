@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from kernels.transfer import upload
+from server.diffusion.sampler import BoolArray, IntArray
 from server.guidance.prefixes import RewardContext
 from server.models.packing import PackedLayout
 from server.rewards.reward_model import RewardModel
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class Responses:
     `committed` (R,) holds revealed tokens (anything where masked); `first` (R,) is the packed position at which the
     same response begins. `masked` (N,) is the packed position of each row, ascending, and `owner` (N,) its trajectory.
     On the host: `places`, which are the same as `masked`, and `hidden` (R,), positions that revealed tokens hide from
-    reward models whatever becomes of the masked ones.
+    reward models whatever becomes of the masked ones. `eos_token_id` and `pad_token_id` are the diffusion model's.
     """
 
     lengths: tuple[int, ...]
@@ -57,6 +55,8 @@ class Responses:
     owner: Tensor
     places: IntArray
     hidden: BoolArray
+    eos_token_id: int
+    pad_token_id: int
 
     @classmethod
     def of(
@@ -91,7 +91,16 @@ class Responses:
             owner=there(np.repeat(np.arange(len(counts)), counts)),
             places=places,
             hidden=np.concatenate(hidden),
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
         )
+
+    def visible(self, tokens: Tensor) -> Tensor:
+        """Which positions (R,) a reward model sees when they hold `tokens` (R,): none after a trajectory's first EOS,
+        none that holds the pad token."""
+        ended = (tokens == self.eos_token_id).long()
+        before = ended.cumsum(0) - ended
+        return (before == before[self.first]) & (tokens != self.pad_token_id)
 
 
 @dataclass(slots=True)
@@ -100,7 +109,6 @@ class Timings:
 
     reward_forward_seconds: float = 0.0
     reward_backward_seconds: float = 0.0
-    reward_calls: int = 0
 
 
 class Assembly:
@@ -187,7 +195,6 @@ class Assembly:
             g.index_copy_(0, self.rows, back.index_select(0, self.place).to(g.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded
-        timings.reward_calls += 1
         return torch.where(count > 0, rewards.detach(), torch.nan), g
 
     def _order(self, seen: Tensor) -> tuple[PackedLayout, Tensor, Tensor]:

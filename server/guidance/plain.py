@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, uniform
-from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
+from server.diffusion import sampler
 from server.diffusion.schedule import Step, adapted, plan
 from server.guidance.best_of import choose
 from server.methods import METHODS
@@ -293,26 +293,14 @@ class PlainLoop:
         keys = self.keys(job, trajectory, step, INNER_FINAL, candidates)
         never = self.info.mask_token_id
         tokens = draw(phi, q, filtered, keys, greedy=sampling.temperature == 0, never=never)
-        if diffusion.algorithm == "origin":
-            u = uniform(self.keys(job, trajectory, step, INNER_ORIGIN, candidates), 0).cpu().numpy()
-            chosen = reveal_independently(u, step.probability)
-        elif diffusion.adaptive:
-            chosen = reveal_adaptively(
-                self.confidence(job, step, phi_0, filtered, tokens).cpu().numpy(),
-                (tokens == self.info.eos_token_id).cpu().numpy(),
-                step.least(len(candidates)),
-                diffusion,
-            )
-        else:
-            u = uniform(self.keys(job, trajectory, step, INNER_RANK, candidates), 0).cpu().numpy()
-            chosen = reveal_most_confident(
-                self.confidence(job, step, phi_0, filtered, tokens).cpu().numpy(),
-                (tokens == self.info.eos_token_id).cpu().numpy(),
-                step.reveal,
-                deprioritize_eos=diffusion.deprioritize_eos,
-                algorithm_temperature=diffusion.algorithm_temperature,
-                uniforms=u,
-            )
+        ranking = INNER_ORIGIN if diffusion.algorithm == "origin" else INNER_RANK
+        chosen = sampler.reveal(
+            diffusion,
+            step,
+            self.confidence(job, step, phi_0, filtered, tokens).cpu().numpy(),
+            (tokens == self.info.eos_token_id).cpu().numpy(),
+            uniform(self.keys(job, trajectory, step, ranking, candidates), 0).cpu().numpy(),
+        )
         index = torch.from_numpy(np.ascontiguousarray(chosen)).to(self.device)
         return candidates[index], tokens[index]
 

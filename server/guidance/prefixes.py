@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.transfer import upload
+from server.diffusion.sampler import IntArray
 from server.models.packing import Prefix
 from server.rewards.reward_model import RewardModel
-
-IntArray = npt.NDArray[np.int64]
 
 GROW_BY = 8
 """Settled positions that are worth a forward of their own: rows of unlike length cost the attention some padding."""

@@ -29,14 +29,6 @@ class Steered:
     first_w: Tensor | None = None
 
 
-def visible_positions(tokens: Tensor, first: Tensor, eos_token_id: int, pad_token_id: int) -> Tensor:
-    """Which packed response positions (R,) the reward model sees: none after a trajectory's first EOS, none that holds
-    the pad token. `first` (R,) is where each one's response begins."""
-    ended = (tokens == eos_token_id).long()
-    before = ended.cumsum(0) - ended
-    return (before == before[first]) & (tokens != pad_token_id)
-
-
 @dataclass(frozen=True)
 class WeightedRows:
     """`methods.Rows` of N packed rows: what is the same for all rows of a trajectory is made only when a method asks.
@@ -87,8 +79,6 @@ def steer(
     gradient_steps: int,
     *,
     first_step: int = 0,
-    eos_token_id: int,
-    pad_token_id: int,
     timings: Timings,
     read_after: bool = False,
 ) -> Steered:
@@ -109,7 +99,7 @@ def steer(
         hard = kernels.draw(state, keys(inner)) if needs_draw else stats.argmax
         # A masked position counts as EOS (or pad) when the argmax of the current, unfiltered phi says so.
         current = responses.committed.index_copy(0, responses.masked, stats.argmax)
-        visible = visible_positions(current, responses.first, eos_token_id, pad_token_id)
+        visible = responses.visible(current)
         terms: list[kernels.Term] = []
         total = torch.zeros(len(methods), dtype=w.dtype, device=w.device)
         last = inner == gradient_steps

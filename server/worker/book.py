@@ -8,7 +8,7 @@ than the budget, but not larger than what memory takes, runs alone.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the
 reward models' cached conversations. Rows of logits and reward-model tokens do not: that part of a step runs in as many
-parts as it takes (worker/parts).
+parts as it takes (worker/failures).
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Book:
         cost.check(self.largest)
         self._entries[job.id] = Entry(job, cost, now)
         if any(entry.job.priority > job.priority for entry in self):
-            self._entries = dict(sorted(self._entries.items(), key=_priority))  # stable: in order of arrival
+            order = sorted(self._entries, key=lambda each: self._entries[each].job.priority)
+            self._entries = {each: self._entries[each] for each in order}  # within a priority in order of arrival
 
     def drop(self, job_id: str) -> bool:
         """Forget a job and what it holds. Returns whether it was here."""
@@ -107,9 +108,8 @@ class Book:
         entry = self._next(begun)
         if entry is None or not self._fits(entry, begun):
             return None
-        index = entry.admitted
         entry.admitted += 1
-        return entry, index
+        return entry, entry.admitted - 1
 
     def _next(self, begun: list[Entry]) -> Entry | None:
         """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there
@@ -133,7 +133,3 @@ class Book:
         shared = sum(each.cost.cached_tokens for each in begun if each.caches)
         grown = sum(each.holding * each.cost.grown_tokens for each in begun)
         return not more or shared + grown + more <= self.budget.cached_tokens
-
-
-def _priority(item: tuple[str, Entry]) -> int:
-    return item[1].job.priority

@@ -16,6 +16,14 @@ from server.worker.memory import cached_share
 from server.worker.savings import Savings
 
 
+def named(name: str, reward_models: Mapping[str, RewardModel], param: str) -> RewardModel:
+    """The reward model of a name. Raises InvalidRequest, which blames `param`, where there is none."""
+    if name not in reward_models:
+        loaded = ", ".join(sorted(reward_models)) or "none"
+        raise InvalidRequest(f"reward model {quote(name)} is not loaded; loaded: {loaded}", param)
+    return reward_models[name]
+
+
 class Demand:
     """Of any job, with these models."""
 
@@ -33,11 +41,7 @@ class Demand:
             )
         passed = cached = 0
         for weighted in job.guidance.reward_models:
-            model = self.reward_models.get(weighted.model)
-            if model is None:
-                names = ", ".join(sorted(self.reward_models)) or "none"
-                message = f"reward model {quote(weighted.model)} is not loaded; loaded: {names}"
-                raise InvalidRequest(message, param="guidance.reward_model")
+            model = named(weighted.model, self.reward_models, "guidance.reward_model")
             before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
             tokens = len(before) + job.sampling.max_tokens + len(after)
             if tokens > model.info.context_length:
@@ -57,7 +61,7 @@ class Demand:
         """What each reward model reads around the response of a guided job, by name; the conversation's keys and values
         are computed here, once for all trajectories and steps."""
         contexts: dict[str, RewardContext] = {}
-        if not job.guidance.uses_gradient or job.guidance.gradient_steps == 0:
+        if not job.guidance.inner_steps:
             return contexts
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]

@@ -6,6 +6,7 @@ the beginning, and the state splits in its own memory: a group takes no more tha
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,32 +16,27 @@ from torch import Tensor
 
 import kernels
 from kernels.transfer import upload
-from server.guidance.assembly import Objective, Timings
-from server.guidance.prefixes import RewardContext, grow
+from server.guidance.assembly import Objective, Responses, Timings
+from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
 from server.rewards.reward_model import RewardModel
 from server.types import ModelInfo
-from server.worker.group import Group
+from server.worker.pack import Group
 
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
     """Members of a group with the same M, when they are through with their inner steps; N rows.
 
-    `first_row` is where their rows begin among the whole group's. `rewards`, (members,) each, are those before each
+    `rows` are their rows among the whole group's. `rewards`, (members,) each, are those before each
     inner step, and once more after the last where a member is traced; `first_w` (N,) is w at the first.
     """
 
     group: Group
     state: kernels.Guided
-    first_row: int = 0
+    rows: slice
     rewards: tuple[Tensor, ...] = ()
     first_w: Tensor | None = None
-
-    @property
-    def rows(self) -> slice:
-        """Of the whole group's rows."""
-        return slice(self.first_row, self.first_row + self.group.count)
 
 
 class InnerSteps:
@@ -58,7 +54,8 @@ class InnerSteps:
         staying, done = group, 0
         seen: list[Tensor] = []  # rewards before each inner step so far, of the members that were there
         first_w: Tensor | None = None
-        for leaving in reversed(group.by_gradient_steps()):
+        by_steps = itertools.groupby(reversed(group.members), key=lambda member: member.step.gradient_steps)
+        for leaving in [group.of(tuple(members)[::-1]) for _, members in by_steps]:
             steered = self._steer(staying, state, objectives, done, leaving.gradient_steps)
             seen += steered.rewards
             first_w = steered.first_w if first_w is None else first_w
@@ -73,8 +70,8 @@ class InnerSteps:
             rewards = [reward[first : first + len(leaving.members)] for reward in seen]
             if any(member.trajectory.job.trace for member in leaving.members):
                 rewards += self._steer(leaving, left, after, done, done, read_after=True).rewards
-            w = None if first_w is None else first_w[row : row + leaving.count]
-            cohorts.append(Cohort(leaving, left, row, tuple(rewards), w))
+            rows = slice(row, row + leaving.count)
+            cohorts.append(Cohort(leaving, left, rows, tuple(rewards), None if first_w is None else first_w[rows]))
         return cohorts
 
     def _steer(
@@ -87,49 +84,41 @@ class InnerSteps:
         *,
         read_after: bool = False,
     ) -> Steered:
+        responses = Responses.of(
+            [member.trajectory.tokens for member in group.members],
+            [member.positions for member in group.members],
+            group.device,
+            eos_token_id=self.info.eos_token_id,
+            pad_token_id=self.info.pad_token_id,
+        )
         return steer(
             state,
-            group.responses(self.info),
+            responses,
             objectives,
             [member.trajectory.job.guidance.method for member in group.members],
             [member.step for member in group.members],
             group.keys,
             stop,
             first_step=first,
-            eos_token_id=self.info.eos_token_id,
-            pad_token_id=self.info.pad_token_id,
             timings=self.timings,
             read_after=read_after,
         )
 
     def _objective(self, name: str, group: Group) -> Objective:
         """One reward model with every member's context and weight."""
-        trajectories = [member.trajectory for member in group.members]
-        weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
+        model, trajectories = self.reward_models[name], [member.trajectory for member in group.members]
+        contexts = [trajectory.contexts[name] for trajectory in trajectories]
         if self.grows:
-            self._grow(name, group)
-        return Objective(
-            self.reward_models[name],
-            tuple(trajectory.contexts[name] for trajectory in trajectories),
-            upload(torch.tensor(weights, dtype=torch.float64), group.device),
-        )
-
-    def _grow(self, name: str, group: Group) -> None:
-        """Take what has been settled since the last step into the contexts. They stay right if this step fails, because
-        what is settled never changes."""
-        trajectories = [member.trajectory for member in group.members]
-        started = time.perf_counter()
-        grown: list[RewardContext] = grow(
-            self.reward_models[name],
-            [trajectory.contexts[name] for trajectory in trajectories],
-            [trajectory.tokens for trajectory in trajectories],
-            [int(trajectory.masked.argmax()) for trajectory in trajectories],  # something is masked in each of them
-            self.info.eos_token_id,
-            self.info.pad_token_id,
-        )
-        for trajectory, context in zip(trajectories, grown, strict=True):
-            trajectory.contexts[name] = context
-        self.timings.reward_forward_seconds += time.perf_counter() - started
+            # What has been settled never changes, so the contexts stay right if this step fails.
+            started = time.perf_counter()
+            tokens = [trajectory.tokens for trajectory in trajectories]
+            first = [int(trajectory.masked.argmax()) for trajectory in trajectories]  # something is masked in each
+            contexts = grow(model, contexts, tokens, first, self.info.eos_token_id, self.info.pad_token_id)
+            for trajectory, context in zip(trajectories, contexts, strict=True):
+                trajectory.contexts[name] = context
+            self.timings.reward_forward_seconds += time.perf_counter() - started
+        weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
+        return Objective(model, tuple(contexts), upload(torch.tensor(weights, dtype=torch.float64), group.device))
 
 
 def _part(objective: Objective, members: slice) -> Objective:

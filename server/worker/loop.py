@@ -12,7 +12,6 @@ This module imports no torch by itself, so that `main` can run another service t
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -63,16 +62,12 @@ SUSPICIOUS = ("internal", "out_of_memory")
 Load = Callable[[WorkerConfig], "LoadedService"]
 
 
-def import_service() -> None:
-    """Import torch and the models' code. It takes seconds, which a spare worker has spent before it is needed."""
-    importlib.import_module("server.worker.service")
-
-
-def load_service(config: WorkerConfig) -> LoadedService:
-    """The real service: models loaded and warmed up."""
+def import_service() -> Load:
+    """What loads the real service. It imports torch and the models' code, which takes seconds that a spare worker has
+    spent before it is needed."""
     from server.worker.service import load
 
-    return load(config)
+    return load
 
 
 class Loop:
@@ -162,51 +157,40 @@ def beat(channel: WorkerChannel, make: Callable[[], Heartbeat], seconds: float) 
         time.sleep(seconds)
 
 
-def serve(channel: WorkerChannel, load: Load, prepare: Callable[[], None]) -> None:
-    """Prepare, wait for the configuration, load, report ready, and run the loop. Failures to load become a
-    WorkerError."""
+def serve(channel: WorkerChannel, prepare: Callable[[], Load]) -> None:
+    """Prepare, wait for the configuration, load, report ready, and run the loop. What goes wrong on the way becomes a
+    WorkerError, the last words: they reach the operator's log, never a client."""
+    doing = "importing the worker's code"
     try:
-        prepare()
-    except Exception as error:
-        channel.send([_failure("importing the worker's code failed", error)])
-        return
-    first = channel.receive(block=True)
-    if not isinstance(first[0], Configure) or len(first) > 1:
-        raise ChannelClosed("the first message must be Configure, and nothing may follow before Ready")
-    config = first[0].config
-    log.configure(config.log_level, config.log_format)
-    beats: list[Callable[[], Heartbeat]] = [lambda: Heartbeat(RunnerStats())]
-    threading.Thread(
-        target=beat, args=(channel, lambda: beats[-1](), config.heartbeat_seconds), name="heartbeat", daemon=True
-    ).start()
-    try:
+        load = prepare()
+        first = channel.receive(block=True)
+        if not isinstance(first[0], Configure) or len(first) > 1:
+            raise ChannelClosed("the first message must be Configure, and nothing may follow before Ready")
+        config = first[0].config
+        log.configure(config.log_level, config.log_format)
+        beats: list[Callable[[], Heartbeat]] = [lambda: Heartbeat(RunnerStats())]
+        threading.Thread(
+            target=beat, args=(channel, lambda: beats[-1](), config.heartbeat_seconds), name="heartbeat", daemon=True
+        ).start()
+        doing = "loading or warm-up"
         load_plugins(config.plugins)
         service = load(config)
-    except ConfigurationError as error:
-        channel.send([WorkerError(str(error)[:MESSAGE_CHARACTERS], configuration=True)])
-        return
-    except Exception as error:
-        channel.send([_failure("loading or warm-up failed", error)])
-        return
-    loop = Loop(channel, service)
-    beats.append(loop.heartbeat)
-    channel.send([Ready(service.info)])
-    try:
+        loop = Loop(channel, service)
+        beats.append(loop.heartbeat)
+        channel.send([Ready(service.info)])
+        doing = "going on"
         loop.run()
     except ChannelClosed:
         raise
+    except ConfigurationError as error:
+        channel.send([WorkerError(str(error)[:MESSAGE_CHARACTERS], configuration=True)])
     except Exception as error:
-        channel.send([_failure("the worker cannot go on", error)])
+        logger.error("%s failed", doing, exc_info=error)
+        channel.send([WorkerError(f"{doing} failed: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS])])
 
 
-def _failure(what: str, error: Exception) -> WorkerError:
-    """The last words; they reach the operator's log, never a client."""
-    logger.error(what, exc_info=error)
-    return WorkerError(f"{what}: {type(error).__name__}: {error}"[:MESSAGE_CHARACTERS])
-
-
-def main(load: Load = load_service, prepare: Callable[[], None] = import_service) -> int:
-    """Take the socket named on the command line and serve it. Returns the exit status."""
+def main(prepare: Callable[[], Load] = import_service) -> int:
+    """Take the socket named on the command line and serve on it what `prepare` gives. Returns the exit status."""
     # The parent decides when we end, by a message or by closing the socket: a Ctrl-C or a service manager's SIGTERM
     # to all processes must not take the worker away from requests that are still being drained.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -214,7 +198,7 @@ def main(load: Load = load_service, prepare: Callable[[], None] = import_service
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         sock.set_inheritable(False)
         try:
-            serve(WorkerChannel(sock), load, prepare)
+            serve(WorkerChannel(sock), prepare)
         except ChannelClosed:
             return 1
     return 0

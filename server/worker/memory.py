@@ -19,7 +19,7 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
 The memory that is free after loading, times `fraction`, is divided so: an eighth for cached conversations (if there
 are reward models), the rest for the forward, and, because forward and guidance never run at the same time, the same
 rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
-The fraction that is left is a margin; what a CPU's allocator keeps (`worker.allocator`) comes out of it too.
+The fraction that is left is a margin; what a CPU's allocator keeps (`keep_large_blocks`) comes out of it too.
 Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
 batches than `CAPS` make a step longer without making it cheaper. On a CPU they can even make it dearer: every inner
 step passes over phi several times, and once phi has outgrown the last cache each pass comes from memory. So there
@@ -29,9 +29,11 @@ the matrix products read the head and the embedding tables too often.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+import platform
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +55,15 @@ FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
 LAST_CACHE_BYTES = 32 << 20  # where the system does not say
 LEAST_STEERED = 256  # rows; with half of them a guided step of the pair of `make bench` took a tenth longer
 LEAST = 16  # of anything: with less the models would not have fitted
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = (1 << 31) - 1  # free memory at the heap's end that is not given back; the largest value there is
+
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where a control group keeps its limit and use, and its entry of file pages not read lately: in v2, and in v1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +96,10 @@ class Footprint:
             cached_token=max((_cached_token(reward) for reward in rewards), default=0.0),
         )
 
-    def budgets(
-        self, free_bytes: float, fraction: float, device: str, *, rewards: int, context_length: int
-    ) -> tuple[Budget, Budget]:
-        """(shared, largest) for that much free memory and so many reward models."""
+    def budgets(self, free_bytes: float, fraction: float, device: str, *, context_length: int) -> tuple[Budget, Budget]:
+        """(shared, largest) for that much free memory."""
         pool = max(0.0, free_bytes * fraction - FIXED_BYTES)
+        rewards = self.reward_token > 0
         step = pool * (7 / 8 if rewards else 1.0)
         tokens = int(step / (self.token + self.hidden))
         caps = CAPS.get(device, CAPS["cuda"])
@@ -97,16 +107,11 @@ class Footprint:
             steered = max(LEAST_STEERED, int(last_cache_bytes() / self.phi_row))
             caps = replace(caps, guided_rows=min(caps.guided_rows, steered))
         guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
-        rows = int(guidance / (self.guided_row + 2 * self.reward_token))
-        largest = Budget(
-            tokens=tokens,
-            guided_rows=rows if rewards else 0,
-            logit_rows=int(guidance / self.logit_row),
-            reward_tokens=2 * rows if rewards else 0,
-            cached_tokens=int((pool - step) / self.cached_token) if rewards else 0,
-        )
-        largest = _each(largest, lambda name, value: max(LEAST, value))
-        return _each(largest, lambda name, value: min(value, getattr(caps, name))), largest
+        rows = int(guidance / (self.guided_row + 2 * self.reward_token)) if rewards else 0
+        cached = int((pool - step) / self.cached_token) if rewards else 0
+        sizes = (tokens, rows, caps.trajectories, int(guidance / self.logit_row), 2 * rows, cached)
+        largest = Budget(*(max(LEAST, size) for size in sizes))
+        return Budget(*map(min, astuple(largest), astuple(caps))), largest
 
 
 def cached_share(model: RewardModel) -> float:
@@ -133,6 +138,22 @@ def last_cache_bytes(*, root: Path = Path("/")) -> int:
     return max(sizes[1:], default=LAST_CACHE_BYTES)
 
 
+def keep_large_blocks(spare_bytes: float) -> bool:
+    """Let the C library use freed blocks of a denoising step again. Returns whether it does: there must be
+    `spare_bytes` for what the heap then holds, and the library must be one that can (glibc).
+
+    glibc takes every block over 32 MiB fresh from the kernel and gives it back when freed, so each step would fault in
+    its logits, gradients and work space page by page: some 4 to 8% of a guided step of the pair of `make bench`. The
+    price: aligned blocks seldom fit exactly where the last one was, so before places repeat the heap may hold eight of
+    the largest kind that is kept (seen: some). Hence a limit of 256 MiB, or an eighth of what is spare.
+    """
+    large = min(256 << 20, int(spare_bytes / 8))
+    if large <= 32 << 20 or platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(M_MMAP_THRESHOLD, large)) and bool(library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
 def _machine_bytes(root: Path) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -152,17 +173,12 @@ def _group_bytes(root: Path) -> list[int]:
         return left
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers not in GROUP_FILES:
             continue
-        mount = root / "sys/fs/cgroup" / controllers
-        limit, used, inactive = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            if controllers
-            else ("memory.max", "memory.current", "inactive_file")
-        )
+        limit, used, inactive = GROUP_FILES[controllers]
         # Inside a container the path may be the host's: then its own group is at the mount.
         group = Path(path.lstrip("/"))
-        for folder in (mount / each for each in (group, *group.parents)):
+        for folder in (root / "sys/fs/cgroup" / controllers / each for each in (group, *group.parents)):
             try:
                 most = (folder / limit).read_text().strip()
                 statistics = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
@@ -171,10 +187,6 @@ def _group_bytes(root: Path) -> list[int]:
             except OSError:
                 continue
     return left
-
-
-def _each(budget: Budget, change: Callable[[str, int], int]) -> Budget:
-    return Budget(**{field.name: change(field.name, getattr(budget, field.name)) for field in fields(budget)})
 
 
 def _sizes(dtype: torch.dtype) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""The only place that packs: trajectories in, one ragged forward and its rows out.
+"""The only place that packs: trajectories in, one ragged forward and its rows out, and those in groups of members that
+share one kernel state.
 
 A trajectory's state lives on the host as a few small numpy arrays: one denoising step reads results back once, so the
 next step's inputs can be built here without asking the device anything.
@@ -7,17 +8,21 @@ Equal canvases share one forward: the K trajectories of a prompt at their first 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+import kernels
+from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
+from server.diffusion.sampler import FloatArray, IntArray
 from server.diffusion.schedule import Step
 from server.models.packing import PackedLayout
-from server.worker.trajectory import FloatArray, IntArray, Trajectory
+from server.worker.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,6 @@ class Member:
         """Which of its rows (n,) this step may reveal: those of the block."""
         inside = (self.positions >= self.step.start) & (self.positions < self.step.stop)
         return np.flatnonzero(inside).astype(np.int64)
-
-    @property
-    def gradient_steps(self) -> int:
-        """M, or 0 in a step without guidance."""
-        return self.trajectory.gradient_steps(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ class Forward:
     states: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def logits(self, rows: IntArray) -> Tensor:
-        """phi_0 (N, V) of some of the U rows, any of them more than once: `rows` (N,)."""
+    def logits(self, members: Sequence[Member]) -> Tensor:
+        """phi_0 (N, V) of these members' rows; members may share some of the U rows."""
+        rows = np.concatenate([member.rows for member in members])
         distinct, places = np.unique(rows, return_inverse=True)
         if len(distinct) == len(rows):
             return self._distinct(rows)
@@ -163,3 +164,89 @@ def pack(
         blind=blind,
         cfg_scale=np.concatenate([np.full(len(each.rows), each.cfg_scale) for each in ordered]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Unguided members, or those with the same reward models, by M, the largest first. Their N rows come one member
+    after another."""
+
+    members: tuple[Member, ...]
+    rewards: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(len(member.rows) for member in self.members)
+
+    @property
+    def gradient_steps(self) -> int:
+        """The largest M of its members; 0 when unguided."""
+        return self.members[0].step.gradient_steps
+
+    def of(self, members: Sequence[Member]) -> Group:
+        """Some of its members, in their order."""
+        return replace(self, members=tuple(members))
+
+    def repeat(self, values: Sequence[float | int | bool]) -> npt.NDArray[np.generic]:
+        """One value a member -> one a row, (N,)."""
+        return np.repeat(np.asarray(values), [len(member.rows) for member in self.members])
+
+    def column(self, values: Sequence[float | int | bool], dtype: torch.dtype | None = None) -> Tensor:
+        """One value a member -> one a row, (N,), on the device."""
+        return upload(torch.from_numpy(self.repeat(values)), self.device, dtype)
+
+    def candidates(self) -> IntArray | None:
+        """Indices among the group's rows that this step may reveal, or None for all (no blocks)."""
+        starts = np.cumsum([0, *(len(member.rows) for member in self.members)])
+        chosen = np.concatenate([s + member.candidates for s, member in zip(starts, self.members, strict=False)])
+        return None if len(chosen) == starts[-1] else chosen
+
+    def row_params(self, logits: Tensor) -> kernels.RowParams:
+        """Per-row parameters (N,); temperature 0 is argmax with softmax temperature 1."""
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        sampling = [member.trajectory.job.sampling for member in self.members]
+        vocab_size = logits.shape[-1]
+        return kernels.RowParams(
+            tau=self.column([s.temperature or 1.0 for s in sampling], dtype),
+            top_p=self.column([s.top_p for s in sampling], dtype),
+            top_k=self.column([min(s.top_k or vocab_size, vocab_size) for s in sampling], torch.long),
+            greedy=self.column([s.temperature == 0 for s in sampling], torch.bool),
+            eta=self.column([member.trajectory.job.guidance.eta for member in self.members], dtype),
+        )
+
+    def keys(self, inner: int | list[int], subset: IntArray | None = None) -> Tensor:
+        """Random keys (n, 4) of the group's rows, or of some of them, for one inner step or one of each member."""
+        jobs = [member.trajectory.job for member in self.members]
+        columns = [
+            self.repeat([job.sampling.seed for job in jobs]),
+            self.repeat([job.prompt_index for job in jobs]),
+            self.repeat([member.trajectory.index for member in self.members]),
+            self.repeat([member.step.index for member in self.members]),
+            self.repeat(inner if isinstance(inner, list) else [inner] * len(jobs)),
+            np.concatenate([member.positions for member in self.members]),
+        ]
+        if subset is not None:
+            columns = [column[subset] for column in columns]
+        return row_keys(*(upload(torch.from_numpy(column.astype(np.int64)), self.device) for column in columns))
+
+    def ranking_uniforms(self, candidates: IntArray | None) -> Tensor | None:
+        """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them."""
+        diffusion = [member.trajectory.job.diffusion for member in self.members]
+        if not any(d.algorithm == "origin" or d.algorithm_temperature for d in diffusion):
+            return None
+        inner = [INNER_ORIGIN if d.algorithm == "origin" else INNER_RANK for d in diffusion]
+        return uniform(self.keys(inner, candidates), 0)
+
+
+def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> Iterator[Group]:
+    """Members by reward models, or by reward models and M; the unguided ones are one group."""
+    split: dict[tuple[tuple[str, ...], int], list[Member]] = {}
+    for member in batch.members:
+        names: tuple[str, ...] = ()
+        if member.step.guided:
+            names = tuple(sorted(weighted.model for weighted in member.trajectory.job.guidance.reward_models))
+        split.setdefault((names, 0 if share_inner_steps else member.step.gradient_steps), []).append(member)
+    for (rewards, _), members in split.items():
+        yield Group(tuple(sorted(members, key=lambda member: -member.step.gradient_steps)), rewards, device)

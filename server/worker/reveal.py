@@ -17,13 +17,12 @@ from torch import Tensor
 import kernels
 from kernels.random import INNER_FINAL
 from kernels.transfer import download, upload
-from server.diffusion.sampler import reveal_adaptively, reveal_independently, reveal_most_confident
+from server.diffusion.sampler import FloatArray, IntArray, reveal
 from server.diffusion.schedule import Step
 from server.types import ModelInfo
-from server.worker.group import Group
 from server.worker.inner import Cohort
-from server.worker.pack import Member
-from server.worker.trajectory import BoolArray, FloatArray, IntArray, Trajectory
+from server.worker.pack import Group, Member
+from server.worker.trajectory import Trajectory
 
 
 def _nothing() -> Any:
@@ -121,7 +120,8 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> li
             decisions.append(Decision(member.trajectory, member.step, failure="not_finite"))
             continue
         uniform = None if uniforms is None else uniforms[start:stop]
-        chosen = choose(member, tokens[start:stop] == info.eos_token_id, confidences[start:stop], uniform)
+        is_eos = tokens[start:stop] == info.eos_token_id
+        chosen = reveal(member.trajectory.job.diffusion, member.step, confidences[start:stop], is_eos, uniform)
         # Rewards after the last inner step are read for traced members; a neighbour's answer does not show it.
         read = group.gradient_steps + member.trajectory.job.trace
         decisions.append(
@@ -137,23 +137,6 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> li
             )
         )
     return decisions
-
-
-def choose(member: Member, is_eos: BoolArray, confidence: FloatArray, uniforms: FloatArray | None) -> IntArray:
-    """Which of a member's candidates are revealed, ascending; all arguments (n,), in the candidates' order."""
-    diffusion = member.trajectory.job.diffusion
-    if diffusion.algorithm == "origin" and uniforms is not None:
-        return reveal_independently(uniforms, member.step.probability)
-    if diffusion.adaptive:
-        return reveal_adaptively(confidence, is_eos, member.step.least(len(confidence)), diffusion)
-    return reveal_most_confident(
-        confidence,
-        is_eos,
-        member.step.reveal,
-        deprioritize_eos=diffusion.deprioritize_eos,
-        algorithm_temperature=diffusion.algorithm_temperature,
-        uniforms=uniforms,
-    )
 
 
 def _of(values: Tensor, subset: Tensor | None) -> Tensor:

@@ -29,8 +29,6 @@ from server.worker.savings import Savings
 from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
 
-DEADLINE = "deadline"
-
 
 class Runner:
     """The jobs and the models of one device. `begin` is called with a job's id before anything is computed for it."""
@@ -96,7 +94,7 @@ class Runner:
             if job.deadline is None or now < job.deadline:
                 continue
             if entry.admitted:
-                entry.stopped = DEADLINE
+                entry.stopped = "deadline"
             else:
                 self.book.drop(job.id)
                 events.append(Failed(job.id, "deadline", "the deadline passed while the request was queued", "timeout"))

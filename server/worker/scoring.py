@@ -10,10 +10,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from server.errors import InvalidRequest, quote
+from server.errors import InvalidRequest
 from server.rewards.reward_model import RewardModel
 from server.text.template import conversation_ids
 from server.wire.messages import Event, Score, Scored
+from server.worker.demand import named
 from server.worker.failures import failed, free_memory
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,12 @@ class Scorer:
     def add(self, request: Score) -> None:
         """Queue a request. Raises InvalidRequest for an unknown reward model; an item that it cannot hold fails the
         request in the step that would read it."""
-        if request.reward_model not in self._reward_models:
-            names = ", ".join(sorted(self._reward_models)) or "none"
-            raise InvalidRequest(f"reward model {quote(request.reward_model)} is not loaded; loaded: {names}", "model")
+        named(request.reward_model, self._reward_models, "model")
         self._requests[request.id] = _Request(request)
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request. Returns whether it was known."""
-        return self._requests.pop(request_id, None) is not None
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, if it is known."""
+        self._requests.pop(request_id, None)
 
     def step(self) -> list[Event]:
         """Score one pack of items; the answers of the requests that are complete with it, and the failures of those

@@ -29,14 +29,11 @@ from server.wire.config import WorkerConfig
 from server.wire.messages import Failed
 from server.wire.stats import RunnerStats
 from server.worker import memory
-from server.worker.allocator import keep_large_blocks
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.scoring import Scorer
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torc
 
 
 def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = None) -> torch.dtype:
-    """The torch dtype of a setting; `own` is the checkpoint's. Raises ConfigurationError for an unknown one.
+    """The torch dtype of a setting; `own` is the checkpoint's.
 
     "auto" is bfloat16 on a GPU, and on a CPU where the checkpoint is in it and the processor multiplies such matrices;
     else float32. No timing has a say, so a server gives the same tokens at every start.
@@ -79,8 +76,6 @@ def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = Non
     if name == "auto":
         natively = device.type == "cuda" or (own == torch.bfloat16 and settings().bfloat16)
         return torch.bfloat16 if natively else torch.float32
-    if name not in DTYPES:
-        raise ConfigurationError(f"dtype: {quote(name)} is not one of auto, {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -111,9 +106,7 @@ def load(config: WorkerConfig) -> LoadedService:
     reward_device = device
     if config.reward_device is not None:
         reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
-    own = None
-    if config.dtype == "auto" and device.type == "cpu":
-        own = checkpoint_dtype(checkpoint_folder(config.model))
+    own = checkpoint_dtype(checkpoint_folder(config.model)) if config.dtype == "auto" else None
     dtype = resolve_dtype(config.dtype, device, own)
     if activation_dtype(dtype, device) != dtype:
         logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)
@@ -168,18 +161,10 @@ def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable
     tokenizer = model.tokenizer
     prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
     guidances = [GuidanceParams("entrgi", (WeightedReward(name),)) for name in reward_models]
+    sampling, diffusion = SamplingParams(max_tokens=8), DiffusionParams(steps=2)
     for index, guidance in enumerate(guidances or [GuidanceParams()]):
-        runner.add(
-            Job(
-                id=f"warm-up-{index}",
-                prompt_ids=tuple(prompt),
-                sampling=SamplingParams(max_tokens=8),
-                diffusion=DiffusionParams(steps=2),
-                guidance=guidance,
-                conversation=conversation,
-            ),
-            runner.clock(),
-        )
+        job = Job(f"warm-up-{index}", tuple(prompt), sampling, diffusion, guidance, conversation=conversation)
+        runner.add(job, runner.clock())
     while runner.has_work:
         for event in runner.step():
             if isinstance(event, Failed):
@@ -190,11 +175,9 @@ def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionMo
     """The model under its served name, with its context cut to `max_model_len`."""
     info = model.info
     if config.max_model_len is not None:
-        if not 0 < config.max_model_len <= info.context_length:
-            raise ConfigurationError(
-                f"max_model_len: {config.max_model_len} is not between 1 and the model's context length, "
-                f"{info.context_length}"
-            )
+        if config.max_model_len > info.context_length:
+            more = f"{config.max_model_len} is more than the model's context length, {info.context_length}"
+            raise ConfigurationError(f"max_model_len: {more}")
         canvas = min(info.default_max_tokens, max(1, config.max_model_len // 2))  # so that a prompt fits too
         info = replace(info, context_length=config.max_model_len, default_max_tokens=canvas)
     if config.served_model_name is not None:
@@ -211,14 +194,9 @@ def _budgets(
     if device.type != "cuda":
         free //= config.data_parallel
     if device.type == "cpu":
-        keep_large_blocks(free * (1 - config.memory_fraction))
-    shared, largest = memory.Footprint.of(model.model, reward_models).budgets(
-        free,
-        config.memory_fraction,
-        device.type,
-        rewards=len(reward_models),
-        context_length=model.info.context_length,
-    )
+        memory.keep_large_blocks(free * (1 - config.memory_fraction))
+    footprint, context = memory.Footprint.of(model.model, reward_models), model.info.context_length
+    shared, largest = footprint.budgets(free, config.memory_fraction, device.type, context_length=context)
     shared = replace(shared, trajectories=config.batch_trajectories)
     if config.batch_tokens:
         shared, largest = replace(shared, tokens=config.batch_tokens), replace(largest, tokens=config.batch_tokens)

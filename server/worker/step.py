@@ -21,19 +21,17 @@ from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import ModelInfo, StepTrace
 from server.wire.stats import RunnerStats
-from server.worker.failures import free_memory
-from server.worker.group import Group, groups
+from server.worker.failures import Limits, free_memory
 from server.worker.inner import Cohort, InnerSteps
 from server.worker.memory import cached_share
-from server.worker.pack import Batch, Forward, Member, pack
-from server.worker.parts import Limits
+from server.worker.pack import Forward, Group, Member, groups, pack
 from server.worker.reveal import Decision, base_confidence, decide
 from server.worker.savings import Savings
 from server.worker.trajectory import Trajectory
 
 
 @dataclass(slots=True)
-class _Spent:
+class _Spent(Timings):
     """Seconds that the parts of one step took together, and the distinct rows that they had."""
 
     forward: float = 0.0
@@ -61,9 +59,8 @@ class Denoiser:
         self.savings = savings or Savings()
         self.device = model.device
         self.stats = RunnerStats()
-        self.inner_steps = InnerSteps(
-            info, reward_models, grows=self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
-        )
+        grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
+        self.inner_steps = InnerSteps(info, reward_models, grows=grows)
         budget = budget or Budget()
         self.forwards = Limits("forward (canvas tokens)", (budget.tokens,), self.ran_out)
         self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self.ran_out)
@@ -80,7 +77,7 @@ class Denoiser:
     def step(self, trajectories: Sequence[tuple[Trajectory, Step]]) -> list[Decision]:
         """One step of every given trajectory, and what it did. They are changed only when all else is done, so a part
         of the step that runs out of memory can run again."""
-        self._spent, self.inner_steps.timings = _Spent(), Timings()
+        self._spent = self.inner_steps.timings = _Spent()
         decisions: list[Decision] = []
         sizes = [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories]
         for part in self.forwards.parts(trajectories, sizes):
@@ -97,7 +94,12 @@ class Denoiser:
         """One forward, and what follows from it by group and part."""
         started = time.perf_counter()
         batch = pack(trajectories, self.info.mask_token_id, self.device, share_equal=self.savings.share_equal_canvases)
-        forward = self._states(batch)
+        if self.savings.head_on_masked_rows:
+            forward = Forward(batch, self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head)
+        else:
+            everywhere = torch.arange(len(batch.tokens), device=self.device)
+            logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
+            forward = Forward(batch, logits[batch.rows], torch.clone)
         self._spent.forward += time.perf_counter() - started
         self._spent.rows += len(batch.blind)
         decisions: list[Decision] = []
@@ -110,21 +112,14 @@ class Denoiser:
                     decisions += [Decision(m.trajectory, m.step, failure="out_of_memory") for m in part.items]
         return decisions
 
-    def _states(self, batch: Batch) -> Forward:
-        if self.savings.head_on_masked_rows:
-            return Forward(batch, self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head)
-        everywhere = torch.arange(len(batch.tokens), device=self.device)
-        logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
-        return Forward(batch, logits[batch.rows], torch.clone)
-
     def _decide(self, group: Group, forward: Forward) -> list[Decision]:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
-        phi_0 = forward.logits(group.rows())
+        phi_0 = forward.logits(group.members)
         self._spent.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
-        cohorts = [Cohort(group, state)]
+        cohorts = [Cohort(group, state, slice(None))]
         if group.rewards:
             started = time.perf_counter()
             cohorts = self.inner_steps.run(group, state)
@@ -135,13 +130,16 @@ class Denoiser:
         return decisions
 
     def _commit(self, decision: Decision) -> None:
-        """Write what was chosen into the canvas, and what was seen into the trajectory."""
+        """Write what was chosen and seen into the trajectory, which goes on to its next step."""
         if decision.failure:
             return
         trajectory, step, rewards = decision.trajectory, decision.step, decision.rewards
         masked = int(trajectory.masked.sum())
-        trajectory.reveal(decision.chosen, decision.tokens)
-        trajectory.reward_calls += trajectory.gradient_steps(step)
+        trajectory.tokens[decision.chosen] = decision.tokens
+        trajectory.masked[decision.chosen] = False
+        trajectory.cursor += 1
+        trajectory.model_calls += 1
+        trajectory.reward_calls += step.gradient_steps
         trajectory.last_reward = rewards[-1] if rewards else None
         if trajectory.job.trace:
             trajectory.trace.append(
@@ -171,12 +169,12 @@ class Denoiser:
         return rows, most
 
     def _count(self, decisions: Sequence[Decision]) -> None:
-        stats, spent, timings = self.stats, self._spent, self.inner_steps.timings
+        stats, spent = self.stats, self._spent
         stats.model_forward_seconds.add(spent.forward)
         if spent.guidance:
             stats.guidance_seconds.add(spent.guidance)
-            stats.reward_forward_seconds.add(timings.reward_forward_seconds)
-            stats.reward_backward_seconds.add(timings.reward_backward_seconds)
+            stats.reward_forward_seconds.add(spent.reward_forward_seconds)
+            stats.reward_backward_seconds.add(spent.reward_backward_seconds)
         stats.batch_trajectories.add(len(decisions))
         stats.batch_rows.add(spent.rows)
         stats.denoising_steps += len(decisions)

@@ -6,17 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from server.diffusion.sampler import BoolArray, IntArray
 from server.diffusion.schedule import Step, adapted, plan
 from server.types import Job, StepTrace
 
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.floating]
 
 
 @dataclass(slots=True)
@@ -73,14 +69,3 @@ class Trajectory:
         if not step.guided:
             positions = positions[(positions >= step.start) & (positions < step.stop)]
         return positions.astype(np.int64)
-
-    def gradient_steps(self, step: Step) -> int:
-        """M, or 0 in a step without guidance."""
-        return self.job.guidance.gradient_steps if step.guided else 0
-
-    def reveal(self, positions: IntArray, tokens: IntArray) -> None:
-        """Take what a step chose, (k,) each, and go on to the next one."""
-        self.tokens[positions] = tokens
-        self.masked[positions] = False
-        self.cursor += 1
-        self.model_calls += 1

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from server.wire.config import WorkerConfig
-from server.worker.loop import load_service, main
+from server.worker.loop import import_service, main
 
 COMMAND = (sys.executable, "-P", "-m", "tests.faults.faulty_worker")
 FAULTY_STEP = 3
@@ -47,7 +47,7 @@ def commit(fault: Fault) -> None:
 
 def load(config: WorkerConfig) -> Any:
     """The real service around a denoiser that looks at the seeds first."""
-    service = load_service(config)
+    service = import_service()(config)
     denoiser: Any = service.runner.denoiser  # type: ignore[attr-defined]
     step = denoiser.step
     steps: Counter[str] = Counter()
@@ -65,4 +65,4 @@ def load(config: WorkerConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(load))
+    sys.exit(main(lambda: load))

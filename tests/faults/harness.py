@@ -113,7 +113,9 @@ async def meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def watched(server: Server, pause: float) -> AsyncIterator[list[Usage]]:
-    """What the processes hold: before the block, every `pause` seconds, and, when they have calmed down, after it."""
+    """What the processes hold: before the block, every `pause` seconds, and, when they have calmed down, after it. Both
+    times with the connection over which the server is asked whether it is idle."""
+    await server.seconds_until_idle()
     samples = [server.usage()]
 
     async def watch() -> None:
@@ -124,7 +126,7 @@ async def watched(server: Server, pause: float) -> AsyncIterator[list[Usage]]:
     async with meanwhile(watch()):
         yield samples
     await server.seconds_until_idle()
-    await asyncio.sleep(6)  # idle connections are closed after 5
+    await asyncio.sleep(6)  # until connections that lingered are gone
     samples.append(server.usage())
 
 

@@ -184,4 +184,4 @@ def load(config: WorkerConfig) -> ScriptedService:
 
 
 if __name__ == "__main__":
-    sys.exit(main(load, prepare=lambda: None))
+    sys.exit(main(lambda: load))

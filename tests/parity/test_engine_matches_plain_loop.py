@@ -11,12 +11,7 @@ import pytest
 import torch
 
 from server.methods import gradient_methods
-from server.types import (
-    DiffusionParams,
-    Job,
-    JobResult,
-    WeightedReward,
-)
+from server.types import DiffusionParams, Job, JobResult, WeightedReward
 from server.wire.messages import Canvas
 from server.worker.runner import Runner
 from server.worker.savings import Savings
@@ -24,6 +19,7 @@ from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
 from tests.support import jobs as support
 from tests.support.jobs import run
+from tests.support.models import Around
 
 PROMPTS = ("Hi", "Explain the copyright notice.", "Tell me about the licence of this software.")
 ONE = (WeightedReward("rm"),)
@@ -183,14 +179,12 @@ def canvases(pair: Any, jobs: Iterable[Job]) -> dict[tuple[str, int], dict[int, 
     return seen
 
 
-class Shaken:
+class Shaken(Around):
     """A diffusion model whose logits carry relative noise of the size of float32 rounding."""
 
     def __init__(self, model: Any, generator: torch.Generator) -> None:
-        self.model, self.generator = model, generator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        super().__init__(model)
+        self.generator = generator
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.model.head(hidden)

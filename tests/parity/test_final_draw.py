@@ -13,17 +13,15 @@ from torch import Tensor
 
 from server.guidance.plain import PlainLoop, draw, filtered_distribution
 from tests.support.jobs import make_job, run
-from tests.support.models import Pair
+from tests.support.models import Around, Pair
 
 
-class Altered:
+class Altered(Around):
     """A diffusion model with other logits; both loops see the same ones."""
 
     def __init__(self, model: Any, change: Callable[[Tensor], Tensor]) -> None:
-        self.model, self.change = model, change
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        super().__init__(model)
+        self.change = change
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.change(self.model.head(hidden))

@@ -12,87 +12,29 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-import kernels
-from server.diffusion.schedule import plan
-from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.plain import filtered_distribution, weighted_rows
-from server.guidance.prefixes import RewardContext
-from server.guidance.steer import steer
 from server.methods import METHODS, gradient_methods
 from server.models.packing import PackedLayout
-from server.text.template import split_at_response
-from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams
+from server.types import GuidanceParams, Job, SamplingParams
 from server.wire.messages import Finished
 from server.worker.runner import Runner
 from tests.support.jobs import make_job, run
+from tests.support.models import Pair
+from tests.support.steering import STEP, OneCanvas
 
-PROMPT = (Message("user", "Explain the copyright notice."),)
-STEP = plan(1, DiffusionParams(1), GuidanceParams())[0]
+PROMPT = "Explain the copyright notice."
 
 
-class Problem:
+class Problem(OneCanvas):
     """One step's guidance on a canvas with a few committed tokens, as a function of phi_0 alone."""
 
-    def __init__(self, pair: Any, method: str, length: int = 6) -> None:
-        self.pair, self.method, self.tau = pair, method, 0.7
-        info, tokenizer = pair.loaded.info, pair.loaded.tokenizer
-        prompt = torch.tensor(tokenizer.render_chat(PROMPT))
-        self.response = torch.full((length,), info.mask_token_id)
-        self.response[1] = 40
-        self.masked = self.response == info.mask_token_id
-        self.rows = torch.nonzero(self.masked)[:, 0]
-        canvas = torch.cat([prompt, self.response])
-        with torch.no_grad():
-            layout = PackedLayout.of((len(canvas),), canvas.device)
-            self.phi = pair.loaded.model.masked_logits(canvas, layout, self.rows + len(prompt))
-            self.phi[:, [info.eos_token_id, info.pad_token_id]] -= 20.0  # no position hidden: keeps R smooth
-        reward = pair.rewards["rm"]
-        before, after = split_at_response(reward.tokenizer, PROMPT)
-        self.responses = Responses.of(
-            [self.response.numpy()], [self.rows.numpy()], self.response.device,
-            eos_token_id=info.eos_token_id, pad_token_id=info.pad_token_id,
-        )  # fmt: skip
-        self.before, self.after = before, after
-        self.objective = Objective(
-            reward, (RewardContext.of(reward, before, after),), torch.ones(1, dtype=torch.float64)
-        )
-
-    def closed_form_gradient(self) -> Tensor:
-        """dr/dphi as the engine's loop forms it, taken from the terms it hands to the kernels."""
-        count = len(self.rows)
-        full = torch.ones(count, dtype=torch.float64)
-        params = kernels.RowParams(
-            tau=full * self.tau,
-            top_p=full,
-            top_k=torch.ones(count, dtype=torch.long),
-            greedy=torch.zeros(count, dtype=torch.bool),
-            eta=full,
-        )
-        state = kernels.begin(self.phi, params)
-        # With Adam's first step of size eta the sign is all that is left of the gradient, so the gradient itself is
-        # read back from the terms.
-        captured: list[Any] = []
-        original = kernels.update
-        try:
-            kernels.update = lambda state, terms: captured.extend(terms)  # type: ignore[assignment]
-            steer(
-                state,
-                self.responses,
-                [self.objective],
-                [self.method],
-                [STEP],
-                lambda inner: torch.zeros(count, 4, dtype=torch.long),
-                1,
-                eos_token_id=self.pair.loaded.info.eos_token_id,
-                pad_token_id=self.pair.loaded.info.pad_token_id,
-                timings=Timings(),
-            )
-        finally:
-            kernels.update = original
-        q = torch.softmax(self.phi / self.tau, dim=-1)
-        (term,) = captured
-        centred = term.g @ term.table.T - (term.g * term.soft).sum(-1, keepdim=True)
-        return q * centred / self.tau
+    def __init__(self, pair: Pair, method: str, length: int = 6) -> None:
+        info = pair.loaded.info
+        response = torch.full((length,), info.mask_token_id)
+        response[1] = 40
+        super().__init__(pair, PROMPT, response, tau=0.7, top_p=1.0, eta=1.0)
+        self.pair, self.method = pair, method
+        self.logits[:, [info.eos_token_id, info.pad_token_id]] -= 20.0  # no position hidden: keeps R smooth
 
     def reward(self, phi: Tensor, w: Tensor, hard: Tensor, soft_at_phi0: Tensor) -> float:
         """R by stock transformers with the stop-gradient held fixed: e = soft(phi) + w (hard - soft(phi_0))."""
@@ -106,11 +48,11 @@ class Problem:
     def finite_difference(self, direction: Tensor, step: float = 3e-6) -> float:
         """Central difference of the reward along a direction of phi."""
         plain = self.pair.plain.rewards["rm"]
-        w = METHODS[self.method].weigh(weighted_rows(self.phi, self.tau, STEP))[:, None]
-        hard = plain.table[self.phi.argmax(-1)]
-        soft = torch.softmax(self.phi / self.tau, dim=-1) @ plain.table
-        up = self.reward(self.phi + step * direction, w, hard, soft)
-        down = self.reward(self.phi - step * direction, w, hard, soft)
+        w = METHODS[self.method].weigh(weighted_rows(self.logits, self.tau, STEP))[:, None]
+        hard = plain.table[self.logits.argmax(-1)]
+        soft = torch.softmax(self.logits / self.tau, dim=-1) @ plain.table
+        up = self.reward(self.logits + step * direction, w, hard, soft)
+        down = self.reward(self.logits - step * direction, w, hard, soft)
         return (up - down) / (2 * step)
 
 
@@ -118,7 +60,7 @@ class Problem:
 @pytest.mark.parametrize("method", gradient_methods())
 def test_gradient_agrees_with_finite_differences(pair64: Any, method: str) -> None:
     problem = Problem(pair64, method)
-    gradient = problem.closed_form_gradient()
+    (gradient,) = problem.steer(method, 1)[2]
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(gradient.shape, generator=generator, dtype=torch.float64) for _ in range(8)]
     directions.append(gradient / gradient.norm())
@@ -137,7 +79,7 @@ def test_drawn_tokens_follow_the_exact_distribution(
     """One-token canvases, many trajectories: counts against the filtered softmax of the model's logits."""
     tokenizer, info = pair64.loaded.tokenizer, pair64.loaded.info
     job = make_job(
-        "job", PROMPT[0].content, tokenizer, max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k,
+        "job", PROMPT, tokenizer, max_tokens=1, temperature=temperature, top_p=top_p, top_k=top_k,
         n=4000, best_of=4000, seed=11,
     )  # fmt: skip
     tokens = [trajectory.token_ids[0] for trajectory in run(pair64, [job])[job.id].trajectories]
@@ -163,7 +105,7 @@ def test_drawn_tokens_follow_the_exact_distribution(
 def test_a_guided_job_alone_and_in_a_crowd_gives_the_same_tokens(pair64: Any) -> None:
     """Neighbours of other methods, lengths and seeds come and go between steps."""
     job = make_job(
-        "mine", PROMPT[0].content, pair64.loaded.tokenizer, max_tokens=7, best_of=2, seed=5, method="entrgi",
+        "mine", PROMPT, pair64.loaded.tokenizer, max_tokens=7, best_of=2, seed=5, method="entrgi",
         gradient_steps=2,
     )  # fmt: skip
     sampling = job.sampling

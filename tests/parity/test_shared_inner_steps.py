@@ -4,12 +4,10 @@ reads as often as the largest M asks for."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-import torch
 
 from server.budget import Budget
 from server.types import (
@@ -21,36 +19,32 @@ from server.types import (
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from tests.support.jobs import make_job, run
+from tests.support.models import Around
 
-# (M, guidance, diffusion, sampling, traced): with and without a walk, methods, two rewards, more updates than Adam's
-# history holds, equal M in different jobs, and nobody's smallest M last.
-KINDS: tuple[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], bool], ...] = (
-    (2, {}, {}, {"best_of": 2}, False),
-    (5, {"eta": 1.0}, {}, {}, False),
-    (1, {"method": "aps"}, {}, {"top_p": 0.8}, False),
-    (3, {"confidence": "guided"}, {}, {"best_of": 2}, False),
-    (3, {}, {"block_length": 4}, {}, True),
-    (1, {"method": "expectation"}, {"algorithm": "maskgit_plus"}, {}, True),
-    (4, {}, {"algorithm": "entropy_bound", "entropy_bound": 3.0}, {"temperature": 0.0}, False),
-    (2, {"start": 0.2, "every": 2}, {"cfg_scale": 0.5}, {}, False),
-    (3, {"method": "aps"}, {"algorithm": "origin"}, {"best_of": 2}, False),
-    (0, {}, {}, {}, True),
-    (2, {"reward_models": ("rm", "other")}, {}, {}, False),
-    (4, {"reward_models": ("rm", "other")}, {}, {}, True),
+# With and without a walk, methods, two rewards, more updates than Adam's history holds, equal M in different jobs, and
+# nobody's smallest M last.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"gradient_steps": 2, "best_of": 2},
+    {"gradient_steps": 5, "eta": 1.0},
+    {"gradient_steps": 1, "method": "aps", "top_p": 0.8},
+    {"gradient_steps": 3, "confidence": "guided", "best_of": 2},
+    {"gradient_steps": 3, "block_length": 4, "trace": True},
+    {"gradient_steps": 1, "method": "expectation", "algorithm": "maskgit_plus", "trace": True},
+    {"gradient_steps": 4, "algorithm": "entropy_bound", "entropy_bound": 3.0, "temperature": 0.0},
+    {"gradient_steps": 2, "start": 0.2, "every": 2, "cfg_scale": 0.5},
+    {"gradient_steps": 3, "method": "aps", "algorithm": "origin", "best_of": 2},
+    {"gradient_steps": 0, "trace": True},
+    {"gradient_steps": 2, "reward_models": ("rm", WeightedReward("other", 0.0))},
+    {"gradient_steps": 4, "reward_models": ("rm", WeightedReward("other", 0.0)), "trace": True},
 )
 
 
 def make_jobs(pair: Any) -> list[Job]:
-    jobs = []
-    for index, (steps, guidance, diffusion, sampling, traced) in enumerate(KINDS):
-        values = {"method": "entrgi", "gradient_steps": steps, "seed": 70 + index} | guidance | diffusion | sampling
-        names = values.pop("reward_models", ("rm",))
-        weighted = tuple(WeightedReward(name, 1.0 - i) for i, name in enumerate(names))
-        prompt = ("Hi", "Tell me about the licence.")[index % 2]
-        jobs.append(
-            make_job(f"job-{index}", prompt, pair.loaded.tokenizer, reward_models=weighted, trace=traced, **values)
-        )
-    return jobs
+    tokenizer, prompts = pair.loaded.tokenizer, ("Hi", "Tell me about the licence.")
+    return [
+        make_job(f"job-{index}", prompts[index % 2], tokenizer, **{"method": "entrgi", "seed": 70 + index} | kind)
+        for index, kind in enumerate(KINDS)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +58,8 @@ def test_each_has_the_plain_loops_tokens(pair64: Any, mixed: dict[str, JobResult
         assert [list(trajectory.token_ids) for trajectory in mixed[job.id].trajectories] == expected.token_ids, job.id
 
 
-def values(traces: tuple[StepTrace, ...]) -> Iterator[tuple[Any, ...]]:
-    for trace in traces:
-        yield tuple(
-            value if value is None else pytest.approx(value, abs=1e-9)
-            for value in (getattr(trace, field.name) for field in fields(StepTrace))
-        )
+def close(trace: StepTrace) -> dict[str, Any]:
+    return {name: value if value is None else pytest.approx(value, abs=1e-9) for name, value in asdict(trace).items()}
 
 
 @pytest.mark.parametrize("savings", [Savings(), Savings.without(["share_inner_steps"])], ids=["shared", "apart"])
@@ -83,9 +73,7 @@ def test_counters_and_traces_are_what_a_job_alone_has(
         assert crowd[job.id].model_calls == alone.model_calls
         for got, expected in zip(crowd[job.id].trajectories, alone.trajectories, strict=True):
             assert got.token_ids == expected.token_ids
-            assert [
-                tuple(getattr(each, field.name) for field in fields(StepTrace)) for each in got.trace
-            ] == list(values(expected.trace))  # fmt: skip
+            assert [asdict(each) for each in got.trace] == [close(each) for each in expected.trace]
     guided = [job for job in make_jobs(pair64) if job.guidance.gradient_steps and not job.guidance.start]
     for job in guided:
         assert crowd[job.id].reward_calls == job.guidance.gradient_steps * crowd[job.id].model_calls
@@ -101,18 +89,15 @@ def test_parts_of_a_mixed_batch_give_the_same(pair64: Any, mixed: dict[str, JobR
         assert [t.token_ids for t in parts[job_id].trajectories] == [t.token_ids for t in result.trajectories]
 
 
-class Counted:
+class Counted(Around):
     """A reward model that notes how many rows each of its passes has."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        super().__init__(model)
         self.passes: list[int] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def read(self, *arguments: Any) -> torch.Tensor:
-        rewards: torch.Tensor = self.model.read(*arguments)
+    def read(self, *arguments: Any) -> Any:
+        rewards = self.model.read(*arguments)
         self.passes.append(len(rewards))
         return rewards
 
@@ -124,7 +109,7 @@ def first_step(pair: Any, jobs: list[Job], savings: Savings) -> list[int]:
     for job in jobs:
         runner.add(job, now=0.0)
     runner.step()
-    return counted.passes  # type: ignore[no-any-return]
+    return list(counted.passes)
 
 
 def test_a_pass_serves_all_that_are_still_there(pair64: Any) -> None:

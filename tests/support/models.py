@@ -84,6 +84,16 @@ diffusion = functools.cache(load_diffusion)
 reward = functools.cache(load_reward)
 
 
+class Around:
+    """A model with something put around some of its methods; everything else is the model's own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A diffusion model, reward models by name (`rm`, and the other family's as `other`), and the plain loop over the

@@ -25,7 +25,6 @@ from transformers import (
 
 from server.guidance.assembly import Assembly, Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
-from server.guidance.steer import visible_positions
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
 from server.types import Message
@@ -109,7 +108,7 @@ class Pass:
         device: torch.device = CPU,
     ) -> None:
         self.responses = Responses.of(canvases, positions, device, eos_token_id=EOS, pad_token_id=pad_token_id)
-        self.visible = visible_positions(self.responses.committed, self.responses.first, EOS, pad_token_id)
+        self.visible = self.responses.visible(self.responses.committed)
         weights = torch.ones(len(canvases), dtype=torch.float64, device=device)
         self.objective = Objective(model, tuple(known), weights)
 

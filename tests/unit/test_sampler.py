@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,35 +12,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from server.diffusion.sampler import (
-    above_threshold,
-    entropy_bounded,
-    rank,
-    reveal_adaptively,
-    reveal_independently,
-    reveal_most_confident,
-)
+from server.diffusion.sampler import above_threshold, entropy_bounded, rank, reveal
+from server.diffusion.schedule import Step
 from server.types import DiffusionParams
 
 NONE = np.zeros(4, dtype=bool)
+SPREAD = -np.array([3.0, 0.5, 7.0, 2.0])
 
 # Multiples of 1/8, so that sums are exact and bounds are met exactly too.
 EIGHTHS = st.integers(0, 24).map(lambda n: n / 8)
 
 
-def test_equal_confidence_goes_to_the_lower_position() -> None:
+def revealed(
+    confidence: Any, eos: Any = None, count: int = 1, *, probability: float = 0.0, uniforms: Any = None, **values: Any
+) -> list[int]:
+    """What a step of `count` tokens reveals; for the adaptive algorithms that is the least that they may."""
+    confidence = np.asarray(confidence, dtype=float)
+    step = Step(0, 1.0, 0, len(confidence), count, len(confidence) - count, probability, 0)
+    eos = np.zeros(len(confidence), dtype=bool) if eos is None else np.asarray(eos)
+    return reveal(DiffusionParams(8, **values), step, confidence, eos, uniforms).tolist()
+
+
+def test_ties_go_to_the_lower_position_and_eos_ranks_last_by_its_own_confidence() -> None:
     assert rank(np.array([0.5, 0.9, 0.9, 0.5]), NONE).tolist() == [1, 2, 0, 3]
-
-
-def test_eos_ranks_after_all_others_and_by_its_own_confidence() -> None:
     eos = np.array([True, False, True, False])
     assert rank(np.array([0.8, 0.1, 0.9, 0.2]), eos).tolist() == [3, 1, 2, 0]
-
-
-def test_without_the_eos_rule_only_confidence_counts() -> None:
-    eos = np.array([True, False, True, False])
-    chosen = reveal_most_confident(np.array([0.8, 0.1, 0.9, 0.2]), eos, 2, deprioritize_eos=False)
-    assert chosen.tolist() == [0, 2]
+    assert revealed([0.8, 0.1, 0.9, 0.2], eos, 2) == [1, 3]
+    assert revealed([0.8, 0.1, 0.9, 0.2], eos, 2, deprioritize_eos=False) == [0, 2]
 
 
 def test_random_reveals_follow_softmax_without_replacement() -> None:
@@ -51,54 +50,43 @@ def test_random_reveals_follow_softmax_without_replacement() -> None:
         pair: sum(weight[a] * weight[b] / (1 - weight[a]) for a, b in (pair, pair[::-1]))
         for pair in itertools.combinations(range(4), 2)
     }
-    uniforms = np.random.default_rng(0).random((draws, 4))
-    counts = dict.fromkeys(exact, 0)
-    for row in uniforms:
-        chosen = reveal_most_confident(
-            confidence, NONE, 2, deprioritize_eos=True, algorithm_temperature=temperature, uniforms=row
-        )
-        counts[tuple(int(index) for index in chosen)] += 1  # type: ignore[index]
+    counts: dict[Any, int] = dict.fromkeys(exact, 0)
+    for row in np.random.default_rng(0).random((draws, 4)):
+        counts[tuple(revealed(confidence, count=2, algorithm_temperature=temperature, uniforms=row))] += 1
     assert chisquare(list(counts.values()), [draws * exact[pair] for pair in counts]).pvalue > 1e-3
 
 
 def test_random_reveals_take_eos_only_when_nothing_else_is_left() -> None:
     eos = np.array([True, False, True, False])
     for row in np.random.default_rng(1).random((200, 4)):
-        chosen = reveal_most_confident(
-            np.array([9.0, 0.0, 9.0, 0.0]),
-            eos,
-            3,
-            deprioritize_eos=True,
-            algorithm_temperature=1.0,
-            uniforms=row,
-        )
-        assert {1, 3} < set(chosen.tolist())
+        chosen = revealed([9.0, 0.0, 9.0, 0.0], eos, 3, algorithm_temperature=1.0, uniforms=row)
+        assert {1, 3} < set(chosen)
 
 
-def test_random_reveals_without_uniforms_are_an_error() -> None:
+@pytest.mark.parametrize("values", [{"algorithm_temperature": 1.0}, {"algorithm": "origin"}])
+def test_random_reveals_without_uniforms_are_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="uniforms"):
-        reveal_most_confident(np.zeros(2), NONE[:2], 1, deprioritize_eos=True, algorithm_temperature=1.0)
+        revealed([0.0, 0.0], **values)
 
 
-def test_origin_reveals_all_at_probability_one_and_none_at_zero() -> None:
+@pytest.mark.parametrize(("probability", "count"), [(1.0, 100), (0.0, 0)])
+def test_origin_reveals_all_at_probability_one_and_none_at_zero(probability: float, count: int) -> None:
     uniforms = np.random.default_rng(2).random(100)
-    assert len(reveal_independently(uniforms, 1.0)) == 100
-    assert len(reveal_independently(uniforms, 0.0)) == 0
+    assert len(revealed(np.zeros(100), algorithm="origin", probability=probability, uniforms=uniforms)) == count
 
 
-def entropy_bound(bound: float, *, deprioritize_eos: bool = True) -> DiffusionParams:
-    return DiffusionParams(8, "entropy_bound", entropy_bound=bound, deprioritize_eos=deprioritize_eos)
+def bounded(confidence: Any, eos: Any, bound: float, count: int = 1, **values: Any) -> list[int]:
+    return revealed(confidence, eos, count, algorithm="entropy_bound", entropy_bound=bound, **values)
 
 
-def threshold(value: float, *, deprioritize_eos: bool = True) -> DiffusionParams:
-    return DiffusionParams(8, "threshold", confidence_threshold=value, deprioritize_eos=deprioritize_eos)
+def above(confidence: Any, eos: Any, threshold: float, count: int = 1, **values: Any) -> list[int]:
+    return revealed(confidence, eos, count, algorithm="threshold", confidence_threshold=threshold, **values)
 
 
 @given(entropies=st.lists(EIGHTHS, min_size=1, max_size=8), bound=EIGHTHS)
 def test_entropy_bound_takes_the_largest_set_of_the_papers_inequality(entropies: list[float], bound: float) -> None:
     """Against every subset of the positions: none that is larger satisfies it, and the chosen one does."""
-    no_eos = np.zeros(len(entropies), dtype=bool)
-    chosen = reveal_adaptively(-np.array(entropies), no_eos, 1, entropy_bound(bound)).tolist()
+    chosen = bounded(-np.array(entropies), None, bound)
     kept = [
         subset
         for size in range(1, len(entropies) + 1)
@@ -122,43 +110,34 @@ def test_entropy_bound_with_eos_last_takes_the_longest_beginning_of_the_ranking(
         for n in range(1, len(order) + 1)
         if sum(positions[i][0] for i in order[:n]) - max(positions[i][0] for i in order[:n]) <= bound
     )
-    entropies, eos = np.array([h for h, _ in positions]), np.array([flag for _, flag in positions])
-    chosen = reveal_adaptively(-entropies, eos, 1, entropy_bound(bound, deprioritize_eos=last))
-    assert chosen.tolist() == sorted(order[:longest])
+    chosen = bounded([-h for h, _ in positions], [flag for _, flag in positions], bound, deprioritize_eos=last)
+    assert chosen == sorted(order[:longest])
 
 
 @given(confidence=st.lists(EIGHTHS.map(lambda p: p / 3), min_size=1, max_size=12), value=EIGHTHS.map(lambda p: p / 3))
 def test_threshold_reveals_every_position_above_it_and_at_least_one(confidence: list[float], value: float) -> None:
-    chosen = reveal_adaptively(np.array(confidence), np.zeros(len(confidence), dtype=bool), 1, threshold(value))
-    above = [i for i, p in enumerate(confidence) if p > value]
-    assert chosen.tolist() == (above or [confidence.index(max(confidence))])
+    expected = [i for i, p in enumerate(confidence) if p > value]
+    assert above(confidence, None, value) == (expected or [confidence.index(max(confidence))])
 
 
 def test_eos_waits_under_a_threshold_until_all_others_are_revealed() -> None:
-    confidence, eos = np.array([0.99, 0.95, 0.5, 0.98]), np.array([True, False, False, True])
-    assert reveal_adaptively(confidence, eos, 1, threshold(0.9)).tolist() == [1]
-    assert reveal_adaptively(confidence, eos, 1, threshold(0.4)).tolist() == [0, 1, 2, 3]
-    assert reveal_adaptively(confidence, eos, 1, threshold(0.9, deprioritize_eos=False)).tolist() == [0, 1, 3]
+    confidence, eos = [0.99, 0.95, 0.5, 0.98], [True, False, False, True]
+    assert above(confidence, eos, 0.9) == [1]
+    assert above(confidence, eos, 0.4) == [0, 1, 2, 3]
+    assert above(confidence, eos, 0.9, deprioritize_eos=False) == [0, 1, 3]
 
 
 def test_a_bound_of_nothing_reveals_what_entropy_reveals_one_at_a_time() -> None:
     for seed in range(100):
         rng = np.random.default_rng(seed)
         confidence, eos = -rng.exponential(size=6), rng.random(6) < 0.5
-        alone = reveal_most_confident(confidence, eos, 1, deprioritize_eos=True)
-        assert reveal_adaptively(confidence, eos, 1, entropy_bound(0.0)).tolist() == alone.tolist()
+        assert bounded(confidence, eos, 0.0) == revealed(confidence, eos, 1)
 
 
-def test_a_bound_without_end_and_a_threshold_of_nothing_reveal_everything() -> None:
-    confidence = -np.array([3.0, 0.5, 7.0, 2.0])
-    assert len(reveal_adaptively(confidence, ~NONE, 1, entropy_bound(1000.0))) == 4
-    assert len(reveal_adaptively(np.exp(confidence), ~NONE, 1, threshold(0.0))) == 4
-
-
-def test_the_least_number_is_revealed_whatever_the_rule_says() -> None:
-    confidence = -np.array([3.0, 0.5, 7.0, 2.0])
-    assert reveal_adaptively(confidence, NONE, 3, entropy_bound(0.0)).tolist() == [0, 1, 3]
-    assert reveal_adaptively(confidence, NONE, 9, threshold(1.0)).tolist() == [0, 1, 2, 3]
+def test_bounds_at_their_ends_reveal_everything_or_the_least() -> None:
+    assert len(bounded(SPREAD, ~NONE, 1000.0)) == len(above(np.exp(SPREAD), ~NONE, 0.0)) == 4
+    assert bounded(SPREAD, NONE, 0.0, 3) == [0, 1, 3]
+    assert above(SPREAD, NONE, 1.0, 4) == [0, 1, 2, 3]
 
 
 def test_rounding_decides_nothing() -> None:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.diffusion.approximations import approximations
-from server.diffusion.schedule import adapted, blocks, plan, time_grid
+from server.api.answers import approximations
+from server.diffusion.schedule import Step, adapted, blocks, plan, time_grid
 from server.types import DiffusionParams, GuidanceParams
+from tests.support.models import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+RUNS = {
+    "max_tokens": st.integers(1, 200),
+    "steps": st.integers(1, 200),
+    "block_length": st.none() | st.integers(1, 200),
+    "schedule": st.sampled_from(["linear", "even"]),
+}
 
 
-def reveals(max_tokens: int, **diffusion: object) -> list[int]:
-    return [step.reveal for step in plan(max_tokens, DiffusionParams(**diffusion), GuidanceParams())]  # type: ignore[arg-type]
+def planned(max_tokens: int, guidance: GuidanceParams | None = None, **diffusion: Any) -> tuple[Step, ...]:
+    return plan(max_tokens, DiffusionParams(**diffusion), guidance or GuidanceParams())
+
+
+def reveals(max_tokens: int, **diffusion: Any) -> list[int]:
+    return [step.reveal for step in planned(max_tokens, **diffusion)]
 
 
 def test_recorded_runs_reveal_as_many_tokens_a_step() -> None:
@@ -59,59 +70,34 @@ def test_time_runs_from_one_to_eps_evenly() -> None:
 
 
 def test_the_guided_window_counts_scheduled_steps() -> None:
-    guidance = GuidanceParams(method="entrgi", start=0.25, stop=0.75, every=2)
-    guided = [step.index for step in plan(8, DiffusionParams(steps=8), guidance) if step.guided]
-    assert guided == [2, 4]
+    guidance = GuidanceParams(method="entrgi", start=0.25, stop=0.75, every=2, gradient_steps=5)
+    assert [step.gradient_steps for step in planned(8, guidance, steps=8)] == [0, 0, 5, 0, 5, 0, 0, 0]
+    for without in (replace(guidance, gradient_steps=0), replace(guidance, method="bon")):
+        assert not any(step.guided for step in planned(8, without, steps=8))
 
 
-def test_no_gradient_steps_means_no_guided_step() -> None:
-    steps = plan(4, DiffusionParams(steps=4), GuidanceParams(method="entrgi", gradient_steps=0))
-    assert not any(step.guided for step in steps)
-
-
-@given(
-    max_tokens=st.integers(1, 200),
-    steps=st.integers(1, 200),
-    block_length=st.none() | st.integers(1, 200),
-    schedule=st.sampled_from(["linear", "even"]),
-)
-def test_every_plan_reveals_every_position_of_every_block_once(
-    max_tokens: int, steps: int, block_length: int | None, schedule: str
-) -> None:
-    planned = plan(
-        max_tokens,
-        DiffusionParams(steps=steps, block_length=block_length, schedule=schedule),  # type: ignore[arg-type]
-        GuidanceParams(),
-    )
+@given(**RUNS)
+def test_every_plan_reveals_every_position_of_every_block_once(max_tokens: int, **run: Any) -> None:
+    steps = planned(max_tokens, **run)
     revealed: dict[tuple[int, int], int] = {}
-    for step in planned:
+    for step in steps:
         assert step.reveal >= 0
         revealed[step.start, step.stop] = revealed.get((step.start, step.stop), 0) + step.reveal
     assert all(count == stop - start for (start, stop), count in revealed.items())
     assert sum(revealed.values()) == max_tokens
-    assert [step.index for step in planned] == list(range(len(planned)))
-    assert len(planned) >= steps or block_length is not None
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert len(steps) >= run["steps"] or run["block_length"] is not None
 
 
-@given(
-    max_tokens=st.integers(1, 200),
-    steps=st.integers(1, 200),
-    block_length=st.none() | st.integers(1, 200),
-    schedule=st.sampled_from(["linear", "even"]),
-    algorithm=st.sampled_from(["entropy_bound", "threshold"]),
-)
-def test_an_adaptive_run_keeps_the_pace_of_the_exact_one(
-    max_tokens: int, steps: int, block_length: int | None, schedule: str, algorithm: str
-) -> None:
+@given(**RUNS, algorithm=st.sampled_from(["entropy_bound", "threshold"]))
+def test_an_adaptive_run_keeps_the_pace_of_the_exact_one(max_tokens: int, algorithm: str, **run: Any) -> None:
     """When the rule allows nothing, each step reveals what the schedule does, and one where that is none: the run never
     lags behind, and ends within T steps."""
-    common = {"steps": steps, "block_length": block_length, "schedule": schedule}
-    exact = plan(max_tokens, DiffusionParams(**common), GuidanceParams())  # type: ignore[arg-type]
-    planned = plan(max_tokens, DiffusionParams(**common, algorithm=algorithm), GuidanceParams())  # type: ignore[arg-type]
-    assert [(step.start, step.stop, step.time) for step in planned] == [(s.start, s.stop, s.time) for s in exact]
+    exact, adaptive = planned(max_tokens, **run), planned(max_tokens, **run, algorithm=algorithm)
+    assert [(step.start, step.stop, step.time) for step in adaptive] == [(s.start, s.stop, s.time) for s in exact]
     left = {(step.start, step.stop): step.stop - step.start for step in exact}
     behind = dict(left)
-    for step, counted in zip(planned, exact, strict=True):
+    for step, counted in zip(adaptive, exact, strict=True):
         block = step.start, step.stop
         left[block] -= counted.reveal
         assert step.left == counted.left == left[block]
@@ -122,28 +108,21 @@ def test_an_adaptive_run_keeps_the_pace_of_the_exact_one(
     assert not any(behind.values())
 
 
-@given(max_tokens=st.integers(1, 200), more=st.integers(0, 100), schedule=st.sampled_from(["linear", "even"]))
+@given(max_tokens=st.integers(1, 200), more=st.integers(0, 100), schedule=RUNS["schedule"])
 def test_with_a_step_a_token_the_pace_never_asks_for_more_than_one(max_tokens: int, more: int, schedule: str) -> None:
-    diffusion = DiffusionParams(max_tokens + more, "threshold", schedule=schedule)  # type: ignore[arg-type]
-    masked = max_tokens
-    for step in plan(max_tokens, diffusion, GuidanceParams())[:max_tokens]:
-        assert step.least(masked) == 1
-        masked -= 1
+    steps = planned(max_tokens, steps=max_tokens + more, algorithm="threshold", schedule=schedule)
+    assert all(step.least(max_tokens - taken) == 1 for taken, step in enumerate(steps[:max_tokens]))
 
 
 def test_the_window_of_an_adaptive_run_counts_what_is_revealed_and_the_steps_taken() -> None:
     guidance = GuidanceParams(method="entrgi", start=0.25, stop=0.75, every=2)
     step = plan(8, DiffusionParams(8, "threshold"), guidance)[5]
-    assert adapted(step, 6, 8, 0, guidance).guided
-    assert not adapted(step, 6, 8, 1, guidance).guided
-    assert not adapted(step, 7, 8, 0, guidance).guided
-    assert adapted(step, 3, 8, 4, guidance).guided
-    assert not adapted(step, 2, 8, 4, guidance).guided
+    for masked, taken, guided in ((6, 0, True), (6, 1, False), (7, 0, False), (3, 4, True), (2, 4, False)):
+        assert adapted(step, masked, 8, taken, guidance).guided == guided
 
 
-def named(steps: int, algorithm: str = "entropy", **guidance: object) -> list[str]:
-    diffusion = DiffusionParams(steps, algorithm)  # type: ignore[arg-type]
-    return list(approximations(8, diffusion, GuidanceParams(method="entrgi", **guidance)))  # type: ignore[arg-type]
+def named(steps: int, algorithm: Any = "entropy", **guidance: Any) -> list[str]:
+    return list(approximations(8, DiffusionParams(steps, algorithm), GuidanceParams("entrgi", **guidance)))
 
 
 def test_a_window_is_an_approximation_where_it_leaves_a_step_that_reveals_something_unguided() -> None:

@@ -42,6 +42,16 @@ def names(shares: list[Share]) -> list[str]:
     return [f"{entry.job.id}{index}" for entry, index in shares]
 
 
+def passes(book: Book) -> list[list[str]]:
+    """Who runs together, when all that run end together, until nobody waits."""
+    order = []
+    while shares := admit(book):
+        order.append(names(shares))
+        for share in shares:
+            release(book, share)
+    return order
+
+
 def test_first_come_first_served_and_a_job_runs_in_parts() -> None:
     book = Book(Budget(trajectories=3))
     book.add(job("a", best_of=2))
@@ -51,13 +61,6 @@ def test_first_come_first_served_and_a_job_runs_in_parts() -> None:
     assert admit(book) == []
     release(book, first[0])
     assert names(admit(book)) == ["b1"]
-
-
-def test_a_lower_priority_number_goes_first() -> None:
-    book = Book(Budget(trajectories=1))
-    book.add(job("late", priority=5))
-    book.add(job("soon", priority=-1))
-    assert names(admit(book)) == ["soon0"]
 
 
 def test_tokens_bound_what_runs_together_and_guided_rows_only_one_trajectory() -> None:
@@ -77,12 +80,7 @@ def test_a_trajectory_above_the_budget_but_not_above_the_largest_runs_alone() ->
     book.add(job("after", tokens=10))
     with pytest.raises(InvalidRequest, match="100"):
         book.add(job("never", tokens=99))
-    order = []
-    while shares := admit(book):
-        order.append(names(shares))
-        for share in shares:
-            release(book, share)
-    assert order == [["small0"], ["big0"], ["big1"], ["after0"]]
+    assert passes(book) == [["small0"], ["big0"], ["big1"], ["after0"]]
 
 
 def test_the_cached_conversation_is_paid_once_a_job_until_its_last_trajectory_leaves() -> None:
@@ -132,12 +130,11 @@ def test_a_job_that_waits_for_the_cache_lets_those_finish_that_hold_it() -> None
     assert seen == ["slow0", "slow1", "urgent0", "urgent1"]
 
 
-def test_what_can_never_run_is_refused_with_the_budget_it_exceeds() -> None:
+@pytest.mark.parametrize(("values", "limit"), [({"tokens": 99}, "100"), ({"tokens": 60, "method": "aps"}, "50")])
+def test_what_can_never_run_is_refused_with_the_budget_it_exceeds(values: dict[str, Any], limit: str) -> None:
     book = Book(Budget(tokens=100, guided_rows=50))
-    with pytest.raises(InvalidRequest, match="100"):
-        book.add(job("wide", tokens=99))
-    with pytest.raises(InvalidRequest, match="50"):
-        book.add(job("guided", tokens=60, method="aps"))
+    with pytest.raises(InvalidRequest, match=limit):
+        book.add(job("wide", **values))
     assert book.waiting == 0
 
 
@@ -168,14 +165,9 @@ def test_a_big_job_does_not_hold_up_small_ones_for_longer_than_it_runs() -> None
     book.add(job("big", best_of=10))
     for index in range(3):
         book.add(job(f"small{index}-"))
-    passes, seen = 0, []
-    while shares := admit(book):
-        passes += 1
-        seen += names(shares)
-        for share in shares:
-            release(book, share)
-    assert seen == [*(f"big{k}" for k in range(10)), "small0-0", "small1-0", "small2-0"]
-    assert passes == 4  # the last two of the big job share theirs with two small ones
+    first, second, shared, last = passes(book)
+    assert [*first, *second] == [f"big{k}" for k in range(8)]
+    assert (shared, last) == (["big8", "big9", "small0-0", "small1-0"], ["small2-0"])
 
 
 SPECS = st.lists(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,48 +20,36 @@ from server.models.acceleration import accelerate
 from server.models.dream import DreamModel
 from server.models.graphs import GraphedTrunk, recorder
 from server.models.layers import DecoderConfig
-from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout
 from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses
-from server.rewards.reward_model import load_reward_model
-from server.types import DiffusionParams, GuidanceParams, Job, JobResult, Message, SamplingParams, WeightedReward
+from server.types import JobResult
 from server.wire.config import WorkerConfig
-from server.wire.messages import Finished
 from server.worker import inner
-from server.worker.runner import Runner
-from server.worker.service import LoadedService, load, resolve_device
+from server.worker.service import LoadedService, load
+from tests.support.jobs import finish, make_job
 from tests.support.kernels import choose_kernels
+from tests.support.models import GOLDEN, diffusion, reward
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
+FILES = GOLDEN / "llada-tiny"
 CONFIG = WorkerConfig(
-    str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")}, vocab_fallback="zero"
+    str(FILES / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(FILES / "rm")}, vocab_fallback="zero"
 )
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+BUNDLED = replace(
+    CONFIG, model=str(bundled_model_path()), reward_models={"rm": str(next(iter(bundled_reward_models().values())))}
+)
 
 
 def gpu(test: Any) -> Any:
-    for mark in on_gpu:
-        test = mark(test)
-    return test
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
 
 
 # -- on any machine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["toaster", "cuda:99"])
-def test_a_device_that_is_not_there_is_named_with_its_setting(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"reward_device: '{name}' cannot be used"):
-        resolve_device(name, setting="reward_device")
-
-
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"reward_device": "cuda:99"}, "reward_device"),
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here"),
         ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
     ],
@@ -74,13 +61,8 @@ def test_what_this_device_cannot_do_is_refused_by_name(changes: dict[str, Any], 
 
 def test_the_table_is_with_the_logits_and_everything_else_with_the_model() -> None:
     """`meta` stands for the other device: what is computed there has a shape and no values."""
-    diffusion = load_diffusion_model(GOLDEN / "dlm", dtype=torch.float64)
-    model = load_reward_model(
-        "rm", GOLDEN / "rm", diffusion_tokenizer=diffusion.tokenizer,
-        diffusion_vocab_size=diffusion.model.vocab_size, dtype=torch.float64, device=torch.device("cpu"),
-        vocab_fallback="zero", table_device=torch.device("meta"),
-    )  # fmt: skip
-    assert model.table.shape == (diffusion.model.vocab_size, model.hidden_size)
+    model = reward("llada", vocab_fallback="zero", table_device=torch.device("meta"))
+    assert model.table.shape == (diffusion("llada").model.vocab_size, model.hidden_size)
     assert (model.table.device.type, model.device.type) == ("meta", "cpu")
     prefix = model.prefill([5, 6, 7])
     assert {key.device.type for key in prefix.keys} == {"cpu"}
@@ -96,21 +78,9 @@ def rewarded(config: WorkerConfig) -> JobResult:
 
 def answered(service: LoadedService) -> JobResult:
     """A guided job."""
-    conversation = (Message("user", "Hello there"),)
-    job = Job(
-        id="one",
-        prompt_ids=tuple(service.runner.loaded.tokenizer.render_chat(conversation)),
-        sampling=SamplingParams(max_tokens=12, best_of=3, seed=5, temperature=0.7),
-        diffusion=DiffusionParams(steps=12),
-        guidance=GuidanceParams("entrgi", (WeightedReward("rm"),)),
-        conversation=conversation,
-    )
-    service.runner.add(job, 0.0)
-    while service.runner.has_work:
-        for event in service.runner.step():
-            if isinstance(event, Finished):
-                return event.result
-    raise AssertionError("no answer")
+    values = {"max_tokens": 12, "best_of": 3, "seed": 5, "method": "entrgi"}
+    job = make_job("one", "Hello there", service.runner.loaded.tokenizer, **values)
+    return finish(service.runner, [job])[0]["one"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -118,9 +88,7 @@ def test_sixteen_bit_weights_on_a_cpu_cost_no_accuracy(monkeypatch: pytest.Monke
     """The bundled weights are stored in bfloat16: kept so, with arithmetic in float32, they give what they give when
     they are widened at loading."""
     choose_kernels(monkeypatch, BFLOAT16="0")
-    rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
-    config = replace(CONFIG, model=str(bundled_model_path()), reward_models=rewards)
-    narrow, wide = (rewarded(replace(config, dtype=each)) for each in (dtype, "float32"))
+    narrow, wide = (rewarded(replace(BUNDLED, dtype=each)) for each in (dtype, "float32"))
     for a, b in zip(narrow.trajectories, wide.trajectories, strict=True):
         assert a.token_ids == b.token_ids
         assert a.reward == pytest.approx(b.reward, abs=1e-4)
@@ -145,8 +113,7 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(rewards: str) -> None:
 def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
     """Torch counts every wait as an error between the first inner step and the last. On a CPU
     tests/rewards/test_no_waits.py looks for the same."""
-    rewards = {"rm": str(next(iter(bundled_reward_models().values())))}
-    config = replace(CONFIG, model=str(bundled_model_path()), device="cuda", dtype="bfloat16", reward_models=rewards)
+    config = replace(BUNDLED, device="cuda", dtype="bfloat16")
     if reason := unavailable("varlen", torch.device("cuda"), torch.bfloat16, 24):
         pytest.skip(f"varlen: {reason}")
     service = load(replace(config, attention_backend="varlen", cuda_graphs=graphs))
@@ -169,30 +136,6 @@ def test_inner_steps_never_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, 
     result = answered(service)
     assert calls
     assert all(math.isfinite(trajectory.reward or math.nan) for trajectory in result.trajectories)
-
-
-def crowd(runner: Runner) -> dict[str, list[tuple[int, ...]]]:
-    """Tokens of jobs of different M, some unguided, long enough for reward prefixes that grow twice."""
-    for index in range(6):
-        conversation = (Message("user", "Hello there" if index % 2 else "Hi"),)
-        guided = GuidanceParams("entrgi", (WeightedReward("rm"),), gradient_steps=1 + index % 3)
-        runner.add(
-            Job(
-                id=str(index),
-                prompt_ids=tuple(runner.loaded.tokenizer.render_chat(conversation)),
-                sampling=SamplingParams(max_tokens=24, best_of=2, n=1 + (index == 5), seed=index, temperature=0.7),
-                diffusion=DiffusionParams(steps=24, block_length=8),
-                guidance=guided if index < 5 else GuidanceParams(),
-                conversation=conversation,
-            ),
-            0.0,
-        )
-    tokens = {}
-    while runner.has_work:
-        for event in runner.step():
-            if isinstance(event, Finished):
-                tokens[event.job_id] = [trajectory.token_ids for trajectory in event.result.trajectories]
-    return tokens
 
 
 @pytest.fixture

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
 from server.wire.config import WorkerConfig
 from server.worker import memory
 from server.worker.memory import CAPS, LAST_CACHE_BYTES, Footprint, free_bytes, last_cache_bytes
 from server.worker.service import load
+from tests.support.models import CPU, GOLDEN
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "llada-tiny"
-CPU = torch.device("cpu")
-
-
 FOOTPRINT = Footprint(
     token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, phi_row=6e5, reward_token=1.3e6, cached_token=1.1e5
 )
 
 
-def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
-    """A file system with 8 GiB available and these control groups."""
-    texts = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n", "proc/self/cgroup": cgroup} | files
+def machine(root: Path, cgroup: str, **files: str) -> Path:
+    """A file system with 8 GiB available and these control groups, each as `file=value file=value`."""
+    texts = {"proc/meminfo": "MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n", "proc/self/cgroup": cgroup}
+    for folder, values in files.items():
+        where = f"sys/fs/cgroup/{folder}"
+        texts[f"{where}/memory.stat"] = "anon 1\ninactive_file 100\ntotal_inactive_file 200\n"
+        texts |= {
+            f"{where}/memory.{name}": f"{value}\n" for name, value in (each.split("=") for each in values.split())
+        }
     for name, text in texts.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,49 +41,25 @@ def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
     return root
 
 
-STAT = "anon 1\ninactive_file 100\ntotal_inactive_file 200\n"
-
-
 @pytest.mark.parametrize(
     ("cgroup", "files", "expected"),
     [
         ("0::/\n", {}, 8 << 30),  # no limit anywhere
-        (  # v2: the tightest of the groups above, without what page cache would give up
-            "0::/a/b\n",
-            {
-                "sys/fs/cgroup/a/b/memory.max": "max\n",
-                "sys/fs/cgroup/a/b/memory.current": "500\n",
-                "sys/fs/cgroup/a/b/memory.stat": STAT,
-                "sys/fs/cgroup/a/memory.max": "4000\n",
-                "sys/fs/cgroup/a/memory.current": "1000\n",
-                "sys/fs/cgroup/a/memory.stat": STAT,
-            },
-            4000 - 1000 + 100,
-        ),
+        # v2: the tightest of the groups above, without what page cache would give up
+        ("0::/a/b\n", {"a/b": "max=max current=500", "a": "max=4000 current=1000"}, 4000 - 1000 + 100),
         (  # v1, in a container: the path is the host's, the group's own files are at the mount
             "5:cpu:/docker/x\n4:memory:/docker/x\n0::/docker/x\n",
-            {
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000\n",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
-                "sys/fs/cgroup/memory/memory.stat": STAT,
-            },
+            {"memory": "limit_in_bytes=3000 usage_in_bytes=1000"},
             3000 - 1000 + 200,
         ),
-        (  # v1 without a limit
-            "4:memory:/\n",
-            {
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
-                "sys/fs/cgroup/memory/memory.stat": STAT,
-            },
-            8 << 30,
-        ),
+        # v1 without a limit
+        ("4:memory:/\n", {"memory": "limit_in_bytes=9223372036854771712 usage_in_bytes=1000"}, 8 << 30),
     ],
 )
 def test_free_memory_is_the_least_of_the_machines_and_its_groups(
     tmp_path: Path, cgroup: str, files: dict[str, str], expected: int
 ) -> None:
-    assert free_bytes(CPU, root=machine(tmp_path, cgroup, files)) == expected
+    assert free_bytes(CPU, root=machine(tmp_path, cgroup, **files)) == expected
 
 
 def test_free_memory_of_this_machine_can_be_had() -> None:
@@ -88,10 +67,9 @@ def test_free_memory_of_this_machine_can_be_had() -> None:
 
 
 def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
-    footprint = FOOTPRINT
-    before = None
+    footprint, before = FOOTPRINT, None
     for gigabytes in (0, 1, 4, 16, 60, 10_000):
-        shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", rewards=1, context_length=2048)
+        shared, largest = footprint.budgets(gigabytes * 1e9, 0.8, "cuda", context_length=2048)
         for field in fields(shared):
             one, all_, cap = (getattr(b, field.name) for b in (shared, largest, CAPS["cuda"]))
             assert 1 <= one <= min(all_, cap)
@@ -138,7 +116,7 @@ def test_on_a_cpu_as_many_rows_are_steered_at_once_as_the_last_cache_holds(
 ) -> None:
     monkeypatch.setattr(memory, "last_cache_bytes", lambda: cache)
     footprint = replace(FOOTPRINT, phi_row=4.0 * vocabulary)
-    on_cpu, on_gpu = (footprint.budgets(1e13, 0.8, d, rewards=1, context_length=2048)[0] for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (footprint.budgets(1e13, 0.8, d, context_length=2048)[0] for d in ("cpu", "cuda"))
     assert on_cpu == replace(CAPS["cpu"], guided_rows=rows)
     assert on_gpu == CAPS["cuda"]
 
@@ -147,19 +125,12 @@ def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_requ
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "last_cache_bytes", lambda: 1 << 30)
-    config = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(GOLDEN / "rm")})
+    files = GOLDEN / "llada-tiny"
+    config = WorkerConfig(str(files / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(files / "rm")})
     computed = load(config)
     assert computed.runner.book.budget == CAPS["cpu"]  # so small a model fits in any memory
     assert computed.info.largest.tokens > CAPS["cpu"].tokens
-    fixed = load(
-        WorkerConfig(
-            config.model,
-            device="cpu",
-            reward_models=config.reward_models,
-            batch_tokens=300,
-            batch_trajectories=7,
-        )
-    )
+    fixed = load(replace(config, batch_tokens=300, batch_trajectories=7))
     for budget in (fixed.runner.book.budget, fixed.info.largest):
         assert budget.tokens == 300
     assert fixed.runner.book.budget.trajectories == 7
@@ -184,3 +155,30 @@ def test_the_prediction_is_an_upper_bound_of_what_steps_take_and_not_a_loose_one
     for figure in figures:
         assert figure["measured"] <= figure["predicted"], figure
         assert figure["predicted"] <= 3 * figure["measured"] + figure["fixed"], figure
+
+
+PROGRAM = """
+import resource, sys, torch
+from server.worker.memory import keep_large_blocks
+if sys.argv[1] == "keep":
+    assert keep_large_blocks(float(sys.argv[2]))
+faults = []
+for _ in range(24):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(max(faults[-4:]))
+"""
+
+
+def faults(*mode: str) -> int:
+    command = [sys.executable, "-c", PROGRAM, *mode]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+def test_large_blocks_stay_with_the_process_and_fault_in_no_pages() -> None:
+    assert faults("keep", "4e9") < 20
+    assert faults("leave") > 20  # what it is good for: even with huge pages there are two dozen
+    assert faults("keep", "3e8") > 20  # blocks of 48 MiB are not kept where eight of them would be too much
+    assert not memory.keep_large_blocks(2e8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.budget import Budget
-from server.models.loading import LoadedDiffusionModel
-from server.rewards.reward_model import RewardModel
 from server.types import Job, Message, SamplingParams
-from server.worker.failures import Attempt
-from server.worker.parts import RECOVERY_PARTS, Limits
+from server.worker.failures import RECOVERY_PARTS, Attempt, Limits
 from server.worker.runner import Runner
 from tests.support.jobs import answers, make_job
-from tests.support.models import diffusion, reward, tokenizer
+from tests.support.models import Around, diffusion, reward, tokenizer
 
 
 def jobs() -> list[Job]:
@@ -39,46 +37,45 @@ def jobs() -> list[Job]:
     ]
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedDiffusionModel:
-    return diffusion("llada")
+LOADED, REWARDS = diffusion("llada"), {"rm": reward("llada")}
 
 
 @pytest.fixture(scope="module")
-def rewards() -> dict[str, RewardModel]:
-    return {"rm": reward("llada")}
-
-
-@pytest.fixture(scope="module")
-def expected(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel]) -> dict[str, Any]:
-    finished, failed = answers(Runner(loaded, rewards), jobs())
+def expected() -> dict[str, Any]:
+    finished, failed = answers(Runner(LOADED, REWARDS), jobs())
     assert not failed
     return finished
 
 
-class Watched:
-    """A diffusion model that notes how many tokens and rows it is given, and runs out of memory when told to: by an
-    allocation that no machine can make."""
+def allocate() -> None:
+    """What no machine can give."""
+    torch.empty(2**60, dtype=torch.uint8)
 
-    def __init__(self, model: Any, fails: Callable[[str, int], bool] = lambda what, size: False) -> None:
-        self.model, self.fails = model, fails
+
+class Watched(Around):
+    """A diffusion model that notes how many tokens and rows it is given, and runs out of memory when told to."""
+
+    def __init__(self, fails: Callable[[str, int], bool] = lambda what, size: False) -> None:
+        super().__init__(LOADED.model)
+        self.fails = fails
         self.sizes: dict[str, list[int]] = {"forward": [], "head": []}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
 
     def _note(self, what: str, size: int) -> None:
         self.sizes[what].append(size)
         if self.fails(what, size):
-            torch.empty(2**60, dtype=torch.uint8)
+            allocate()
 
-    def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> Any:
         self._note("forward", len(tokens))
-        return self.model.masked_hidden(tokens, *arguments)  # type: ignore[no-any-return]
+        return self.model.masked_hidden(tokens, *arguments)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> Any:
         self._note("head", len(hidden))
-        return self.model.head(hidden)  # type: ignore[no-any-return]
+        return self.model.head(hidden)
+
+    def runner(self, **options: Any) -> Runner:
+        model: Any = self
+        return Runner(replace(LOADED, model=model), REWARDS, **options)
 
 
 @pytest.mark.parametrize(
@@ -92,33 +89,25 @@ class Watched:
     ],
     ids=str,
 )
-def test_any_budget_gives_the_same_tokens_and_holds(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any], budget: Budget
-) -> None:
-    model = Watched(loaded.model)
-    runner = Runner(replace(loaded, model=model), rewards, budget=budget, largest=Budget())
+def test_any_budget_gives_the_same_tokens_and_holds(expected: dict[str, Any], budget: Budget) -> None:
+    model = Watched()
+    runner = model.runner(budget=budget, largest=Budget())
     assert answers(runner, jobs()) == (expected, {})
     assert max(model.sizes["head"]) <= max(budget.guided_rows, budget.logit_rows, 16)
     assert max(model.sizes["forward"]) <= max(budget.tokens, 0)
     assert runner.stats.out_of_memory == 0
 
 
-def test_memory_that_runs_out_once_costs_a_second_try_and_no_token(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
-) -> None:
+def test_memory_that_runs_out_once_costs_a_second_try_and_no_token(expected: dict[str, Any]) -> None:
     for what in ("forward", "head"):
         failures = iter([False, False, True])
-        model = Watched(loaded.model, lambda seen, _, what=what, left=failures: seen == what and next(left, False))  # type: ignore[misc]
-        runner = Runner(replace(loaded, model=model), rewards)
+        runner = Watched(lambda seen, _, what=what, left=failures: seen == what and next(left, False)).runner()  # type: ignore[misc]
         assert answers(runner, jobs()) == (expected, {}), what
         assert runner.stats.out_of_memory == 1
 
 
-def test_parts_shrink_until_they_fit_and_stay_small(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
-) -> None:
-    model = Watched(loaded.model, lambda what, size: what == "head" and size > 24)
-    runner = Runner(replace(loaded, model=model), rewards)
+def test_parts_shrink_until_they_fit_and_stay_small(expected: dict[str, Any]) -> None:
+    runner = Watched(lambda what, size: what == "head" and size > 24).runner()
     finished, failed = answers(runner, jobs())
     # The first step may give up what did not fit in halves either; from then on everything fits.
     assert finished == {name: tokens for name, tokens in expected.items() if name not in failed}
@@ -129,15 +118,11 @@ def test_parts_shrink_until_they_fit_and_stay_small(
     assert (again, failed) == (expected, {})
 
 
-def test_only_the_jobs_that_memory_cannot_hold_fail(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
-) -> None:
+def test_only_the_jobs_that_memory_cannot_hold_fail(expected: dict[str, Any]) -> None:
     """A lone trajectory too large for memory is tried twice; its neighbours do not notice."""
     big = replace(jobs()[1], id="big", sampling=SamplingParams(max_tokens=40, seed=9))
-    model = Watched(loaded.model, lambda what, size: what == "head" and size >= 30)
-    runner = Runner(
-        replace(loaded, model=model), rewards, budget=Budget(guided_rows=24, logit_rows=24), largest=Budget()
-    )
+    watched = Watched(lambda what, size: what == "head" and size >= 30)
+    runner = watched.runner(budget=Budget(guided_rows=24, logit_rows=24), largest=Budget())
     finished, failed = answers(runner, [*jobs(), big])
     assert finished == expected
     assert {name: (event.kind, event.message) for name, event in failed.items()} == {
@@ -146,44 +131,31 @@ def test_only_the_jobs_that_memory_cannot_hold_fail(
     assert runner.stats.out_of_memory == 2
 
 
-class Scarce:
-    """A reward model whose conversations and final scores run out of memory when told to."""
+class Scarce(Around):
+    """A reward model that runs out of memory for conversations of more tokens, or more final scores at once."""
 
-    def __init__(self, model: RewardModel, fails: Callable[[str, int], bool]) -> None:
-        self.model, self.fails = model, fails
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    def __init__(self, most_ids: float = math.inf, most_scores: float = math.inf) -> None:
+        super().__init__(REWARDS["rm"])
+        self.most_ids, self.most_scores = most_ids, most_scores
 
     def prefill(self, ids: Sequence[int]) -> Any:
-        if self.fails("prefill", len(ids)):
-            torch.empty(2**60, dtype=torch.uint8)
-        return self.model.prefill(ids)
+        return allocate() if len(ids) > self.most_ids else self.model.prefill(ids)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        if self.fails("score", len(sequences)):
-            torch.empty(2**60, dtype=torch.uint8)
-        return self.model.score(sequences)
+    def score(self, sequences: Sequence[Sequence[int]]) -> Any:
+        return allocate() if len(sequences) > self.most_scores else self.model.score(sequences)
 
 
-def test_final_rewards_are_read_one_by_one_when_memory_is_short(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
-) -> None:
-    scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "score" and size > 1)
-    runner = Runner(loaded, {"rm": scarce})
+def test_final_rewards_are_read_one_by_one_when_memory_is_short(expected: dict[str, Any]) -> None:
+    scarce: Any = Scarce(most_scores=1)
+    runner = Runner(LOADED, {"rm": scarce})
     assert answers(runner, jobs()[:3]) == ({f"job-{index}": expected[f"job-{index}"] for index in range(3)}, {})
     assert runner.stats.out_of_memory == 2  # of the two jobs with several guided answers
 
 
-def test_a_conversation_that_memory_cannot_hold_fails_alone(
-    loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], expected: dict[str, Any]
-) -> None:
-    longest = len(loaded.tokenizer.render_chat(jobs()[1].conversation))
-    scarce: Any = Scarce(rewards["rm"], lambda what, size: what == "prefill" and size > 2 * longest)
-    long = (Message("user", "Hello " * 40),)
-    big = replace(jobs()[1], id="big", conversation=long)
-    runner = Runner(loaded, {"rm": scarce})
-    finished, failed = answers(runner, [big, *jobs()[:3]])
+def test_a_conversation_that_memory_cannot_hold_fails_alone(expected: dict[str, Any]) -> None:
+    scarce: Any = Scarce(most_ids=2 * len(LOADED.tokenizer.render_chat(jobs()[1].conversation)))
+    big = replace(jobs()[1], id="big", conversation=(Message("user", "Hello " * 40),))
+    finished, failed = answers(Runner(LOADED, {"rm": scarce}), [big, *jobs()[:3]])
     assert finished == {f"job-{index}": expected[f"job-{index}"] for index in range(3)}
     assert {name: event.kind for name, event in failed.items()} == {"big": "out_of_memory"}
 
@@ -274,13 +246,13 @@ class Held:
 def test_a_failed_try_lets_go_of_what_it_held_before_the_next_one() -> None:
     gone: list[str] = []
 
-    def allocate() -> None:
+    def hold() -> None:
         held = Held(gone)
         assert held.itself is held
-        torch.empty(2**60, dtype=torch.uint8)
+        allocate()
 
     with Attempt() as attempt:
-        allocate()
+        hold()
     assert attempt.ran_out
     assert gone == ["gone"]
 

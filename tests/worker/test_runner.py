@@ -3,8 +3,6 @@ their usual tokens, nothing stays queued, and no event of the pass is lost."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,30 +10,28 @@ import pytest
 import torch
 
 from server.budget import Budget
+from server.models.loading import LoadedDiffusionModel
 from server.types import Job
 from server.wire.messages import Event, Failed, Finished
 from server.worker.runner import Runner
 from tests.support.jobs import make_job
-from tests.support.models import diffusion, reward
+from tests.support.models import Around, diffusion, reward
 
 LOADED, REWARD = diffusion("dream"), reward("dream")
 POISON = "a conversation that nobody can read"
 
 
-class Fragile:
+class Fragile(Around):
     """A reward model that breaks on the poison: while it is read before the first step (`prefill`), or in the final
     score; `error` is what it raises."""
 
     def __init__(self, breaks: str, error: Exception) -> None:
+        super().__init__(REWARD)
         self.breaks, self.error = breaks, error
         self.poison = tuple(REWARD.tokenizer.encode(POISON))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(REWARD, name)
-
     def _look(self, where: str, ids: Any) -> None:
-        text = tuple(ids)
-        size = len(self.poison)
+        text, size = tuple(ids), len(self.poison)
         if where == self.breaks and any(text[i : i + size] == self.poison for i in range(len(text))):
             raise self.error
 
@@ -53,37 +49,39 @@ def guided(name: str, seed: int, prompt: str = "Hi", **values: Any) -> Job:
     return make_job(name, prompt, seed=seed, method="entrgi", gradient_steps=1, **values)
 
 
-@pytest.fixture(scope="module")
-def usual() -> dict[str, Any]:
-    """What the innocent jobs give without company."""
-    runner = Runner(LOADED, {"rm": REWARD})
-    for job in innocents():
-        runner.add(job, now=0.0)
-    return {name: event.result.trajectories for name, event in endings(runner).items() if isinstance(event, Finished)}
-
-
 def innocents() -> list[Job]:
     return [guided("one", 1, best_of=2), make_job("two", seed=2), guided("three", 3)]
 
 
-def endings(runner: Runner, first: list[Event] | None = None) -> dict[str, Event]:
-    """The last event of each job, until there is nothing to do. Each job has one."""
-    ended: dict[str, Event] = {}
-    for event in all_events(runner, first or []):
-        if isinstance(event, Finished | Failed):
-            assert event.job_id not in ended
-            ended[event.job_id] = event
-    assert (runner.stats.running, runner.stats.waiting) == (0, 0)
-    return ended
+def start(jobs: list[Job], reward_model: Any = REWARD, loaded: LoadedDiffusionModel = LOADED, **options: Any) -> Runner:
+    """A runner with these jobs queued."""
+    runner = Runner(loaded, {"rm": reward_model}, **options)
+    for job in jobs:
+        runner.add(job, now=0.0)
+    return runner
 
 
-def all_events(runner: Runner, first: list[Event]) -> Iterator[Event]:
-    yield from first
-    steps = 0
+def endings(runner: Runner, *earlier: Event) -> tuple[dict[str, Any], dict[str, str]]:
+    """Trajectories of the jobs that finish and kinds of the failures, by job, until there is nothing to do, and of
+    events before that. Each job ends once."""
+    events, steps = list(earlier), 0
     while runner.has_work:
-        yield from runner.step()
+        events += runner.step()
         steps += 1
         assert steps < 100, "the loop does not come to rest"
+    assert (runner.stats.running, runner.stats.waiting) == (0, 0)
+    assert not any("secret" in event.message for event in events if isinstance(event, Failed))
+    finished = {event.job_id: event.result.trajectories for event in events if isinstance(event, Finished)}
+    failed = {event.job_id: event.kind for event in events if isinstance(event, Failed)}
+    assert len(finished) + len(failed) == sum(isinstance(event, Finished | Failed) for event in events)
+    assert not finished.keys() & failed.keys()
+    return finished, failed
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict[str, Any]:
+    """What the innocent jobs give without company."""
+    return endings(start(innocents()))[0]
 
 
 @pytest.mark.parametrize("budget", [Budget(), Budget(trajectories=2)], ids=["all at once", "two at a time"])
@@ -92,93 +90,68 @@ def test_start_that_raises_fails_its_job_alone(usual: dict[str, Any], budget: Bu
     """Several such jobs before, between and after others, one that was queued past its deadline in the same pass, and
     one past its deadline that would raise as well."""
     now = 0.0
-    runner = Runner(LOADED, {"rm": Fragile("prefill", error)}, budget=budget, clock=lambda: now)
     one, two, three = innocents()
     bad = [guided(f"bad-{index}", 50 + index, POISON, best_of=1 + index) for index in range(3)]
     late = [replace(make_job("late"), deadline=5.0), replace(guided("late and bad", 9, POISON), deadline=5.0)]
-    for job in (bad[0], one, bad[1], *late, two, bad[2], three):
-        runner.add(job, now=0.0)
+    queue = [bad[0], one, bad[1], *late, two, bad[2], three]
+    runner = start(queue, Fragile("prefill", error), budget=budget, clock=lambda: now)
     now = 10.0
-    ended = endings(runner, runner.step())
-    assert {name: event.kind for name, event in ended.items() if isinstance(event, Failed)} == {
-        "bad-0": "internal", "bad-1": "internal", "bad-2": "internal", "late": "deadline", "late and bad": "deadline",
-    }  # fmt: skip
-    assert not any("secret" in event.message for event in ended.values() if isinstance(event, Failed))
-    assert {name: event.result.trajectories for name, event in ended.items() if isinstance(event, Finished)} == usual
+    deadlines = {"late": "deadline", "late and bad": "deadline"}
+    assert endings(runner) == (usual, {"bad-0": "internal", "bad-1": "internal", "bad-2": "internal", **deadlines})
 
 
 def test_start_that_raises_leaves_the_running_jobs_alone(usual: dict[str, Any]) -> None:
-    runner = Runner(LOADED, {"rm": Fragile("prefill", ValueError("broken"))})
-    for job in innocents():
-        runner.add(job, now=0.0)
+    runner = start(innocents(), Fragile("prefill", ValueError("broken")))
     first = runner.step()
     runner.add(guided("bad", 7, POISON), now=0.0)
-    ended = endings(runner, first)
-    assert {name for name, event in ended.items() if isinstance(event, Failed)} == {"bad"}
-    assert {name: event.result.trajectories for name, event in ended.items() if isinstance(event, Finished)} == usual
+    assert endings(runner, *first) == (usual, {"bad": "internal"})
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), MemoryError()], ids=repr)
 def test_an_end_that_raises_fails_its_job_alone(usual: dict[str, Any], error: Exception) -> None:
-    runner = Runner(LOADED, {"rm": Fragile("score", error)})
-    for job in (guided("bad", 7, POISON, max_tokens=4), *innocents(), make_job("worse", POISON, reward_models=("rm",))):
-        runner.add(job, now=0.0)
-    ended = endings(runner)
+    bad, worse = guided("bad", 7, POISON, max_tokens=4), make_job("worse", POISON, reward_models=("rm",))
+    runner = start([bad, *innocents(), worse], Fragile("score", error))
     kind = "out_of_memory" if isinstance(error, MemoryError) else "internal"
-    assert {name: event.kind for name, event in ended.items() if isinstance(event, Failed)} == {
-        "bad": kind,
-        "worse": kind,
-    }
-    assert {name: event.result.trajectories for name, event in ended.items() if isinstance(event, Finished)} == usual
+    assert endings(runner) == (usual, {"bad": kind, "worse": kind})
     # Memory that runs out is tried a second time, in smaller pieces, and counted both times.
     assert runner.stats.out_of_memory == (4 if kind == "out_of_memory" else 0)
 
 
-class Broken:
+class Broken(Around):
     """A diffusion model that breaks in its n-th forward."""
 
     def __init__(self, at: int) -> None:
+        super().__init__(LOADED.model)
         self.left = at
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(LOADED.model, name)
-
-    def masked_hidden(self, *arguments: Any) -> torch.Tensor:
+    def masked_hidden(self, *arguments: Any) -> Any:
         self.left -= 1
         if self.left == 0:
             raise RuntimeError("something else")
-        return LOADED.model.masked_hidden(*arguments)
+        return self.model.masked_hidden(*arguments)
 
 
 def test_a_step_that_raises_ends_those_that_took_part_and_keeps_the_pass_s_other_events(usual: dict[str, Any]) -> None:
     now = 0.0
-    runner = Runner(
-        replace(LOADED, model=Broken(at=2)),  # type: ignore[arg-type]
-        {"rm": REWARD},
-        budget=Budget(trajectories=1),
-        clock=lambda: now,
-    )
     one, two, three = innocents()
-    for job in (two, one, replace(make_job("late"), deadline=5.0), three):
-        runner.add(job, now=0.0)
+    broken: Any = Broken(at=2)
+    queue = [two, one, replace(make_job("late"), deadline=5.0), three]
+    options = {"budget": Budget(trajectories=1), "clock": lambda: now}
+    runner = start(queue, loaded=replace(LOADED, model=broken), **options)
     first = runner.step()
     now = 10.0
     second = runner.step()
-    assert [(event.job_id, event.kind) for event in second if isinstance(event, Failed)] == [
-        ("late", "deadline"),
-        ("two", "internal"),
-    ]
-    ended = endings(runner, [*first, *second])
+    assert endings(runner, *first, *second) == (
+        {name: trajectories for name, trajectories in usual.items() if name != "two"},
+        {"late": "deadline", "two": "internal"},
+    )
+    assert [event.job_id for event in second if isinstance(event, Failed)] == ["late", "two"]
     assert runner.stats.out_of_memory == 0
-    finished = {name: event.result.trajectories for name, event in ended.items() if isinstance(event, Finished)}
-    assert finished == {name: trajectories for name, trajectories in usual.items() if name != "two"}
 
 
 def test_begin_is_told_of_each_job_once_before_anything_is_computed() -> None:
     told: list[str] = []
-    runner = Runner(LOADED, {"rm": Fragile("prefill", ValueError("broken"))})
+    runner = start([guided("bad", 7, POISON), *innocents()], Fragile("prefill", ValueError("broken")))
     runner.begin = told.append
-    for job in (guided("bad", 7, POISON), *innocents()):
-        runner.add(job, now=0.0)
     endings(runner)
-    assert Counter(told) == Counter(["bad", "one", "two", "three"])
+    assert sorted(told) == ["bad", "one", "three", "two"]

@@ -1,9 +1,10 @@
-"""What can be wrong with the worker's settings is said by name, before anything is served."""
+"""What a worker takes of its machine, and that a wrong setting is named before anything is served."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from server.errors import ConfigurationError
 from server.wire.config import WorkerConfig
 from server.worker.failures import is_out_of_memory
 from server.worker.savings import Savings
-from server.worker.service import load, resolve_device, resolve_dtype
+from server.worker.service import default_threads, load, resolve_device, resolve_dtype
 from tests.support.kernels import choose_kernels
+from tests.support.models import CPU, GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llada-tiny"
-CONFIG = WorkerConfig(str(GOLDEN / "dlm"), device="cpu", dtype="float64")
+FILES = GOLDEN / "llada-tiny"
+RM = str(FILES / "rm")
+CONFIG = WorkerConfig(str(FILES / "dlm"), device="cpu", dtype="float64")
 
 
 def test_a_service_without_reward_models_warms_up_unguided() -> None:
@@ -27,19 +30,15 @@ def test_a_service_without_reward_models_warms_up_unguided() -> None:
     assert service.info.reward_models == ()
     assert service.info.kernel_backend
     assert service.runner.stats.denoising_steps == 0
+    assert service.runner.savings == Savings()
     service.check_device()
 
 
-def test_reward_models_keep_their_order_and_names() -> None:
-    rewards = {"z": str(GOLDEN / "rm"), "a": str(GOLDEN / "rm")}
-    service = load(replace(CONFIG, reward_models=rewards, vocab_fallback="zero"))
+def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_name() -> None:
+    off = ("skip_empty_steps", "head_on_masked_rows")
+    service = load(replace(CONFIG, reward_models={"z": RM, "a": RM}, vocab_fallback="zero", disable_savings=off))
     assert [info.id for info in service.info.reward_models] == ["z", "a"]
     assert {info.vocab_fallback for info in service.info.reward_models} == {"zero"}
-
-
-def test_savings_are_turned_off_by_name() -> None:
-    assert load(CONFIG).runner.savings == Savings()
-    service = load(replace(CONFIG, disable_savings=("skip_empty_steps", "head_on_masked_rows")))
     assert service.runner.savings == replace(Savings(), skip_empty_steps=False, head_on_masked_rows=False)
 
 
@@ -47,39 +46,45 @@ def test_savings_are_turned_off_by_name() -> None:
     ("changes", "key"),
     [
         ({"model": "/nonexistent/checkpoint"}, "model"),
-        ({"model": str(GOLDEN)}, "config.json"),
-        ({"model": str(GOLDEN / "rm")}, "Qwen3ForSequenceClassification"),
-        ({"reward_models": {"rm": str(GOLDEN / "dlm")}}, "rm"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"device": "toaster"}, "device"),
-        ({"device": "cuda:99"}, "device"),
+        ({"model": str(FILES)}, "config.json"),
+        ({"model": RM}, "Qwen3ForSequenceClassification"),
+        ({"reward_models": {"rm": str(FILES / "dlm")}}, "rm"),
+        ({"device": "toaster"}, "device: 'toaster' cannot be used"),
+        ({"device": "cuda", "rank": 99}, "device: 'cuda' cannot be used by worker 99"),
+        ({"reward_device": "cuda:99"}, "reward_device: 'cuda:99' cannot be used"),
         ({"max_model_len": 10**6}, "max_model_len"),
-        ({"max_model_len": 0}, "max_model_len"),
         ({"disable_savings": ("skip_nothing",)}, "disable_savings"),
     ],
 )
-def test_a_wrong_setting_is_named(changes: dict[str, object], key: str) -> None:
+def test_a_wrong_setting_is_named(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigurationError, match=key):
-        load(replace(CONFIG, **changes))  # type: ignore[arg-type]
+        load(replace(CONFIG, **changes))
 
 
-def test_automatic_device_and_dtype_fit_each_other() -> None:
-    device = resolve_device("auto")
-    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
-
-
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_automatic_dtype_on_a_cpu_follows_the_checkpoint_and_the_processor(
-    native: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("native", [False, True])
+def test_automatic_device_and_dtype_follow_the_machine_and_the_checkpoint(
+    native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose_kernels(monkeypatch, BFLOAT16=native)
-    expected = torch.bfloat16 if native == "1" else torch.float32
-    assert resolve_dtype("auto", torch.device("cpu"), torch.bfloat16) == expected
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu", 3) == CPU  # every worker may be on it
+    choose_kernels(monkeypatch, BFLOAT16=str(int(native)))
+    assert resolve_dtype("auto", CPU, torch.bfloat16) == (torch.bfloat16 if native else torch.float32)
     for own in (torch.float32, torch.float16, None):
-        assert resolve_dtype("auto", torch.device("cpu"), own) == torch.float32
-    assert resolve_dtype("float32", torch.device("cpu"), torch.bfloat16) == torch.float32
+        assert resolve_dtype("auto", CPU, own) == torch.float32
+        assert resolve_dtype("auto", torch.device("cuda"), own) == torch.bfloat16
+    assert resolve_dtype("float32", CPU, torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 7), (2, 3), (3, 2), (7, 1), (20, 1)])
+def test_workers_share_the_cores_but_one(workers: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert default_threads(CPU, workers) == threads
+    assert default_threads(torch.device("cuda"), workers) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    assert default_threads(CPU, workers) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the user's word
+    assert default_threads(CPU, workers) == 0
 
 
 def test_memory_that_runs_out_is_recognised_by_what_torch_really_raises() -> None:
