@@ -241,10 +241,7 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
         columns = [np.full(count, value) for value in (1, 0, 0, 0, inner)]
         return row_keys(*(upload(torch.from_numpy(x), CPU) for x in (*columns, np.arange(count))))
 
-    return lambda: steer(
-        state, responses, objectives, NAMES, places, keys, steps, eos_token_id=EOS, pad_token_id=PAD,
-        timings=Timings(), read_after=True,
-    )  # fmt: skip
+    return lambda: steer(state, responses, objectives, NAMES, places, keys, steps, timings=Timings(), read_after=True)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "template ends in padding"])
