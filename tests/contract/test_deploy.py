@@ -228,16 +228,6 @@ def test_dashboard_is_provisioned() -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
-def test_panels_do_not_overlap() -> None:
-    cells: set[tuple[int, int]] = set()
-    for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"]:
-        at = panel["gridPos"]
-        own = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert at["x"] + at["w"] <= 24
-        assert not own & cells, panel["title"]
-        cells |= own
-
-
 def test_prometheus_scrapes_whichever_server_runs() -> None:
     (job,) = load_yaml(PROMETHEUS / "prometheus.yml")["scrape_configs"]
     (target,) = job["static_configs"][0]["targets"]

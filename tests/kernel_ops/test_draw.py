@@ -89,23 +89,6 @@ def test_distribution(implementation, kind, top_p, top_k, rank):
         assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
 
 
-def test_distribution_over_several_tiles(implementation):
-    """A vocabulary of several tiles, the last of them short: ids are counted in groups."""
-    if implementation.interpreted:
-        pytest.skip("too many rows for the interpreter")
-    v, n = 2600, 4000
-    row = row_of("flat", v)
-    row[2500:] += 1.0
-    state = begin(implementation, row.expand(n, v), 0.7, 0.95)
-    tokens = kernels.draw(state, keys_of(n, implementation.device, 6)).cpu()
-    expected = filtered(row, 0.7, 0.95, v)
-    assert (expected[tokens] > 0).all()
-    groups = torch.arange(v) // 104
-    wanted = torch.zeros(25, dtype=torch.float64).index_add_(0, groups, expected) * n
-    observed = torch.bincount(groups[tokens], minlength=25)
-    assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-4
-
-
 def test_random_numbers_are_those_of_the_specification(implementation):
     """A row of V equal values draws id floor(u V)."""
     n, v = (12, 256) if implementation.interpreted else (500, 4096)

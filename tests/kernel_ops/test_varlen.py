@@ -63,15 +63,6 @@ def test_the_metadata():
             Spans.of(queries, keys)
 
 
-def test_an_empty_sequence_changes_nothing():
-    """Padding to a fixed number of sequences adds ones without queries (and without keys) at the end."""
-    inputs, _ = _tensors(1, 8)
-    spans = Spans.of(*CASES[1])
-    longer = torch.cat((spans.cu_q, spans.cu_q[-1:], spans.cu_q[-1:]))
-    padded = Spans(longer, longer, spans.max_q, spans.max_k)
-    assert torch.equal(varlen.attend("reference", *inputs, spans), varlen.attend("reference", *inputs, padded))
-
-
 @pytest.mark.parametrize(
     ("device", "dtype", "channels", "reason"),
     [

@@ -195,19 +195,6 @@ def test_training_and_whole_canvases_run_as_they_are() -> None:
         assert model.hidden(tokens, layout, rows[:1]).shape == (1, model.config.hidden)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"attention": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
-        ({"attention": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
-        ({"graphs": True}, "cuda_graphs: there are none on cpu"),
-    ],
-)
-def test_what_cannot_work_here_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        accelerate(model_of("dream"), 64, **options)
-
-
 def test_a_compiler_that_is_missing_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -93,11 +93,6 @@ def test_llada_derived_sizes():
     assert LLaDAModel.read_config(raw("llada", n_kv_heads=None, multi_query_attention=True)).key_heads == 1
 
 
-def test_architecture_chooses_the_family():
-    assert family_of(raw("dream")) is DreamModel
-    assert family_of(raw("llada")) is LLaDAModel
-
-
 @pytest.mark.parametrize("names", [["Qwen2ForCausalLM"], [], None, "DreamModel", ["DreamModel", "LLaDAModelLM"], [3]])
 def test_another_architecture_is_refused_with_the_list(names):
     with pytest.raises(ConfigurationError) as caught:

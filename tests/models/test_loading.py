@@ -12,7 +12,6 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from server.errors import ConfigurationError
-from server.hub import resolve_checkpoint
 from server.models.loading import load_diffusion_model
 from server.models.registry import PUBLISHED
 from server.models.weights import checkpoint_dtype
@@ -345,16 +344,10 @@ def hub(tmp_path, monkeypatch):
     return repository / "snapshots"
 
 
-def test_a_hub_id_without_a_revision_is_the_main_branch(hub):
-    loaded = load_diffusion_model("owner/tiny")
-    assert loaded.info.id == "owner/tiny"
-    assert loaded.info.tokenizer_path == str(hub / ("2" * 40))
-
-
-def test_a_hub_id_can_be_pinned(hub):
-    pinned = "1" * 40
-    assert resolve_checkpoint(f"owner/tiny@{pinned}") == hub / pinned
-    assert load_diffusion_model(f"owner/tiny@{pinned}").info.id == "owner/tiny"
+@pytest.mark.parametrize(("revision", "commit"), [("", "2" * 40), ("@" + "1" * 40, "1" * 40)])
+def test_a_hub_id_is_the_main_branch_unless_it_is_pinned(hub, revision, commit):
+    info = load_diffusion_model(f"owner/tiny{revision}").info
+    assert (info.id, info.tokenizer_path) == ("owner/tiny", str(hub / commit))
 
 
 def test_a_hub_model_of_another_kind_is_refused_by_its_config(hub):

@@ -133,15 +133,6 @@ def test_attention_gradients(causal: bool) -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(layout, 0, *x), (q, k, v))
 
 
-def test_projections_of_a_wider_tensor_are_not_disturbed() -> None:
-    """q, k and v may be views with any stride, as after a stacked projection."""
-    q, k, v = random(4, (10, 4, 8), (10, 2, 8), (10, 2, 8))
-    whole = torch.cat((q, k, v), dim=1)
-    layout = PackedLayout.of([5, 5])
-    views = attend(layout, 0, whole[:, :4], whole[:, 4:6], whole[:, 6:])
-    torch.testing.assert_close(views, attend(layout, 0, q, k, v), rtol=0, atol=1e-15)
-
-
 def test_rows_that_grow_share_the_first_prefix_and_hold_what_they_added() -> None:
     none, parent, child = chain(5, 2, 4)
     layout = PackedLayout.of([2, 1, 3], prefixes=[none, parent, child])

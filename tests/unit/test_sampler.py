@@ -127,13 +127,6 @@ def test_eos_waits_under_a_threshold_until_all_others_are_revealed() -> None:
     assert above(confidence, eos, 0.9, deprioritize_eos=False) == [0, 1, 3]
 
 
-def test_a_bound_of_nothing_reveals_what_entropy_reveals_one_at_a_time() -> None:
-    for seed in range(100):
-        rng = np.random.default_rng(seed)
-        confidence, eos = -rng.exponential(size=6), rng.random(6) < 0.5
-        assert bounded(confidence, eos, 0.0) == revealed(confidence, eos, 1)
-
-
 def test_bounds_at_their_ends_reveal_everything_or_the_least() -> None:
     assert len(bounded(SPREAD, ~NONE, 1000.0)) == len(above(np.exp(SPREAD), ~NONE, 0.0)) == 4
     assert bounded(SPREAD, NONE, 0.0, 3) == [0, 1, 3]

@@ -47,18 +47,6 @@ def gpu(test: Any) -> Any:
 # -- on any machine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here"),
-        ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
-    ],
-)
-def test_what_this_device_cannot_do_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigurationError, match=key):
-        load(replace(CONFIG, **changes))
-
-
 def test_the_table_is_with_the_logits_and_everything_else_with_the_model() -> None:
     """`meta` stands for the other device: what is computed there has a shape and no values."""
     model = reward("llada", vocab_fallback="zero", table_device=torch.device("meta"))

@@ -54,6 +54,9 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
         ({"reward_device": "cuda:99"}, "reward_device: 'cuda:99' cannot be used"),
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"disable_savings": ("skip_nothing",)}, "disable_savings"),
+        ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
+        ({"attention_backend": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
+        ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], key: str) -> None:
