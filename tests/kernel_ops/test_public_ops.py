@@ -23,9 +23,12 @@ def test_importing_kernels_does_not_import_triton():
     assert out.strip() == "False"
 
 
-def test_what_runs_where_none_is_named(case, make_case):
+def test_what_runs_where_none_is_named(case, make_case, monkeypatch):
+    choose_kernels(monkeypatch, BACKEND="")
+    expected = "cpp" if "cpp" in kernels.available_backends() else "torch"
+    assert kernels.begin(case.logits, case.params).backend == expected
     if not torch.cuda.is_available():
-        assert kernels.default_backend() == kernels.begin(case.logits, case.params).backend
+        assert kernels.default_backend() == expected
     wide = make_case(2, 9, 2, torch.float64, "cpu")
     assert kernels.begin(wide.logits, wide.params).backend == "torch"
     if "cpp" in kernels.available_backends():

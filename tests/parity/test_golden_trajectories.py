@@ -7,12 +7,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
 import kernels
 from kernels import dispatch
 from tests.support.golden import golden_jobs, replay
-from tests.support.kernels import choose_kernels
 
 
 def test_every_recorded_run_comes_out_in_float64(pair64: Any, family: str) -> None:
@@ -39,15 +37,6 @@ def test_recorded_runs_in_float32(pair32: Any, family: str, backend: str, monkey
     assert not wrong
     assert runs > 20
     assert set(opened) == {backend}
-
-
-def test_the_compiled_backend_runs_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which implementation is chosen is no accident: float64 takes plain torch, float32 the compiled passes if any."""
-    choose_kernels(monkeypatch, BACKEND="")
-    assert dispatch.choose(torch.device("cpu"), torch.float64) == "torch"
-    expected = "cpp" if "cpp" in dispatch.available_backends() else "torch"
-    assert dispatch.choose(torch.device("cpu"), torch.float32) == expected
-    assert kernels.default_backend() in kernels.BACKENDS
 
 
 @pytest.mark.parametrize("number", range(0, 40, 8))
