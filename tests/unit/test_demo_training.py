@@ -14,7 +14,7 @@ from torch.nn import functional
 from demo.batches import BatchMaker
 from demo.corpus import Corpus
 from demo.human_ratings import ARCHIVE, FILES, RatingsUnavailable, download, load_or_warn, read
-from demo.muon import orthogonalised
+from demo.muon import Muon, orthogonalised
 from demo.rewards_data import GradedTexts, RatedSnippet
 from demo.tokenizer import END_OF_TEXT, IM_END, MASK, build_tokenizers
 from demo.train_dlm import DlmTraining, initialise, masked_loss, train_dlm
@@ -82,6 +82,19 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
     assert 0.5 < values.min() <= values.max() < 1.3
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     assert (functional.cosine_similarity(found.flatten(1), (left @ right).flatten(1)) > 0.95).all()
+
+
+def test_muon_fits_a_linear_map_whichever_side_is_longer():
+    torch.manual_seed(0)
+    wide, tall = torch.zeros(6, 10, requires_grad=True), torch.zeros(10, 6, requires_grad=True)
+    goals = (torch.randn(6, 10), torch.randn(10, 6))
+    muon = Muon([wide, tall], momentum=0.9, weight_decay=0.0)
+    for step in range(300):
+        loss = sum((((p - goal) ** 2).sum() for p, goal in zip((wide, tall), goals, strict=True)), torch.zeros(()))
+        for parameter, gradient in zip((wide, tall), torch.autograd.grad(loss, (wide, tall)), strict=True):
+            parameter.grad = gradient
+        muon.step(0.2 * (1 - step / 300))
+    assert loss.item() < 0.05 * sum((goal**2).sum() for goal in goals).item()
 
 
 def test_training_lowers_the_loss_and_is_the_same_for_the_same_seed(tokenizers):
