@@ -57,8 +57,7 @@ def resolve_checkpoint(
     `check_config` gets the parsed config.json before any weight is fetched and raises to refuse it. `known` lists model
     names for the message of a wrong one. Raises ConfigurationError.
     """
-    folder = _local_folder(path_or_id)
-    if folder is not None:
+    if (folder := _local_folder(path_or_id)) is not None:
         return folder
     match = _HUB_ID.fullmatch(str(path_or_id))
     hint = f"; known models: {known}" if known else ""

@@ -18,7 +18,6 @@ Algorithm = Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy
 Schedule = Literal["linear", "even"]
 Confidence = Literal["base", "guided"]
 FinishReason = Literal["stop", "length"]
-Role = Literal["system", "user", "assistant"]
 
 ADAPTIVE_ALGORITHMS: frozenset[str] = frozenset({"entropy_bound", "threshold"})
 """Those that choose at every step how many positions to reveal. Not exact: tokens revealed together do not see each
@@ -29,7 +28,7 @@ other, and no schedule says how many they are."""
 class Message:
     """One turn of a conversation."""
 
-    role: Role
+    role: Literal["system", "user", "assistant"]
     content: str
 
 

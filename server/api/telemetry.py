@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
-SERVICE = "entrgi-server"
 LAST_SPANS_SECONDS = 3.0
 Attributes = dict[str, str | bool | int | float | list[str]]
 
@@ -42,20 +41,16 @@ def exporting_provider(endpoint: str | None, environment: Mapping[str, str] = os
         return None
     for name in PROTOCOL_VARIABLES:
         if environment.get(name, PROTOCOL) != PROTOCOL:
-            raise ConfigurationError(
-                f"{name}: traces are sent by {PROTOCOL}, usually to port 4318, and by nothing else"
-            )
+            raise ConfigurationError(f"{name}: traces are sent by {PROTOCOL} only, usually to port 4318")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigurationError(
-            "otlp_endpoint: traces need the packages of requirements-otel.lock, which are not installed"
-        ) from error
+        raise ConfigurationError("otlp_endpoint: the packages of requirements-otel.lock are not installed") from error
     exporter = OTLPSpanExporter(None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces")
-    name = environment.get("OTEL_SERVICE_NAME") or SERVICE
+    name = environment.get("OTEL_SERVICE_NAME") or "entrgi-server"
     resource = Resource.create({"service.name": name, "service.version": __version__})
     provider = SdkTracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -86,7 +81,6 @@ def fastapi_config(provider: TracerProvider | None, root_path: str) -> Telemetry
 def request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
     """Of the span of one prompt's generation, when it begins."""
     sampling, diffusion, guidance = job.sampling, job.diffusion, job.guidance
-    names = [weighted.model for weighted in guidance.reward_models]
     attributes: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "entrgi",
@@ -105,7 +99,7 @@ def request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
         "entrgi.diffusion.algorithm": diffusion.algorithm,
         "entrgi.guidance.method": guidance.method,
         "gen_ai.request.top_k": sampling.top_k,
-        "entrgi.guidance.reward_models": names or None,
+        "entrgi.guidance.reward_models": [weighted.model for weighted in guidance.reward_models] or None,
         "entrgi.guidance.gradient_steps": guidance.gradient_steps if guidance.uses_gradient else None,
     }
     return {name: value for name, value in attributes.items() if value is not None}

@@ -95,23 +95,18 @@ class Dispatcher:
         were_apart = self._has_suspects(worker)
         had = list(self._held[worker].values())
         self._held[worker] = {}
-        suspects: list[Pending] = []
-        innocent: dict[str, Pending] = {}
         for pending in had:
             pending.losses += not pending.begun
-            if were_apart or pending.begun or pending.losses >= SUSPICIOUS_LOSSES:
-                pending.suspect = True
-                suspects.append(pending)
-            else:
-                innocent[pending.id] = pending
+            pending.suspect = were_apart or pending.begun or pending.losses >= SUSPICIOUS_LOSSES
             pending.worker, pending.begun = None, False
+        suspects = [pending for pending in had if pending.suspect]
         if len(had) == len(suspects) == 1:
             had[0].lone_deaths += 1
         size = 1 if were_apart else max(1, isqrt(len(suspects)))
         again = [pending for pending in suspects if not pending.convicted]
         groups = [again[start : start + size] for start in range(0, len(again), size)]
         self._groups += [{pending.id: pending for pending in group} for group in groups]
-        self._waiting = innocent | self._waiting
+        self._waiting = {pending.id: pending for pending in had if not pending.suspect} | self._waiting
         return had
 
     def _has_suspects(self, worker: int) -> bool:

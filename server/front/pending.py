@@ -62,8 +62,7 @@ class Pending:
                     return True
                 self._started = True
             case Progress(trajectory=trajectory, step=step, revealed=revealed):
-                given = self._progress.get((trajectory, step))
-                if given is not None:
+                if (given := self._progress.get((trajectory, step))) is not None:
                     return given == revealed
                 self._progress[trajectory, step] = revealed
             case Canvas(trajectory=trajectory, step=step):

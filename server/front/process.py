@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from server.errors import EngineFailed
-from server.wire.messages import LENGTH, ChannelClosed, Event, Heartbeat, body_length, decode_event
+from server.wire.messages import EVENT, LENGTH, ChannelClosed, Event, Heartbeat, body_length, decode
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class WorkerProcess:
         """The next event; notes that the worker lives. Raises ChannelClosed and ProtocolError."""
         try:
             prefix = await self._reader.readexactly(LENGTH.size)
-            event = decode_event(await self._reader.readexactly(body_length(prefix)))
+            event = decode(EVENT, await self._reader.readexactly(body_length(prefix)))
         except (asyncio.IncompleteReadError, OSError) as error:
             raise ChannelClosed("the worker closed its end") from error
         self._heard_at = asyncio.get_running_loop().time()

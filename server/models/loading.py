@@ -66,12 +66,16 @@ def load_diffusion_model(
         raise ConfigurationError(f"mask_token_id and eos_token_id are both {mask}")
     with torch.device("meta"):
         model = family(family.read_config({**config, "mask_token_id": mask}))
-    _check_rows(tokenizer, model.vocab_size, mask_token_id=mask, eos_token_id=eos, pad_token_id=pad)
+    for key, token_id in (("mask_token_id", mask), ("eos_token_id", eos), ("pad_token_id", pad)):
+        if token_id >= model.vocab_size:  # every id must have a row of logits
+            raise ConfigurationError(f"{key} = {token_id} is outside the model's vocabulary of {model.vocab_size}")
+    if tokenizer.vocab_size > model.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}"
+        raise ConfigurationError(f"{sizes}: they do not belong together")
     load_weights(
         model, folder, dtype=dtype, device=device, ignored=model.ignored_weights, stored_name=model.stored_name
     )
-    where = model.device, model.activation_dtype, model.shape.head_size
-    model.model.attention_backend = varlen.choose("auto", *where)
+    model.model.attention_backend = varlen.choose("auto", model.device, model.activation_dtype, model.shape.head_size)
     turns = [tokenizer.id_of(token) for token in END_OF_TURN_TOKENS]
     canvas = ConfigReader(generation, GENERATION).integer("max_new_tokens", DEFAULT_MAX_TOKENS)
     info = ModelInfo(
@@ -105,14 +109,3 @@ def _ids(key: str, config: Mapping[str, Any], generation: Mapping[str, Any], tok
             raise ConfigurationError(f"{key} must be a token id, not {quote(value)}")
         return values
     raise ConfigurationError(f"neither config.json nor generation_config.json nor the tokenizer has {key}")
-
-
-def _check_rows(tokenizer: Tokenizer, vocab_size: int, **ids: int) -> None:
-    """Every id must have a row of logits."""
-    for key, token_id in ids.items():
-        if token_id >= vocab_size:
-            raise ConfigurationError(f"{key} = {token_id} is outside the model's vocabulary of {vocab_size}")
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigurationError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab_size}: they do not belong together"
-        )

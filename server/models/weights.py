@@ -48,8 +48,7 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ConfigurationError(f"{folder.name}: {INDEX_FILE} names {quote(shard)}, not a safetensors file beside")
-    absent = sorted(shard for shard in set(weight_map.values()) if not (folder / shard).is_file())
-    if absent:
+    if absent := sorted(shard for shard in set(weight_map.values()) if not (folder / shard).is_file()):
         raise ConfigurationError(f"{folder.name}: shards are missing: {_listing(absent)}")
     return {name: folder / shard for name, shard in weight_map.items()}
 
@@ -82,8 +81,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                         found[name] = StoredTensor(path, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(f"{folder.name}: {path.name} is damaged: {error}") from error
-    lost = sorted(set(indexed or ()) - set(found))
-    if lost:
+    if lost := sorted(set(indexed or ()) - set(found)):
         raise ConfigurationError(f"{folder.name}: the shards lack tensors that the index promises: {_listing(lost)}")
     return found
 
@@ -131,8 +129,7 @@ def load_weights(
             f"{name} ({stored[name].dtype})" for name in common if stored[name].dtype not in STORED_DTYPES
         ],
     }
-    found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in problems.items() if names)
-    if found:
+    if found := "; ".join(f"{kind}: {_listing(names)}" for kind, names in problems.items() if names):
         raise ConfigurationError(f"the checkpoint's tensors do not fit config.json; {found}")
     weights = {ours: _read(name, stored[name].file, dtype, torch.device(device)) for ours, name in names.items()}
     module.load_state_dict(weights, strict=True, assign=True)

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Iterable
 
-from server.wire.messages import LENGTH, ChannelClosed, Event, ToWorker, body_length, decode_to_worker, frame
+from server.wire.messages import LENGTH, TO_WORKER, ChannelClosed, Event, ToWorker, body_length, decode, frame
 
 READ_BYTES = 256 * 2**10
 
@@ -56,7 +56,7 @@ class WorkerChannel:
             end = body + body_length(self._buffer[start:body])
             if len(self._buffer) < end:
                 break
-            messages.append(decode_to_worker(bytes(self._buffer[body:end])))
+            messages.append(decode(TO_WORKER, bytes(self._buffer[body:end])))
             start = end
         del self._buffer[:start]
         return messages

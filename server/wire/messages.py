@@ -164,8 +164,8 @@ Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()
 # mypy does not see that a union is a type form, hence the annotations.
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-_event: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+EVENT: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def subject(event: Event) -> str | None:
@@ -192,17 +192,8 @@ def body_length(prefix: bytes | bytearray) -> int:
     return length
 
 
-def decode_to_worker(body: bytes) -> ToWorker:
-    """A message to the worker. Raises ProtocolError for anything else."""
-    return _decode(_to_worker, body)
-
-
-def decode_event(body: bytes) -> Event:
-    """An event of the worker. Raises ProtocolError for anything else."""
-    return _decode(_event, body)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
+def decode(decoder: msgspec.msgpack.Decoder[Decoded], body: bytes) -> Decoded:
+    """A message of the kind that `decoder` takes, `TO_WORKER` or `EVENT`. Raises ProtocolError for anything else."""
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ def answer(
     one_by_one: bool = False,
 ) -> JobResult:
     """The result of a job; `one_by_one` reads its final rewards in more passes, which takes less memory."""
-    job = entry.job
+    job, weighted = entry.job, entry.job.guidance.reward_models
     trajectories = [entry.finished[index] for index in range(job.sampling.best_of)]
     texts = [_text(trajectory, loaded, entry.stopped) for trajectory in trajectories]
     rewards = _final_rewards(job, [text.text for text in texts], reward_models, one_by_one)
@@ -36,7 +36,7 @@ def answer(
             finish_reason=text.finish_reason,
             completion_tokens=text.completion_tokens,
             stop_reason=text.stop_reason,
-            reward=_weighted(job, reward),
+            reward=math.fsum(each.weight * reward[each.model] for each in weighted) if weighted else None,
             rewards=reward,
             trace=tuple(trajectory.trace),
         )
@@ -80,8 +80,3 @@ def _final_rewards(
         for reward, score in zip(rewards, scores, strict=True):
             reward[weighted.model] = float(score)
     return rewards
-
-
-def _weighted(job: Job, rewards: Mapping[str, float]) -> float | None:
-    models = job.guidance.reward_models
-    return math.fsum(weighted.weight * rewards[weighted.model] for weighted in models) if models else None

@@ -66,6 +66,6 @@ class Demand:
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]
             before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
-            cached = self.savings.reward_prefix_cache
-            contexts[weighted.model] = RewardContext.of(model, before, after, cached=cached)
+            context = RewardContext.of(model, before, after, cached=self.savings.reward_prefix_cache)
+            contexts[weighted.model] = context
         return contexts

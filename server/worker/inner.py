@@ -56,7 +56,7 @@ class InnerSteps:
         first_w: Tensor | None = None
         by_steps = itertools.groupby(reversed(group.members), key=lambda member: member.step.gradient_steps)
         for leaving in [group.of(tuple(members)[::-1]) for _, members in by_steps]:
-            steered = self._steer(staying, state, objectives, done, leaving.gradient_steps)
+            steered = self._steer(staying, state, objectives, range(done, leaving.gradient_steps))
             seen += steered.rewards
             first_w = steered.first_w if first_w is None else first_w
             done = leaving.gradient_steps
@@ -69,20 +69,13 @@ class InnerSteps:
                 state, left = state.split(row, done)
             rewards = [reward[first : first + len(leaving.members)] for reward in seen]
             if any(member.trajectory.job.trace for member in leaving.members):
-                rewards += self._steer(leaving, left, after, done, done, read_after=True).rewards
+                rewards += self._steer(leaving, left, after, range(done, done), reads=True).rewards
             rows = slice(row, row + leaving.count)
             cohorts.append(Cohort(leaving, left, rows, tuple(rewards), None if first_w is None else first_w[rows]))
         return cohorts
 
     def _steer(
-        self,
-        group: Group,
-        state: kernels.Guided,
-        objectives: list[Objective],
-        first: int,
-        stop: int,
-        *,
-        read_after: bool = False,
+        self, group: Group, state: kernels.Guided, objectives: list[Objective], steps: range, *, reads: bool = False
     ) -> Steered:
         responses = Responses.of(
             [member.trajectory.tokens for member in group.members],
@@ -98,10 +91,10 @@ class InnerSteps:
             [member.trajectory.job.guidance.method for member in group.members],
             [member.step for member in group.members],
             group.keys,
-            stop,
-            first_step=first,
+            steps.stop,
+            first_step=steps.start,
             timings=self.timings,
-            read_after=read_after,
+            read_after=reads,
         )
 
     def _objective(self, name: str, group: Group) -> Objective:

@@ -83,7 +83,8 @@ class Loop:
         the scorer; what passes ends the worker: ChannelClosed when the parent is gone, and whatever breaks the device.
         """
         runner, scorer = self._service.runner, self._service.scorer
-        runner.begin = self._begin
+        # At once, not with the step's other events: there will be none if the step kills us.
+        runner.begin = lambda job_id: self._channel.send([Begun(job_id)])
         while True:
             self._pass_began = None
             messages = self._channel.receive(block=not (runner.has_work or scorer.has_work))
@@ -104,10 +105,6 @@ class Loop:
         began = self._pass_began
         seconds = 0.0 if began is None else time.monotonic() - began
         return Heartbeat(self._service.runner.stats, seconds)
-
-    def _begin(self, job_id: str) -> None:
-        """At once, not with the step's other events: there will be none if the step kills us."""
-        self._channel.send([Begun(job_id)])
 
     def _take(self, message: ToWorker) -> list[Event]:
         runner, scorer = self._service.runner, self._service.scorer

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import numpy as np
 
 from server.budget import Budget
-from server.diffusion.schedule import Step
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Job
@@ -118,7 +117,7 @@ class Runner:
             (trajectory, step)
             for entry in self.book
             for trajectory in entry.running.values()
-            if (step := self._next_step(trajectory)) is not None
+            if (step := trajectory.next_step(skip_empty=self.savings.skip_empty_steps)) is not None
         ]
         if not batch:
             return
@@ -158,7 +157,7 @@ class Runner:
         """Move finished trajectories out; when all K are there, score and answer."""
         job = entry.job
         for index, trajectory in list(entry.running.items()):
-            if entry.stopped or self._next_step(trajectory) is None:
+            if entry.stopped or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
                 entry.finished[index] = entry.running.pop(index)
                 trajectory.contexts.clear()  # memory that the next one may need
         if entry.stopped:
@@ -186,6 +185,3 @@ class Runner:
             events += failed([entry.job.id], error)
             if is_out_of_memory(error):
                 self.denoiser.ran_out()
-
-    def _next_step(self, trajectory: Trajectory) -> Step | None:
-        return trajectory.next_step(skip_empty=self.savings.skip_empty_steps)

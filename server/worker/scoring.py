@@ -59,8 +59,7 @@ class Scorer:
         """Score one pack of items; the answers of the requests that are complete with it, and the failures of those
         with an item that cannot be scored."""
         events: list[Event] = []
-        pack = self._pack(events)
-        if pack:
+        if pack := self._pack(events):
             self._score(pack, events)
         for request in list(self._requests.values()):
             if len(request.scores) == len(request.message.items):

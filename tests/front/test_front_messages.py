@@ -81,16 +81,16 @@ def test_every_message_survives_the_wire(kind: type, data: st.DataObject) -> Non
     message = data.draw(anything(kind))
     encoded = messages.frame(message)
     assert messages.body_length(encoded[:4]) == len(encoded) - 4
-    decode = messages.decode_to_worker if kind in typing.get_args(ToWorker) else messages.decode_event
-    assert decode(encoded[4:]) == message
+    decoder = messages.TO_WORKER if kind in typing.get_args(ToWorker) else messages.EVENT
+    assert messages.decode(decoder, encoded[4:]) == message
 
 
 @given(body=st.binary(max_size=200))
 @settings(deadline=None)
 def test_noise_is_never_a_message_nor_another_exception(body: bytes) -> None:
-    for decode in (messages.decode_to_worker, messages.decode_event):
+    for decoder in (messages.TO_WORKER, messages.EVENT):
         try:
-            decoded = decode(body)
+            decoded = messages.decode(decoder, body)
         except ProtocolError:
             continue
         assert isinstance(decoded, msgspec.Struct)
@@ -99,7 +99,7 @@ def test_noise_is_never_a_message_nor_another_exception(body: bytes) -> None:
 @pytest.mark.parametrize("body", [pickle.dumps(Cancel("a")), messages.frame(messages.Started("a"))[4:]])
 def test_a_pickle_or_an_event_is_not_a_message_to_the_worker(body: bytes) -> None:
     with pytest.raises(ProtocolError):
-        messages.decode_to_worker(body)
+        messages.decode(messages.TO_WORKER, body)
 
 
 def test_a_frame_over_the_limit_is_neither_sent_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
