@@ -63,8 +63,7 @@ def attend(
 ) -> Tensor:
     """Attention within each sequence, differentiable: q (Tq, H, d), k and v (Tk, Hkv, d) with Hkv a divisor of H ->
     (Tq, H, d). `scale` None is 1 / sqrt(d). ValueError for a backend that is no kernel."""
-    implementation = _IMPLEMENTATIONS.get(backend)
-    if implementation is None:
+    if (implementation := _IMPLEMENTATIONS.get(backend)) is None:
         raise ValueError(f"{backend!r} is no variable-length attention; known: {', '.join(_IMPLEMENTATIONS)}")
     return implementation(q, k, v, spans, causal, scale)
 
@@ -120,8 +119,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
         if device.type == "cuda":
             log.info("attention of %d channels in %s: %s", head_size, dtype, found)
         return found
-    reason = unavailable(name, device, dtype, head_size)
-    if reason is not None:
+    if (reason := unavailable(name, device, dtype, head_size)) is not None:
         raise ValueError(f"{name} cannot run here: {reason}")
     return name
 

@@ -27,9 +27,7 @@ def quote(value: object) -> str:
     if isinstance(value, str | bytes):
         value = value[: QUOTED_CHARACTERS + 1]  # the repr of a megabyte is not built to be thrown away
     text = repr(value).encode("ascii", "backslashreplace").decode("ascii")
-    if len(text) <= QUOTED_CHARACTERS:
-        return text
-    return text[: QUOTED_CHARACTERS - 3] + "..."
+    return text if len(text) <= QUOTED_CHARACTERS else text[: QUOTED_CHARACTERS - 3] + "..."
 
 
 class EntrgiError(Exception):

@@ -94,9 +94,8 @@ def _load(target: str) -> ctypes.CDLL | str:
     if target == "off":
         return "KERNELS_CPP is off"
     try:
-        return ctypes.CDLL(
-            str(compile_library(cache_folder(), BASELINE_FLAGS if target == "baseline" else NATIVE_FLAGS))
-        )
+        flags = BASELINE_FLAGS if target == "baseline" else NATIVE_FLAGS
+        return ctypes.CDLL(str(compile_library(cache_folder(), flags)))
     except (RuntimeError, OSError) as error:
         log.warning("C++ kernels are not available, plain torch runs instead: %s", error)
         return str(error)

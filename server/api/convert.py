@@ -161,7 +161,6 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
 
 
 def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
-    loaded = [reward.id for reward in info.reward_models]
     if asked.start >= asked.stop:
         field = "guidance.stop" if "stop" in asked.model_fields_set else "guidance.start"
         raise InvalidRequest("`guidance.start` must be less than `guidance.stop`", field)
@@ -173,7 +172,7 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     if asked.reward_model is not None:
         terms = (WeightedReward(asked.reward_model),)
     elif not terms and asked.method != "none":
-        terms = (WeightedReward(loaded[0]),)
+        terms = (WeightedReward(info.reward_models[0].id),)
     own = {each.name: getattr(asked, each.name) for each in fields(GuidanceParams)}
     return GuidanceParams(**own | {"reward_models": terms})
 

@@ -100,8 +100,6 @@ class _Record:
             case Failed(kind=kind):
                 self._span.set_status(Status(StatusCode.ERROR))
                 self._fail(kind)
-            case _:
-                pass
 
     def close(self) -> None:
         """The job is over, one way or another; without an answer, the client has left."""

@@ -39,7 +39,6 @@ REWARD_BUCKETS = (
     15.0, 20.0, 30.0, 40.0,
 )  # fmt: skip
 
-
 RENAMED = {"out_of_memory": "out_of_memory_batches"}
 # By the names of fields of `RunnerStats`.
 HELP = {
@@ -137,12 +136,10 @@ class _WorkerCollector(Collector):
             else:
                 yield CounterMetricFamily(PREFIX + RENAMED.get(name, name), text, value=value)
         restarts = sum(replica.restarts for replica in engine.replicas)
-        yield CounterMetricFamily(
-            PREFIX + "worker_restarts", "Worker processes started after the first", value=restarts
-        )
-        ready = GaugeMetricFamily(
-            PREFIX + "worker_ready", "1 for a worker that can take work, else 0", labels=["worker"]
-        )
+        text = "Worker processes started after the first"
+        yield CounterMetricFamily(PREFIX + "worker_restarts", text, value=restarts)
+        text = "1 for a worker that can take work, else 0"
+        ready = GaugeMetricFamily(PREFIX + "worker_ready", text, labels=["worker"])
         for replica in engine.replicas:
             ready.add_metric([str(replica.rank)], float(replica.ready))
         yield ready

@@ -22,7 +22,6 @@ from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
 PLAYGROUND = (Path(__file__).parent / "playground" / "index.html").read_text(encoding="utf-8")
-OWNER = "entrgi"
 
 router = APIRouter()
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -60,7 +59,7 @@ class Model(Answer):
     id: str
     object: Literal["model"] = "model"
     created: int
-    owned_by: str = OWNER
+    owned_by: str = "entrgi"
     root: str
     type: Literal["diffusion", "reward"]
     family: str
@@ -164,7 +163,6 @@ async def _models(request: Request) -> list[Model]:
     frontend = frontend_of(request)
     engine, settings = frontend.engine.info, frontend.settings
     served = Served.of(engine, settings)
-    chat = (await frontend.tokenizer()).has_chat_template
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
         own = {name: value for name, value in asdict(info).items() if name in Model.model_fields}
@@ -175,7 +173,7 @@ async def _models(request: Request) -> list[Model]:
         type="diffusion",
         guidance_methods=list(served.methods),
         algorithms=list(get_args(Algorithm)),
-        chat=chat,
+        chat=(await frontend.tokenizer()).has_chat_template,
         defaults=_defaults(engine, served, settings.request_timeout),
         limits={
             "trajectories": settings.max_trajectories,

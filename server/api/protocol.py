@@ -115,9 +115,8 @@ class Connection(H11Protocol):
         """uvicorn's hook for bytes that are not HTTP."""
         error = sys.exc_info()[1]
         too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
-        self._refuse(
-            HeadersTooLarge("the header is too large") if too_large else InvalidRequest("this is not HTTP/1.1")
-        )
+        refusal = HeadersTooLarge("the header is too large") if too_large else InvalidRequest("this is not HTTP/1.1")
+        self._refuse(refusal)
 
     def _unsupported_upgrade_warning(self) -> None:
         """`Upgrade` is an offer (JDK's client makes it with every request, for h2c), and it may be left alone."""

@@ -160,8 +160,6 @@ class Chunks:
                 yield self._chunk() | {"canvas": canvas}
             case Finished(result=result):
                 yield from self._finished(prompt, result)
-            case _:
-                pass
 
     def _finished(self, prompt: int, result: JobResult) -> Iterator[Data]:
         """The rest of each choice's text and its end; with the last prompt also what concerns the whole request."""

@@ -143,8 +143,6 @@ def _content(value: object) -> object:
 
 _Parts: TypeAlias = Annotated[list[TextPart], Field(min_length=1)]
 Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | _Parts)]
-
-
 NoList: TypeAlias = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -194,7 +192,6 @@ Queries: TypeAlias = Annotated[
     BeforeValidator(_queries, json_schema_input_type=str | Conversation | _QueryList),
     Field(min_length=1, max_length=MAX_PAIRS),
 ]
-
 
 _ResponseList: TypeAlias = Annotated[list[Content], Field(min_length=1, max_length=MAX_PAIRS), Within("pairs")]
 Responses: TypeAlias = Annotated[_ResponseList, BeforeValidator(_texts, json_schema_input_type=str | _ResponseList)]

@@ -69,9 +69,8 @@ class PlainReward:
     def score(self, ids: Sequence[int]) -> float:
         """Final reward of a whole tokenised conversation."""
         with torch.no_grad():
-            embeds = self.own(ids)
             padding = self.pads(ids)
-            return float(self.read(embeds, torch.ones_like(padding), padding))
+            return float(self.read(self.own(ids), torch.ones_like(padding), padding))
 
 
 class PlainRows(NamedTuple):
@@ -212,26 +211,19 @@ class PlainLoop:
         """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1); in float32 at least, in
         which a 16-bit model's logits are exact, and what is computed of them is not rounded to 16 bits again."""
         layout = PackedLayout.of((len(canvas),), self.device)
-        conditional = self.model.masked_logits(canvas, layout, rows + prompt_length)
-        scale = job.diffusion.cfg_scale
-        if scale == 0.0:
-            return conditional.to(torch.promote_types(conditional.dtype, torch.float32))
-        blind = torch.full_like(canvas, self.info.mask_token_id)
-        blind[prompt_length : prompt_length + length] = canvas[prompt_length : prompt_length + length]
-        unconditional = self.model.masked_logits(blind, layout, rows + prompt_length)
-        logits = unconditional + (scale + 1.0) * (conditional - unconditional)
+        logits = self.model.masked_logits(canvas, layout, rows + prompt_length)
+        if scale := job.diffusion.cfg_scale:
+            blind = torch.full_like(canvas, self.info.mask_token_id)
+            blind[prompt_length : prompt_length + length] = canvas[prompt_length : prompt_length + length]
+            unconditional = self.model.masked_logits(blind, layout, rows + prompt_length)
+            logits = unconditional + (scale + 1.0) * (logits - unconditional)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def keys(self, job: Job, trajectory: int, step: Step, inner: int, positions: Tensor) -> Tensor:
         """The random keys (N, 4) of section 1.4: (seed, prompt, trajectory, step, inner step, position)."""
-
-        def column(value: int) -> Tensor:
-            return torch.full_like(positions, value)
-
-        seed = torch.full_like(positions, job.sampling.seed)
-        return row_keys(
-            seed, column(job.prompt_index), column(trajectory), column(step.index), column(inner), positions
-        )
+        values = job.sampling.seed, job.prompt_index, trajectory, step.index, inner
+        columns = [*(torch.full_like(positions, value) for value in values), positions]
+        return row_keys(*columns)
 
     def steer(
         self,
@@ -266,9 +258,8 @@ class PlainLoop:
                 embeds = table[current].index_put((rows,), e).to(reward.table.dtype)
                 before, after = split_at_response(reward.tokenizer, job.conversation, job.response_suffix)
                 sequence = torch.cat([reward.own(before), embeds, reward.own(after)])
-                seen = torch.cat(
-                    [visible.new_ones(len(before)), visible, visible.new_ones(len(after))]
-                )  # prompt and suffix are never hidden
+                # Prompt and suffix are never hidden.
+                seen = torch.cat([visible.new_ones(len(before)), visible, visible.new_ones(len(after))])
                 own = torch.zeros_like(visible) if reward.padding is None else reward.padding[current]
                 padding = torch.cat([reward.pads(before), own, reward.pads(after)])
                 total = total + weighted.weight * reward.read(sequence, seen, padding)

@@ -28,7 +28,6 @@ MOST_GRAPHS = 48
 Pass = Callable[[Tensor, PackedLayout, Tensor], tuple[Tensor, ...]]
 """Inputs' x, layout and rows -> what is computed of them."""
 
-
 Record = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
 """Makes a graph of a pass over inputs that stay where they are, and returns what replays it: `recorder()`; without a
 GPU, in tests, the pass itself will do."""

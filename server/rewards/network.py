@@ -73,8 +73,7 @@ def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device) -> A
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(f"{folder.name}: the weights cannot be loaded: {_first_line(error)}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers fills them with random numbers
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise ConfigurationError(f"{folder.name}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
     if not network._supports_attention_backend or not isinstance(getattr(network, "score", None), torch.nn.Module):
         raise ConfigurationError(f"architectures: {type(network).__name__} cannot run with packed attention")

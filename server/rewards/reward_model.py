@@ -68,8 +68,7 @@ class RewardModel:
         self.shape = shape_of(network.config.get_text_config())
         own: torch.dtype = self._embed.weight.dtype
         self.activation_dtype = activation_dtype(own, self.device) if self.written_out else own
-        where = self.device, self.activation_dtype, self.shape.head_size
-        self.attention_backend = varlen.choose("auto", *where)
+        self.attention_backend = varlen.choose("auto", self.device, self.activation_dtype, self.shape.head_size)
         self.graphed_passes: GraphedPasses | None = None
         pad = network.config.get_text_config().pad_token_id
         self.pad_token_id: int | None = pad if pad is not None and pad >= 0 else None

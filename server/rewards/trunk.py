@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from server.models.layers import Decoder, DecoderConfig, Variant, compute_dtype
-from server.models.packing import PackedLayout, attend
+from server.models.packing import Attention, PackedLayout, attend
 from server.rewards.attention import Packed
 from server.types import DecoderShape
 
@@ -25,8 +25,7 @@ KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 
 def shape_of(config: Any) -> DecoderShape:
-    """The sizes in a transformers configuration; where it does not say, as if every head had its own keys and the MLP
-    were four times as wide as the stream."""
+    """Sizes in a transformers configuration. Where it names none: keys for every head, an MLP of 4 times the width."""
     width, heads = config.hidden_size, config.num_attention_heads
     return DecoderShape(
         hidden=width,
@@ -71,19 +70,17 @@ class Trunk:
 
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""
-        attention = partial(attend, layout, backend=backend)
-        return self._decoder.last_states(embeds, *self._rotations(layout, embeds), attention, layout)
+        return self._decoder.last_states(*self._inputs(layout, embeds, backend), layout)
 
     def keys_and_values(self, layout: PackedLayout, embeds: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (S, Hkv, size) of every layer; embeds (S, d)."""
-        attention = partial(attend, layout, backend=backend)
-        return self._decoder.keys_and_values(embeds, *self._rotations(layout, embeds), attention)
+        return self._decoder.keys_and_values(*self._inputs(layout, embeds, backend))
 
-    def _rotations(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    def _inputs(self, layout: PackedLayout, embeds: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Attention]:
+        """What both of the decoder's ways through it begin with: stream, cosines, sines (S, size / 2), attention."""
         like = torch.empty(0, dtype=compute_dtype(embeds.dtype), device=embeds.device)
-        cos, sin = self._rotary(like, layout.positions[None])
-        half = cos.shape[-1] // 2
-        return cos[0, :, :half], sin[0, :, :half]
+        cos, sin = (table[0, :, : table.shape[-1] // 2] for table in self._rotary(like, layout.positions[None]))
+        return embeds, cos, sin, partial(attend, layout, backend=backend)
 
 
 class Wrapped:
@@ -105,15 +102,14 @@ class Wrapped:
         return packed.captured
 
     def _run(self, packed: Packed, embeds: Tensor) -> Tensor:
-        output = self._base(
+        states: Tensor = self._base(
             inputs_embeds=embeds[None],
             attention_mask=None,
             position_ids=packed.layout.positions[None],
             use_cache=False,
             packed=packed,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden[0]
+        ).last_hidden_state
+        return states[0]
 
 
 def trunk_of(base: Any) -> Trunk | Wrapped:

@@ -70,11 +70,10 @@ class Tokenizer:
         self.unk_token_id = self._named_id("unk_token")
         self.mask_token_id = self._named_id("mask_token")
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, named_tokens, owner)
-        newline = self.encode_data("\n")
+        self._newline_ids = newline = self.encode_data("\n")
         # SentencePiece-like tokenizers put a space in front of the first word of a text, which a run that continues a
         # text must not get.
         after_newline = self.encode_data("\na")
-        self._newline_ids = newline
         self._prefixes_space = after_newline != newline + self.encode_data("a") and after_newline[:-1] == newline
 
     @classmethod
