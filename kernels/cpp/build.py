@@ -32,7 +32,14 @@ COMPILERS = ("g++", "c++", "clang++")
 COMMON_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 # Tried in order: a compiler without OpenMP or without -march still gives a correct, slower library.
 BASELINE_FLAGS: tuple[tuple[str, ...], ...] = (("-fopenmp",), ())
-NATIVE_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), *BASELINE_FLAGS)
+# Where a processor has vectors of 512 bits, compilers still prefer 256, but these passes are a tenth faster with 512.
+NATIVE_FLAGS = (
+    ("-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    ("-march=native", "-fopenmp"),
+    ("-mcpu=native", "-fopenmp"),
+    ("-march=native",),
+    *BASELINE_FLAGS,
+)
 COMPILE_SECONDS = 300
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # all that a pass takes; `enum Dtype` of tiles.h
