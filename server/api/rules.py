@@ -7,6 +7,7 @@ checked in `convert` and stands in the fields' descriptions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -99,15 +100,15 @@ class Strict(BaseModel):
         return made
 
 
-class Rule:
+class Rule(ABC):
     """What stands in a field's annotation and checks each value that is sent."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.with_info_after_validator_function(self.check, handler(source))
 
+    @abstractmethod
     def check(self, value: Any, info: ValidationInfo) -> Any:
         """The value, unless it breaks the rule; then it raises."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from server.methods import METHODS, gradient_methods
 from tests.faults.harness import Server, Verdict, meanwhile, percentile
 from tests.support.serving import chunks_of
 
@@ -25,7 +26,6 @@ PROMPTS = (
     "The book was",
     "Describe the restaurant that you tried, in a few words, and say what you would change about it if you could.",
 )
-METHODS = ("none", "bon", "expectation", "aps", "entrgi")
 # The models run in float64 where a seed must fix every token: the batch around a request cannot tip a near tie there.
 EXACT = ("--dtype", "float64", "--device", "cpu")
 
@@ -47,8 +47,8 @@ class Case:
 
 
 def catalogue(rounds: int, seed: int, longest: int = 32, fates: Sequence[int] = (8, 1, 1)) -> list[Case]:
-    """Seventeen different requests a round: every guidance method and algorithm, several prompts, choices and reward
-    models, infilling, scores, rankings; some streamed. `fates` weighs answered, cancelled and hurried ones."""
+    """In each round a request for every guidance method, and twelve others: algorithms, several prompts, choices and
+    reward models, infilling, scores, rankings; some streamed. `fates` weighs answered, cancelled and hurried ones."""
     generator = random.Random(seed)
     cases: list[Case] = []
 
@@ -75,7 +75,7 @@ def catalogue(rounds: int, seed: int, longest: int = 32, fates: Sequence[int] = 
     for _ in range(rounds):
         for method in METHODS:
             guidance: dict[str, Any] = {"method": method}
-            if method not in ("none", "bon"):
+            if method in gradient_methods():
                 guidance |= {"gradient_steps": generator.choice((1, 2, 3)), "eta": generator.choice((0.2, 0.5))}
             generate(guidance=guidance, **({} if method == "none" else {"best_of": generator.choice((1, 2, 3))}))
         generate(n=2)

@@ -100,9 +100,9 @@ def test_training_gradients_agree_with_finite_differences(family):
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
     values = []
     with torch.no_grad():
-        for step in (1e-5, -2e-5):
+        for step in (1e-6, -2e-6):
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(direction, alpha=step)
             values.append(loss())
-    difference = (values[0] - values[1]) / 2e-5
+    difference = (values[0] - values[1]) / 2e-6
     torch.testing.assert_close(difference, slope, rtol=1e-6, atol=0)

@@ -23,7 +23,7 @@ from server.diffusion.schedule import plan
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import RewardContext
 from server.guidance.steer import Steered, steer
-from server.methods import METHODS, Method
+from server.methods import METHODS, Method, gradient_methods
 from server.rewards.graphs import GraphedPasses
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
@@ -206,7 +206,7 @@ def rewards() -> list[RewardModel]:
 TIMED = Method(
     "timed", "Sees all that a weight may see.", "this test", lambda rows: rows.time * rows.entropy_tau / (1 + rows.step)
 )
-NAMES = ("entrgi", "expectation", "timed")
+NAMES = (*gradient_methods(), "timed")
 
 
 @pytest.fixture(autouse=True)
@@ -215,17 +215,18 @@ def _timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
-    """Inner steps of three trajectories, each with its own method."""
+    """Inner steps of one trajectory for each method."""
     rng = np.random.default_rng(5)
     canvases = [rng.integers(20, 500, 12) for _ in NAMES]
-    places = plan(12, DiffusionParams(3), GuidanceParams())
-    positions = [np.arange(3 * index, 12) for index in range(3)]
-    canvases[0][2] = EOS  # revealed: all behind it is hidden
+    places = plan(12, DiffusionParams(len(NAMES)), GuidanceParams())
+    positions = [np.arange(2 * index, 12) for index in range(len(NAMES))]
+    canvases[-1][2] = EOS  # revealed: all behind it is hidden
     canvases[1][1] = PAD
     responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
     count = len(responses.masked)
+    ones = torch.ones(len(NAMES), dtype=torch.float64)
     objectives = [
-        Objective(model, tuple(contexts(model, 3)), torch.full((3,), float(weight), dtype=torch.float64))
+        Objective(model, tuple(contexts(model, len(NAMES))), weight * ones)
         for weight, model in enumerate(rewards, start=1)
     ]
     generator = torch.Generator().manual_seed(1)
