@@ -10,9 +10,9 @@
 that OpenAI's do not: guidance, diffusion, rewards and the canvas.
 """
 
-from clients.aio import AsyncClient, AsyncEventStream
-from clients.client import Client, EventStream
-from clients.errors import (
+from .aio import AsyncClient, AsyncEventStream
+from .client import Client, EventStream
+from .errors import (
     ApiError,
     AuthenticationFailed,
     BadRequest,
@@ -27,10 +27,10 @@ from clients.errors import (
     Unavailable,
     UnexpectedResponse,
 )
-from clients.events import CanvasFrame, ChoiceFinished, Event, Summary, TextDelta
-from clients.options import Diffusion, Guidance, Message, Options, WeightedReward
-from clients.retry import RetryPolicy
-from clients.types import (
+from .events import CanvasFrame, ChoiceFinished, Event, Summary, TextDelta
+from .options import Diffusion, Guidance, Message, Options, WeightedReward
+from .retry import RetryPolicy
+from .types import (
     ChatChoice,
     ChatCompletion,
     Choice,

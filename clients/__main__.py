@@ -1,6 +1,6 @@
 """`python -m clients`."""
 
-from clients.cli import main
+from .cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -9,13 +9,13 @@ from typing import Any, TypeVar, Unpack
 
 import httpx
 
-from clients import calls
-from clients.calls import Call
-from clients.errors import ConnectionFailed
-from clients.events import Event, StreamReader
-from clients.options import Message, Options, Prompt, Queries, Query
-from clients.retry import RetryPolicy
-from clients.types import ChatCompletion, Completion, Model, Rerank, Scores, Tokenized
+from . import calls
+from .calls import Call
+from .errors import ConnectionFailed
+from .events import Event, StreamReader
+from .options import Message, Options, Prompt, Queries, Query
+from .retry import RetryPolicy
+from .types import ChatCompletion, Completion, Model, Rerank, Scores, Tokenized
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from clients.errors import ApiError, UnexpectedResponse, from_response
-from clients.options import Message, Options, Prompt, Queries, Query, request_body
-from clients.retry import retry_after
-from clients.types import ChatCompletion, Completion, Model, Rerank, Scores, Tokenized, decode
+from .errors import ApiError, UnexpectedResponse, from_response
+from .options import Message, Options, Prompt, Queries, Query, request_body
+from .retry import retry_after
+from .types import ChatCompletion, Completion, Model, Rerank, Scores, Tokenized, decode
 
 T = TypeVar("T")
 

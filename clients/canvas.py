@@ -6,17 +6,13 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from clients.events import CanvasFrame
+from .events import CanvasFrame
+from .terminal import printable
 
 MASKED = "░"
 SHOWN_TRAJECTORIES = 8
 # Entropy in nats below which a token counts as certain, likely, unsure; above the last: a guess.
 _STYLES = ((0.1, "bold"), (1.0, ""), (2.5, "yellow"), (float("inf"), "red"))
-
-
-def printable(text: str) -> str:
-    """`text` without the control characters that could steer a terminal; tabs and line ends stay."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class CanvasView:

@@ -1,4 +1,4 @@
-"""The command line: `python -m clients complete|models|score`, and `loadgen` for load.
+"""The command line: `entrgi`, or `python -m clients` in the repository.
 
 Texts go to standard output, everything about them to standard error, so that a pipe gets the text alone.
 """
@@ -10,32 +10,32 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple, fields
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from clients import loadgen
-from clients.calls import DEFAULT_URL
-from clients.canvas import CanvasView, printable
-from clients.client import Client, EventStream
-from clients.errors import ClientError
-from clients.events import CanvasFrame, ChoiceFinished, Summary, TextDelta
-from clients.options import Diffusion, Guidance, Options, WeightedReward
-from clients.types import GuidanceReport
-
-_OUT = Console(highlight=False, markup=False, soft_wrap=True)
-_ERR = Console(stderr=True, highlight=False, markup=False)
+from . import loadgen
+from .arguments import Parser, add_option, texts_of
+from .calls import DEFAULT_URL
+from .canvas import CanvasView
+from .client import Client, EventStream
+from .errors import ClientError
+from .events import CanvasFrame, ChoiceFinished, Summary, TextDelta
+from .options import Diffusion, Guidance, Options, WeightedReward
+from .terminal import console, printable
+from .types import GuidanceReport, StepTrace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 1 after an error that is printed."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except ClientError as error:
-        _ERR.print(f"error: {printable(str(error))}", style="red")
+        console(stderr=True).print(f"error: {printable(str(error))}", style="red")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -44,66 +44,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m clients", description="Talk to an entrgi server.")
-    connection = argparse.ArgumentParser(add_help=False)
-    connection.add_argument("--url", default=DEFAULT_URL, help="default: %(default)s")
-    connection.add_argument("--api-key", help="default: ENTRGI_API_KEY")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> Parser:
+    """All commands with their flags."""
+    made = Parser(
+        prog="python -m clients" if __package__ == "clients" else "entrgi",
+        description="Talk to an entrgi server. COMMAND --help lists a command's flags. Where a text is wanted, - reads "
+        "it from standard input.",
+    )
+    connection = Parser(add_help=False)
+    add_option(connection, "--url", "the server", default=DEFAULT_URL)
+    add_option(connection, "--api-key", "its API key", "the variable ENTRGI_API_KEY, if there is one")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
 
     complete = commands.add_parser("complete", parents=[connection], help="complete a prompt")
-    complete.add_argument("prompt")
+    complete.add_argument("prompt", help="the text to go on from, or -")
     _generation_arguments(complete)
     complete.add_argument("--chat", action="store_true", help="put the prompt into the chat template, as a user turn")
-    complete.add_argument("--suffix", help="text behind the gap to fill")
+    add_option(complete, "--suffix", "text behind the gap to fill", "none")
     complete.add_argument("--stream", action="store_true", help="print the text as it comes")
     complete.add_argument("--canvas", action="store_true", help="watch every trajectory's canvas (implies --stream)")
+    complete.add_argument("--trace", action="store_true", help="tell what every step of every trajectory did")
     complete.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     complete.set_defaults(run=_complete)
 
     models = commands.add_parser("models", parents=[connection], help="list what is served")
-    models.add_argument("--json", action="store_true", help="print the entries as JSON")
+    models.add_argument("--json", action="store_true", help="print the entries as JSON, with all defaults and limits")
     models.set_defaults(run=_models)
 
-    score = commands.add_parser("score", parents=[connection], help="the reward of responses to a prompt")
-    score.add_argument("prompt")
-    score.add_argument("responses", nargs="+", metavar="response")
-    score.add_argument("--model", help="reward model; default: the first served")
+    score = commands.add_parser("score", parents=[connection], help="the rewards of responses to a prompt")
+    score.add_argument("prompt", help="what they respond to, or -")
+    score.add_argument("responses", nargs="+", metavar="response", help="a response, or -")
     score.set_defaults(run=_score)
 
-    load = commands.add_parser("loadgen", parents=[connection], help="open-loop load with percentiles")
+    rerank = commands.add_parser("rerank", parents=[connection], help="the same responses, best first")
+    rerank.add_argument("prompt", help="what they respond to, or -")
+    rerank.add_argument("responses", nargs="+", metavar="response", help="a response, or -")
+    add_option(rerank, "--top-n", "how many to print", "all", type=int)
+    rerank.set_defaults(run=_rerank)
+    for command in (score, rerank):
+        add_option(command, "--model", "the reward model", "the first served")
+        command.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+
+    load = commands.add_parser("loadgen", parents=[connection], help="put load on the server and print percentiles")
     loadgen.add_arguments(load)
     load.set_defaults(run=loadgen.run)
-    return parser
+    return made
 
 
-def _generation_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="default: the served diffusion model")
-    parser.add_argument(
+_GENERATION: dict[str, tuple[type, str]] = {
+    "max-tokens": (int, "tokens of the answer at most: the size of the canvas"),
+    "steps": (int, "denoising steps"),
+    "best-of": (int, "trajectories that compete"),
+    "n": (int, "answers that come back"),
+    "seed": (int, "the same seed gives the same answer"),
+    "temperature": (float, "0 takes the most probable token"),
+    "top-p": (float, "keep the most probable tokens up to this mass"),
+    "top-k": (int, "keep this many tokens"),
+    "algorithm": (str, "which positions are revealed first"),
+    "block-length": (int, "fill the canvas in blocks of this many tokens, from the left"),
+    "entropy-bound": (float, "nats that may be revealed in one step, with --algorithm entropy_bound"),
+    "confidence-threshold": (float, "probability from which a position is revealed, with --algorithm threshold"),
+    "cfg-scale": (float, "classifier-free guidance against a masked prompt"),
+    "timeout": (float, "deadline of the whole request in seconds"),
+    "gradient-steps": (int, "Adam steps along the reward's gradient in each guided step"),
+    "eta": (float, "Adam's step size"),
+    "guidance-start": (float, "share of the run before the first guided step"),
+    "guidance-stop": (float, "share of the run after which no step is guided"),
+    "guidance-every": (int, "guide one of so many steps"),
+}
+"""Flags of which the server has the defaults, by their name: type and help."""
+
+
+def _generation_arguments(command: argparse.ArgumentParser) -> None:
+    add_option(command, "--model", "the diffusion model", "the served one")
+    add_option(
+        command,
         "--guidance",
+        "how rewards steer the answer: one of guidance_methods in `models --json`",
+        "none",
         metavar="METHOD",
-        help="how rewards steer the generation: none, or one of guidance_methods in `models --json`",
     )
-    parser.add_argument(
+    add_option(
+        command,
         "--reward-model",
+        "repeatable; several are summed by their weights",
+        "the first served",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help="repeatable; several are summed by their weights",
     )
-    parser.add_argument("--gradient-steps", type=int, help="Adam steps per denoising step")
-    parser.add_argument("--eta", type=float, help="Adam's step size")
-    parser.add_argument("--guidance-start", type=float, help="share of the run before the first guided step")
-    parser.add_argument("--guidance-stop", type=float, help="share of the run after which no step is guided")
-    parser.add_argument("--guidance-every", type=int, help="guide only every so many steps")
-    for name in ("max-tokens", "steps", "best-of", "n", "seed", "top-k", "block-length"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("temperature", "top-p", "cfg-scale"):
-        parser.add_argument(f"--{name}", type=float)
-    parser.add_argument("--algorithm", help="which positions are revealed first")
-    parser.add_argument("--entropy-bound", type=float, help="nats a step, with --algorithm entropy_bound")
-    parser.add_argument("--confidence-threshold", type=float, help="with --algorithm threshold")
-    parser.add_argument("--stop", action="append", help="stop string, repeatable")
-    parser.add_argument("--timeout", type=float, help="the server's deadline in seconds")
+    for name, (kind, text) in _GENERATION.items():
+        add_option(command, f"--{name}", text, "the server's", type=kind)
+    add_option(command, "--stop", "a string that ends the text; repeatable", "none", action="append")
 
 
 def generation_options(given: argparse.Namespace) -> Options:
@@ -126,6 +157,8 @@ def generation_options(given: argparse.Namespace) -> Options:
     guidance = _guidance(given)
     if guidance is not None:
         options["guidance"] = guidance
+    if given.trace:
+        options["trace"] = True
     return options
 
 
@@ -163,30 +196,37 @@ def _client(given: argparse.Namespace) -> Client:
 
 def _complete(given: argparse.Namespace) -> int:
     options = generation_options(given)
+    if given.json and (given.stream or given.canvas):
+        raise ClientError("--json prints the whole answer, --stream and --canvas its parts: give one of them")
+    (prompt,) = texts_of([given.prompt])
     chat_template = True if given.chat else None
     with _client(given) as client:
         if given.stream or given.canvas:
             stream = client.stream_complete(
-                given.prompt, suffix=given.suffix, chat_template=chat_template, canvas=given.canvas, **options
+                prompt, suffix=given.suffix, chat_template=chat_template, canvas=given.canvas, **options
             )
             with stream:
                 _show_stream(stream, canvas=given.canvas)
             return 0
-        completion = client.complete(given.prompt, suffix=given.suffix, chat_template=chat_template, **options)
+        completion = client.complete(prompt, suffix=given.suffix, chat_template=chat_template, **options)
     if given.json:
-        print(json.dumps(asdict(completion), indent=2))
-        return 0
+        return _print_json(asdict(completion))
     for choice in completion.choices:
-        _OUT.print(printable(choice.text))
+        console().print(printable(choice.text))
         _show_ending(choice.finish_reason, choice.reward)
-    _show_report(completion.guidance)
+    _show_report(completion.guidance, completion.trace)
+    return 0
+
+
+def _print_json(document: Any) -> int:
+    print(json.dumps(document, indent=2))
     return 0
 
 
 def _show_stream(stream: EventStream, *, canvas: bool) -> None:
-    view = CanvasView()
+    view, out, screen = CanvasView(), console(), Console(stderr=True)
     texts: dict[int, str] = {}
-    live = Live(view, console=_ERR, refresh_per_second=12, transient=True) if canvas and _ERR.is_terminal else None
+    live = Live(view, console=screen, refresh_per_second=12, transient=True) if canvas and screen.is_terminal else None
     if live:
         live.start()
     try:
@@ -197,53 +237,82 @@ def _show_stream(stream: EventStream, *, canvas: bool) -> None:
                 case TextDelta() if canvas or event.index > 0:
                     texts[event.index] = texts.get(event.index, "") + event.text
                 case TextDelta():
-                    _OUT.print(printable(event.text), end="")
+                    out.print(printable(event.text), end="")
                 case ChoiceFinished():
                     if live:
                         live.stop()
-                    _OUT.print(printable(texts.get(event.index, "")))
+                    out.print(printable(texts.get(event.index, "")))
                     _show_ending(event.finish_reason, event.reward)
                 case Summary():
-                    _show_report(event.guidance)
+                    _show_report(event.guidance, event.trace)
     finally:
         if live:
             live.stop()
 
 
 def _show_ending(finish_reason: str | None, reward: float | None) -> None:
-    _ERR.print(f"[{finish_reason}]" if reward is None else f"[{finish_reason}, reward {reward:.3f}]", style="dim")
+    told = f"[{finish_reason}]" if reward is None else f"[{finish_reason}, reward {reward:.3f}]"
+    console(stderr=True).print(told, style="dim")
 
 
-def _show_report(report: GuidanceReport | None) -> None:
+def _show_report(report: GuidanceReport | None, trace: list[list[list[StepTrace]]] | None) -> None:
     if report is None:
         return
     rewards = [f"{r:.2f}" for prompt in report.rewards or [] for r in prompt if r is not None]
     told = f"; rewards of all trajectories {', '.join(rewards)}" if rewards else ""
     if report.approximations:
         told += f"; not exact: {printable(', '.join(report.approximations))}"
-    _ERR.print(
+    screen = console(stderr=True)
+    screen.print(
         f"{report.method}, seed {report.seed}, {report.steps} steps in {report.generation_ms / 1000:.2f} s{told}",
         style="dim",
     )
+    for prompt in trace or []:
+        for index, steps in enumerate(prompt):
+            columns = [each.name for each in fields(StepTrace)]
+            table = Table(*columns, title=f"trajectory {index}", title_justify="left")
+            for step in steps:
+                table.add_row(*map(_cell, astuple(step)))
+            screen.print(table)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _models(given: argparse.Namespace) -> int:
     with _client(given) as client:
         served = client.models()
     if given.json:
-        print(json.dumps([model.details for model in served], indent=2))
-        return 0
+        return _print_json([model.details for model in served])
     table = Table("model", "kind", "family", "context")
     for model in served:
         context = model.details.get("max_model_len", "")
         table.add_row(printable(model.id), model.kind, printable(str(model.details.get("family", ""))), str(context))
-    _OUT.print(table)
+    console().print(table)
     return 0
 
 
 def _score(given: argparse.Namespace) -> int:
+    prompt, *responses = texts_of([given.prompt, *given.responses])
     with _client(given) as client:
-        scores = client.score(given.prompt, given.responses, model=given.model)
-    for entry in scores.data:
-        _OUT.print(f"{entry.score:9.4f}  {printable(given.responses[entry.index])}")
+        scores = client.score(prompt, responses, model=given.model)
+    if given.json:
+        return _print_json(asdict(scores))
+    return _show_rewards([(entry.score, responses[entry.index]) for entry in scores.data])
+
+
+def _rerank(given: argparse.Namespace) -> int:
+    prompt, *responses = texts_of([given.prompt, *given.responses])
+    with _client(given) as client:
+        ranked = client.rerank(prompt, responses, model=given.model, top_n=given.top_n)
+    if given.json:
+        return _print_json(asdict(ranked))
+    return _show_rewards([(result.relevance_score, responses[result.index]) for result in ranked.results])
+
+
+def _show_rewards(rewards: Sequence[tuple[float, str]]) -> int:
+    out = console()
+    for reward, text in rewards:
+        out.print(f"{reward:9.4f}  {printable(text)}")
     return 0

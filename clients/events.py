@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from clients.errors import StreamBroken, from_envelope
-from clients.sse import DONE, EventParser
-from clients.types import GuidanceReport, StepTrace, Usage, decode
+from .errors import StreamBroken, from_envelope
+from .sse import DONE, EventParser
+from .types import GuidanceReport, StepTrace, Usage, decode
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,19 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 
-from clients.aio import AsyncClient
-from clients.calls import DEFAULT_TIMEOUT
-from clients.errors import ApiError, ClientError
-from clients.events import ChoiceFinished, Summary, TextDelta
-from clients.options import Diffusion, Guidance, Options
-from clients.retry import RetryPolicy
+from .aio import AsyncClient, AsyncEventStream
+from .arguments import add_option, prompts_of
+from .calls import DEFAULT_TIMEOUT
+from .errors import ApiError, ClientError
+from .events import ChoiceFinished, Summary, TextDelta
+from .options import Diffusion, Guidance, Options, Query
+from .retry import RetryPolicy
+from .terminal import console
+from .types import ChatCompletion, Completion
 
 PROMPTS = (
     "Write a short review of a hotel.",
@@ -85,7 +86,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 async def generate_load(
-    client: AsyncClient, prompts: Sequence[str], options: Options, times: Sequence[float], *, stream: bool, seed: int
+    client: AsyncClient, prompts: Sequence[Query], options: Options, times: Sequence[float], *, stream: bool, seed: int
 ) -> Report:
     """Send one request at each of `times`; request i has seed `seed` + i and prompt i modulo their number."""
     start = time.perf_counter()
@@ -102,7 +103,7 @@ async def generate_load(
 
 async def closed_loop(
     client: AsyncClient,
-    prompts: Sequence[str],
+    prompts: Sequence[Query],
     options: Options,
     *,
     requests: int,
@@ -125,13 +126,13 @@ async def closed_loop(
     return summarise(outcomes, offered=None, seconds=time.perf_counter() - start)
 
 
-async def _request(client: AsyncClient, prompt: str, options: Options, due: float, *, stream: bool) -> Outcome:
+async def _request(client: AsyncClient, prompt: Query, options: Options, due: float, *, stream: bool) -> Outcome:
     lateness = time.perf_counter() - due
     first_text: float | None = None
     try:
         if stream:
             summary = Summary()
-            async with await client.stream_complete(prompt, **options) as events:
+            async with await _stream(client, prompt, options) as events:
                 async for event in events:
                     if first_text is None and isinstance(event, TextDelta | ChoiceFinished):
                         first_text = time.perf_counter() - due
@@ -139,7 +140,7 @@ async def _request(client: AsyncClient, prompt: str, options: Options, due: floa
                         summary = event
             usage, report = summary.usage, summary.guidance
         else:
-            completion = await client.complete(prompt, **options)
+            completion = await _complete(client, prompt, options)
             usage, report = completion.usage, completion.guidance
     except ApiError as error:
         return Outcome(str(error.status or "error in stream"), lateness, time.perf_counter() - due)
@@ -154,6 +155,18 @@ async def _request(client: AsyncClient, prompt: str, options: Options, due: floa
         step_seconds=report.generation_ms / 1000 / report.steps if report and report.steps else None,
         tokens=usage.completion_tokens if usage else 0,
     )
+
+
+async def _stream(client: AsyncClient, prompt: Query, options: Options) -> AsyncEventStream:
+    if isinstance(prompt, str):
+        return await client.stream_complete(prompt, **options)
+    return await client.stream_chat(prompt, **options)
+
+
+async def _complete(client: AsyncClient, prompt: Query, options: Options) -> Completion | ChatCompletion:
+    if isinstance(prompt, str):
+        return await client.complete(prompt, **options)
+    return await client.chat(prompt, **options)
 
 
 def summarise(outcomes: Sequence[Outcome], *, offered: float | None, seconds: float) -> Report:
@@ -188,23 +201,23 @@ def summarise(outcomes: Sequence[Outcome], *, offered: float | None, seconds: fl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     load = parser.add_mutually_exclusive_group(required=True)
-    load.add_argument("--rate", type=_positive, help="open loop: mean arrivals per second")
+    load.add_argument("--rate", type=_positive, help="open loop: mean arrivals in a second")
     load.add_argument("--concurrency", type=int, help="closed loop: requests in flight")
-    parser.add_argument("--requests", type=int, default=100, help="how many; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of arrivals and of the requests; default: %(default)s")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line; default: four built in")
-    parser.add_argument("--stream", action="store_true", help="stream, and report the time to the first text")
-    parser.add_argument(
-        "--guidance",
-        metavar="METHOD",
-        default="none",
-        help="a method of the server's, in /v1/models (default: %(default)s)",
+    add_option(parser, "--requests", "how many to send", type=int, default=100)
+    add_option(parser, "--seed", "of the arrivals; request i has this seed plus i", type=int, default=0)
+    add_option(
+        parser,
+        "--prompts",
+        "text with one prompt on each line, or JSON lines with `prompt` or `messages`; - is standard input",
+        "four built in",
+        metavar="FILE",
     )
-    parser.add_argument("--reward-model")
-    parser.add_argument("--best-of", type=int)
-    parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--timeout", type=float, help="the server's deadline per request in seconds")
+    parser.add_argument("--stream", action="store_true", help="stream, and report the time to the first text")
+    add_option(parser, "--guidance", "a method of the server's, in `models --json`", metavar="METHOD", default="none")
+    add_option(parser, "--reward-model", "the reward model that guides", "the first served")
+    for name, text in (("best-of", "trajectories"), ("max-tokens", "tokens at most"), ("steps", "denoising steps")):
+        add_option(parser, f"--{name}", f"{text} of each request", "the server's", type=int)
+    add_option(parser, "--timeout", "deadline of each request in seconds", "the server's", type=float)
 
 
 def _positive(text: str) -> float:
@@ -220,14 +233,7 @@ def run(given: argparse.Namespace) -> int:
         raise ClientError("--requests must be at least 1")
     if given.concurrency is not None and given.concurrency < 1:
         raise ClientError("--concurrency must be at least 1")
-    prompts: Sequence[str] = PROMPTS
-    if given.prompts:
-        try:
-            prompts = [line for line in given.prompts.read_text("utf-8").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClientError(f"--prompts: {error}") from error
-        if not prompts:
-            raise ClientError("--prompts: the file has no prompt")
+    prompts: Sequence[Query] = prompts_of(given.prompts) if given.prompts else PROMPTS
     options: Options = {"guidance": Guidance(given.guidance, reward_model=given.reward_model)}
     if given.best_of is not None:
         options["best_of"] = given.best_of
@@ -242,7 +248,7 @@ def run(given: argparse.Namespace) -> int:
     return 0 if report.outcomes.get("ok") else 1
 
 
-async def _run(given: argparse.Namespace, prompts: Sequence[str], options: Options) -> Report:
+async def _run(given: argparse.Namespace, prompts: Sequence[Query], options: Options) -> Report:
     async with load_client(given.url, given.api_key) as client:
         if given.concurrency is not None:
             return await closed_loop(
@@ -266,10 +272,10 @@ def load_client(url: str, api_key: str | None = None) -> AsyncClient:
 
 def show(report: Report) -> None:
     """The table, then the JSON line."""
-    console = Console(highlight=False)
+    out = console()
     outcomes = ", ".join(f"{status} {count}" for status, count in report.outcomes.items())
     offered = "" if report.offered_per_second is None else f"offered {report.offered_per_second:.2f}/s, "
-    console.print(
+    out.print(
         f"{report.requests} requests in {report.seconds:.1f} s: {offered}"
         f"completed {report.completed_per_second:.2f}/s, {report.tokens_per_second:.1f} tokens/s; {outcomes}"
     )
@@ -277,5 +283,5 @@ def show(report: Report) -> None:
     for name, row in report.latencies.items():
         cells = [*(row[f"p{q}"] for q in PERCENTILES), row["mean"], row["max"]]
         table.add_row(name, *(f"{cell:.4f}" for cell in cells))
-    console.print(table)
+    out.print(table)
     print(json.dumps(asdict(report)))

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from clients.errors import UnexpectedResponse
+from .errors import UnexpectedResponse
 
 T = TypeVar("T")
 

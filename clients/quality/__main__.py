@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from clients.arguments import Parser, add_option
+from clients.calls import DEFAULT_URL
+from clients.errors import ClientError
 from clients.quality import prompts as prompt_file
 from clients.quality import shortcuts, shortcuts_report
 from clients.quality.compare import Comparison, Settings, compare
@@ -29,26 +33,28 @@ from clients.quality.requests import TIMEOUT_SECONDS, models
 LIMITS = httpx.Limits(max_connections=64)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m clients.quality", description=__doc__)
-    top.add_argument("what", nargs="?", choices=("compare", "fluency", "shortcuts"), default="compare")
-    top.add_argument("--url", default="http://127.0.0.1:8000")
-    top.add_argument("--api-key", help="sent as a bearer token")
-    top.add_argument("--prompts", type=Path, default=prompt_file.PATH, help="default: the bundled prompts")
-    top.add_argument("--concurrency", type=int, default=4, help="requests in flight")
-    top.add_argument("--seed", type=int, default=1000, help="prompt i is sent with seed + i")
-    top.add_argument("--count", type=int, help="only the first prompts, for a quick look")
+    top = Parser(prog="python -m clients.quality", description=__doc__)
+    what = ("compare", "fluency", "shortcuts")
+    top.add_argument("what", nargs="?", choices=what, default="compare", help="default: %(default)s")
+    add_option(top, "--url", "the server", default=DEFAULT_URL)
+    add_option(top, "--api-key", "its API key", "none")
+    wanted = "to compare methods: text with one prompt on each line, or JSON lines with `prompt` or `messages`"
+    add_option(top, "--prompts", wanted, "the bundled prompts", type=Path, default=prompt_file.PATH, metavar="FILE")
+    add_option(top, "--concurrency", "requests in flight", type=int, default=4)
+    add_option(top, "--seed", "prompt i is sent with this seed plus i", type=int, default=1000)
+    add_option(top, "--count", "only the first prompts, for a quick look", "all", type=int)
     group = top.add_argument_group("compare and shortcuts")
-    group.add_argument("--reward-model", action="append", help="repeatable; default: every one that is served")
-    group.add_argument("--method", action="append", help="compare; repeatable; default: every one that is served")
-    group.add_argument("--trajectories", type=int, default=4, help="K")
-    for name, kind in (("--max-tokens", int), ("--steps", int), ("--gradient-steps", int), ("--eta", float)):
-        group.add_argument(name, type=kind, help="default: the server's")
-    group.add_argument("--temperature", type=float, help="default: the server's")
-    group.add_argument("--top-p", type=float, help="default: the server's")
-    group.add_argument("--report", type=Path, help="folder for a report: Markdown, plot and JSON")
-    top.add_argument_group("fluency").add_argument("--shown", type=int, default=20, help="answers to print")
+    add_option(group, "--reward-model", "repeatable", "every one that is served", action="append")
+    add_option(group, "--method", "compare; repeatable", "every one that is served", action="append")
+    add_option(group, "--trajectories", "K, of each request", type=int, default=4)
+    for name in ("--max-tokens", "--steps", "--gradient-steps"):
+        add_option(group, name, "of each request", "the server's", type=int)
+    for name in ("--eta", "--temperature", "--top-p"):
+        add_option(group, name, "of each request", "the server's", type=float)
+    add_option(group, "--report", "folder for a report: Markdown, plot and JSON", "none", type=Path)
+    add_option(top.add_argument_group("fluency"), "--shown", "answers to print", type=int, default=20)
     return top
 
 
@@ -119,6 +125,8 @@ async def run_fluency(options: argparse.Namespace, client: httpx.AsyncClient) ->
 
 async def run(options: argparse.Namespace) -> None:
     """Open the client and run."""
+    if options.what != "compare" and options.prompts.suffix != ".json":
+        raise ClientError(f"{options.what} judges texts by their subjects, which only the bundled prompts have")
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     async with httpx.AsyncClient(
         base_url=options.url, headers=headers, timeout=TIMEOUT_SECONDS, limits=LIMITS
@@ -128,10 +136,15 @@ async def run(options: argparse.Namespace) -> None:
         )
 
 
-def main() -> None:
-    """Entry point."""
-    asyncio.run(run(parser().parse_args()))
+def main() -> int:
+    """Entry point; 0, or 1 after an error that is printed."""
+    try:
+        asyncio.run(run(parser().parse_args()))
+    except (ClientError, httpx.HTTPError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

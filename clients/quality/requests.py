@@ -1,4 +1,4 @@
-"""Asking the server: one request a prompt, a few at a time."""
+"""Asking the server: one request for each prompt, a few at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from clients.errors import ClientError
 from clients.quality.prompts import Prompt
 
 TIMEOUT_SECONDS = 900.0
@@ -30,14 +31,15 @@ class Answer:
     approximations: tuple[str, ...] = ()
 
 
-class ServerError(Exception):
+class ServerError(ClientError):
     """The server refused a request; the message is its own."""
 
 
 def body_for(prompt: Prompt, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(path, JSON body) of a prompt in its form."""
     if prompt.form == "chat":
-        return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt.text}], **options}
+        messages = [*prompt.messages] or [{"role": "user", "content": prompt.text}]
+        return "/v1/chat/completions", {"messages": messages, **options}
     return "/v1/completions", {"prompt": prompt.text, **options}
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +31,8 @@ from clients import (
     WeightedReward,
 )
 from clients.cli import main
+from clients.terminal import printable
+from server import __version__
 from tests.support.serving import ROOT, Served
 
 PROMPT = "Tell me a story."
@@ -130,26 +139,73 @@ def test_the_command_line_prints_the_text_alone_to_standard_output(run: Run) -> 
     assert "entrgi, seed 3, 8 steps in" in told
     assert ", ".join(f"{reward:.2f}" for reward in whole["guidance"]["rewards"][0]) in told
     assert "not exact: guidance.every" in told
-    for flag in ("--stream", "--canvas"):
+    for flag in ("--stream", "--canvas", "--trace"):
         assert run(*asked, flag)[0] == text
+    assert "trajectory 1" in run(*asked, "--trace")[1]
+    traced = json.loads(run(*asked, "--trace", "--json")[0])["trace"]
+    assert [len(steps) for steps in traced[0]] == [8, 8]
 
 
-def test_the_command_lines_other_commands(run: Run, client: Client) -> None:
+def test_the_command_lines_other_commands(run: Run, client: Client, tmp_path: Path) -> None:
     models = client.models()
     assert [(model.id, model.kind) for model in models] == [("dlm", "diffusion"), ("rm", "reward"), ("other", "reward")]
     assert all(model.id in run("models")[0] for model in models)
     assert [model["id"] for model in json.loads(run("models", "--json")[0])] == [model.id for model in models]
     scores = [entry.score for entry in client.score(PROMPT, ["Nice", "Bad"]).data]
     lines = run("score", PROMPT, "Nice", "Bad")[0].splitlines()
-    assert [line.split() for line in lines] == [[f"{scores[0]:.4f}", "Nice"], [f"{scores[1]:.4f}", "Bad"]]
+    told = [[f"{scores[0]:.4f}", "Nice"], [f"{scores[1]:.4f}", "Bad"]]
+    assert [line.split() for line in lines] == told
+    assert [entry["score"] for entry in json.loads(run("score", PROMPT, "Nice", "Bad", "--json")[0])["data"]] == scores
+    best = max(told, key=lambda line: float(line[0]))
+    assert run("rerank", PROMPT, "Nice", "Bad", "--top-n", "1")[0].split() == best
+    (first,) = json.loads(run("rerank", PROMPT, "Nice", "Bad", "--top-n", "1", "--json")[0])["results"]
+    assert (first["index"], first["relevance_score"]) == (scores.index(max(scores)), max(scores))
     assert "guidance.method" in run("complete", PROMPT, "--guidance", "nobody", status=1)[1]
-    load = "--rate 50 --requests 8 --max-tokens 4 --stream --guidance entrgi"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hotel?"}\n{"messages": [{"role": "user", "content": "Phone?"}]}\n')
+    load = f"--rate 50 --requests 8 --max-tokens 4 --stream --guidance entrgi --prompts {prompts}"
     report = json.loads(run("loadgen", *load.split())[0].splitlines()[-1])
     assert report["outcomes"] == {"ok": 8}
     assert set(report["latencies"]) == {"latency", "first text", "queue", "step", "late departure"}
 
 
-def test_the_command_line_as_a_process(server: Served) -> None:
-    command = [sys.executable, "-m", "clients", "complete", PROMPT, "--max-tokens", "4", "--url", server.url]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client's wheel, built from a copy of its folder without the network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "clients", folder / "clients", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    offline = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *offline, "-w", str(folder), str(folder / "clients")]
+    subprocess.run(command, check=True, timeout=120)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_the_wheel_holds_the_client_alone_and_names_what_it_imports(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (about,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+        code = [archive.read(name) for name in names if name.endswith(".py")]
+    assert {name.partition("/")[0] for name in names} == {"entrgi_client", f"entrgi_client-{__version__}.dist-info"}
+    assert f"\nVersion: {__version__}\n" in about
+    nodes = [node for text in code for node in ast.walk(ast.parse(text))]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert others == set(re.findall(r"^Requires-Dist: ([\w-]+)", about, re.MULTILINE))
+
+
+def test_the_installed_command_works_from_any_folder(wheel: Path, server: Served, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
+    asked = ["complete", "-", "--max-tokens", "4", "--seed", "3", "--url", server.url]
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib")}  # what the wheel requires is there
+    done = subprocess.run(
+        [str(python.with_name("entrgi")), *asked],
+        cwd=tmp_path, env=environment, input=PROMPT + "\n", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    with Client(server.url) as client:
+        assert done.stdout == printable(client.complete(PROMPT, max_tokens=4, seed=3).choices[0].text) + "\n"

@@ -16,7 +16,7 @@ from server.api.fields import ChatCompletionRequest, CompletionRequest
 from tests.support.serving import ROOT
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-PARSE = "import sys; from clients.cli import _parser; _parser().parse_args(sys.argv[1:])"
+PARSE = "import sys; from clients.cli import parser; parser().parse_args(sys.argv[1:])"
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
@@ -70,10 +70,10 @@ def test_the_readmes_requests_are_valid() -> None:
 
 
 def test_the_readmes_client_commands_parse() -> None:
-    lines = [line for line in commands(ROOT / "README.md") if " -m clients " in line]
-    assert lines
-    for line in lines:
-        arguments = shlex.split(line.partition(" -m clients ")[2], comments=True)
-        command = [sys.executable, "-c", PARSE, *arguments]
+    calls = re.compile(r"(?:-m clients|(?:^|\| )entrgi) ([^|]+)").findall
+    found = [call for line in commands(ROOT / "README.md") for call in calls(line)]
+    assert len(found) > 4
+    for call in found:
+        command = [sys.executable, "-c", PARSE, *shlex.split(call, comments=True)]
         parsed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert parsed.returncode == 0, parsed.stderr

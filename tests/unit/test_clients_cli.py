@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from clients.canvas import printable
-from clients.cli import _parser, generation_options, main
+from clients.arguments import prompts_of
+from clients.cli import generation_options, main, parser
+from clients.errors import ClientError
 from clients.options import request_body
+from clients.quality import prompts as quality_prompts
+from clients.quality.requests import body_for
+from clients.terminal import printable
 
 
 def body(arguments: str) -> dict[str, Any]:
-    return request_body(generation_options(_parser().parse_args(["complete", "Hotel?", *shlex.split(arguments)])))
+    return request_body(generation_options(parser().parse_args(["complete", "Hotel?", *shlex.split(arguments)])))
 
 
 JOY = {"method": "entrgi", "reward_model": "joy"}
@@ -43,6 +51,9 @@ def test_arguments_are_the_fields_that_are_sent(arguments: str, sent: dict[str, 
         (["complete", "a", "--eta", "1"], "--eta needs --guidance"),
         (["complete", "a", "--guidance-every", "2"], "--guidance-every needs --guidance"),
         (["complete", "a", "--guidance", "aps", "--reward-model", "joy=much"], "weight"),
+        (["complete", "a", "--json", "--stream"], "give one of them"),
+        (["score", "-", "-"], "only one argument can be -"),
+        (["loadgen", "--rate", "1", "--prompts", "absent.txt"], "absent.txt cannot be read"),
         (["loadgen", "--rate", "1", "--requests", "0"], "--requests"),
         (["models", "--url", "http://127.0.0.1:1"], "no answer from"),
     ],
@@ -53,9 +64,84 @@ def test_errors_are_one_line_and_exit_code_1(
     monkeypatch.setattr("clients.retry.RetryPolicy.wait", lambda *_: None)
     assert main(arguments) == 1
     out, error = capsys.readouterr()
-    assert told in " ".join(error.split())
-    assert "Traceback" not in error
+    assert told in error
+    assert error.count("\n") == 1  # however long: nothing wraps in a pipe
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("complete a --max-tokns 8", "--max-tokns: did you mean --max-tokens?"),
+        ("complete --guidence=aps", "--guidence: did you mean --guidance?"),
+        ("loadgen --raet 2", "--raet: did you mean --rate?"),
+        ("score a b --jsno", "--jsno: did you mean --json?"),
+    ],
+)
+def test_a_misspelt_flag_is_named_with_the_nearest(
+    arguments: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(shlex.split(arguments))
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["complete", "models", "score", "rerank", "loadgen"])
+def test_help_says_what_every_flag_is_by_default(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    flags = re.findall(r"^  (--[\w-]+ \S.*(?:\n {5}.*)?)", capsys.readouterr().out, re.MULTILINE)
+    assert "--url" in flags[0]
+    assert [flag for flag in flags if "(default: " not in flag and not re.match("--(rate|concurrency) ", flag)] == []
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hotel?"}]
+PROMPT_FILES = {
+    "plain.txt": ("Hotel?\n\n Phone?\r\n", ["Hotel?", " Phone?"]),
+    "objects.jsonl": (
+        f'{{"prompt": "Hotel?", "id": 1}}\n{{"messages": {json.dumps(MESSAGES)}}}\n',
+        ["Hotel?", MESSAGES],
+    ),
+    "objects": ('{"prompt": "{"}', ["{"]),
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FILES)
+def test_prompts_come_from_text_or_json_lines(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, prompts = PROMPT_FILES[name]
+    (tmp_path / name).write_bytes(text.encode())
+    assert prompts_of(str(tmp_path / name)) == prompts
+    if not name.endswith(".jsonl"):  # without a name, the first character tells
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert prompts_of("-") == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("table.csv", b"prompt\nHotel?\n"), ("image.txt", b"\x89PNG\r\n\x1a\n"), ("empty.txt", b"\n"),
+        ("text.jsonl", b"Hotel?\n"), ("list.jsonl", b'["Hotel?"]'), ("other.jsonl", b'{"text": "Hotel?"}'),
+        ("both.jsonl", b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}'),
+        ("turns.jsonl", b'{"messages": [{"role": "user"}]}'), ("whole", b'{\n"prompt": "Hotel?"}'),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused_with_what_is_wanted(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ClientError, match=rf"{name}.*one prompt on each line.*`prompt`.*`messages`"):
+        prompts_of(str(tmp_path / name))
+
+
+def test_quality_takes_prompts_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f'{{"prompt": "Hotel?"}}\n{{"messages": {json.dumps(MESSAGES)}}}\n')
+    bodies = [body_for(prompt, {}) for prompt in quality_prompts.load(path).compare]
+    assert [body["messages"] for _, body in bodies] == [MESSAGES[1:], MESSAGES]
+    (tmp_path / "mine.json").write_text('["Hotel?"]')
+    with pytest.raises(ClientError, match=r"mine\.json.*JSON lines"):
+        quality_prompts.load(tmp_path / "mine.json")
 
 
 def test_what_could_steer_a_terminal_is_not_printed() -> None:
