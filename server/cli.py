@@ -36,6 +36,7 @@ from server.settings import (
     Settings,
     SettingsError,
     load,
+    meant,
     reward_models,
     unknown_variables,
 )
@@ -51,7 +52,7 @@ OTHER_DESCRIPTORS = 128  # which workers, files and libraries need beside those 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Returns the exit status: 0 after a drain, 1 when it could not start, 2
     for wrong settings."""
-    parsed = vars(parser().parse_args(arguments))
+    parsed = vars(_parse(sys.argv[1:] if arguments is None else arguments))
     parsed.pop("command")
     config: Path | None = parsed.pop("config", None)
     try:
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     log.configure(settings.log_level, settings.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no thread a core for them
-    for name in unknown_variables(os.environ):
-        logger.warning("%s is set but is no setting of this server", name)
+    for name, hint in unknown_variables(os.environ).items():
+        logger.warning("%s is set but is no setting of this server%s", name, hint)
     if settings.host not in LOOPBACK and not settings.api_key:
         logger.warning("LISTENING ON %s WITHOUT AN API KEY: anyone who can reach it can use it", settings.host)
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
@@ -167,6 +168,16 @@ def engine_config(settings: Settings) -> EngineConfig:
             rewards = {name: str(path) for name, path in bundled_reward_models().items()}
     worker = WorkerConfig(model, rewards, name, **settings.of(WorkerSettings))
     return EngineConfig(worker, **settings.of(FrontSettings))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the arguments say. A misspelt flag ends the program with the nearest one."""
+    made = parser()
+    known = made._option_string_actions
+    for flag in (word.partition("=")[0] for word in arguments):
+        if flag.startswith("--") and flag not in known:
+            made.error(f"there is no {flag}{meant(flag, known)}")
+    return made.parse_args(arguments)
 
 
 def parser() -> argparse.ArgumentParser:

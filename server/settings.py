@@ -14,6 +14,7 @@ import re
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -68,14 +69,18 @@ class Settings(WorkerSettings, FrontSettings):
     # Access
     api_key: Annotated[
         tuple[str, ...],
-        says("accepted API key, sha256:HEX of one, or file:PATH with one a line; repeatable; none: everybody may come"),
+        says(
+            "accepted API key, sha256:HEX of one, or file:PATH of a file of them; repeatable; none: everybody may come"
+        ),
     ] = field(default=(), repr=False)
     public_paths: Annotated[
-        tuple[Literal["/metrics", "/"], ...], says("served without an API key: /metrics, and / (the page); repeatable")
+        tuple[Literal["/metrics", "/", "/docs"], ...],
+        says("served without an API key: /metrics, / (the playground), /docs (if there); repeatable"),
     ] = ()
+    api_docs: Annotated[bool, says("serve /docs, the OpenAPI document as a page that loads nothing else")] = False
 
     # Limits
-    max_trajectories: Annotated[int, says("best_of x prompts a request", ge=1, le=1024)] = 128
+    max_trajectories: Annotated[int, says("best_of x prompts of one request", ge=1, le=1024)] = 128
     max_score_pairs: Annotated[int, says("pairs in a score or rerank request", ge=1, le=65536)] = 1024
     max_connections: Annotated[
         int, says("open connections; past them only probes are answered, others get a 503", ge=1, le=1_000_000)
@@ -169,7 +174,7 @@ def _checked(key: str, value: object) -> object:
     """A value from any source as the setting's type. Raises ValueError."""
     setting = SETTINGS.get(key)
     if setting is None:
-        raise ValueError("is not a setting")
+        raise ValueError(f"is not a setting{meant(key, SETTINGS)}")
     if setting.is_list:
         value = _items(value, key in _LISTED_IN_A_FLAG)
     if key == "root_path" and isinstance(value, str):
@@ -256,10 +261,17 @@ def reward_models(values: Iterable[str]) -> dict[str, str]:
     return named
 
 
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Names of `ENTRGI_*` variables that are no setting: most likely misspelt."""
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """`ENTRGI_*` variables that are no setting, most likely misspelt, each with what was probably meant."""
     known = {ENV_PREFIX + name.upper() for name in SETTINGS} | {CONFIG_VARIABLE, KERNEL_CACHE_VARIABLE}
-    return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    unknown = (name for name in environment if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    return {name: meant(name.upper(), known) for name in sorted(unknown)}
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says that there is no `name`: the nearest of those that there are."""
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

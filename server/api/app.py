@@ -65,7 +65,7 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # both pages would load scripts from elsewhere
+        docs_url=None,  # both pages would load scripts from elsewhere; ours is behind a setting
         redoc_url=None,
         redirect_slashes=False,
         telemetry=telemetry.fastapi_config(tracer_provider, settings.root_path),
@@ -73,6 +73,8 @@ def create_app(
     app.state.frontend = frontend
     for each in (routes, rewards, ops):
         app.include_router(each.router)
+    if settings.api_docs:
+        app.include_router(ops.reference)
     errors.install(app)
     openapi.install(app, frontend)
 

@@ -21,9 +21,11 @@ from server.api.rules import Served
 from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
-PLAYGROUND = (Path(__file__).parent / "playground" / "index.html").read_text(encoding="utf-8")
+PAGES = Path(__file__).parent / "pages"
 
 router = APIRouter()
+reference = APIRouter()
+"""What the setting `api_docs` adds."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -134,8 +136,19 @@ async def metrics(request: Request) -> Response:
 @readable("/", response_class=HTMLResponse, responses=errors(503))
 async def playground() -> Response:
     """A page to try the server on, complete in one file."""
+    return _page("playground.html")
+
+
+@reference.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+async def docs() -> Response:
+    """The OpenAPI document as a page."""
+    return _page("docs.html")
+
+
+def _page(name: str) -> Response:
+    """One of our pages, which may load nothing from elsewhere and send nothing there."""
     return HTMLResponse(
-        PLAYGROUND,
+        (PAGES / name).read_bytes(),
         headers={
             "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -54,7 +54,7 @@ class WorkerSettings:
         int, says("CPU threads of each worker; 0: all cores but one, shared by the workers", ge=0, le=1024)
     ] = 0
     data_parallel: Annotated[
-        int, says("worker processes: with `device` cuda one a GPU, from the named one on", ge=1, le=64)
+        int, says("worker processes: with `device` cuda one on each GPU from the named one on", ge=1, le=64)
     ] = 1
     batch_tokens: Annotated[
         int, says("canvas tokens in one denoising step; 0: computed from the free memory", ge=0)
