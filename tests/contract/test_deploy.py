@@ -60,6 +60,7 @@ def test_compose_file_has_no_dangling_names() -> None:
 def test_every_service_is_checked_and_published_on_the_loopback_only() -> None:
     for name, service in compose()["services"].items():
         assert service["healthcheck"]["test"][0] == "CMD", name
+        assert {"max-size", "max-file"} <= set(service["logging"]["options"]), name
         assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
     told = compose(PUBLISH_ADDRESS="0.0.0.0", PORT="80")
     assert told["services"]["server"]["ports"] == ["0.0.0.0:80:8000"]
