@@ -3,6 +3,8 @@
 #   docker build -t entrgi-server .                                            CUDA (the driver comes from the host)
 #   docker build -t entrgi-server:cpu --build-arg VARIANT=cpu --build-arg TORCH_INDEX=URL .
 #
+# With --build-arg SOURCE_COMMIT=$(git rev-parse HEAD) the server can say which code it runs.
+#
 # Everything is installed from wheels, at the versions of requirements-otel.lock: those of requirements.lock, and what
 # traces need. torch's wheel on the default index is the CUDA build and brings the CUDA libraries; TORCH_INDEX names an
 # index that has torch's CPU wheels. VARIANT=cpu without it works too, with CUDA libraries that nobody uses.
@@ -55,6 +57,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     ENTRGI_HOST=0.0.0.0 \
     ENTRGI_PORT=8000
+# What /version and the metric build_info name; the image holds no repository to ask.
+ARG SOURCE_COMMIT=""
+ENV SOURCE_COMMIT=$SOURCE_COMMIT
 USER 10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

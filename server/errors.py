@@ -127,6 +127,10 @@ class QueueFull(RequestError, status=429, code="queue_full"):
     retry_after = 1.0
 
 
+class KeyLimit(QueueFull, code="key_limit"):
+    """The API key's owner has as much in flight as one may have."""
+
+
 class ClientGone(RequestError, status=499, code="client_closed_request"):
     """Nobody is left to read this answer."""
 
@@ -137,6 +141,24 @@ class EngineFailed(RequestError, code="internal_error", kind="engine_failed"):
 
 class EngineUnusable(EngineFailed, status=503, code="engine_failed", kind="engine_unusable"):
     """The engine could not be started, and no restart of the worker will help."""
+
+    retryable = False
+
+
+class OutOfMemory(EngineFailed, code="out_of_memory"):
+    """The device had no memory for the request, however small the part of it that was tried."""
+
+
+class AnswerTooLarge(EngineFailed, code="answer_too_large"):
+    """What was asked for makes an answer that the worker cannot hand over."""
+
+    retryable = False
+
+
+class WorkerLost(RequestError, status=503, code="worker_lost"):
+    """Two workers died that ran nothing but this request; it would most likely end the next one, too."""
+
+    retryable = False
 
 
 class Unavailable(RequestError, status=503, code="unavailable"):

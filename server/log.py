@@ -14,9 +14,17 @@ from datetime import UTC, datetime
 from typing import Literal, TextIO
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+about: ContextVar[dict[str, object] | None] = ContextVar("about", default=None)
+"""What the access line of the present request will tell beside its path and status."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 _TRACEBACK_CHARACTERS = 20_000
+
+
+def note(**fields: object) -> None:
+    """Let the access line of the present request tell this, too. Nothing that a client wrote belongs here."""
+    if (told := about.get()) is not None:
+        told.update(fields)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -78,6 +78,12 @@ class Settings(WorkerSettings, FrontSettings):
         says("served without an API key: /metrics, / (the playground), /docs (if there); repeatable"),
     ] = ()
     api_docs: Annotated[bool, says("serve /docs, the OpenAPI document as a page that loads nothing else")] = False
+    max_key_requests: Annotated[
+        Annotated[int, Meta(ge=1)] | None, says("requests that one API key may have in flight; none: no limit")
+    ] = None
+    max_key_trajectories: Annotated[
+        Annotated[int, Meta(ge=1)] | None, says("trajectories that one API key may have in flight; none: no limit")
+    ] = None
 
     # Limits
     max_trajectories: Annotated[int, says("best_of x prompts of one request", ge=1, le=1024)] = 128
@@ -167,6 +173,9 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
         raise SettingsError("; ".join(problems))
     settings = Settings(**values)
     _check_tls(settings.ssl_certfile, settings.ssl_keyfile)
+    for key in ("max_key_requests", "max_key_trajectories"):
+        if getattr(settings, key) is not None and not settings.api_key:
+            raise SettingsError(f"{key}: has no effect without an api_key")
     return replace(settings, api_key=tuple(key for item in settings.api_key for key in _keys_of(item)))
 
 

@@ -111,7 +111,8 @@ class Job:
 
     `conversation` is what the reward model reads before the response (for a raw prompt: that prompt as one user
     message). `suffix_ids` follow the canvas in the diffusion model's context (infilling); `response_suffix` is
-    the same text behind the completion for the reward model. `deadline` is in seconds of `time.time()`.
+    the same text behind the completion for the reward model. `deadline` is in seconds of `time.time()`. Some steps of a
+    `timed` job are reported with what their parts took.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Job:
     stream_tokens: bool = False
     stream_canvas: bool = False
     trace: bool = False
+    timed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

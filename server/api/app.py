@@ -15,6 +15,7 @@ from server.api import errors, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
 from server.api.middleware import Cors, Guard, Observe
+from server.api.shares import Shares
 from server.front.engine import Engine
 from server.settings import Settings
 
@@ -37,7 +38,7 @@ def create_app(
     while the models load; `on_failure` hears when they cannot be loaded. Spans go to `tracer_provider`."""
     metrics = Metrics(engine)
     tracer = (tracer_provider or NoOpTracerProvider()).get_tracer("entrgi", __version__)
-    frontend = Frontend(engine, settings, metrics, tracer)
+    frontend = Frontend(engine, settings, metrics, tracer, Shares(settings, engine.ends_seconds))
 
     async def start() -> None:
         try:
@@ -88,5 +89,5 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "traceparent", "tracestate"],
             expose_headers=["X-Request-Id", "Retry-After", "x-should-retry"],
         )
-    app.add_middleware(Observe, root_path=settings.root_path)
+    app.add_middleware(Observe, metrics=metrics, root_path=settings.root_path)
     return app

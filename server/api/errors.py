@@ -25,6 +25,7 @@ from server.errors import (
     Unauthorized,
     quote,
 )
+from server.log import note
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def headers(error: RequestError) -> dict[str, str]:
 
 
 def error_response(error: RequestError, extra_headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The response for an error."""
+    """The response for an error, which the access line names."""
+    note(error_code=error.code)
     return JSONResponse(envelope(error), error.status, headers={**headers(error), **(extra_headers or {})})
 
 

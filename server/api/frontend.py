@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,10 @@ from opentelemetry.trace import Tracer
 
 from server.api.metrics import Metrics
 from server.api.rules import Served
+from server.api.shares import Shares
 from server.errors import InvalidRequest, NotReady, QueueFull
 from server.front.engine import Engine, JobStream
+from server.log import request_id
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from server.types import Job
@@ -30,6 +33,7 @@ class Frontend:
     settings: Settings
     metrics: Metrics
     tracer: Tracer
+    shares: Shares
     created: int = field(default_factory=lambda: int(time.time()))  # of the models, to their readers
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
@@ -61,6 +65,12 @@ class Frontend:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._waiting -= 1
+
+    @staticmethod
+    def answer_id() -> str:
+        """For the id of an answer: the request's own, by which log and traces know it, and what tells it from other
+        requests to which a client gave the same."""
+        return f"{request_id.get()}-{secrets.token_hex(4)}"
 
     def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
         """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from opentelemetry import context, trace
 from opentelemetry.trace import Status, StatusCode
 
 from server.api.convert import Plan
 from server.api.frontend import Frontend
-from server.api.telemetry import request_attributes, response_attributes
+from server.api.telemetry import request_attributes, response_attributes, step_spans
 from server.errors import InvalidRequest
 from server.front.engine import JobStream
-from server.log import request_id
+from server.log import note
 from server.types import Job, JobResult
-from server.wire.messages import Event, Failed, Finished, Progress, Started
+from server.wire.messages import Event, Failed, Finished, Progress, Started, Timed
 
 MERGED_EVENTS = 64
 
@@ -25,32 +26,39 @@ MERGED_EVENTS = 64
 async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Event]]:
     """(prompt index, event) as they come, until every job has finished. Raises the error of the first job that fails.
     Close it (`aclosing`) to drop what is left: jobs leave before the next denoising step."""
-    streams = frontend.submit(plan.jobs)
-    merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MERGED_EVENTS)
-    records = [_Record(frontend, plan, job, stream) for job, stream in zip(plan.jobs, streams, strict=True)]
-    pumps = [
-        asyncio.create_task(_pump(index, stream, merged), name=f"pump {plan.jobs[index].id}")
-        for index, stream in enumerate(streams)
-    ]
-    try:
-        unfinished = len(streams)
-        while unfinished:
-            index, event = await merged.get()
-            records[index].see(event)
-            if isinstance(event, Failed):
-                error = event.error()
-                if isinstance(error, InvalidRequest) and error.param == "messages" and not plan.chat:
-                    error.param = "prompt"  # the request's own word
-                raise error
-            unfinished -= isinstance(event, Finished)
-            yield index, event
-    finally:
-        # All of it before anything can wait: cancelled a second time here, the rest would be left undone.
-        for stream, pump, record in zip(streams, pumps, records, strict=True):
-            pump.cancel()
-            await stream.aclose()  # does not wait
-            record.close()
-        await asyncio.gather(*pumps, return_exceptions=True)
+    best_of, guidance = plan.sampling.best_of, plan.guidance
+    note(completion_id=plan.id, model=plan.model, prompts=len(plan.jobs), best_of=best_of)
+    note(guidance=guidance.method, gradient_steps=guidance.inner_steps)
+    if trace.get_current_span().is_recording():
+        plan = replace(plan, jobs=tuple(replace(job, timed=True) for job in plan.jobs))
+    with frontend.shares.taken(best_of * len(plan.jobs)):
+        streams = frontend.submit(plan.jobs)
+        merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MERGED_EVENTS)
+        records = [_Record(frontend, plan, job, stream) for job, stream in zip(plan.jobs, streams, strict=True)]
+        pumps = [
+            asyncio.create_task(_pump(index, stream, merged), name=f"pump {plan.jobs[index].id}")
+            for index, stream in enumerate(streams)
+        ]
+        try:
+            unfinished = len(streams)
+            while unfinished:
+                index, event = await merged.get()
+                records[index].see(event)
+                if isinstance(event, Failed):
+                    error = event.error()
+                    if isinstance(error, InvalidRequest) and error.param == "messages" and not plan.chat:
+                        error.param = "prompt"  # the request's own word
+                    raise error
+                unfinished -= isinstance(event, Finished)
+                yield index, event
+        finally:
+            # All of it before anything can wait: cancelled a second time here, the rest would be left undone.
+            for stream, pump, record in zip(streams, pumps, records, strict=True):
+                pump.cancel()
+                await stream.aclose()  # does not wait
+                record.close()
+            note(**_account(records))
+            await asyncio.gather(*pumps, return_exceptions=True)
 
 
 async def results(frontend: Frontend, plan: Plan) -> list[JobResult]:
@@ -76,13 +84,20 @@ class _Record:
         self._plan, self._job, self._stream = plan, job, stream
         self._arrived = time.monotonic()
         self._parent = context.get_current()
-        if identity := request_id.get():
-            trace.get_current_span().set_attribute("entrgi.request_id", identity)
         place: dict[str, int] = {"entrgi.prompt_index": job.prompt_index}
         self._span = self._tracer.start_span("queue", self._parent, attributes=place, start_time=_wall(self._arrived))
         self._gauge = self._metrics.requests_waiting.labels(plan.model)
         self._gauge.inc()
-        self._begun = self._first_text = self._ended = False
+        self._first_text = self._ended = False
+        self._begun: float | None = None
+        self._left = self._arrived
+        self.result: JobResult | None = None
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Seconds of waiting for a worker and of its work, when the job is over."""
+        begun = self._left if self._begun is None else self._begun
+        return max(0.0, begun - self._arrived), max(0.0, self._left - begun)
 
     def see(self, event: Event) -> None:
         """Count an event."""
@@ -100,19 +115,22 @@ class _Record:
             case Failed(kind=kind):
                 self._span.set_status(Status(StatusCode.ERROR))
                 self._fail(kind)
+            case Timed() if self._span.is_recording():
+                step_spans(self._tracer, trace.set_span_in_context(self._span, self._parent), event)
 
     def close(self) -> None:
         """The job is over, one way or another; without an answer, the client has left."""
         self._gauge.dec()
+        self._left = time.monotonic()
         if not self._ended:
             self._metrics.request_success.labels(self._plan.model, "abort").inc()
             self._fail("client_closed_request")
 
     def _begin(self, moment: float) -> None:
         """A worker began at this moment, of which the first report counts."""
-        if self._begun:
+        if self._begun is not None:
             return
-        self._begun = True
+        self._begun = moment
         metrics, model = self._metrics, self._plan.model
         metrics.queue_time.labels(model).observe(max(0.0, moment - self._arrived))
         self._gauge.dec()
@@ -131,7 +149,8 @@ class _Record:
     def _text_is_there(self, now: float) -> None:
         if not self._first_text:
             self._first_text = True
-            self._metrics.time_to_first_token.labels(self._plan.model).observe(now - self._arrived)
+            labels = self._plan.model, self._job.guidance.method
+            self._metrics.time_to_first_token.labels(*labels).observe(now - self._arrived)
 
     def _fail(self, kind: str) -> None:
         self._ended = True
@@ -139,12 +158,12 @@ class _Record:
         self._span.end()
 
     def _finished(self, result: JobResult, now: float) -> None:
-        self._ended = True
+        self._ended, self.result = True, result
         if self._span.is_recording():
             self._span.set_attributes(response_attributes(self._job, result))
         self._span.end()
         metrics, job, model = self._metrics, self._job, self._plan.model
-        metrics.e2e_latency.labels(model).observe(now - self._arrived)
+        metrics.e2e_latency.labels(model, job.guidance.method).observe(now - self._arrived)
         metrics.prompt_tokens.labels(model).inc(len(job.prompt_ids) + len(job.suffix_ids))
         tokens = sum(trajectory.completion_tokens for trajectory in result.trajectories)
         metrics.generation_tokens.labels(model).inc(tokens)
@@ -158,6 +177,20 @@ class _Record:
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():
                 metrics.observe_reward(name, method, reward)
+
+
+def _account(records: Sequence[_Record]) -> dict[str, object]:
+    """What the access line tells of the answers: the longest wait and computation, and where there are any, the tokens
+    of all trajectories and how the texts of the best ended."""
+    waits, computed = zip(*(record.times for record in records), strict=True)
+    told: dict[str, object] = {"queue_ms": round(1e3 * max(waits), 1), "generation_ms": round(1e3 * max(computed), 1)}
+    if results := [record.result for record in records if record.result]:
+        told["tokens"] = sum(each.completion_tokens for result in results for each in result.trajectories)
+        best = [result.trajectories[result.chosen[0]] for result in results]
+        # A stop string is the client's text; what else ended a text is a word of ours.
+        endings = {"stop" if each.finish_reason == "stop" else each.stop_reason or "length" for each in best}
+        told["finish_reason"] = ", ".join(sorted(endings))
+    return told
 
 
 def _wall(moment: float) -> int:

@@ -15,12 +15,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server import __version__
+from server.api.build import commit
 from server.errors import BY_KIND, RequestError
 from server.front.engine import Engine
-from server.wire.stats import Distribution
+from server.methods import METHODS
+from server.wire.stats import Distribution, resident_bytes
 
 PREFIX = "entrgi:"
 MODEL = ("model_name",)
+MODEL_METHOD = (*MODEL, "method")
 WANT = (408, 429, 503)  # statuses of refusals for want of room, time or readiness
 Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -74,9 +78,11 @@ class Metrics:
         text = "Prompts answered (abort: the client left)"
         self.request_success = made(Counter, "request_success", text, (*MODEL, "finished_reason"))
         text = "Until a prompt's first text can be sent"
-        self.time_to_first_token = made(Histogram, "time_to_first_token_seconds", text, buckets=FIRST_TOKEN_BUCKETS)
+        self.time_to_first_token = made(
+            Histogram, "time_to_first_token_seconds", text, MODEL_METHOD, buckets=FIRST_TOKEN_BUCKETS
+        )
         text = "From a prompt's arrival to its answer"
-        self.e2e_latency = made(Histogram, "e2e_request_latency_seconds", text, buckets=LATENCY_BUCKETS)
+        self.e2e_latency = made(Histogram, "e2e_request_latency_seconds", text, MODEL_METHOD, buckets=LATENCY_BUCKETS)
         text = "From a prompt's arrival to its first step"
         self.queue_time = made(Histogram, "request_queue_time_seconds", text, buckets=LATENCY_BUCKETS)
         rewarded = ("reward_model", "method")
@@ -89,6 +95,10 @@ class Metrics:
         self.final_reward_size = made(Counter, "final_reward_size", text, (*rewarded, "sign"))
         text = "Requests refused for want of room, time or readiness"
         self.admission_rejections = made(Counter, "admission_rejections", text, ("reason",))
+        text = "Requests by route and status; route other: none of ours, or refused before it was looked up"
+        self.http_requests = made(Counter, "http_requests", text, ("route", "status"))
+        build = made(Gauge, "build_info", "Which code runs: always 1", ("version", "commit"))
+        build.labels(__version__, commit()).set(1)
         self.registry.register(_WorkerCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
@@ -101,6 +111,10 @@ class Metrics:
         """Make the label `model_name` exist from the start, so that rates of counters begin at zero."""
         for metric in self._by_model:
             metric.labels(model_name)
+        for method in METHODS:
+            self.time_to_first_token.labels(model_name, method)
+            self.e2e_latency.labels(model_name, method)
+        self.http_requests.labels("other", "500")
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
         for error in BY_KIND.values():
@@ -143,6 +157,14 @@ class _WorkerCollector(Collector):
         for replica in engine.replicas:
             ready.add_metric([str(replica.rank)], float(replica.ready))
         yield ready
+        resident = GaugeMetricFamily(PREFIX + "resident_memory_bytes", "Memory of each process", labels=["process"])
+        resident.add_metric(["http"], float(resident_bytes()))
+        text = "Memory that a worker holds on its device: torch's on a GPU, all of the process's on a CPU"
+        device = GaugeMetricFamily(PREFIX + "device_memory_bytes", text, labels=["worker"])
+        for replica in engine.replicas:
+            resident.add_metric([f"worker {replica.rank}"], float(replica.stats.resident_bytes))
+            device.add_metric([str(replica.rank)], float(replica.stats.device_bytes))
+        yield from (resident, device)
         if engine.ready:
             infos = [replica.info for replica in engine.replicas if replica.ready and replica.info]
             what = {

@@ -11,15 +11,18 @@ import logging
 import re
 import time
 import uuid
+from contextvars import ContextVar
 
+from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, unexpected
+from server.api.metrics import Metrics
 from server.errors import BodyTooLarge, HeadersTooLarge, InvalidRequest, RequestError, Unauthorized
-from server.log import request_id
+from server.log import about, note, request_id
 from server.settings import HASHED, Settings
 
 access = logging.getLogger("server.access")
@@ -29,6 +32,9 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
 MAX_HEADERS = 256
 MAX_HEADER_BYTES = 65_536
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
+FINGERPRINT = 8  # hexadecimal digits of a key's SHA-256: they tell keys apart and give none away
+key_holder: ContextVar[str | None] = ContextVar("key_holder", default=None)
+"""The fingerprint of the API key that the present request came with."""
 
 
 def probe_paths(root_path: str) -> frozenset[str]:
@@ -44,11 +50,12 @@ def local_path(scope: Scope) -> str:
 
 
 class Observe:
-    """Outermost: gives every request an id, logs it, and turns what nobody caught into a 500. Also tells the router
-    of the prefix under which a proxy publishes us."""
+    """Outermost: gives every request an id, which log, trace and answer share, logs and counts it, and turns what
+    nobody caught into a 500. Also tells the router of the prefix under which a proxy publishes us."""
 
-    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, root_path: str = "") -> None:
         self.app = app
+        self._metrics = metrics
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +68,12 @@ class Observe:
         proposed = Headers(scope=scope).get("x-request-id", "")
         identity = proposed if REQUEST_ID.fullmatch(proposed) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = identity
-        token = request_id.set(identity)
+        told: dict[str, object] = {}
+        tokens = request_id.set(identity), about.set(told)
+        span = trace.get_current_span()
+        if (context := span.get_span_context()).is_valid:
+            span.set_attribute("entrgi.request_id", identity)
+            note(trace_id=f"{context.trace_id:032x}")
         status: int | None = None
         started = time.monotonic()
 
@@ -80,6 +92,9 @@ class Observe:
                 raise  # too late for an answer; the server closes the connection
             await error_response(failed)(scope, receive, with_id)
         finally:
+            route = getattr(scope.get("route"), "path", "other")
+            # A stream that failed or was left had begun with 200, and tells here how it ended.
+            self._metrics.http_requests.labels(route, str(told.get("error_status", status))).inc()
             access.log(
                 logging.DEBUG if local_path(scope) in QUIET_PATHS else logging.INFO,
                 "request",
@@ -88,9 +103,11 @@ class Observe:
                     "path": scope["path"][:200],
                     "status": status,
                     "seconds": round(time.monotonic() - started, 4),
+                    **told,
                 },
             )
-            request_id.reset(token)
+            request_id.reset(tokens[0])
+            about.reset(tokens[1])
 
 
 class Guard:
@@ -122,32 +139,41 @@ class Guard:
 
         if scope["type"] == "http":
             try:
-                self._check(scope)
+                holder = self._check(scope)
                 self._check_length(Headers(scope=scope))
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
-            await self.app(scope, counted, send)
+            if holder is not None:
+                note(key=holder)
+            token = key_holder.set(holder)
+            try:
+                await self.app(scope, counted, send)
+            finally:
+                key_holder.reset(token)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
         else:
             await self.app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> str | None:
+        """The fingerprint of the request's key; None where none is asked for."""
         if len(scope["headers"]) > MAX_HEADERS:
             raise HeadersTooLarge(f"the header has more than {MAX_HEADERS} fields")
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > MAX_HEADER_BYTES:
             raise HeadersTooLarge(f"the header takes more than {MAX_HEADER_BYTES} bytes")
         if not self._digests or local_path(scope) in self._open_paths:
-            return
+            return None
         credentials = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(credentials) != 1:
             raise Unauthorized("an API key is needed: send `Authorization: Bearer KEY`")
         scheme, _, key = credentials[0].partition(b" ")
-        if scheme.lower() != b"bearer" or not self._is_known(key.strip()):
+        digest = _digest(key.strip())
+        if scheme.lower() != b"bearer" or not self._is_known(digest):
             raise Unauthorized("the API key is not valid")
+        return digest.hex()[:FINGERPRINT]
 
     def _check_length(self, headers: Headers) -> None:
         announced = headers.get("content-length")
@@ -164,8 +190,7 @@ class Guard:
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body takes more than {self._max_body_bytes} bytes")
 
-    def _is_known(self, key: bytes) -> bool:
-        digest = _digest(key)
+    def _is_known(self, digest: bytes) -> bool:
         return sum(hmac.compare_digest(digest, each) for each in self._digests) > 0  # the sum compares all of them
 
 

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server import __version__
 from server.api.answers import Answer
+from server.api.build import commit
 from server.api.convert import DEFAULT_BEST_OF
 from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.frontend import Frontend
@@ -48,9 +49,10 @@ class Status(Answer):
 
 
 class Version(Answer):
-    """The server's version."""
+    """The server's version, and the commit that its code is of (`-dirty`: with changes; or `unknown`)."""
 
     version: str
+    commit: str
 
 
 class Model(Answer):
@@ -120,7 +122,7 @@ async def ping() -> Response:
 @readable("/version", responses=success(Version, "Version") | errors(503))
 async def version() -> Response:
     """The server's version."""
-    return JSONResponse({"version": __version__})
+    return JSONResponse({"version": __version__, "commit": commit()})
 
 
 @readable(

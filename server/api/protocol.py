@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import sys
 import uuid
@@ -32,6 +33,8 @@ from uvicorn.server import ServerState
 
 from server.api.errors import envelope, headers
 from server.errors import HeadersTooLarge, InvalidRequest, RequestError, RequestTimeout, TooManyConnections
+
+access = logging.getLogger("server.access")
 
 MAX_CHUNKS = 16_384  # of one body; parsing one costs about as much as parsing a small request
 MAX_AHEAD_BYTES = 65_536  # of requests sent before the present one is answered
@@ -154,12 +157,12 @@ class Connection(H11Protocol):
 
     def _refuse(self, error: RequestError) -> None:
         """Answer with the error, if there is still a place for an answer, and close."""
-        body = json.dumps(envelope(error)).encode()
+        body, identity = json.dumps(envelope(error)).encode(), uuid.uuid4().hex
         answering = self.cycle is not None and not self.cycle.response_complete
         fields = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
-            "X-Request-Id": uuid.uuid4().hex,
+            "X-Request-Id": identity,
             "Connection": "close",
             **headers(error),
         }
@@ -169,6 +172,8 @@ class Connection(H11Protocol):
             for event in (response, h11.Data(data=sent), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
             self.room.refused(error)
+            told = {"request_id": identity, "status": error.status, "error_code": error.code}
+            access.info("refused a connection", extra=told)
             if self.cycle is not None:  # the application may be about to answer, too; to it the client has gone
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()

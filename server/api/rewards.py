@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +15,7 @@ from server.api.convert import messages
 from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
 from server.api.frontend import Frontend
 from server.errors import InvalidRequest
+from server.log import note
 from server.text.tokenizer import Tokenizer
 from server.types import Message
 
@@ -95,7 +95,7 @@ async def score(frontend: Frontend, asked: ScoreRequest) -> ScoreResponse:
         )
     name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
     return ScoreResponse(
-        id=f"score-{uuid.uuid4().hex}",
+        id=f"score-{frontend.answer_id()}",
         object="list",
         created=int(time.time()),
         model=name,
@@ -126,7 +126,7 @@ async def _rerank(
     for result in results if asked.return_documents else ():
         result.document = shown(asked.documents[result.index])
     return RerankResponse(
-        id=f"rerank-{uuid.uuid4().hex}",
+        id=f"rerank-{frontend.answer_id()}",
         model=name,
         results=results,
         usage=usage,
@@ -181,5 +181,8 @@ async def _rewards(
         raise InvalidRequest(message, "documents")
     timeout = frontend.settings.request_timeout
     deadline = None if timeout is None else time.time() + timeout
-    scored = await frontend.engine.score(name, pairs, deadline=deadline)
+    note(model=name)
+    with frontend.shares.taken():
+        scored = await frontend.engine.score(name, pairs, deadline=deadline)
+    note(tokens=scored.tokens)
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

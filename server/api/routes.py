@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
@@ -40,7 +38,7 @@ async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> 
 async def _answer(frontend: Frontend, asked: Asked) -> Response:
     frontend.engine.check_room()
     tokenizer = await frontend.tokenizer()
-    info, settings, identity = frontend.engine.info, frontend.settings, uuid.uuid4().hex
+    info, settings, identity = frontend.engine.info, frontend.settings, frontend.answer_id()
     plan = await frontend.aside(lambda: make_plan(asked, info, tokenizer, settings, identity))
     if asked.stream:
         return await open_stream(frontend, plan, tokenizer)

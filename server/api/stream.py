@@ -7,7 +7,6 @@ tokens that touches the left edge grows. Where several trajectories compete, the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator
 
@@ -22,6 +21,7 @@ from server.api.fields import StreamOptions
 from server.api.frontend import Frontend
 from server.api.generation import events
 from server.errors import ClientGone, RequestError
+from server.log import note
 from server.text.response import StreamDecoder
 from server.text.tokenizer import Tokenizer
 from server.types import JobResult
@@ -75,8 +75,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send for as long as the client stays."""
         try:
-            with contextlib.suppress(ClientGone):
-                await unless_disconnected(receive, self._send_all(send))
+            await unless_disconnected(receive, self._send_all(send))
+        except ClientGone as gone:
+            note(error_code=gone.code, error_status=gone.status)
         finally:
             await _abandon(self._pending, self._sequence)
 
@@ -103,6 +104,7 @@ class EventStream(Response):
             except Exception as error:
                 if not isinstance(error, RequestError):
                     error = unexpected(error)
+                note(error_code=error.code, error_status=error.status)
                 self._frontend.metrics.refused(error)
                 yield encode(envelope(error))
                 break

@@ -2,7 +2,8 @@
 
 A request's span is FastAPI's own; it continues the client's trace (`traceparent`). Below it each prompt has two spans:
 `queue`, until a worker begins, and one for the generation, with the attributes of OpenTelemetry's conventions for
-generative AI and ours under `entrgi.`. No span holds text of a prompt, of an answer or of a stop string.
+generative AI and ours under `entrgi.`; below that, some of the denoising steps and their parts. No span holds text of a
+prompt, of an answer or of a stop string.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi.telemetry import TelemetryConfig
-from opentelemetry.trace import TracerProvider
+from opentelemetry.context import Context
+from opentelemetry.trace import Tracer, TracerProvider, set_span_in_context
 
 from server import __version__
 from server.api.convert import Plan
 from server.api.middleware import probe_paths
 from server.errors import ConfigurationError
 from server.types import Job, JobResult
+from server.wire.messages import Timed
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
@@ -76,6 +79,23 @@ def fastapi_config(provider: TracerProvider | None, root_path: str) -> Telemetry
         "auto_configure": False,
         "exclude": lambda scope: scope["path"] in probes,
     }
+
+
+def step_spans(tracer: Tracer, generation: Context, times: Timed) -> None:
+    """The spans of one denoising step and of its parts. Lengths are exact; a step that computes in several parts does
+    `model` and `guidance` in turns, and both are shown in one piece."""
+    attributes: Attributes = {"entrgi.step": times.step, "entrgi.batch_trajectories": times.trajectories}
+
+    def span(name: str, parent: Context, start: float, seconds: float, attributes: Attributes | None = None) -> Context:
+        made = tracer.start_span(name, parent, attributes=attributes, start_time=int(start * 1e9))
+        made.end(int((start + seconds) * 1e9))
+        return set_span_in_context(made)
+
+    step = span("step", generation, times.began, times.seconds, attributes)
+    span("model", step, times.began, times.model)
+    if times.guidance:
+        guidance = span("guidance", step, times.began + times.model, times.guidance)
+        span("reward", guidance, times.began + times.model, times.reward)
 
 
 def request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:

@@ -8,11 +8,22 @@ of all at once.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 WINDOW_SECONDS = 30.0
 UNKNOWN_RATE_SECONDS = 5.0
 LEAST_SECONDS = 1.0
 MOST_SECONDS = 60.0
+
+
+def within_reason(seconds: float) -> float:
+    """What a client may be told."""
+    return min(max(seconds, LEAST_SECONDS), MOST_SECONDS)
+
+
+def expected(ends: Sequence[float], places: int = 1) -> float:
+    """When so many places will be free, of jobs that are expected to leave in `ends` seconds."""
+    return within_reason(sorted(ends)[:places][-1] if ends else UNKNOWN_RATE_SECONDS)
 
 
 class Throughput:
@@ -54,14 +65,15 @@ class Throughput:
             return None
         return len(self._finished) / (clock - since)
 
-    def retry_after_seconds(self, in_flight: int, now: float, places: int = 1) -> float:
+    def retry_after_seconds(self, in_flight: int, now: float, places: int = 1, ends: Sequence[float] = ()) -> float:
         """When to try again for so many places: when the next that nobody was promised come free, at most the time in
-        which all `in_flight` jobs will have left, within 1 to 60 seconds."""
+        which all `in_flight` jobs will have left, within 1 to 60 seconds. While no rate is known, `ends` tells: in how
+        many seconds jobs are expected to leave."""
         rate = self.per_second(now)
         if rate is None:
-            return UNKNOWN_RATE_SECONDS
+            return expected(ends, places)
         self._promised_until = min(max(self._promised_until, now) + places / rate, now + in_flight / rate)
-        return min(max(self._promised_until - now, LEAST_SECONDS), MOST_SECONDS)
+        return within_reason(self._promised_until - now)
 
     def _clock(self, now: float) -> float:
         return (now if self._idle_since is None else self._idle_since) - self._idle_seconds

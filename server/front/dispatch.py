@@ -40,9 +40,13 @@ def cost_of(work: Job | Score) -> float:
         )
         return 1.0 + characters / CHARACTERS_A_TOKEN
     canvas = len(work.prompt_ids) + work.sampling.max_tokens + len(work.suffix_ids)
-    steps = min(work.diffusion.steps, work.sampling.max_tokens)
     passes = 1 + work.guidance.inner_steps
-    return float(work.sampling.best_of * steps * canvas * passes)
+    return float(work.sampling.best_of * steps_of(work) * canvas * passes)
+
+
+def steps_of(work: Job) -> int:
+    """Denoising steps that reveal something, at most."""
+    return min(work.diffusion.steps, work.sampling.max_tokens)
 
 
 class Dispatcher:

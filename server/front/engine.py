@@ -17,10 +17,11 @@ from functools import reduce
 
 from server import errors
 from server.front.admission import Throughput
-from server.front.dispatch import Dispatcher, cost_of
+from server.front.dispatch import Dispatcher, cost_of, steps_of
 from server.front.pending import Answer, Pending
 from server.front.process import Spare
 from server.front.replica import Replica
+from server.log import request_id
 from server.types import EngineInfo, Job, Message
 from server.wire.config import EngineConfig
 from server.wire.messages import Begun, Cancel, Event, Failed, FrameTooLarge, Score, Scored, Submit, frame, subject
@@ -148,8 +149,21 @@ class Engine:
         if len(self._pending) + jobs > self.config.max_queue:
             raise errors.QueueFull(
                 f"{len(self._pending)} requests are in flight; the server takes {self.config.max_queue}",
-                retry_after=self._throughput.retry_after_seconds(len(self._pending), time.monotonic(), jobs),
+                retry_after=self._throughput.retry_after_seconds(
+                    len(self._pending), time.monotonic(), jobs, self.ends_seconds()
+                ),
             )
+
+    def ends_seconds(self) -> list[float]:
+        """In how many seconds each job that is computed will have done its steps, if they go on as they went."""
+        now, ends = time.monotonic(), []
+        for pending in self._pending.values():
+            if pending.worker is None or pending.begun_at is None or not pending.steps:
+                continue
+            done = self.replicas[pending.worker].stats.steps - pending.begun_step
+            if done > 0:
+                ends.append(max(0, pending.steps - done) * (now - pending.begun_at) / done)
+        return ends
 
     def submit(self, job: Job) -> JobStream:
         """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it.
@@ -159,7 +173,7 @@ class Engine:
     def cancel(self, identity: str) -> None:
         """Drop a request; its reader, if there is one, gets a Failed. Unknown ids are ignored."""
         if identity in self._pending:
-            self._drop(self._pending[identity], errors.EngineFailed("the request was cancelled"))
+            self._drop(self._pending[identity], errors.ClientGone("the request was cancelled"))
 
     async def score(
         self,
@@ -170,7 +184,7 @@ class Engine:
     ) -> Scored:
         """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
         does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
-        request = Score(f"score:{next(self._score_ids)}", reward_model, list(items))
+        request = Score(f"score-{request_id.get()}-{next(self._score_ids)}", reward_model, list(items))
         stream = self._enqueue(request, deadline)
         try:
             answer = await anext(stream)
@@ -188,7 +202,8 @@ class Engine:
             data = frame(Submit(work) if isinstance(work, Job) else work)
         except (FrameTooLarge, TypeError) as error:
             raise errors.InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
-        pending = Pending(work.id, data, isinstance(work, Job), cost_of(work))
+        steps = steps_of(work) if isinstance(work, Job) else 0
+        pending = Pending(work.id, data, isinstance(work, Job), cost_of(work), steps, request_id.get())
         self._pending[work.id] = pending
         self._throughput.taken(len(self._pending), self.config.max_queue, time.monotonic())
         self._idle.clear()
@@ -204,7 +219,8 @@ class Engine:
         expected = any(not replica.ready and not _given_up(replica) for replica in self.replicas)
         for rank, pending in self._dispatcher.assign(ready, more_to_come=expected):
             if pending.suspect:
-                logger.info("request %s runs apart on worker %d", pending.id, rank)
+                told = {"request_id": pending.request_id}
+                logger.info("request %s runs apart on worker %d", pending.id, rank, extra=told)
             self.replicas[rank].send(pending.frame)
 
     def on_ready(self, replica: Replica) -> None:
@@ -219,7 +235,7 @@ class Engine:
         if isinstance(event, Begun):
             pending.begun = True
             if pending.begun_at is None:
-                pending.begun_at = time.monotonic()
+                pending.begun_at, pending.begun_step = time.monotonic(), replica.stats.steps
         elif isinstance(event, Answer):
             self._answer(pending, event)
         elif not pending.deliver(event):
@@ -240,7 +256,7 @@ class Engine:
                 extra={"had": [pending.id for pending in had], "convicted": [pending.id for pending in convicted]},
             )
         for pending in convicted:
-            self._drop(pending, errors.Unavailable("the worker was lost twice while it ran nothing but this request"))
+            self._drop(pending, errors.WorkerLost("the worker was lost twice while it ran nothing but this request"))
         if self._nobody_will_come():
             self._fail_all(errors.Unavailable("the worker was lost and could not be restarted"))
         self._dispatch()
@@ -251,6 +267,15 @@ class Engine:
     def _answer(self, pending: Pending, answer: Answer) -> None:
         del self._pending[pending.id]
         now = time.monotonic()
+        if isinstance(answer, Failed):
+            computed = 0.0 if pending.begun_at is None else round(now - pending.begun_at, 3)
+            told = {
+                "request_id": pending.request_id,
+                "error": answer.kind,
+                "worker": pending.worker,
+                "computed": computed,
+            }
+            logger.info("request %s ends without an answer", pending.id, extra=told)
         self._throughput.finished(now)
         self._throughput.taken(len(self._pending), self.config.max_queue, now)
         self._dispatcher.remove(pending)

@@ -152,7 +152,7 @@ class Replica:
         worker, self.worker = self.worker, None
         if worker is not None:
             logger.error("%s ended with %s", self.name, await worker.reap())
-        self._past = self._past.plus(replace(self._present, running=0, waiting=0))
+        self._past = self._past.plus(self._present.ended())
         self._present = RunnerStats()
         self._engine.on_lost(self)
 

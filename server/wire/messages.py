@@ -128,6 +128,19 @@ class Canvas(_About, frozen=True):
     reward: float | None = None
 
 
+class Timed(_About, frozen=True):
+    """What one denoising step took, in seconds; `guidance` includes the reward models' passes, which are `reward`. It
+    began at `began` (seconds of `time.time()`), and `trajectories` shared it. Only for jobs that are `timed`."""
+
+    step: int
+    trajectories: int
+    began: float
+    seconds: float
+    model: float
+    guidance: float
+    reward: float
+
+
 class Finished(_About, frozen=True):
     """The answer of a job."""
 
@@ -159,7 +172,9 @@ class Scored(_About, frozen=True):
 
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown
-Event: TypeAlias = Begun | Started | Progress | Canvas | Finished | Failed | Scored | Ready | Heartbeat | WorkerError
+Event: TypeAlias = (
+    Begun | Started | Progress | Canvas | Timed | Finished | Failed | Scored | Ready | Heartbeat | WorkerError
+)
 Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,11 +6,19 @@ growing across worker restarts (`RunnerStats.plus`). Plain numbers: no metrics l
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_left
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 COUNT_BOUNDS = tuple(2.0**power for power in range(15))
+STATM = Path("/proc/self/statm")  # Linux: sizes of this process, in pages; the second is what is resident
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE if STATM.exists() else 0
 
 
 @dataclass(slots=True)
@@ -42,12 +50,14 @@ class Distribution:
 
 @dataclass(slots=True)
 class RunnerStats:
-    """Gauges: trajectories that run and wait now. Counters: trajectory steps done, tokens revealed, and how often
-    memory ran out. Distributions, one value a denoising step: seconds of each phase (of guidance where there was any),
-    trajectories and masked rows in the batch."""
+    """Gauges: trajectories that run and wait now, bytes resident and bytes held on the device. Counters: trajectory
+    steps done, tokens revealed, and how often memory ran out. Distributions, one value a denoising step: seconds of
+    each phase (of guidance where there was any), trajectories and masked rows in the batch."""
 
     running: int = 0
     waiting: int = 0
+    resident_bytes: int = 0
+    device_bytes: int = 0
     denoising_steps: int = 0
     committed_tokens: int = 0
     out_of_memory: int = 0
@@ -57,6 +67,15 @@ class RunnerStats:
     reward_backward_seconds: Distribution = field(default_factory=Distribution)
     batch_trajectories: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
     batch_rows: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps done, whatever number of trajectories shared each."""
+        return self.batch_trajectories.count
+
+    def ended(self) -> RunnerStats:
+        """What stays of a process that is no more: the sums."""
+        return replace(self, running=0, waiting=0, resident_bytes=0, device_bytes=0)
 
     def plus(self, other: RunnerStats) -> RunnerStats:
         """Field by field sum: the history of dead workers and the present of a live one."""

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from server import log
-from server.errors import ConfigurationError
+from server.errors import AnswerTooLarge, ConfigurationError, EngineFailed
 from server.methods import load_plugins
 from server.wire.channel import WorkerChannel
 from server.wire.config import WorkerConfig
@@ -139,8 +139,10 @@ class Loop:
                     raise
                 logger.error("an event of job %s cannot be sent", job_id, exc_info=error)
                 self._service.runner.cancel(job_id)
-                message = "the answer is too large" if isinstance(error, FrameTooLarge) else "an internal error"
-                frames.append(frame(Failed(job_id, "internal", message)))
+                fault = EngineFailed("an internal error")
+                if isinstance(error, FrameTooLarge):
+                    fault = AnswerTooLarge("the answer is too large")
+                frames.append(frame(Failed.of(job_id, fault)))
         self._channel.send_frames(frames)
 
 

@@ -43,6 +43,7 @@ from server.budget import Budget
 from server.models.base import DiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import DecoderShape
+from server.wire.stats import resident_bytes
 
 STATE = {"cpp": 3.5, "torch": 3.9, "triton": 3.9, "reference": 11.0}
 """Peak (N, V) tensors of guidance beside the logits, by kernel backend."""
@@ -126,6 +127,11 @@ def free_bytes(device: torch.device, *, root: Path = Path("/")) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return min(_machine_bytes(root), *_group_bytes(root))
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory that this process holds on its device: torch's allocator on a GPU, all of the process's on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else resident_bytes()
 
 
 def last_cache_bytes(*, root: Path = Path("/")) -> int:

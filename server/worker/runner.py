@@ -7,26 +7,31 @@ job alone; what goes wrong in the step that many share fails all that take part 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from server.budget import Budget
+from server.diffusion.schedule import Step
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.types import Job
-from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from server.wire.stats import RunnerStats
+from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started, Timed
+from server.wire.stats import RunnerStats, resident_bytes
 from server.worker.answer import answer
 from server.worker.book import Book, Entry
 from server.worker.demand import Demand
 from server.worker.failures import Attempt, failed, is_out_of_memory, out_of_memory
+from server.worker.memory import held_bytes
 from server.worker.reveal import Decision
 from server.worker.savings import Savings
 from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
+
+TIMED_STEPS = 16  # of a job, about: each makes four spans
 
 
 class Runner:
@@ -61,6 +66,7 @@ class Runner:
         """Counters since start and gauges of this moment."""
         stats = self.denoiser.stats
         stats.running, stats.waiting = self.book.running, self.book.waiting
+        stats.resident_bytes, stats.device_bytes = resident_bytes(), held_bytes(self.denoiser.device)
         return stats
 
     def add(self, job: Job, now: float) -> None:
@@ -121,6 +127,7 @@ class Runner:
         ]
         if not batch:
             return
+        began = self.clock()
         try:
             decisions = self.denoiser.step(batch)
         except Exception as error:
@@ -129,9 +136,19 @@ class Runner:
             for job_id in taking_part:
                 self.book.drop(job_id)
             return
+        events += self._timed(batch, began)
         for decision in decisions:
             if decision.trajectory.job.id in self.book:  # not failed with an earlier trajectory
                 self._report(decision, events)
+
+    def _timed(self, batch: Sequence[tuple[Trajectory, Step]], began: float) -> Iterator[Event]:
+        """What the step took, for each job in it that is timed and whose turn it is: every so many steps."""
+        spent, seconds = self.denoiser.spent, self.clock() - began
+        reward = spent.reward_forward_seconds + spent.reward_backward_seconds
+        first = {trajectory.job.id: (trajectory.job, step) for trajectory, step in reversed(batch)}
+        for job, step in first.values():
+            if job.timed and step.index % math.ceil(job.diffusion.steps / TIMED_STEPS) == 0:
+                yield Timed(job.id, step.index, len(batch), began, seconds, spent.forward, spent.guidance, reward)
 
     def _report(self, decision: Decision, events: list[Event]) -> None:
         """Progress of one trajectory, where the job asks for it; a trajectory that cannot go on fails its job."""

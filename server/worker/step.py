@@ -31,7 +31,7 @@ from server.worker.trajectory import Trajectory
 
 
 @dataclass(slots=True)
-class _Spent(Timings):
+class Spent(Timings):
     """Seconds that the parts of one step took together, and the distinct rows that they had."""
 
     forward: float = 0.0
@@ -44,7 +44,7 @@ class Denoiser:
 
     A step takes as many forwards of the diffusion model as `forwards` makes of it (canvas tokens), and what follows
     from one forward is done in parts, of `guided` members (rows of logits, reward-model tokens) or `unguided` ones
-    (rows). A part for which memory runs out runs again in halves.
+    (rows). A part for which memory runs out runs again in halves. `spent` is what the last step took.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Denoiser:
         self.guided = Limits("guidance (rows, tokens)", (budget.guided_rows, budget.reward_tokens), self.ran_out)
         self.unguided = Limits("unguided rows", (budget.logit_rows,), self.ran_out)
         self._cached_share = {name: cached_share(model) for name, model in reward_models.items()}
-        self._spent = _Spent()
+        self.spent = Spent()
 
     def ran_out(self) -> None:
         """Count that memory did, and free what can be freed."""
@@ -77,7 +77,7 @@ class Denoiser:
     def step(self, trajectories: Sequence[tuple[Trajectory, Step]]) -> list[Decision]:
         """One step of every given trajectory, and what it did. They are changed only when all else is done, so a part
         of the step that runs out of memory can run again."""
-        self._spent = self.inner_steps.timings = _Spent()
+        self.spent = self.inner_steps.timings = Spent()
         decisions: list[Decision] = []
         sizes = [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories]
         for part in self.forwards.parts(trajectories, sizes):
@@ -100,8 +100,8 @@ class Denoiser:
             everywhere = torch.arange(len(batch.tokens), device=self.device)
             logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
             forward = Forward(batch, logits[batch.rows], torch.clone)
-        self._spent.forward += time.perf_counter() - started
-        self._spent.rows += len(batch.blind)
+        self.spent.forward += time.perf_counter() - started
+        self.spent.rows += len(batch.blind)
         decisions: list[Decision] = []
         for group in groups(batch, self.device, share_inner_steps=self.savings.share_inner_steps):
             limits = self.guided if group.rewards else self.unguided
@@ -116,14 +116,14 @@ class Denoiser:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
         phi_0 = forward.logits(group.members)
-        self._spent.forward += time.perf_counter() - started
+        self.spent.forward += time.perf_counter() - started
         state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
         cohorts = [Cohort(group, state, slice(None))]
         if group.rewards:
             started = time.perf_counter()
             cohorts = self.inner_steps.run(group, state)
-            self._spent.guidance += time.perf_counter() - started
+            self.spent.guidance += time.perf_counter() - started
         decisions = []
         for cohort in cohorts:
             decisions += decide(cohort, ranking[cohort.rows], entropy[cohort.rows], self.info)
@@ -169,7 +169,7 @@ class Denoiser:
         return rows, most
 
     def _count(self, decisions: Sequence[Decision]) -> None:
-        stats, spent = self.stats, self._spent
+        stats, spent = self.stats, self.spent
         stats.model_forward_seconds.add(spent.forward)
         if spent.guidance:
             stats.guidance_seconds.add(spent.guidance)

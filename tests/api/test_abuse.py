@@ -222,6 +222,7 @@ def test_metrics_do_not_grow_with_what_clients_name(unharmed: Served) -> None:
         unharmed.post(CHAT, {**KNOWN, "max_tokens": 2, "best_of": 1, "guidance": weighted})
 
     mischief(1)
+    series()  # a scrape is a request, too
     before = series()
     for number in range(2, 12):
         mischief(number)

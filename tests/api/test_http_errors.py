@@ -51,7 +51,9 @@ async def test_failures_of_the_worker() -> None:
         ("not_finite", 400, "not_finite"),
         ("deadline", 408, "deadline_exceeded"),
         ("unavailable", 503, "unavailable"),
-        ("out_of_memory", 500, "internal_error"),
+        ("worker_lost", 503, "worker_lost"),
+        ("out_of_memory", 500, "out_of_memory"),
+        ("answer_too_large", 500, "answer_too_large"),
         ("engine_failed", 500, "internal_error"),
     ):
 
@@ -62,8 +64,9 @@ async def test_failures_of_the_worker() -> None:
             for stream in (False, True):
                 response = await client.post("/v1/completions", json={"prompt": "Hi", "stream": stream})
                 assert check_envelope(response, status)["code"] == code
-                assert (response.headers.get("x-should-retry") == "false") == (status == 408)
-                assert ("retry-after" in response.headers) == (status == 503)
+                hopeless = kind in ("deadline", "worker_lost", "answer_too_large")
+                assert (response.headers.get("x-should-retry") == "false") == hopeless
+                assert ("retry-after" in response.headers) == (kind == "unavailable")
 
 
 async def test_before_the_models_are_loaded() -> None:

@@ -65,6 +65,7 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("root_path", "llm"), ("served_model_name", "a b"), ("model", " "), ("vocab_fallback", "mean"),
         ("served_model_name", ["a", "b c"]), ("api_key", ["sha256:0a1b"]), ("otlp_endpoint", "collector:4318"),
         ("log_level", "LOUD"), ("no_such_key", "1"), ("stream_comment_seconds", "nan"), ("public_paths", "/v1/models"),
+        ("max_key_requests", "0"), ("max_key_requests", "3"), ("max_key_trajectories", "3"),  # without a key: no effect
         ("spare_worker", "maybe"), ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"),
     ],
 )  # fmt: skip
@@ -135,7 +136,7 @@ def test_help_says_every_key_and_default() -> None:
 
 
 def test_users_need_not_read_too_many_settings() -> None:
-    assert len(SETTINGS) <= 41
+    assert len(SETTINGS) <= 43
 
 
 def test_a_misspelt_flag_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

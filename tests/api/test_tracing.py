@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, cast
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,9 +20,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from server.api.telemetry import exporting_provider
 from server.errors import ConfigurationError
 from server.types import Job
-from server.wire.messages import Event, Failed, Started
-from tests.api.scripted_engine import ScriptedEngine, make, open_client
+from server.wire.messages import Event, Failed, Started, Timed
+from tests.api.scripted_engine import ScriptedEngine, finished, make, open_client
 from tests.support.serving import ROOT, Launch
+from tests.support.traces import collecting, spans_of
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
@@ -92,6 +90,26 @@ async def test_spans_of_a_request(stream: bool) -> None:
     assert "a-stop-string" not in everything
 
 
+async def test_spans_of_a_step_and_its_parts() -> None:
+    async def timed(job: Job) -> AsyncIterator[Event]:
+        yield Started(job.id)
+        if job.timed:
+            yield Timed(job.id, 3, 5, began=100.0, seconds=1.0, model=0.25, guidance=0.5, reward=0.375)
+        yield finished(job)
+
+    async with traced(ScriptedEngine(timed)) as (client, exporter):
+        await client.post("/v1/completions", json={"prompt": "Hi"})
+    found = by_name(exporter)
+    assert found["step"].attributes == {"entrgi.step": 3, "entrgi.batch_trajectories": 5}
+    parents = {"step": "text_completion dlm", "model": "step", "guidance": "step", "reward": "guidance"}
+    for name, start, end in (("step", 0, 1), ("model", 0, 0.25), ("guidance", 0.25, 0.75), ("reward", 0.25, 0.625)):
+        span, parent = found[name], found[parents[name]]
+        assert (span.start_time, span.end_time) == (int((100 + start) * 1e9), int((100 + end) * 1e9))
+        assert (span.parent and span.parent.span_id) == parent.context.span_id
+    async with open_client(make(ScriptedEngine(timed))) as client:  # nobody is told of steps who does not ask
+        assert (await client.post("/v1/completions", json={"prompt": "Hi"})).status_code == 200
+
+
 async def test_every_prompt_has_its_spans_and_probes_have_none() -> None:
     async with traced(root_path="/llm") as (client, exporter):
         for path in ("/health", "/ready", "/ping", "/metrics", "/llm/health", "/llm/metrics"):
@@ -156,52 +174,19 @@ def test_another_protocol_is_refused() -> None:
 # -- over the wire -----------------------------------------------------------------------------------------------
 
 
-class Collector(BaseHTTPRequestHandler):
-    """Keeps what is exported to /v1/traces."""
-
-    received: list[ExportTraceServiceRequest]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        assert self.headers["Content-Type"] == "application/x-protobuf"
-        if self.path == "/v1/traces":
-            self.received.append(ExportTraceServiceRequest.FromString(body))
-        self.send_response(200 if self.path == "/v1/traces" else 404)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    received: list[ExportTraceServiceRequest] = []
-    server = HTTPServer(("127.0.0.1", 0), type("Mine", (Collector,), {"received": received}))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", received
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def value(of: AnyValue) -> object:
     return getattr(of, str(of.WhichOneof("value")))
 
 
-def test_a_server_process_exports_to_a_collector(
-    launch: Launch, collector: tuple[str, list[ExportTraceServiceRequest]]
-) -> None:
-    endpoint, received = collector
-    served = launch("--otlp-endpoint", endpoint)
-    served.wait_ready()
-    answer = served.client.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 8}, headers=TRACEPARENT)
-    assert answer.status_code == 200
-    assert served.stop() == 0  # sends what is left
-    scopes = [scope for request in received for resource in request.resource_spans for scope in resource.scope_spans]
-    found = {span.name: span for scope in scopes for span in scope.spans}
-    assert set(found) == {"POST /v1/completions", "queue", "text_completion dlm"}
+def test_a_server_process_exports_to_a_collector(launch: Launch) -> None:
+    with collecting() as (endpoint, received):
+        served = launch("--otlp-endpoint", endpoint)
+        served.wait_ready()
+        answer = served.client.post("/v1/completions", json={"prompt": SECRET, "max_tokens": 8}, headers=TRACEPARENT)
+        assert answer.status_code == 200
+        assert served.stop() == 0  # sends what is left
+    found = {span.name: span for span in spans_of(received)}
+    assert set(found) == {"POST /v1/completions", "queue", "text_completion dlm", "step", "model"}
     assert {span.trace_id.hex() for span in found.values()} == {TRACE}
     generation = {pair.key: value(pair.value) for pair in found["text_completion dlm"].attributes}
     assert generation["gen_ai.usage.output_tokens"] == answer.json()["usage"]["completion_tokens"]

@@ -40,7 +40,7 @@ def expressions() -> Iterator[tuple[str, str, str]]:
     for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"]:
         for target in panel.get("targets", []):
             text = target["expr"]
-            query = text.replace("$__rate_interval", "1m").replace("$__range", "5m")
+            query = text.replace("$__rate_interval", "1m").replace("$__range", "5m").replace("$instance", ".*")
             yield f"panel {panel['title']}", text, query
     for group in yaml.safe_load((PROMETHEUS / "alerts.yml").read_text("utf-8"))["groups"]:
         for rule in group["rules"]:

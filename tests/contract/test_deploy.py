@@ -204,7 +204,7 @@ def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:
 
 
 def test_labels_of_expressions_exist() -> None:
-    known = {"model_name", "finished_reason", "method", "reward_model", "reason", "le", "worker", "instance"}
+    known = {"finished_reason", "method", "reward_model", "reason", "le", "worker", "instance", "route", "status"}
     for expression in expressions():
         for labels in re.findall(r"\bby \(([^)]*)\)", expression):
             assert {label.strip() for label in labels.split(",")} <= known, expression
@@ -220,7 +220,11 @@ def test_dashboard_is_provisioned() -> None:
     assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"].endswith(DASHBOARD.name)
     panels = dashboard["panels"]
     used = [each["datasource"]["uid"] for p in panels for each in (p, *p.get("targets", [])) if "datasource" in each]
-    assert set(used) == {source["uid"]}
+    chosen, instance = dashboard["templating"]["list"]
+    assert set(used) == {instance["datasource"]["uid"]} == {"${datasource}"}
+    assert (chosen["name"], chosen["current"]["value"]) == ("datasource", source["uid"])
+    targets = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    assert all(expr.count('instance=~"$instance"') == len(re.findall(r"entrgi:|\bup\b", expr)) for expr in targets)
     assert len({panel["id"] for panel in panels}) == len(panels)
 
 
@@ -238,7 +242,7 @@ def test_prometheus_scrapes_whichever_server_runs() -> None:
 def test_promtool_accepts_configuration_rules_and_dashboard_expressions(tmp_path: Path) -> None:
     subprocess.run(["promtool", "check", "config", str(PROMETHEUS / "prometheus.yml")], check=True, timeout=60)
     rules = [
-        {"record": f"panel:{i}", "expr": e.replace("$__rate_interval", "1m").replace("$__range", "1h")}
+        {"record": f"panel:{i}", "expr": e.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("$", "")}
         for i, e in enumerate(expressions())
     ]
     path = tmp_path / "panels.yml"

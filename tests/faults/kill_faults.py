@@ -59,7 +59,7 @@ async def run(server: Server, clients: int, seed: int) -> int:
             verdict.promise(f"{name}: only its batch fails", batch, outcomes)
             verdict.promise(f"{name}: without a restart", restarts == 0, restarts)
         else:
-            verdict.promise(f"{name}: the request gets a 503", outcome == "503 unavailable", outcome)
+            verdict.promise(f"{name}: the request gets a 503", outcome == "503 worker_lost", outcome)
             verdict.promise(f"{name}: its neighbours get their tokens", set(outcomes) == {"right"}, outcomes)
             # It dies with others, with some of them, and twice alone.
             verdict.promise(f"{name}: by two to four restarts", 2 <= restarts <= 4, restarts)

@@ -55,8 +55,8 @@ async def run(server: Server, kills: int, clients: int, gap: float, seed: int) -
     idle = await server.seconds_until_idle()
     died = sum("ended with signal 9" in line for line in server.errors_logged())
     outcomes = load.outcomes
-    lost = outcomes["503 unavailable"] + outcomes["stream unavailable"]
-    other = {name: count for name, count in outcomes.items() if name != "right" and "unavailable" not in name}
+    lost = outcomes["503 worker_lost"] + outcomes["stream worker_lost"]
+    other = {name: count for name, count in outcomes.items() if name != "right" and "worker_lost" not in name}
     answered = sum(count for name, count in outcomes.items() if name in ("right", "wrong") or " " in name)
     allowed = kills // KILLS_A_LOSS
     slowest = max(ready_after, default=0.0)

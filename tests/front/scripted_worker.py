@@ -80,6 +80,7 @@ class ScriptedRunner:
         events: list[Event] = []
         time.sleep(max(job.prompt_ids[1] for job in self.jobs.values()) / 1000)
         self.stats.running = len(self.jobs)
+        self.stats.batch_trajectories.add(len(self.jobs))
         try:
             for job in list(self.jobs.values()):
                 events += self.advance(job)

@@ -87,7 +87,7 @@ async def test_poison_takes_no_neighbour_along(workers: int) -> None:
         await until(lambda: engine.restarts > 0)
         streams |= {n: engine.submit(job(f"job-{n}", steps=5, seed=n)) for n in range(8, 12)}
         poisons.append(engine.submit(job("poison once more", Do.DIE)))  # as a client that retries
-        assert {(await failure(stream)).kind for stream in poisons} == {"unavailable"}
+        assert {(await failure(stream)).kind for stream in poisons} == {"worker_lost"}
         for n, stream in streams.items():
             assert await tokens(stream) == tokens_of(n, 30 if n < 8 else 5)
         assert engine.restarts <= 12  # each at most four

@@ -32,7 +32,7 @@ async def test_events_come_in_order_and_only_when_asked_for(engine: Driven) -> N
         (Do.REFUSE, Failed("bad", "invalid_request", "not this one", "prompt"), 0),
         (Do.RAISE, Failed("bad", "internal", "an internal error ended this request"), 0),
         (Do.EXHAUST_MEMORY, Failed("bad", "out_of_memory", "the device ran out of memory"), 0),
-        (Do.ANSWER_TOO_MUCH, Failed("bad", "internal", "the answer is too large"), 0),
+        (Do.ANSWER_TOO_MUCH, Failed("bad", "answer_too_large", "the answer is too large"), 0),
         (Do.LOSE_THE_DEVICE, Failed("bad", "internal", "an internal error ended this request"), 1),
     ],
 )
@@ -88,6 +88,18 @@ async def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
         engine.check_room(3)
         with pytest.raises(QueueFull):
             engine.check_room(4)
+
+
+async def test_before_anything_has_finished_the_running_jobs_steps_say_when_to_come_back() -> None:
+    async with running(configured(max_queue=1)) as engine:
+        stream = await engine.begin(job("long", steps=4000, step_ms=10))  # forty seconds, at the least
+        before = engine.stats.steps
+        await until(lambda: engine.stats.steps > before)
+        with pytest.raises(QueueFull) as refused:
+            engine.submit(job("one too many"))
+        assert refused.value.retry_after is not None
+        assert 30.0 < refused.value.retry_after <= 60.0
+        await stream.aclose()
 
 
 async def test_what_cannot_be_handed_to_a_worker_is_not_in_flight(engine: Driven) -> None:

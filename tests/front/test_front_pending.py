@@ -49,6 +49,12 @@ def ten_a_second() -> Throughput:
     return throughput
 
 
+def test_before_a_rate_is_known_places_come_free_when_jobs_are_expected_to_end() -> None:
+    ends = [40.0, 0.2, 12.0, 90.0]
+    waits = [Throughput(0.0).retry_after_seconds(4, 10.0, places, ends) for places in (1, 2, 3, 4, 9)]
+    assert waits == [1.0, 12.0, 40.0, 60.0, 60.0]
+
+
 def test_refused_clients_come_back_one_by_one_at_the_rate_at_which_work_leaves() -> None:
     assert Throughput(0.0).per_second(0.0) is None
     throughput = ten_a_second()

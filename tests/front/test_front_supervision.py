@@ -63,7 +63,7 @@ async def test_a_worker_killed_again_and_again_under_load_loses_no_job(engine: D
         steps = 5 + number % 20
         last = await engine.last(job(f"job-{number}", steps=steps, step_ms=4, seed=number))
         if isinstance(last, Failed):
-            assert last.kind == "unavailable"
+            assert last.kind == "worker_lost"
             return False
         assert isinstance(last, Finished)
         assert last.result.trajectories[0].token_ids == tokens_of(number, steps)
@@ -166,7 +166,7 @@ async def test_a_bug_in_the_engine_itself_leaves_nobody_waiting(
 @pytest.mark.parametrize("do", [Do.HANG, Do.HANG_WITH_THE_LOCK])
 async def test_the_watchdog_turns_a_hang_into_a_restart(do: Do) -> None:
     async with running(configured(watchdog_seconds=0.6)) as engine:
-        assert (await failure(engine.submit(job("stuck", do)))).kind == "unavailable"
+        assert (await failure(engine.submit(job("stuck", do)))).kind == "worker_lost"
         assert isinstance(await engine.last(job("next")), Finished)
 
 

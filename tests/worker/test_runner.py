@@ -12,7 +12,7 @@ import torch
 from server.budget import Budget
 from server.models.loading import LoadedDiffusionModel
 from server.types import Job
-from server.wire.messages import Event, Failed, Finished
+from server.wire.messages import Event, Failed, Finished, Timed
 from server.worker.runner import Runner
 from tests.support.jobs import make_job
 from tests.support.models import Around, diffusion, reward
@@ -51,6 +51,18 @@ def guided(name: str, seed: int, prompt: str = "Hi", **values: Any) -> Job:
 
 def innocents() -> list[Job]:
     return [guided("one", 1, best_of=2), make_job("two", seed=2), guided("three", 3)]
+
+
+def test_some_steps_of_a_timed_job_are_reported_with_what_their_parts_took() -> None:
+    jobs = [guided("timed", 1, best_of=2, max_tokens=32, timed=True), make_job("other", seed=2, max_tokens=32)]
+    runner, times = start(jobs), []
+    while runner.has_work:
+        times += [event for event in runner.step() if isinstance(event, Timed)]
+    assert {each.job_id for each in times} == {"timed"}
+    assert [each.step for each in times] == list(range(2, 32, 2))  # the first step reveals nothing
+    for each in times:
+        assert each.trajectories == 3
+        assert 0 < each.reward < each.guidance < each.guidance + each.model < each.seconds
 
 
 def start(jobs: list[Job], reward_model: Any = REWARD, loaded: LoadedDiffusionModel = LOADED, **options: Any) -> Runner:
