@@ -268,12 +268,12 @@ class Engine:
         del self._pending[pending.id]
         now = time.monotonic()
         if isinstance(answer, Failed):
-            computed = 0.0 if pending.begun_at is None else round(now - pending.begun_at, 3)
+            seconds = 0.0 if pending.begun_at is None else round(now - pending.begun_at, 3)
             told = {
                 "request_id": pending.request_id,
                 "error": answer.kind,
                 "worker": pending.worker,
-                "computed": computed,
+                "seconds": seconds,
             }
             logger.info("request %s ends without an answer", pending.id, extra=told)
         self._throughput.finished(now)

@@ -142,12 +142,13 @@ class Runner:
                 self._report(decision, events)
 
     def _timed(self, batch: Sequence[tuple[Trajectory, Step]], began: float) -> Iterator[Event]:
-        """What the step took, for each job in it that is timed and whose turn it is: every so many steps."""
+        """What the step took, for each job in it that is timed: at its first step, and then at every so many."""
         spent, seconds = self.denoiser.spent, self.clock() - began
         reward = spent.reward_forward_seconds + spent.reward_backward_seconds
-        first = {trajectory.job.id: (trajectory.job, step) for trajectory, step in reversed(batch)}
-        for job, step in first.values():
-            if job.timed and step.index % math.ceil(job.diffusion.steps / TIMED_STEPS) == 0:
+        first = {trajectory.job.id: (trajectory, step) for trajectory, step in reversed(batch)}
+        for trajectory, step in first.values():
+            job, done = trajectory.job, trajectory.model_calls - 1
+            if job.timed and done % math.ceil(job.diffusion.steps / TIMED_STEPS) == 0:
                 yield Timed(job.id, step.index, len(batch), began, seconds, spent.forward, spent.guidance, reward)
 
     def _report(self, decision: Decision, events: list[Event]) -> None:

@@ -129,6 +129,7 @@ async def test_the_log_names_who_ran_apart_and_who_killed_twice(caplog: pytest.L
         "worker 0 had 1 requests; after its death 1 run apart from new ones",
         "request poison runs apart on worker 0",
         "worker 0 had 1 requests; after its death 0 run apart from new ones",
+        "request poison ends without an answer",
     ]
     deaths = [vars(record) for record in records if record.levelno == logging.WARNING]
     assert [(death["had"], death["convicted"]) for death in deaths] == [
