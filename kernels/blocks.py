@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         _call("rms_norm_gradient", g, x, weight, inverse, out, *sizes)
         return out
 
-    out: Tensor = _Fused.apply(x, norm, gradient)  # type: ignore[no-untyped-call]
+    out: Tensor = _fused(x, norm, gradient)
     return out
 
 
@@ -60,7 +60,7 @@ def swiglu(x: Tensor) -> Tensor:
         _call("swiglu_gradient", g, x, out, *g.shape)
         return out
 
-    out: Tensor = _Fused.apply(x, forward, gradient)  # type: ignore[no-untyped-call]
+    out: Tensor = _fused(x, forward, gradient)
     return out
 
 
@@ -108,13 +108,20 @@ def split_heads(
         out[:, unrotated] = gradients[2].reshape(rows, -1)
         return out
 
-    q, k, v = _Fused.apply(x, split, gradient)  # type: ignore[no-untyped-call]
+    q, k, v = _fused(x, split, gradient)
     return q, k, v
 
 
 def _call(name: str, x: Tensor, *arguments: Tensor | int | float | None) -> None:
     """Calls a C++ pass on x and the others, which are in its dtype."""
     call(name, x, *arguments, x.dtype, torch.get_num_threads())
+
+
+def _fused(x: Tensor, forward: Callable[[Tensor], Any], gradient: Callable[..., Tensor]) -> Any:
+    """`forward` of x, by way of autograd only where `gradient` may be asked for: that costs as much as a small pass."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Fused.apply(x, forward, gradient)  # type: ignore[no-untyped-call]
+    return forward(x.contiguous())
 
 
 class _Fused(torch.autograd.Function):

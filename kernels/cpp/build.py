@@ -43,6 +43,7 @@ NATIVE_FLAGS = (
 COMPILE_SECONDS = 300
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # all that a pass takes; `enum Dtype` of tiles.h
+_KINDS = {int: ctypes.c_int64, float: ctypes.c_float, torch.dtype: ctypes.c_int32}  # all others are pointers
 
 
 def cache_folder() -> Path:
@@ -127,17 +128,19 @@ def runs() -> bool:
 
 def call(name: str, *arguments: Any) -> None:
     """Calls a function of the library: tensors go by address (None as a null pointer), integers as int64, floats as
-    float, dtypes as the library numbers them, what ctypes made as it is."""
-    converted: list[Any] = []
-    for value in arguments:
-        if value is None or isinstance(value, Tensor):
-            value = ctypes.c_void_p(address(value))
-        elif isinstance(value, torch.dtype):
-            value = ctypes.c_int32(DTYPES[value])
-        elif isinstance(value, int | float):
-            value = ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
-        converted.append(value)
-    getattr(library(), name)(*converted)
+    float, dtypes as the library numbers them, what ctypes points to by its address. The first call of a function
+    declares its types, so that ctypes converts what all others pass."""
+    function = getattr(library(), name)
+    if function.argtypes is None:
+        function.argtypes = [_KINDS.get(type(value), ctypes.c_void_p) for value in arguments]
+        function.restype = None
+    function(*map(_converted, arguments))
+
+
+def _converted(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return DTYPES[value] if isinstance(value, torch.dtype) else value
 
 
 def address(tensor: Tensor | None) -> int | None:
