@@ -70,13 +70,14 @@ class Options(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
-    seed: int
+    seed: int | Sequence[int]
     n: int
     best_of: int
     stop: str | Sequence[str]
     guidance: str | Guidance
     diffusion: Diffusion
     return_token_ids: bool
+    return_step_map: bool
     ignore_eos: bool
     trace: bool
     timeout: float

@@ -24,7 +24,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One denoising step of one trajectory; entropy in nats, rewards None on unguided steps."""
+    """One denoising step of one trajectory; entropy in nats, `mean_w` None on unguided steps."""
 
     step: int
     time: float
@@ -43,7 +43,7 @@ class GuidanceReport:
     milliseconds."""
 
     method: str
-    seed: int
+    seed: int | list[int]
     steps: int
     model_calls: int
     reward_calls: int
@@ -52,11 +52,15 @@ class GuidanceReport:
     reward_models: list[str] = field(default_factory=list)
     rewards: list[list[float | None]] | None = None
     approximations: list[str] = field(default_factory=list)
+    rewards_by_model: dict[str, list[list[float]]] | None = None
+    model_calls_total: int | None = None
+    reward_calls_total: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One text. `reward` is None where no reward model took part; `token_ids` came with `return_token_ids`."""
+    """One text. `trajectory` is its index in `GuidanceReport.rewards` and in the trace; `reward` is None where no
+    reward model took part; `token_ids` came with `return_token_ids`, `step_map` with `return_step_map`."""
 
     index: int
     text: str
@@ -65,6 +69,8 @@ class Choice:
     reward: float | None = None
     rewards: dict[str, float] | None = None
     token_ids: list[int] | None = None
+    step_map: list[int | None] | None = None
+    trajectory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,8 @@ class ChatChoice:
     reward: float | None = None
     rewards: dict[str, float] | None = None
     token_ids: list[int] | None = None
+    step_map: list[int | None] | None = None
+    trajectory: int | None = None
 
     @property
     def text(self) -> str:

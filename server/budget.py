@@ -51,7 +51,7 @@ class Cost:
         canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         forwards = 2 if job.diffusion.cfg_scale else 1
         rows = job.sampling.max_tokens * forwards
-        if job.guidance.uses_gradient:
+        if job.reads_rewards:
             return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens, grown_tokens)
         return cls(canvas * forwards, 0, rows)
 

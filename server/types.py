@@ -128,13 +128,21 @@ class Job:
     deadline: float | None = None
     stream_tokens: bool = False
     stream_canvas: bool = False
+    return_token_ids: bool = False
+    return_step_map: bool = False
     trace: bool = False
     timed: bool = False
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether reward models read its canvas between denoising steps: to steer, or for the trace."""
+        return bool(self.guidance.reward_models) and (self.guidance.inner_steps > 0 or self.trace)
 
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One denoising step of one trajectory. Entropy in nats; rewards are None on unguided steps."""
+    """One denoising step of one trajectory. Entropy in nats; `mean_w` is None on unguided steps, where both rewards are
+    that of the estimate. Without a reward model, and on steps that reveal nothing, they are None."""
 
     step: int
     time: float
@@ -149,7 +157,10 @@ class StepTrace:
 @dataclass(frozen=True, slots=True)
 class TrajectoryResult:
     """A finished trajectory. `token_ids` has all L canvas tokens; `completion_tokens` counts those before the end
-    of the text; `rewards` maps each reward model's name to its value and `reward` is their weighted sum."""
+    of the text; `rewards` maps each reward model's name to its value and `reward` is their weighted sum. `step_map` has
+    the step at which each of the L tokens was revealed, -1 where none was, if the job asks for it. `model_calls` and
+    `reward_calls` count the passes of the diffusion model and of reward models that its denoising steps asked for; what
+    it shared with equal canvases is counted too, and final scores are not."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -159,6 +170,9 @@ class TrajectoryResult:
     stop_reason: str | None = None
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
+    step_map: tuple[int, ...] = ()
+    model_calls: int = 0
+    reward_calls: int = 0
     trace: tuple[StepTrace, ...] = ()
 
 
@@ -169,10 +183,18 @@ class JobResult:
     trajectories: tuple[TrajectoryResult, ...]
     chosen: tuple[int, ...]
     steps: int
-    model_calls: int
-    reward_calls: int
     queue_ms: float
     generation_ms: float
+
+    @property
+    def model_calls(self) -> int:
+        """Of the trajectory that asked for the most."""
+        return max(trajectory.model_calls for trajectory in self.trajectories)
+
+    @property
+    def reward_calls(self) -> int:
+        """Of the trajectory that asked for the most."""
+        return max(trajectory.reward_calls for trajectory in self.trajectories)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,12 +46,15 @@ class GuidanceReport(Answer):
 
     method: str
     reward_models: list[str]
-    seed: int
+    seed: int | list[int]
     rewards: list[list[float | None]]
+    rewards_by_model: dict[str, list[list[float]]] = {}
     approximations: list[str] = Field(description="What in the request trades exactness for time")
     steps: int
     model_calls: int
     reward_calls: int
+    model_calls_total: int
+    reward_calls_total: int
     queue_ms: float
     generation_ms: float
 
@@ -61,12 +64,14 @@ class Choice(Answer):
     answer has beside its text."""
 
     index: int
+    trajectory: int = 0
     finish_reason: FinishReason | None
     logprobs: None
     stop_reason: str | None = None
     reward: float | None = None
     rewards: dict[str, float] = {}
     token_ids: list[int] = []
+    step_map: list[int | None] = []
 
 
 class CompletionChoice(Choice):
@@ -190,19 +195,28 @@ def usage(plan: Plan, results: Sequence[JobResult]) -> Data:
 
 def report(plan: Plan, results: Sequence[JobResult]) -> Data:
     """What concerns the whole request: its `GuidanceReport`, and the trace if there is one. Prompts run side by side,
-    so times and calls are the largest of them."""
-    guidance = {
+    so times are the largest of them, and so are the calls of one trajectory."""
+    names = [weighted.model for weighted in plan.guidance.reward_models]
+    every = [trajectory for result in results for trajectory in result.trajectories]
+    guidance: Data = {
         "method": plan.guidance.method,
-        "reward_models": [weighted.model for weighted in plan.guidance.reward_models],
-        "seed": plan.sampling.seed,
+        "reward_models": names,
+        "seed": plan.sampling.seed if plan.asked.seed is None else plan.asked.seed,
         "rewards": [[trajectory.reward for trajectory in result.trajectories] for result in results],
         "approximations": list(approximations(plan.sampling.max_tokens, plan.jobs[0].diffusion, plan.guidance)),
         "steps": max(result.steps for result in results),
         "model_calls": max(result.model_calls for result in results),
         "reward_calls": max(result.reward_calls for result in results),
+        "model_calls_total": sum(trajectory.model_calls for trajectory in every),
+        "reward_calls_total": sum(trajectory.reward_calls + len(trajectory.rewards) for trajectory in every),
         "queue_ms": round(max(result.queue_ms for result in results), 3),
         "generation_ms": round(max(result.generation_ms for result in results), 3),
     }
+    if len(names) > 1:
+        guidance["rewards_by_model"] = {
+            name: [[trajectory.rewards[name] for trajectory in result.trajectories] for result in results]
+            for name in names
+        }
     if not plan.asked.trace:
         return {"guidance": guidance}
     trace = [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
@@ -213,6 +227,7 @@ def choice(plan: Plan, index: int, answer: TrajectoryResult) -> Data:
     """The fields of a finished choice other than its text."""
     fields: Data = {
         "index": index,
+        "trajectory": answer.index,
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
         "logprobs": None,
@@ -222,6 +237,8 @@ def choice(plan: Plan, index: int, answer: TrajectoryResult) -> Data:
         fields["rewards"] = answer.rewards
     if plan.asked.return_token_ids:
         fields["token_ids"] = list(answer.token_ids)
+    if plan.asked.return_step_map:
+        fields["step_map"] = [None if step < 0 else step for step in answer.step_map]
     return fields
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from server.api.fields import (
     ChatCompletionRequest,
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def sampling(self) -> SamplingParams:
-        """The sampling parameters that all prompts share."""
+        """The sampling parameters that all prompts share, but for the seed, which is the first one's."""
         return self.jobs[0].sampling
 
     @property
@@ -132,6 +132,9 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
             raise InvalidRequest(f"{message}{info.model.context_length} tokens", source)
     diffusion = _diffusion(request.diffusion, canvas, request.guidance)
     sampling = _sampling(request, canvas, guidance, len(contexts), settings)
+    seeds = request.seed if isinstance(request.seed, list) else [sampling.seed] * len(contexts)
+    if len(seeds) != len(contexts):
+        raise InvalidRequest(f"`seed` holds {len(seeds)} seeds for {len(contexts)} prompts; give one each", "seed")
     timeout = request.timeout if request.timeout is not None else settings.request_timeout
     now = time.time()
     # With several answers in the order of their rewards, whose text is which choice is known only at the end.
@@ -140,7 +143,7 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
         Job(
             id=f"{identity}-{index}",
             prompt_ids=context.prompt_ids,
-            sampling=sampling,
+            sampling=replace(sampling, seed=seeds[index]),
             diffusion=diffusion,
             guidance=guidance,
             prompt_index=index,
@@ -150,6 +153,8 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
             deadline=None if timeout is None else now + timeout,
             stream_tokens=live,
             stream_canvas=request.stream_canvas,
+            return_token_ids=request.return_token_ids,
+            return_step_map=request.return_step_map,
             trace=request.trace,
         )
         for index, context in enumerate(contexts)
@@ -209,7 +214,7 @@ def _sampling(
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
-        seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed,
+        seed=request.seed if isinstance(request.seed, int) else secrets.randbits(SEED_BITS),
         n=n,
         best_of=best_of,
         stop=tuple(request.stop or ()),

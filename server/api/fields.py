@@ -30,6 +30,7 @@ from server.api.values import (
     RankingTemperature,
     Responses,
     ScoringModel,
+    Seeds,
     Share,
     Stops,
     Temperature,
@@ -48,7 +49,6 @@ from server.types import (
 )
 
 _S, _D, _G = SamplingParams(1), DiffusionParams(1), GuidanceParams()
-_INT64 = 2**63
 
 
 def _algorithms(*names: str, but: bool = False) -> Any:
@@ -165,8 +165,8 @@ class GenerationRequest(Strict):
     """Keeps the most probable tokens up to this mass"""
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     """Keeps this many tokens; 0, -1 or null: all"""
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    """The same seed gives the same answer, whatever else runs; left out: drawn, and reported"""
+    seed: Seeds | None = None
+    """The same seed gives the same answer, whatever else runs; a list: one a prompt; left out: drawn, and reported"""
     n: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] = _S.n
     """Answers a prompt"""
     best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = None
@@ -182,10 +182,12 @@ class GenerationRequest(Strict):
     """Also sends the canvas after every step"""
     return_token_ids: bool = False
     """`choices[].token_ids`: the L canvas tokens, special ones included"""
+    return_step_map: bool = False
+    """`choices[].step_map`: the step at which each of these tokens was revealed"""
     ignore_eos: bool = False
     """The text and usage are all L tokens, whatever they hold"""
     trace: bool = False
-    """Every step of every trajectory in the final object"""
+    """Every step of every trajectory in the final object; a reward model that is named reads each once more for it"""
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds for the whole request; left out: the server's own limit, if it has one"""
     guidance: Annotated[Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | Guidance)] = Field(

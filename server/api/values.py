@@ -103,6 +103,20 @@ _PromptForms: TypeAlias = (
 Prompts: TypeAlias = Annotated[list[Prompt], PlainValidator(_prompts, json_schema_input_type=_PromptForms)]
 
 
+def _seeds(value: object) -> object:
+    seeds = value if isinstance(value, list) else [value]
+    if not all(type(seed) is int and -(2**63) <= seed < 2**63 for seed in seeds):
+        raise invalid("must be an integer of 64 bits, or a list of such integers, one a prompt")
+    return value
+
+
+_Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Seeds: TypeAlias = Annotated[
+    int | list[int],
+    PlainValidator(_seeds, json_schema_input_type=_Seed | Annotated[list[_Seed], Field(max_length=MAX_PROMPTS)]),
+]
+
+
 def _texts(value: object) -> object:
     """One text is a list of one."""
     if not isinstance(value, str | list):

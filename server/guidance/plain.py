@@ -85,9 +85,11 @@ class PlainRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlainResult:
-    """All K trajectories: canvas tokens (L each), texts, final rewards (None without a reward model), the chosen n."""
+    """All K trajectories: canvas tokens and the steps at which they were revealed (L each), texts, final rewards (None
+    without a reward model), the chosen n."""
 
     token_ids: list[list[int]]
+    step_maps: list[list[int]]
     texts: list[str]
     rewards: list[float | None]
     chosen: tuple[int, ...]
@@ -162,15 +164,16 @@ class PlainLoop:
     def run(self, job: Job) -> PlainResult:
         """All K trajectories of a job, one after the other, then the n best of them."""
         sampling, guidance = job.sampling, job.guidance
-        token_ids, texts, rewards = [], [], []
+        token_ids, step_maps, texts, rewards = [], [], [], []
         for trajectory in range(sampling.best_of):
-            tokens = self.decode(job, trajectory)
+            tokens, step_map = self.decode(job, trajectory)
             finished = finish_text(self.tokenizer, tokens, self.info.stop_token_ids, sampling.stop, sampling.ignore_eos)
             token_ids.append(tokens)
+            step_maps.append(step_map)
             texts.append(finished.text)
             rewards.append(self.final_reward(job, finished.text) if guidance.reward_models else None)
         chosen = choose(rewards, sampling.n, ranked=guidance.method != "none")
-        return PlainResult(token_ids, texts, rewards, chosen)
+        return PlainResult(token_ids, step_maps, texts, rewards, chosen)
 
     def final_reward(self, job: Job, text: str) -> float:
         """The weighted sum of R on the text (end of section 2)."""
@@ -181,13 +184,14 @@ class PlainLoop:
             total += weighted.weight * reward.score(ids)
         return total
 
-    def decode(self, job: Job, trajectory: int) -> list[int]:
-        """One trajectory's L canvas tokens."""
+    def decode(self, job: Job, trajectory: int) -> tuple[list[int], list[int]]:
+        """One trajectory's L canvas tokens, and the step at which each was revealed (last)."""
         length = job.sampling.max_tokens
         prompt = torch.tensor(job.prompt_ids, dtype=torch.long, device=self.device)
         suffix = torch.tensor(job.suffix_ids, dtype=torch.long, device=self.device)
         response = torch.full((length,), self.info.mask_token_id, device=self.device)
         masked = torch.ones(length, dtype=torch.bool, device=self.device)
+        step_map = torch.full((length,), -1)
         taken = 0
         for step in plan(length, job.diffusion, job.guidance):
             if step.reveal == 0 and job.diffusion.algorithm != "origin":
@@ -205,7 +209,8 @@ class PlainLoop:
             chosen, tokens = self.reveal(job, trajectory, step, phi_0, phi, rows)
             response[chosen] = tokens
             masked[chosen] = False
-        return [int(token) for token in response]
+            step_map[chosen.cpu()] = step.index
+        return response.tolist(), step_map.tolist()
 
     def logits(self, job: Job, canvas: Tensor, rows: Tensor, prompt_length: int, length: int) -> Tensor:
         """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1); in float32 at least, in

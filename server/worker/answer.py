@@ -36,20 +36,21 @@ def answer(
             finish_reason=text.finish_reason,
             completion_tokens=text.completion_tokens,
             stop_reason=text.stop_reason,
+            step_map=tuple(trajectory.step_map.tolist()) if job.return_step_map else (),
+            model_calls=trajectory.taken * (2 if job.diffusion.cfg_scale else 1),
+            reward_calls=trajectory.reward_calls,
             reward=math.fsum(each.weight * reward[each.model] for each in weighted) if weighted else None,
             rewards=reward,
             trace=tuple(trajectory.trace),
         )
         for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True)
     ]
-    model_calls = max(trajectory.model_calls for trajectory in trajectories)
+    taken = max(trajectory.taken for trajectory in trajectories)
     started_at = now if entry.started_at is None else entry.started_at
     return JobResult(
         trajectories=tuple(results),
         chosen=choose([result.reward for result in results], job.sampling.n, ranked=job.guidance.method != "none"),
-        steps=model_calls if job.diffusion.adaptive else job.diffusion.steps,
-        model_calls=model_calls,
-        reward_calls=max(trajectory.reward_calls for trajectory in trajectories),
+        steps=taken if job.diffusion.adaptive else job.diffusion.steps,
         queue_ms=1e3 * (started_at - entry.queued_at),
         generation_ms=1e3 * (now - started_at),
     )

@@ -58,10 +58,10 @@ class Demand:
         return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)
 
     def contexts(self, job: Job) -> dict[str, RewardContext]:
-        """What each reward model reads around the response of a guided job, by name; the conversation's keys and values
-        are computed here, once for all trajectories and steps."""
+        """What each reward model reads around the response of a job whose canvas it reads, by name; the conversation's
+        keys and values are computed here, once for all trajectories and steps."""
         contexts: dict[str, RewardContext] = {}
-        if not job.guidance.inner_steps:
+        if not job.reads_rewards:
             return contexts
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]

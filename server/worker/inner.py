@@ -20,7 +20,7 @@ from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
 from server.rewards.reward_model import RewardModel
-from server.types import ModelInfo
+from server.types import GuidanceParams, ModelInfo
 from server.worker.pack import Group
 
 
@@ -88,7 +88,7 @@ class InnerSteps:
             state,
             responses,
             objectives,
-            [member.trajectory.job.guidance.method for member in group.members],
+            [_read_as(member.trajectory.job.guidance) for member in group.members],
             [member.step for member in group.members],
             group.keys,
             steps.stop,
@@ -112,6 +112,12 @@ class InnerSteps:
             self.timings.reward_forward_seconds += time.perf_counter() - started
         weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
         return Objective(model, tuple(contexts), upload(torch.tensor(weights, dtype=torch.float64), group.device))
+
+
+def _read_as(guidance: GuidanceParams) -> str:
+    """The method whose embeddings a reward model reads. One without gradient has none, and is read for its trace alone:
+    as `expectation`, whose soft embeddings depend on no draw."""
+    return guidance.method if guidance.uses_gradient else "expectation"
 
 
 def _part(objective: Objective, members: slice) -> Objective:

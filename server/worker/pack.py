@@ -36,6 +36,11 @@ class Member:
     rows: IntArray
 
     @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of the reward models that read its canvas in this step."""
+        return self.trajectory.readers(self.step)
+
+    @property
     def candidates(self) -> IntArray:
         """Which of its rows (n,) this step may reveal: those of the block."""
         inside = (self.positions >= self.step.start) & (self.positions < self.step.stop)
@@ -168,8 +173,8 @@ def pack(
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Unguided members, or those with the same reward models, by M, the largest first. Their N rows come one member
-    after another."""
+    """Members that no reward model reads, or those that the same ones do, by M, the largest first. Their N rows come
+    one member after another."""
 
     members: tuple[Member, ...]
     rewards: tuple[str, ...]
@@ -241,12 +246,9 @@ class Group:
 
 
 def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> Iterator[Group]:
-    """Members by reward models, or by reward models and M; the unguided ones are one group."""
+    """Members by the reward models that read them, or by these and M; those that none does are one group."""
     split: dict[tuple[tuple[str, ...], int], list[Member]] = {}
     for member in batch.members:
-        names: tuple[str, ...] = ()
-        if member.step.guided:
-            names = tuple(sorted(weighted.model for weighted in member.trajectory.job.guidance.reward_models))
-        split.setdefault((names, 0 if share_inner_steps else member.step.gradient_steps), []).append(member)
+        split.setdefault((member.rewards, 0 if share_inner_steps else member.step.gradient_steps), []).append(member)
     for (rewards, _), members in split.items():
         yield Group(tuple(sorted(members, key=lambda member: -member.step.gradient_steps)), rewards, device)

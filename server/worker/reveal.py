@@ -34,9 +34,9 @@ class Decision:
     """What a step does to one trajectory, on the host: the response positions that it reveals, ascending, and their
     tokens, both (k,) int64.
 
-    `entropy` (n,) in nats is that of softmax(phi_0) at the step's `positions` (n,); `mean_w` and `rewards`, before
-    each inner step and where it is traced once more after the last, are of a guided step. With a `failure` it reveals
-    nothing, and the trajectory cannot go on: a number was not finite, or memory ran out.
+    `entropy` (n,) in nats is that of softmax(phi_0) at the step's `positions` (n,); `mean_w` is of a guided step, and
+    `rewards` are those before each inner step and, where it is traced, once more after the last. With a `failure` it
+    reveals nothing, and the trajectory cannot go on: a number was not finite, or memory ran out.
     """
 
     trajectory: Trajectory

@@ -147,7 +147,7 @@ class Runner:
         reward = spent.reward_forward_seconds + spent.reward_backward_seconds
         first = {trajectory.job.id: (trajectory, step) for trajectory, step in reversed(batch)}
         for trajectory, step in first.values():
-            job, done = trajectory.job, trajectory.model_calls - 1
+            job, done = trajectory.job, trajectory.taken - 1
             if job.timed and done % math.ceil(job.diffusion.steps / TIMED_STEPS) == 0:
                 yield Timed(job.id, step.index, len(batch), began, seconds, spent.forward, spent.guidance, reward)
 

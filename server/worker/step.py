@@ -137,9 +137,10 @@ class Denoiser:
         masked = int(trajectory.masked.sum())
         trajectory.tokens[decision.chosen] = decision.tokens
         trajectory.masked[decision.chosen] = False
+        trajectory.step_map[decision.chosen] = step.index
         trajectory.cursor += 1
-        trajectory.model_calls += 1
-        trajectory.reward_calls += step.gradient_steps
+        trajectory.taken += 1
+        trajectory.reward_calls += len(rewards) * len(trajectory.job.guidance.reward_models)
         trajectory.last_reward = rewards[-1] if rewards else None
         if trajectory.job.trace:
             trajectory.trace.append(
@@ -156,16 +157,16 @@ class Denoiser:
             )
 
     def _size(self, member: Member) -> tuple[int, ...]:
-        """What a member takes of its limits: rows of logits and, when guided, reward-model tokens."""
+        """What a member takes of its limits: rows of logits and, where its canvas is read, reward-model tokens."""
         trajectory = member.trajectory
         rows = len(member.rows) * (2 if trajectory.job.diffusion.cfg_scale else 1)
-        if not member.step.guided:
+        if not member.rewards:
             return (rows,)
         most = 0
-        for weighted in trajectory.job.guidance.reward_models:
-            context = trajectory.contexts[weighted.model]
+        for name in member.rewards:
+            context = trajectory.contexts[name]
             own = len(context.lead_ids) + len(trajectory.tokens) + len(context.suffix_ids)
-            most = max(most, own + math.ceil(context.prefix.length * self._cached_share[weighted.model]))
+            most = max(most, own + math.ceil(context.prefix.length * self._cached_share[name]))
         return rows, most
 
     def _count(self, decisions: Sequence[Decision]) -> None:

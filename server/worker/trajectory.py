@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Trajectory:
     """Trajectory `index` of a job: response tokens (L,), which of them are still masked (L,), and the place in the
-    plan. `contexts` is what each reward model reads around the response; it grows with what is settled of it."""
+    plan. `step_map` (L,) has the step at which each was revealed (the last one, should there be several), -1 while
+    it is masked. `contexts` is what each reward model reads around the response; it grows with what is settled of it.
+    `taken` counts the steps that revealed something, and `reward_calls` the passes of reward models in them."""
 
     job: Job
     index: int
     steps: tuple[Step, ...]
     tokens: IntArray
     masked: BoolArray
+    step_map: IntArray
     contexts: dict[str, RewardContext]
     cursor: int = 0
-    model_calls: int = 0
+    taken: int = 0
     reward_calls: int = 0
     last_reward: float | None = None
     trace: list[StepTrace] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Trajectory:
             plan(length, job.diffusion, job.guidance),
             np.full(length, mask_token_id, dtype=np.int64),
             np.ones(length, dtype=np.bool_),
+            np.full(length, -1, dtype=np.int64),
             dict(contexts or {}),
         )
 
@@ -57,15 +61,21 @@ class Trajectory:
             if self.masked[step.start : step.stop].any() and can_reveal:
                 if not diffusion.adaptive:
                     return step
-                return adapted(step, int(self.masked.sum()), len(self.masked), self.model_calls, self.job.guidance)
+                return adapted(step, int(self.masked.sum()), len(self.masked), self.taken, self.job.guidance)
             if self.job.trace and not diffusion.adaptive:
                 self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
             self.cursor += 1
         return None
 
+    def readers(self, step: Step) -> tuple[str, ...]:
+        """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""
+        if not (step.guided or self.job.trace):
+            return ()
+        return tuple(sorted(weighted.model for weighted in self.job.guidance.reward_models))
+
     def positions(self, step: Step) -> IntArray:
-        """Response positions whose logits this step needs: all masked ones when guided, else those of the block."""
+        """Response positions whose logits this step needs: all masked ones if the canvas is read, else the block's."""
         positions = np.flatnonzero(self.masked)
-        if not step.guided:
+        if not self.readers(step):
             positions = positions[(positions >= step.start) & (positions < step.stop)]
         return positions.astype(np.int64)

@@ -100,8 +100,8 @@ class Scripted:
 
 
 def finished(job: Job) -> Finished:
-    trajectory = TrajectoryResult(0, (43, 76), "Hi", "length", 2)
-    return Finished(job.id, JobResult((trajectory,), (0,), 2, 2, 0, 0.1, 1.0))
+    trajectory = TrajectoryResult(0, (43, 76), "Hi", "length", 2, model_calls=2)
+    return Finished(job.id, JobResult((trajectory,), (0,), 2, 0.1, 1.0))
 
 
 async def at_once(job: Job) -> AsyncIterator[Event]:

@@ -34,16 +34,18 @@ def test_completion_shape(server: Served) -> None:
     answer = complete(server, guidance="entrgi")
     assert (answer["object"], answer["model"], answer["id"][:5]) == ("text_completion", "dlm", "cmpl-")
     (choice,) = answer["choices"]
-    assert set(choice) == {"index", "text", "logprobs", "finish_reason", "stop_reason", "reward"}
+    assert set(choice) == {"index", "trajectory", "text", "logprobs", "finish_reason", "stop_reason", "reward"}
     assert choice["logprobs"] is None
     report = answer["guidance"]
     expected = {"method": "entrgi", "reward_models": ["rm"], "seed": 11, "steps": 8}
     assert expected.items() <= report.items()
     assert 0 < report["model_calls"] <= 8
     assert report["reward_calls"] == 3 * report["model_calls"]
+    assert report["model_calls_total"] == 4 * report["model_calls"]
+    assert report["reward_calls_total"] == 4 * report["reward_calls"] + 4
     (rewards,) = report["rewards"]
     assert len(rewards) == 4
-    assert choice["reward"] == max(rewards)
+    assert choice["reward"] == max(rewards) == rewards[choice["trajectory"]]
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["completion_tokens_details"]["trajectory_tokens"] >= usage["completion_tokens"]
@@ -76,6 +78,11 @@ def test_several_prompts(server: Served) -> None:
         best = sorted(of_prompt, reverse=True)[:2]
         assert [choice["reward"] for choice in answer["choices"][2 * prompt : 2 * prompt + 2]] == best
     assert rewards[1] != rewards[2]  # the prompt's index is in the key of its random numbers
+    assert [rewards[i // 2][choice["trajectory"]] for i, choice in enumerate(answer["choices"])] == [
+        choice["reward"] for choice in answer["choices"]
+    ]
+    counts = {"reward_calls": 0, "reward_calls_total": 9, "model_calls_total": 9 * answer["guidance"]["model_calls"]}
+    assert counts.items() <= answer["guidance"].items()
 
 
 def test_none_gives_choices_in_order(server: Served) -> None:
@@ -120,6 +127,14 @@ def test_seed_reproduces_and_is_reported_when_drawn(server: Served) -> None:
     other = complete(server, seed=None, guidance="aps", best_of=2)
     assert other["guidance"]["seed"] != drawn["guidance"]["seed"]
     assert complete(server, seed=-(2**63))["guidance"]["seed"] == -(2**63)
+
+
+def test_each_prompt_may_have_a_seed_of_its_own(server: Served) -> None:
+    prompts = ["Tell me", "Hello"]
+    mixed = complete(server, prompt=prompts, seed=[11, 12])
+    assert mixed["guidance"]["seed"] == [11, 12]
+    first, second = (complete(server, prompt=prompts, seed=seed)["choices"] for seed in (11, 12))
+    assert mixed["choices"] == [first[0], second[1]]
 
 
 def test_token_ids_and_ignore_eos(server: Served) -> None:
@@ -170,6 +185,18 @@ def test_weighted_rewards(server: Served) -> None:
     assert answer["guidance"]["reward_models"] == ["rm", "other"]
     assert choice["reward"] == pytest.approx(2.0 * choice["rewards"]["rm"] - 0.5 * choice["rewards"]["other"])
     assert choice["reward"] == max(answer["guidance"]["rewards"][0])
+    by_model = answer["guidance"]["rewards_by_model"]
+    sums = [2.0 * ours - 0.5 * other for ours, other in zip(by_model["rm"][0], by_model["other"][0], strict=True)]
+    assert sums == pytest.approx(answer["guidance"]["rewards"][0])
+    assert {name: values[0][choice["trajectory"]] for name, values in by_model.items()} == choice["rewards"]
+
+
+def test_step_map(server: Served) -> None:
+    """It says of each token what the trace says of each step."""
+    answer = complete(server, return_step_map=True, trace=True, diffusion={"steps": 5})
+    (choice,), ((steps,),) = answer["choices"], answer["trace"]
+    assert [choice["step_map"].count(step["step"]) for step in steps] == [step["revealed"] for step in steps]
+    assert len(choice["step_map"]) == 8
 
 
 def test_trace(server: Served) -> None:
@@ -179,10 +206,11 @@ def test_trace(server: Served) -> None:
         assert [step["step"] for step in steps] == list(range(6))
         assert sum(step["revealed"] for step in steps) == 8
         assert steps[0]["masked"] == 8
-        guided = [step["reward_before"] is not None for step in steps if step["revealed"]]
+        guided = [step["mean_w"] is not None for step in steps if step["revealed"]]
         assert guided == sorted(guided, reverse=True)
         assert any(guided)
         assert not all(guided)
+        assert all((step["reward_before"] is None) == (step["revealed"] == 0) for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +228,7 @@ def test_adaptive_rules_from_one_token_a_step_to_all_at_once(
         report = answer["guidance"]
         assert report["approximations"] == [algorithm]
         assert report["steps"] == report["model_calls"] == max(len(each) for each in answer["trace"][0])
-        assert report["reward_calls"] == 3 * report["steps"]
+        assert report["reward_calls"] == 4 * report["steps"]  # the trace reads once more
         for trajectory in answer["trace"][0]:
             assert sum(step["revealed"] for step in trajectory) == 8
             assert all(step["revealed"] >= 1 for step in trajectory)
@@ -232,17 +260,18 @@ def test_steps_bound_an_adaptive_run(server: Served) -> None:
 def test_windows_that_leave_steps_unguided_are_named(server: Served, window: dict[str, Any], named: list[str]) -> None:
     answer = complete(server, guidance={"method": "entrgi", **window}, best_of=1, trace=True)
     assert answer["guidance"]["approximations"] == named
-    unguided = [s for s in answer["trace"][0][0] if s["revealed"] and s["reward_before"] is None]
+    unguided = [s for s in answer["trace"][0][0] if s["revealed"] and s["mean_w"] is None]
     assert bool(unguided) == bool(named) or window.get("gradient_steps") == 0
 
 
 def test_deadline_while_running_returns_what_is_there(server: Served) -> None:
     slow = {"method": "entrgi", "gradient_steps": 16}
-    answer = complete(server, max_tokens=512, guidance=slow, best_of=4, timeout=1.0)
+    answer = complete(server, max_tokens=512, guidance=slow, best_of=4, timeout=1.0, return_step_map=True)
     (choice,) = answer["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["stop_reason"] == "deadline"
     assert answer["usage"]["completion_tokens"] < 512
+    assert None in choice["step_map"]
 
 
 def test_score_and_rerank_agree_with_bon(server: Served) -> None:

@@ -54,7 +54,7 @@ async def test_no_character_of_a_text_ends_a_line() -> None:
     async def says(job: Job) -> AsyncIterator[Event]:
         yield Started(job.id)
         trajectory = TrajectoryResult(0, (43,), text, "length", 1)
-        yield Finished(job.id, JobResult((trajectory,), (0,), 1, 1, 0, 0.1, 1.0))
+        yield Finished(job.id, JobResult((trajectory,), (0,), 1, 0.1, 1.0))
 
     async with (
         open_client(make(ScriptedEngine(says))) as client,

@@ -47,8 +47,8 @@ def result(job: Job) -> JobResult:
     """The answer of a job."""
     tokens = tuple(token(job.sampling.seed, position) for position in range(job.sampling.max_tokens))
     text = "x" * (65 * 2**20) if job.prompt_ids[0] == Do.ANSWER_TOO_MUCH else " ".join(map(str, tokens))
-    trajectory = TrajectoryResult(0, tokens, text, "length", len(tokens))
-    return JobResult((trajectory,), (0,), len(tokens), len(tokens), 0, 0.0, 0.0)
+    trajectory = TrajectoryResult(0, tokens, text, "length", len(tokens), model_calls=len(tokens))
+    return JobResult((trajectory,), (0,), len(tokens), 0.0, 0.0)
 
 
 @dataclass

@@ -36,6 +36,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"gradient_steps": 0, "trace": True},
     {"gradient_steps": 2, "reward_models": ("rm", WeightedReward("other", 0.0))},
     {"gradient_steps": 4, "reward_models": ("rm", WeightedReward("other", 0.0)), "trace": True},
+    {"method": "bon", "block_length": 4, "best_of": 2, "trace": True},
 )
 
 
@@ -74,9 +75,9 @@ def test_counters_and_traces_are_what_a_job_alone_has(
         for got, expected in zip(crowd[job.id].trajectories, alone.trajectories, strict=True):
             assert got.token_ids == expected.token_ids
             assert [asdict(each) for each in got.trace] == [close(each) for each in expected.trace]
-    guided = [job for job in make_jobs(pair64) if job.guidance.gradient_steps and not job.guidance.start]
-    for job in guided:
-        assert crowd[job.id].reward_calls == job.guidance.gradient_steps * crowd[job.id].model_calls
+        if not job.guidance.start:
+            reads = len(job.guidance.reward_models) * (job.guidance.inner_steps + job.trace)
+            assert crowd[job.id].reward_calls == reads * crowd[job.id].model_calls
     traced = crowd["job-4"].trajectories[0].trace
     assert any(trace.reward_before != trace.reward_after for trace in traced)
 
@@ -87,6 +88,22 @@ def test_parts_of_a_mixed_batch_give_the_same(pair64: Any, mixed: dict[str, JobR
     parts = run(pair64, make_jobs(pair64), budget=budget, largest=Budget())
     for job_id, result in mixed.items():
         assert [t.token_ids for t in parts[job_id].trajectories] == [t.token_ids for t in result.trajectories]
+
+
+@pytest.mark.parametrize("blocks", [None, 4])
+def test_an_unguided_trace_reads_what_guidance_would_read_and_changes_no_token(pair64: Any, blocks: int | None) -> None:
+    """`expectation` with eta 0 moves nothing, so its rewards before guidance are those of an unguided run."""
+    rewards = ("rm", WeightedReward("other", -0.5))
+    shared: dict[str, Any] = {"best_of": 2, "top_p": 1.0, "block_length": blocks, "reward_models": rewards}
+    idle = make_job("idle", method="expectation", gradient_steps=1, eta=0.0, trace=True, **shared)
+    traced = make_job("traced", method="bon", trace=True, **shared)
+    found = run(pair64, [idle, traced, make_job("untraced", method="bon", **shared)])
+    for name in ("idle", "traced"):
+        assert [t.token_ids for t in found[name].trajectories] == [t.token_ids for t in found["untraced"].trajectories]
+    for ours, theirs in zip(found["traced"].trajectories, found["idle"].trajectories, strict=True):
+        for mine, other in zip(ours.trace, theirs.trace, strict=True):
+            assert mine.mean_w is None
+            assert mine.reward_before == mine.reward_after == pytest.approx(other.reward_before)
 
 
 class Counted(Around):

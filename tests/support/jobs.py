@@ -18,8 +18,9 @@ PARTS = (SamplingParams, DiffusionParams, GuidanceParams)
 
 def make_job(name: str = "job", prompt: str = "Hi", tokenizer: Tokenizer | None = None, **values: Any) -> Job:
     """A chat job. Each value goes to the parameter block, or else to the job, that has a field of its name; a `stop`
-    that is a number is guidance's, any other is the strings. By default 8 tokens in as many steps as tokens, seed 0,
-    and for any method but `none` the reward model `rm` (reward models may be given by name alone, with weight 1).
+    that is a number is guidance's, any other is the strings. By default 8 tokens, all of which are asked for, in as
+    many steps, seed 0, and for any method but `none` the reward model `rm` (reward models may be given by name alone,
+    with weight 1).
     Without a tokenizer the prompt's ids are made up from the seed, and fit any golden model."""
     values.setdefault("max_tokens", 8)
     values.setdefault("steps", values["max_tokens"])
@@ -39,6 +40,7 @@ def make_job(name: str = "job", prompt: str = "Hi", tokenizer: Tokenizer | None 
     made_up = tuple(5 + (seed * 7 + index) % 400 for index in range(4 + seed % 3))
     values.setdefault("prompt_ids", tuple(tokenizer.render_chat(conversation)) if tokenizer else made_up)
     values.setdefault("conversation", conversation)
+    values.setdefault("return_token_ids", True)
     return Job(name, sampling=blocks[0], diffusion=blocks[1], guidance=blocks[2], **values)
 
 
