@@ -135,6 +135,8 @@ def own_work(saving: str, work: Workload) -> tuple[str, Workload]:
         requests = min(work.best_of, 4)
         mixed = replace(work, prompts=requests, best_of=work.best_of // requests, least_gradient_steps=1)
         return f", {requests} requests of mixed M", mixed
+    if saving == "leave_when_final":  # a model trained to end its texts, which `--bundled` has
+        return ", texts alone", replace(work, text_only=True)
     return "", work
 
 

@@ -64,7 +64,7 @@ class Workload:
 
     A prompt is a sentence of `prompt_words` words through the chat template, or, with `prompt_tokens`, that many
     random ids. `max_tokens` is L, `steps` T, `best_of` K, `gradient_steps` M; with `least_gradient_steps` every M from
-    there on in turn.
+    there on in turn. `text_only` asks for texts, which may end early, and not for all L tokens.
     """
 
     method: str = "entrgi"
@@ -79,6 +79,7 @@ class Workload:
     prompt_words: int = 12
     prompt_tokens: int | None = None
     algorithm: Algorithm = "entropy"
+    text_only: bool = False
 
     @property
     def tokens(self) -> int:
@@ -113,7 +114,7 @@ class Workload:
                 seed=number,
                 n=self.best_of if self.method == "none" else 1,
                 best_of=self.best_of,
-                ignore_eos=True,
+                ignore_eos=not self.text_only,
             ),
             diffusion=DiffusionParams(steps=self.steps, algorithm=self.algorithm),
             guidance=GuidanceParams(self.method, rewards, least + index % (self.gradient_steps - least + 1)),
@@ -122,7 +123,8 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Some jobs, done. Seconds of wall and CPU time; tokens (L each) by job and trajectory; the engine's phase timers
+    """Some jobs, done. Seconds of wall and CPU time; tokens (L each, or those of
+    the text) by job and trajectory; the engine's phase timers
     and the operations counted from shapes (neither for the plain loop); the part of `rest` that ran cached prefixes."""
 
     seconds: float
@@ -225,7 +227,10 @@ def run_engine(pair: Pair, jobs: Sequence[Job], savings: Savings | None = None) 
         watch = Stopwatch(pair.device)
         results = run_to_end(runner, jobs)
         seconds, cpu_seconds = watch.read()
-    tokens = {job_id: tuple(t.token_ids for t in result.trajectories) for job_id, result in results.items()}
+    tokens = {
+        job_id: tuple(each.token_ids[: each.completion_tokens] for each in result.trajectories)
+        for job_id, result in results.items()
+    }
     return Run(seconds, cpu_seconds, tokens, runner.stats, recorder.count(), recorder.prefix_seconds)
 
 

@@ -138,6 +138,12 @@ class Job:
         """Whether reward models read its canvas between denoising steps: to steer, or for the trace."""
         return bool(self.guidance.reward_models) and (self.guidance.inner_steps > 0 or self.trace)
 
+    @property
+    def shows_canvas(self) -> bool:
+        """Whether more of its canvases is asked for than their texts, which end at a stop token."""
+        shown = self.return_token_ids or self.return_step_map or self.stream_canvas or self.trace
+        return shown or self.sampling.ignore_eos
+
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:

@@ -175,7 +175,8 @@ class Runner:
         """Move finished trajectories out; when all K are there, score and answer."""
         job = entry.job
         for index, trajectory in list(entry.running.items()):
-            if entry.stopped or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
+            final = self.savings.leave_when_final and trajectory.final(self.loaded.info.stop_token_ids)
+            if entry.stopped or final or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
                 entry.finished[index] = entry.running.pop(index)
                 trajectory.contexts.clear()  # memory that the next one may need
         if entry.stopped:

@@ -18,6 +18,7 @@ class Savings:
     reward_prefix_cache: the conversation before the response goes through the reward model once a job.
     grow_reward_prefix: so does the answer's own beginning, as it is settled; needs `reward_prefix_cache`.
     share_inner_steps: requests of different M go through their inner steps together; those of smaller M leave early.
+    leave_when_final: a trajectory whose text can no longer change leaves, unless more of it is asked for.
     """
 
     share_equal_canvases: bool = True
@@ -26,6 +27,7 @@ class Savings:
     reward_prefix_cache: bool = True
     grow_reward_prefix: bool = True
     share_inner_steps: bool = True
+    leave_when_final: bool = True
 
     @classmethod
     def without(cls, names: Iterable[str]) -> Savings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ class Trajectory:
     """Trajectory `index` of a job: response tokens (L,), which of them are still masked (L,), and the place in the
     plan. `step_map` (L,) has the step at which each was revealed (the last one, should there be several), -1 while
     it is masked. `contexts` is what each reward model reads around the response; it grows with what is settled of it.
-    `taken` counts the steps that revealed something, and `reward_calls` the passes of reward models in them."""
+    `taken` counts the steps that were computed, and `reward_calls` the passes of reward models in them."""
 
     job: Job
     index: int
@@ -66,6 +67,13 @@ class Trajectory:
                 self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
             self.cursor += 1
         return None
+
+    def final(self, stop_token_ids: Sequence[int]) -> bool:
+        """Whether all that is asked of it is there though positions are masked: the text, which ends at the first of
+        these tokens, is revealed up to that one. It never changes again, so neither do its reward and its counts."""
+        if self.job.shows_canvas:
+            return False
+        return bool(np.isin(self.tokens[: self.masked.argmax()], stop_token_ids).any())
 
     def readers(self, step: Step) -> tuple[str, ...]:
         """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""

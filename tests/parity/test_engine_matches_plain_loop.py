@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.guidance.plain import PlainLoop
 from server.methods import gradient_methods
 from server.types import DiffusionParams, Job, JobResult, WeightedReward
 from server.wire.messages import Canvas
@@ -146,12 +147,52 @@ def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any,
     assert min(taken) < 12
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(Savings)])
+@pytest.mark.parametrize("name", [field.name for field in fields(Savings) if field.name != "leave_when_final"])
 def test_every_saving_is_exact(pair64: Any, crowd: Any, name: str) -> None:
     without = run(pair64, all_jobs(pair64), savings=Savings.without([name]))
     for job_id, result in crowd.items():
         same = [trajectory.token_ids for trajectory in without[job_id].trajectories]
         assert same == [trajectory.token_ids for trajectory in result.trajectories]
+
+
+@pytest.fixture(scope="session")
+def ending(pair64: Any) -> Any:
+    """The same models where every other token ends a text."""
+    info = replace(pair64.loaded.info, stop_token_ids=tuple(range(0, pair64.loaded.info.vocab_size, 2)))
+    loaded = replace(pair64.loaded, info=info)
+    plain = PlainLoop(loaded.model, loaded.tokenizer, info, pair64.plain.rewards)
+    return replace(pair64, loaded=loaded, plain=plain)
+
+
+ENDING = ("none", "bon", "entrgi, blocks, even", "none, cfg, blocks", "aps, two rewards", "none, origin")
+ENDING += ("entrgi, suffix", "entrgi, entropy_bound", "entrgi, maskgit_plus")
+TEXT_ONLY = {"return_token_ids": False, "return_step_map": False}
+
+
+@pytest.mark.parametrize("case", ENDING)
+def test_a_trajectory_whose_text_is_final_leaves_and_answers_the_same(ending: Any, case: str) -> None:
+    job = make_job(ending, 0, **{**TEXT_ONLY, "best_of": 2, "n": 2, **CASES[case], "max_tokens": 12, "steps": 12})
+    left = run(ending, [job])[job.id]
+    stayed = run(ending, [job], savings=Savings.without(["leave_when_final"]))[job.id]
+    expected = ending.plain.run(job)
+    for result in (left, stayed):
+        assert [trajectory.text for trajectory in result.trajectories] == expected.texts
+        assert result.chosen == expected.chosen
+        for trajectory, reward in zip(result.trajectories, expected.rewards, strict=True):
+            assert trajectory.reward == (reward if reward is None else pytest.approx(reward, abs=1e-4))
+    for early, late in zip(left.trajectories, stayed.trajectories, strict=True):
+        assert (early.completion_tokens, early.finish_reason) == (late.completion_tokens, late.finish_reason)
+        assert early.model_calls <= late.model_calls
+    assert sum(each.model_calls for each in left.trajectories) < sum(each.model_calls for each in stayed.trajectories)
+
+
+@pytest.mark.parametrize("asked", ["return_token_ids", "return_step_map", "trace", "ignore_eos", "stream_canvas"])
+def test_whoever_asks_for_more_than_a_text_gets_the_whole_canvas(ending: Any, asked: str) -> None:
+    jobs = [make_job(ending, 0, **{**TEXT_ONLY, "n": 4, "best_of": 4, **changes}) for changes in ({}, {asked: True})]
+    early, whole = ([trajectory.token_ids for trajectory in run(ending, [job])[job.id].trajectories] for job in jobs)
+    mask = ending.loaded.info.mask_token_id
+    assert any(mask in token_ids for token_ids in early)
+    assert not any(mask in token_ids for token_ids in whole)
 
 
 def test_a_change_of_seed_changes_the_tokens(pair64: Any) -> None:
