@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.api.fields import UNSUPPORTED, CompletionRequest, Diffusion, Guidance
+from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.api.rules import Only, Strict
+from server.api.unsupported import UNSUPPORTED
 from server.methods import METHODS
 
 DOCUMENT = Path(__file__).with_name("api.md")

@@ -59,19 +59,24 @@ class GuidanceReport(Answer):
     generation_ms: float
 
 
-class Choice(Answer):
-    """What all kinds of choice share. In a stream each holds a piece of one answer, and the last of them what the whole
-    answer has beside its text."""
+class Outcome(Answer):
+    """What one answer has beside its text that is not OpenAI's."""
 
-    index: int
     trajectory: int = 0
-    finish_reason: FinishReason | None
-    logprobs: None
     stop_reason: str | None = None
     reward: float | None = None
     rewards: dict[str, float] = {}
     token_ids: list[int] = []
     step_map: list[int | None] = []
+
+
+class Choice(Outcome):
+    """What all kinds of choice share. In a stream each holds a piece of one answer, and the last of them what the whole
+    answer has beside its text."""
+
+    index: int
+    finish_reason: FinishReason | None
+    logprobs: None
 
 
 class CompletionChoice(Choice):

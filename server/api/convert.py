@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from server.api.fields import (
-    ChatCompletionRequest,
     CompletionRequest,
+    ConversationRequest,
     Diffusion,
     GenerationRequest,
     Guidance,
@@ -33,7 +34,7 @@ from server.types import (
     WeightedReward,
 )
 
-Asked = CompletionRequest | ChatCompletionRequest
+Asked = CompletionRequest | ConversationRequest
 DEFAULT_BEST_OF = 4
 SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
 RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
@@ -52,7 +53,7 @@ class Plan:
     @property
     def chat(self) -> bool:
         """Whether a conversation is answered, and not a text completed."""
-        return isinstance(self.asked, ChatCompletionRequest)
+        return isinstance(self.asked, ConversationRequest)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -80,7 +81,7 @@ class _Context:
     response_suffix: str = ""
 
 
-def messages(turns: list[ChatMessage]) -> tuple[Message, ...]:
+def messages(turns: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """The turns as the inner layers know them."""
     return tuple(Message("system" if turn.role == "developer" else turn.role, turn.content) for turn in turns)
 
@@ -112,16 +113,14 @@ def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: T
 
 def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: Settings, identity: str) -> Plan:
     """The jobs of a request: one a prompt, or that of a conversation. Raises InvalidRequest."""
-    max_tokens = request.max_tokens
-    if isinstance(request, ChatCompletionRequest):
-        source, identity = "messages", f"chatcmpl-{identity}"
-        conversation = messages(request.messages)
+    max_tokens, source, identity = request.max_tokens, request.source, request.prefix + identity
+    if isinstance(request, ConversationRequest):
+        conversation = messages(request.turns)
         contexts = [_Context(tuple(tokenizer.render_chat(conversation)), conversation)]
-        max_tokens = request.max_completion_tokens or max_tokens
+        max_tokens = getattr(request, request.canvas) or max_tokens
         if request.max_tokens is not None and request.max_tokens != max_tokens:
-            raise InvalidRequest("`max_tokens` and `max_completion_tokens` disagree", "max_tokens")
+            raise InvalidRequest(f"`max_tokens` and `{request.canvas}` disagree", "max_tokens")
     else:
-        source, identity = "prompt", f"cmpl-{identity}"
         contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
     guidance = _guidance(request.guidance, info)
     canvas = max_tokens or info.model.default_max_tokens

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from server.api.fields import UNSUPPORTED
 from server.api.rules import Served
+from server.api.unsupported import UNSUPPORTED
 from server.errors import (
     EngineFailed,
     InvalidRequest,

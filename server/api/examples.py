@@ -21,6 +21,10 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
             **_CHAT, "stream": True, "stream_options": {"include_usage": True}, "stream_canvas": True,
         },
     },
+    "ResponsesRequest": {
+        "Answer": {"input": _REVIEW, "instructions": "Be brief.", "max_output_tokens": 16},
+        "Guided by a reward": {"input": _REVIEW, "max_output_tokens": 16, "guidance": _ENTRGI, "stream": True},
+    },
     "ScoreRequest": {"Two answers": {"queries": _REVIEW, "documents": ["It was very good.", "It was very bad."]}},
     "RerankRequest": {"The better": {"query": _REVIEW, "documents": ["It was bad.", "It was good."], "top_n": 1}},
     "TokenizeRequest": {

@@ -1,22 +1,25 @@
 """The table of request fields: one row a field, with its type, bounds and default, what it does and when it applies.
 
 From these rows come the schema that validates requests, the checks between fields, the OpenAPI document, the defaults
-that `/v1/models` lists and the tables of docs/api.md. A new parameter is a row here, and its use. Rows are strict (no
-"5" for 5, no true for 1), and null is what leaving out is. Defaults that the engine knows are its own (`server.types`).
+that `/v1/models` lists and the tables of docs/api.md. A new parameter is a row here, and its use; rows that
+`/v1/responses` alone has stand in `responses`. They are strict (no "5" for 5, no true for 1), and null is what leaving
+out is. Defaults that the engine knows are its own (`server.types`).
 
 OpenAI's fields that a masked diffusion model cannot honour are rows with the values that ask for nothing, so that
-clients which always send them work; any real value is refused by name, with the reason in `UNSUPPORTED`.
+clients which always send them work; any real value is refused by name, with the reason in `unsupported`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from server.api.rules import Only, Strict, Within, invalid
 from server.api.values import (
     MAX_PAIRS,
+    ChatMessage,
     Conversation,
     Count,
     Documents,
@@ -153,7 +156,11 @@ class StreamOptions(Strict):
 
 
 class GenerationRequest(Strict):
-    """What completions and chat completions share."""
+    """What all endpoints that generate share. `source` is the field that holds what is answered; an answer's id begins
+    with `prefix`."""
+
+    source: ClassVar[str]
+    prefix: ClassVar[str]
 
     model: ModelName | None = None
     """The diffusion model; left out: the one that is served"""
@@ -215,6 +222,9 @@ class GenerationRequest(Strict):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
+    source: ClassVar = "prompt"
+    prefix: ClassVar = "cmpl-"
+
     prompt: Prompts
     suffix: Text = ""
     """The text after the canvas (infilling)"""
@@ -230,29 +240,49 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ConversationRequest(GenerationRequest):
+    """What chat completions and responses share. `canvas` names their newer word for `max_tokens`."""
+
+    canvas: ClassVar[str]
+
+    top_logprobs: ZeroInt = 0
+    tools: NoList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @property
+    def turns(self) -> Sequence[ChatMessage]:
+        """The conversation to answer."""
+        raise NotImplementedError
+
+
+class ChatCompletionRequest(ConversationRequest):
     """`POST /v1/chat/completions`."""
+
+    source: ClassVar = "messages"
+    prefix: ClassVar = "chatcmpl-"
+    canvas: ClassVar = "max_completion_tokens"
 
     messages: Conversation
     max_completion_tokens: Annotated[Count, Within("canvas")] | None = None
     """The newer name of `max_tokens`; both must agree"""
     logprobs: No = False
-    top_logprobs: ZeroInt = 0
-    tools: NoList | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     functions: NoList | None = None
     function_call: Literal["none", "auto"] | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     audio: None = None
     prediction: None = None
     reasoning_effort: None = None
     verbosity: None = None
     web_search_options: None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+
+    @property
+    def turns(self) -> Sequence[ChatMessage]:
+        return self.messages
 
 
 class ScoreRequest(Strict):
@@ -319,25 +349,3 @@ class DetokenizeRequest(Strict):
 
     model: ModelName | None = None
     tokens: list[TokenId]
-
-
-_REASONS = {
-    "a masked diffusion model has no left-to-right token probabilities": "echo logprobs top_logprobs prompt_logprobs",
-    "tokens are not revealed from left to right, so there is no count to penalise": "frequency_penalty "
-    "presence_penalty repetition_penalty",
-    "the sampler has no such filter": "logit_bias min_p",
-    "the canvas has max_tokens positions; use ignore_eos to have them all": "min_tokens",
-    "a prompt is tokenised as it stands, and a conversation by its chat template": "add_special_tokens",
-    "texts never hold special tokens; use return_token_ids to see them": "skip_special_tokens",
-    "the model calls nothing, it only writes text": "tools tool_choice functions function_call",
-    "only text is generated": "response_format modalities audio prediction reasoning_effort verbosity",
-    "a request never makes the server fetch anything": "web_search_options",
-    "there is only one tier, and requests are taken in the order of their arrival": "service_tier priority",
-    "participants' names are not shown to the model": "name",
-    "texts are read whole, and what does not fit the reward model's context is refused": "max_chunks_per_doc "
-    "max_tokens_per_doc max_tokens_per_query truncate_prompt_tokens",
-    "a document is its `text` alone, and has one reward": "rank_fields relevant_spans",
-    "a reward model reads a conversation; what it shall know belongs into `query`": "instruction",
-}
-UNSUPPORTED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
-"""Why a real value of a field is refused, by the last part of its path."""

@@ -46,8 +46,8 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
                 records[index].see(event)
                 if isinstance(event, Failed):
                     error = event.error()
-                    if isinstance(error, InvalidRequest) and error.param == "messages" and not plan.chat:
-                        error.param = "prompt"  # the request's own word
+                    if isinstance(error, InvalidRequest) and error.param == "messages":
+                        error.param = plan.asked.source
                     raise error
                 unfinished -= isinstance(event, Finished)
                 yield index, event

@@ -1,23 +1,29 @@
-"""Completions and chat completions. A route reads, converts and hands over; errors are translated in one place."""
+"""Completions, chats and responses. A route reads, converts and hands over; errors are translated in one place."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from server.api import responses
 from server.api.answers import (
     ChatCompletionChunk,
     ChatCompletionResponse,
     CompletionChunk,
     CompletionResponse,
+    Data,
     response,
 )
 from server.api.body import posts
-from server.api.convert import Asked, make_plan
+from server.api.convert import Asked, Plan, make_plan
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.frontend import Frontend
 from server.api.generation import results
-from server.api.stream import open_stream
+from server.api.stream import Chunks, open_stream
+from server.errors import InvalidRequest
+from server.types import JobResult
 
 router = APIRouter()
 ANSWERS = "The answers, or a stream of events"
@@ -35,11 +41,26 @@ async def chat_completions(frontend: Frontend, asked: ChatCompletionRequest) -> 
     return await _answer(frontend, asked)
 
 
-async def _answer(frontend: Frontend, asked: Asked) -> Response:
+@posts(router, ["/v1/responses"], responses.ResponsesRequest, responses.Whole, ANSWERS, responses.AnyEvent)
+async def respond(frontend: Frontend, asked: responses.ResponsesRequest) -> Response:
+    """Answer a text or a conversation, which is kept nowhere."""
+    return await _answer(frontend, asked, responses.response, responses.Events)
+
+
+async def _answer(
+    frontend: Frontend,
+    asked: Asked,
+    whole: Callable[[Plan, Sequence[JobResult]], Data] = response,
+    chunks: type[Chunks] = Chunks,
+) -> Response:
     frontend.engine.check_room()
     tokenizer = await frontend.tokenizer()
     info, settings, identity = frontend.engine.info, frontend.settings, frontend.answer_id()
-    plan = await frontend.aside(lambda: make_plan(asked, info, tokenizer, settings, identity))
+    try:
+        plan = await frontend.aside(lambda: make_plan(asked, info, tokenizer, settings, identity))
+    except InvalidRequest as error:
+        error.param = asked.source if error.param == "messages" else error.param
+        raise
     if asked.stream:
-        return await open_stream(frontend, plan, tokenizer)
-    return JSONResponse(response(plan, await results(frontend, plan)))
+        return await open_stream(frontend, plan, tokenizer, chunks)
+    return JSONResponse(whole(plan, await results(frontend, plan)))

@@ -29,7 +29,6 @@ from server.wire.messages import Canvas, Event, Finished, Progress
 
 # A failure that shows itself this soon gets its own status; after that the stream begins.
 FIRST_EVENT_SECONDS = 1.0
-DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 # They end no line of server-sent events, but a client that splits with str.splitlines would cut the event there.
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
@@ -37,14 +36,16 @@ LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 Sequence = AsyncGenerator[tuple[int, Event]]
 
 
-def encode(data: object) -> bytes:
-    """One event, which only its own end cuts into lines."""
+def encode(data: Data) -> bytes:
+    """One event, which only its own end cuts into lines; its name is its `type`, if it has one."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
-    return f"data: {text}\n\n".encode()
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {text}\n\n".encode()
 
 
-async def open_stream(frontend: Frontend, plan: Plan, tokenizer: Tokenizer) -> EventStream:
-    """Submit the jobs and wait a moment for a refusal, which is raised; then the response that streams the rest."""
+async def open_stream(frontend: Frontend, plan: Plan, tokenizer: Tokenizer, shape: type[Chunks]) -> EventStream:
+    """Submit the jobs and wait a moment for a refusal, which is raised; then the response that streams the rest in the
+    form of `shape`."""
     sequence = events(frontend, plan)
     first = asyncio.ensure_future(anext(sequence))
     try:
@@ -54,7 +55,7 @@ async def open_stream(frontend: Frontend, plan: Plan, tokenizer: Tokenizer) -> E
         raise
     if first.done() and first.exception() is not None:
         await first  # raises
-    return EventStream(frontend, sequence, first, Chunks(plan, tokenizer, frontend.engine.info.model.stop_token_ids))
+    return EventStream(frontend, sequence, first, shape(plan, tokenizer, frontend.engine.info.model.stop_token_ids))
 
 
 class EventStream(Response):
@@ -106,12 +107,12 @@ class EventStream(Response):
                     error = unexpected(error)
                 note(error_code=error.code, error_status=error.status)
                 self._frontend.metrics.refused(error)
-                yield encode(envelope(error))
+                yield encode(self._chunks.failed(error))
                 break
             self._pending = asyncio.ensure_future(anext(self._sequence))
             for chunk in made:
                 yield encode(chunk)
-        yield DONE
+        yield self._chunks.last
 
 
 async def _abandon(pending: asyncio.Future[tuple[int, Event]], sequence: Sequence) -> None:
@@ -122,7 +123,9 @@ async def _abandon(pending: asyncio.Future[tuple[int, Event]], sequence: Sequenc
 
 
 class Chunks:
-    """Turns events into OpenAI's chunks."""
+    """Turns events into OpenAI's chunks. `last` ends the stream."""
+
+    last = b"data: [DONE]\n\n"
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...]) -> None:
         self._plan = plan
@@ -142,6 +145,10 @@ class Chunks:
         if self._plan.chat:
             for index in self._texts:
                 yield self._chunk(self._choice(index, {"role": "assistant", "content": ""}))
+
+    def failed(self, error: RequestError) -> Data:
+        """The chunk that tells of a failure."""
+        return envelope(error)
 
     def feed(self, prompt: int, event: Event) -> Iterator[Data]:
         """The chunks of one event of one prompt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
@@ -137,17 +139,19 @@ class TextPart(Strict):
     text: str
 
 
-def _content(value: object) -> object:
-    """Text parts joined by line breaks, as vLLM joins them; anything but text is refused."""
+def _content(value: object, kinds: Sequence[str] = ("text",), idle: Sequence[str] = ()) -> object:
+    """Text parts joined by line breaks, as vLLM joins them; anything but text is refused. A part is of one of these
+    `kinds`; what is `idle` may stand in it if it is empty."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise invalid("must be a string or a list of text parts")
     texts = []
     for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise invalid('must be a string or a list of {"type": "text", "text": string}; only text is understood')
-        if unknown := sorted(set(part) - {"type", "text"}):
+        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            kind = f'{{"type": "{kinds[0]}", "text": string}}'
+            raise invalid(f"must be a string or a list of {kind}; only text is understood")
+        if unknown := sorted(set(part) - {"type", "text"} - {name for name in idle if not part.get(name)}):
             raise invalid(f"holds {quote(unknown[0])} in part {index}; a text part has `type` and `text` only")
         texts.append(part["text"])
     if not texts:
@@ -176,6 +180,28 @@ class ChatMessage(Strict):
 Conversation: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
 
 
+class InputPart(Strict):
+    """One text part of a turn of `input`."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: NoList | None = None
+    logprobs: NoList | None = None
+
+
+_input_content = partial(_content, kinds=("input_text", "output_text"), idle=("annotations", "logprobs"))
+_InputParts: TypeAlias = Annotated[list[InputPart], Field(min_length=1)]
+
+
+class InputMessage(ChatMessage):
+    """One turn of `input`, which may be one of an earlier answer's `output`."""
+
+    type: Literal["message"] = "message"
+    content: Annotated[Text, BeforeValidator(_input_content, json_schema_input_type=str | _InputParts)]
+    id: str | None = None
+    status: str | None = None
+
+
 def _turn(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
@@ -187,6 +213,17 @@ def _query(value: object) -> object:
 
 
 Query: TypeAlias = Annotated[Conversation, BeforeValidator(_query, json_schema_input_type=str | Conversation)]
+
+
+def _input(value: object) -> object:
+    for item in value if isinstance(value, list) else ():
+        if isinstance(item, dict) and (kind := item.get("type") or "message") != "message":
+            raise invalid(f"holds {quote(kind)}; only messages are understood, each with its text")
+    return _query(value)
+
+
+_Turns: TypeAlias = Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+Input: TypeAlias = Annotated[_Turns, BeforeValidator(_input, json_schema_input_type=str | _Turns)]
 
 
 def _queries(value: object) -> object:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from tests.support.serving import Served
 
 COMPLETIONS, CHAT, SCORE, RERANK = "/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/rerank"
+RESPONSES = "/v1/responses"
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "Hi"},
     CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
     SCORE: {"queries": "a", "documents": "b"},
     RERANK: {"query": "a", "documents": ["b"]},
+    RESPONSES: {"input": "Hi"},
 }
 
 Wrong = list[tuple[str, list[Any], dict[str, Any]]]
@@ -126,6 +128,20 @@ CHAT_FIELDS: Wrong = [
 ]
 
 
+RESPONSES_FIELDS: Wrong = [
+    ("input", [None, [], 5, [USER] * 5000, "word " * 3000, [{"type": "item_reference", "id": "msg_1"}]], {}),
+    ("input.0.content", [None, 5, [], [{"type": "input_image", "image_url": "http://x"}]], {"input": [{**USER}]}),
+    ("input.0.content", [[{"type": "output_text", "text": "a", "annotations": [{}]}]], {"input": [{**USER}]}),
+    ("messages", [[USER]], {}),
+    ("max_tokens", [4], {"max_output_tokens": 8}),
+    ("max_output_tokens", [0, 2049], {}),
+    ("n", [2], {}),
+    ("text.format.type", ["json_schema", "json_object"], {"text": {"format": {}}}),
+    ("stream_options.continuous_usage_stats", [True], {"stream": True, "stream_options": {}}),
+    ("guidance.eta", [11], {"guidance": {"method": "entrgi"}}),
+]
+
+
 def cases(path: str, fields: Wrong) -> list[Any]:
     """(route, body, param) of every wrong value."""
     made = []
@@ -140,6 +156,8 @@ def cases(path: str, fields: Wrong) -> list[Any]:
             made.append(pytest.param(path, body, param, id=f"{path} {param} {json.dumps(value)[:30]}"))
     return made
 
+
+CASES = cases(COMPLETIONS, FIELDS) + cases(CHAT, CHAT_FIELDS) + cases(RESPONSES, RESPONSES_FIELDS)
 
 BODIES: list[tuple[bytes, str]] = [
     (b"", "not JSON"),
@@ -177,7 +195,7 @@ def send(server: Served, path: str, body: dict[str, Any]) -> Any:
     return server.client.post(path, content=data, headers={"Content-Type": "application/json"})
 
 
-@pytest.mark.parametrize(("path", "body", "param"), cases(COMPLETIONS, FIELDS) + cases(CHAT, CHAT_FIELDS))
+@pytest.mark.parametrize(("path", "body", "param"), CASES)
 def test_the_wrong_field_is_named(server: Served, path: str, body: dict[str, Any], param: str) -> None:
     check(send(server, path, body), 400, param)
 
@@ -325,6 +343,15 @@ async def test_messages(path: str, change: dict[str, Any], message: str) -> None
         (CHAT, "logit_bias", {"5": 1}, "sampler"),
         (CHAT, "tools", [{"type": "function"}], "only writes text"),
         (CHAT, "min_tokens", 3, "ignore_eos"),
+        (RESPONSES, "store", True, "nothing is kept"),
+        (RESPONSES, "previous_response_id", "resp_1", "whole conversation"),
+        (RESPONSES, "conversation", "conv_1", "whole conversation"),
+        (RESPONSES, "background", True, "nothing is kept"),
+        (RESPONSES, "tools", [{"type": "web_search"}], "only writes text"),
+        (RESPONSES, "tool_choice", "required", "only writes text"),
+        (RESPONSES, "reasoning", {"effort": "low"}, "only text"),
+        (RESPONSES, "include", ["message.output_text.logprobs"], "only text"),
+        (RESPONSES, "truncation", "auto", "never cut"),
         ("/tokenize", "add_special_tokens", True, "as it stands"),
     ],
 )

@@ -1,6 +1,7 @@
 """`python -m tests.conformance [CLIENT ...]`: the conformance matrix (`make conformance`).
 
-Each client is a folder here: `check.py`, and the pinned `requirements.txt` of its own environment. The server runs
+Each client is a folder here: `check.py`, and the pinned `requirements.txt` of its own environment, or `check.mjs` and
+the `package-lock.json` of one for Node.js. The server runs
 the bundled models behind an API key; clients that generate requests by the thousand get one with tighter limits. Exit
 status 0 when every client passed.
 """
@@ -53,6 +54,7 @@ CLIENTS = (
     Client("openai"),
     Client("langchain"),
     Client("litellm"),
+    Client("vercel"),
     Client("cohere"),
     Client("lm_eval", 900),
     Client("guidellm", 900),
@@ -96,37 +98,44 @@ def outcome(client: Client, tell: Callable[[Row], None]) -> Row:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        python = python_of(client.name, out / "install.log")
+        command = command_of(client.name, out / "install.log")
         key = secrets.token_hex(16)
-        if python == Path(sys.executable):
-            _run(client, python, out, row, tell, {})
+        if command[0] == sys.executable:
+            _run(client, command, out, row, tell, {})
         else:
             with served("--api-key", key, *client.flags, log=out / "server.log") as server:
-                _run(client, python, out, row, tell, facts(server.url, key))
+                _run(client, command, out, row, tell, facts(server.url, key))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         row.trouble = f"{type(error).__name__}: {error}"
     row.seconds = round(time.monotonic() - started, 1)
     return row
 
 
-def python_of(client: str, log: Path) -> Path:
-    """The interpreter of a client's environment below `build/conformance`, made if its requirements have changed; pip's
-    output goes to `log`. A client without requirements runs in ours. Raises CalledProcessError and TimeoutExpired."""
-    requirements = FOLDER / client / "requirements.txt"
-    if not requirements.exists():
-        return Path(sys.executable)
-    folder = BUILD / "environments" / client
+def command_of(client: str, log: Path) -> list[str]:
+    """What runs a client's checks in its environment below `build/conformance`, made if what it needs has changed; the
+    installer's output goes to `log`. A client that needs nothing runs in ours. Raises CalledProcessError,
+    TimeoutExpired, and FileNotFoundError without Node.js."""
+    own, folder = FOLDER / client, BUILD / "environments" / client
     python, stamp = folder / "bin" / "python", folder / "installed"
-    wanted = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()
-    if stamp.exists() and stamp.read_text("utf-8") == wanted:
-        return python
-    shutil.rmtree(folder, ignore_errors=True)
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    with log.open("ab") as output:
-        for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(requirements)]):
-            subprocess.run(command, check=True, stdout=output, stderr=output, timeout=INSTALL_SECONDS)
-    stamp.write_text(wanted, "utf-8")
-    return python
+    pinned = next((own / name for name in ("requirements.txt", "package-lock.json") if (own / name).exists()), None)
+    if pinned is None:
+        return [sys.executable, str(own / "check.py")]
+    if pinned.suffix == ".json":  # Node.js looks for packages in the folders above a program
+        installs = [["npm", "ci", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]]
+        command = ["node", str(folder / "check.mjs")]
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+    else:
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        installs = [[sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, "-r", str(pinned)]]
+        command = [str(python), str(own / "check.py")]
+    wanted = hashlib.sha256(pinned.read_bytes() + sys.version.encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text("utf-8") != wanted:
+        stamp.unlink(missing_ok=True)
+        with log.open("ab") as output:
+            for install in installs:
+                subprocess.run(install, check=True, stdout=output, stderr=output, timeout=INSTALL_SECONDS)
+        stamp.write_text(wanted, "utf-8")
+    return command
 
 
 def facts(url: str, key: str) -> dict[str, str]:
@@ -143,7 +152,7 @@ def facts(url: str, key: str) -> dict[str, str]:
 
 
 def _run(
-    client: Client, python: Path, out: Path, row: Row, tell: Callable[[Row], None], server: dict[str, str]
+    client: Client, command: list[str], out: Path, row: Row, tell: Callable[[Row], None], server: dict[str, str]
 ) -> None:
     # Only what the checks share is on the path: our own packages must not meet a client's. A client without an
     # environment of its own is ours.
@@ -158,7 +167,6 @@ def _run(
         **server,
         "CONFORMANCE_OUT": str(out),
     }
-    command = [str(python), str(FOLDER / client.name / "check.py")]
     with (
         (out / "log").open("wb") as log,
         Popen(command, env=environment, cwd=out, stdout=PIPE, stderr=log, start_new_session=True) as process,

@@ -12,12 +12,12 @@ from server import __version__
 
 TITLE = """# Conformance
 
-Real clients against a real server, each in an environment of its own with pinned versions (a `requirements.txt` for
-each below `tests/conformance`). `make conformance` installs them below `build/conformance`, starts the
-server with the bundled models and an API key, runs every client, and writes this page. One client's failure does not
-stop the others; each has a time limit. `ARGS="openai litellm"` runs only those and leaves this page alone. What a
-client said is in its folder below `build/conformance/out`. Schemathesis starts from a fixed seed;
-`CONFORMANCE_SEED` sets another.
+Real clients against a real server, each in an environment of its own with pinned versions (a `requirements.txt` or,
+for Node.js 20 or newer, a `package-lock.json` for each below `tests/conformance`). `make conformance` installs them
+below `build/conformance`, starts the server with the bundled models and an API key, runs every client, and writes this
+page. One client's failure does not stop the others; each has a time limit. `ARGS="openai litellm"` runs only those and
+leaves this page alone. What a client said is in its folder below `build/conformance/out`. Schemathesis starts from a
+fixed seed; `CONFORMANCE_SEED` sets another.
 """
 
 

@@ -14,7 +14,7 @@ FAILED = {"check": "stream", "passed": False, "seconds": 0.1, "error": "no | ans
 
 
 def test_every_folder_with_a_check_is_run() -> None:
-    assert {path.parent.name for path in FOLDER.glob("*/check.py")} == {client.name for client in CLIENTS}
+    assert {path.parent.name for path in FOLDER.glob("*/check.*")} == {client.name for client in CLIENTS}
 
 
 def test_a_row_passes_only_when_all_its_checks_ran_and_passed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import openai
+import openai.types.responses
 from checks import KEY, MESSAGES, MODEL, PROMPT, REWARD, URL, check, equal, main, raises, true
 
 SERVER = {"base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0}
@@ -72,6 +73,42 @@ def stream_helper() -> None:
     equal(final.choices[0].message.content, whole.choices[0].message.content)
 
 
+ANSWERED = {"model": MODEL, "instructions": "Be brief.", "input": PROMPT, "extra_body": {"seed": 2}}
+
+
+@check
+def responses() -> None:
+    """responses: a text, a conversation with an earlier answer, shape, guidance in extra_body"""
+    answer = client.responses.create(**ANSWERED)
+    openai.types.responses.Response.model_validate(answer.to_dict())
+    equal((answer.status, answer.error, answer.model), ("completed", None, MODEL))
+    turns = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    chat_answer = client.chat.completions.create(model=MODEL, messages=turns, seed=2)
+    equal(answer.output_text, chat_answer.choices[0].message.content)
+    equal(answer.usage.total_tokens, chat_answer.usage.total_tokens)
+    turns = [*turns, *answer.output, {"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}]
+    body = {"guidance": {"method": "entrgi", "gradient_steps": 1}, "best_of": 2}
+    again = client.responses.create(model=MODEL, input=turns, max_output_tokens=4, store=False, extra_body=body)
+    equal((again.status, again.incomplete_details.reason), ("incomplete", "max_output_tokens"))
+    equal(again.reward, max(again.guidance["rewards"][0]))
+
+
+@check
+def responses_stream() -> None:
+    """responses: stream, and the stream() helper's final response, same text as the whole answer"""
+    whole = client.responses.create(**ANSWERED)
+    events = list(client.responses.create(**ANSWERED, stream=True))
+    equal([event.sequence_number for event in events], list(range(len(events))))
+    equal((events[0].type, events[-1].type), ("response.created", "response.completed"))
+    equal("".join(event.delta for event in events if event.type == "response.output_text.delta"), whole.output_text)
+    equal(events[-1].response.usage, whole.usage)
+    with client.responses.stream(**ANSWERED) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_response()
+    true({"response.output_item.added", "response.output_text.done", "response.output_item.done"} <= kinds, kinds)
+    equal((final.output_text, final.guidance["seed"]), (whole.output_text, 2))
+
+
 @check
 def guided() -> None:
     """extra_body: guidance (short and long form), best_of, rewards in the answer"""
@@ -129,12 +166,19 @@ async def walking_away() -> None:
 def errors() -> None:
     """errors: 400, 401, 404 and 408 as its exceptions, with code, param and request id"""
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    functions, earlier = [{"type": "function", "name": "f", "parameters": {}}], "previous_response_id"
+    structured, respond = {"format": {"type": "json_object"}}, client.responses.create
     late = {"timeout": 1e-9}
     stranger = openai.OpenAI(**{**SERVER, "api_key": "wrong"})
     complete, chat_of, retrieve = client.completions.create, client.chat.completions.create, client.models.retrieve
     for kind, status, (code, param), call in (
         (openai.BadRequestError, 400, (None, "logprobs"), lambda: complete(model=MODEL, prompt="Hi", logprobs=2)),
         (openai.BadRequestError, 400, (None, "tools"), lambda: chat_of(model=MODEL, messages=MESSAGES, tools=tools)),
+        (openai.BadRequestError, 400, (None, "tools"), lambda: respond(**ANSWERED, tools=functions)),
+        (openai.BadRequestError, 400, (None, "store"), lambda: respond(**ANSWERED, store=True)),
+        (openai.BadRequestError, 400, (None, "background"), lambda: respond(**ANSWERED, background=True)),
+        (openai.BadRequestError, 400, (None, earlier), lambda: respond(**ANSWERED, previous_response_id="resp_1")),
+        (openai.BadRequestError, 400, (None, "text.format.type"), lambda: respond(**ANSWERED, text=structured)),
         (openai.NotFoundError, 404, ("model_not_found", "model"), lambda: complete(model="gpt-4o", prompt="Hi")),
         (openai.NotFoundError, 404, ("model_not_found", None), lambda: retrieve("gpt-4o")),
         (openai.NotFoundError, 404, ("not_found", None), lambda: client.embeddings.create(model=MODEL, input="Hi")),

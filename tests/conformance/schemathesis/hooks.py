@@ -13,8 +13,8 @@ from schemathesis import GenerationMode
 
 CANVAS = 4  # tokens to generate where a body asks for more: a prompt has room, thousands of requests take minutes
 CHARACTERS = 24  # of a text, so that all texts of a body fit the context together
-TEXTS = {"prompt", "suffix", "messages", "query", "queries", "documents", "document"}
-LENGTHS = ("max_tokens", "max_completion_tokens")
+TEXTS = {"prompt", "suffix", "messages", "input", "instructions", "query", "queries", "documents", "document"}
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 @schemathesis.hook
@@ -25,7 +25,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     body = case.body = whole(case.body)
     for name in TEXTS & body.keys():
         body[name] = short(body[name])
-    if case.path.endswith("completions"):
+    if case.path.endswith(("completions", "responses")):
         generation(body)
     elif case.path == "/v1/score":
         pairs(body)
@@ -54,8 +54,8 @@ def short(value: Any) -> Any:
 
 
 def generation(body: dict[str, Any]) -> None:
-    """The rules of completions and chat completions."""
-    if body.get("max_completion_tokens") is not None:
+    """The rules of completions, chat completions and responses."""
+    if any(body.get(name) is not None for name in LENGTHS[1:]):
         body["max_tokens"] = None  # both must agree
     if len(body) > 1 and not any(body.get(name) for name in LENGTHS):
         body["max_tokens"] = CANVAS  # a body of the required field alone keeps the default
@@ -79,6 +79,8 @@ def generation(body: dict[str, Any]) -> None:
         body["best_of"] = max(n, body["best_of"]) if steered else n
     elif steered and several:
         body["best_of"] = n  # its default of 4 for every prompt would be over the limit
+    if isinstance(body.get("seed"), list):
+        body["seed"] = None  # as many as prompts
     start, stop = fields.get("start") or 0.0, 1.0 if fields.get("stop") is None else fields["stop"]
     if start >= stop:
         fields["start"], fields["stop"] = 0.0, stop or 1.0
