@@ -37,7 +37,8 @@ def fields(request: type[Strict]) -> str:
     rows = [("field", "values", "default", "what it does", "only with")]
     for name, field in request.model_fields.items():
         if field.description:
-            default = "" if field.default is None or field.default_factory else f"`{json.dumps(field.default)}`"
+            known = not (field.default is None or field.default_factory or field.is_required())
+            default = f"`{json.dumps(field.default)}`" if known else ""
             needs = [rule for rule in field.metadata if isinstance(rule, Only)]
             only = "; ".join(f"`{rule.field}` {', '.join(map(_word, rule.values()))}" for rule in needs)
             rows.append((f"`{name}`", _values(schemas[name]), default, " ".join(field.description.split()), only))
@@ -59,7 +60,7 @@ def _word(value: object) -> str:
 def _values(schema: dict[str, Any]) -> str:
     """A field's type and bounds in words."""
     if "anyOf" in schema:
-        return " or ".join(_values(branch) for branch in schema["anyOf"] if branch.get("type") != "null")
+        return " or ".join(dict.fromkeys(_values(branch) for branch in schema["anyOf"] if branch.get("type") != "null"))
     if "enum" in schema:
         return ", ".join(map(_word, schema["enum"]))
     kind = schema.get("type", "object")

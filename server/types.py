@@ -151,13 +151,21 @@ class StepTrace:
     that of the estimate. Without a reward model, and on steps that reveal nothing, they are None."""
 
     step: int
+    """Which step it was, from 0"""
     time: float
+    """t at its beginning, which falls from 1 to 0"""
     masked: int
+    """Positions that were masked before it"""
     revealed: int
+    """Positions that it revealed"""
     mean_entropy: float | None = None
+    """Nats, over the masked positions"""
     mean_w: float | None = None
+    """The mean weight of hard embeddings; null where it was not guided"""
     reward_before: float | None = None
+    """The reward of the estimate before the gradient steps"""
     reward_after: float | None = None
+    """The same after them"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from server.api.convert import Plan
 from server.diffusion.schedule import plan as schedule
@@ -25,7 +25,7 @@ WINDOW = ("start", "stop", "every")
 class Answer(BaseModel):
     """Base: what is set is sent, null included; what is not set is absent."""
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), use_attribute_docstrings=True)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -36,38 +36,61 @@ class Usage(Answer):
     """Tokens up to the end of each text; `trajectory_tokens` are those of all `best_of` trajectories."""
 
     prompt_tokens: int
+    """Tokens of all prompts"""
     completion_tokens: int
+    """Tokens of the texts that came back"""
     total_tokens: int
+    """Both together"""
     completion_tokens_details: dict[Literal["trajectory_tokens"], int]
+    """`trajectory_tokens`: tokens of all `best_of` trajectories"""
 
 
 class GuidanceReport(Answer):
     """What was done, and how every trajectory came out, by prompt."""
 
     method: str
+    """How rewards steered"""
     reward_models: list[str]
+    """The reward models that took part"""
     seed: int | list[int]
+    """The request's own, or the one that was drawn for it"""
     rewards: list[list[float | None]]
+    """`rewards[prompt][trajectory]`: the final rewards, before the choice of the n best"""
     rewards_by_model: dict[str, list[list[float]]] = {}
-    approximations: list[str] = Field(description="What in the request trades exactness for time")
+    """With several reward models: the same by model, unweighted"""
+    approximations: list[str]
+    """What in the request trades exactness for time"""
     steps: int
+    """Denoising steps as asked for; with an adaptive algorithm those of the longest trajectory"""
     model_calls: int
+    """Passes of the diffusion model over the canvas of the trajectory with the most"""
     reward_calls: int
+    """Passes of reward models over that canvas during the steps"""
     model_calls_total: int
+    """The former for all trajectories of all prompts together"""
     reward_calls_total: int
+    """The same of reward models, final scores included"""
     queue_ms: float
+    """Milliseconds before the first step, of the prompt that waited longest"""
     generation_ms: float
+    """Milliseconds from the first step to the last, of the prompt that took longest"""
 
 
 class Outcome(Answer):
     """What one answer has beside its text that is not OpenAI's."""
 
     trajectory: int = 0
+    """Which of its prompt's trajectories it is, in `guidance.rewards` and in `trace`"""
     stop_reason: str | None = None
+    """The stop string that ended the text, or `deadline`"""
     reward: float | None = None
+    """The final reward; null where no reward model took part"""
     rewards: dict[str, float] = {}
+    """With several reward models: the final reward under each"""
     token_ids: list[int] = []
+    """On request: the L canvas tokens, special ones included"""
     step_map: list[int | None] = []
+    """On request: the step at which each of these was revealed, null where it never was"""
 
 
 class Choice(Outcome):
@@ -75,7 +98,9 @@ class Choice(Outcome):
     answer has beside its text."""
 
     index: int
+    """Its place: answer i to prompt p has p * n + i"""
     finish_reason: FinishReason | None
+    """`stop`: the end of the text or a stop string; `length`: the end of the canvas, or the deadline"""
     logprobs: None
 
 
@@ -97,6 +122,7 @@ class ChatChoice(Choice):
     """One answer to a conversation."""
 
     message: AssistantMessage
+    """The turn"""
 
 
 class Head(Answer):
@@ -143,11 +169,17 @@ class CanvasReport(Answer):
     """One trajectory after a denoising step: token texts (null where masked) and entropies in nats."""
 
     prompt: int
+    """Which prompt of the request, from 0"""
     trajectory: int
+    """Which of its trajectories, from 0"""
     step: int
+    """Which step it was, from 0"""
     tokens: list[str | None]
+    """The text of each position, null while it is masked"""
     entropy: list[float | None] | None
+    """Nats of each position, null where it is revealed"""
     reward: float | None
+    """The reward of the current estimate, where the step was guided"""
 
 
 class Chunk(Head):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -36,10 +36,16 @@ Model = TypeVar("Model", bound=BaseModel)
 class ErrorBody(BaseModel):
     """What went wrong, in OpenAI's fields."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     message: str
+    """What is wrong, and what would be right"""
     type: str
+    """The kind of error, in OpenAI's words"""
     param: str | None
+    """The path of the field that is wrong, as `guidance.eta`"""
     code: str | None
+    """A word for programs"""
 
 
 class ErrorEnvelope(BaseModel):

@@ -88,7 +88,7 @@ class Guidance(Strict):
     """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
 
     method: MethodName = _G.method
-    """How rewards steer: see the methods below"""
+    """How rewards steer: one of `guidance_methods` in `/v1/models`"""
     reward_model: GuidingModel | None = None
     """A loaded reward model; none named: the first loaded"""
     reward_models: Annotated[
@@ -108,7 +108,7 @@ class Guidance(Strict):
     stop: Annotated[Share, GRADIENT] = _G.stop
     """The share of the run from which on no step is guided"""
     every: Annotated[Count, GRADIENT] = _G.every
-    """Of the steps between the two, every so many are guided"""
+    """Of the steps between `start` and `stop`, one in so many is guided"""
 
 
 def _guidance(value: object) -> object:
@@ -122,7 +122,7 @@ class Diffusion(Strict):
     """How the canvas is filled. `block_length` is at most `max_tokens`."""
 
     steps: Annotated[Count, Within("context")] | None = None
-    """T, the denoising steps; left out: `max_tokens`. Adaptive algorithms take at most these"""
+    """T, the number of denoising steps, or the most that an adaptive algorithm takes; left out: `max_tokens`"""
     algorithm: Algorithm = _D.algorithm
     """Which positions are revealed first"""
     algorithm_temperature: Annotated[
@@ -132,7 +132,7 @@ class Diffusion(Strict):
     entropy_bound: Annotated[float, Field(ge=0, le=1000), Only("algorithm", _algorithms("entropy_bound"))] = (
         _D.entropy_bound
     )
-    """Nats that the positions revealed at once may hold beyond the largest"""
+    """Nats that the positions revealed in one step may have in sum, without the largest"""
     confidence_threshold: Annotated[Share, Only("algorithm", _algorithms("threshold"))] = _D.confidence_threshold
     """Probability above which a position is revealed"""
     deprioritize_eos: Annotated[bool, Only("algorithm", _algorithms("origin", but=True), idle=False)] = (
@@ -151,8 +151,11 @@ class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool = False
+    """A last chunk with the usage of the whole request"""
     continuous_usage_stats: bool = False
+    """The usage so far in every chunk"""
     include_obfuscation: No = False
+    """Padding of chunks, which is not done"""
 
 
 class GenerationRequest(Strict):
@@ -165,7 +168,7 @@ class GenerationRequest(Strict):
     model: ModelName | None = None
     """The diffusion model; left out: the one that is served"""
     max_tokens: Annotated[Count, Within("canvas")] | None = None
-    """L, the canvas; with the prompt and the suffix within the model's context"""
+    """L, the tokens of the canvas; with the prompt and the suffix they must fit the model's context"""
     temperature: Temperature = _S.temperature
     """0 takes the most probable token"""
     top_p: Share = _S.top_p
@@ -173,12 +176,13 @@ class GenerationRequest(Strict):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     """Keeps this many tokens; 0, -1 or null: all"""
     seed: Seeds | None = None
-    """The same seed gives the same answer, whatever else runs; a list: one a prompt; left out: drawn, and reported"""
+    """The same seed gives the same answer, whatever else runs, up to rounding; a list: one for each
+    prompt; left out: drawn, and reported"""
     n: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] = _S.n
-    """Answers a prompt"""
+    """How many answers to each prompt come back"""
     best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = None
-    """K trajectories, of which the `n` best come back: at least `n`, equal to it with method `none`; with all
-    prompts within the server's limit"""
+    """K, the trajectories that run for each prompt, of which the `n` best come back: at least `n`, equal to it with
+    method `none`; times the prompts within the server's limit"""
     stop: Stops | None = None
     """Up to four strings, each of which ends the text before it"""
     stream: bool = False
@@ -196,13 +200,13 @@ class GenerationRequest(Strict):
     trace: bool = False
     """Every step of every trajectory in the final object; a reward model that is named reads each once more for it"""
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
-    """Seconds for the whole request; left out: the server's own limit, if it has one"""
+    """The seconds that the whole request may take; left out: the server's own limit, if it has one"""
     guidance: Annotated[Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | Guidance)] = Field(
         default_factory=lambda: Guidance.model_validate({})
     )
-    """A method's name, or an object: see below"""
+    """How rewards steer: a method's name, or an object"""
     diffusion: Diffusion = Field(default_factory=lambda: Diffusion.model_validate({}))
-    """An object: see below"""
+    """How the canvas is filled: an object"""
 
     # Accepted without effect.
     user: str | None = None
@@ -226,6 +230,7 @@ class CompletionRequest(GenerationRequest):
     prefix: ClassVar = "cmpl-"
 
     prompt: Prompts
+    """What to continue: a text or its token ids, or a list of either"""
     suffix: Text = ""
     """The text after the canvas (infilling)"""
     chat_template: bool = False
@@ -238,6 +243,7 @@ class ResponseFormat(Strict):
     """Only text."""
 
     type: Literal["text"]
+    """Only text is generated"""
 
 
 class ConversationRequest(GenerationRequest):
@@ -267,6 +273,7 @@ class ChatCompletionRequest(ConversationRequest):
     canvas: ClassVar = "max_completion_tokens"
 
     messages: Conversation
+    """The conversation to answer"""
     max_completion_tokens: Annotated[Count, Within("canvas")] | None = None
     """The newer name of `max_tokens`; both must agree"""
     logprobs: No = False
@@ -290,8 +297,11 @@ class ScoreRequest(Strict):
     documents; otherwise there are as many of the one as of the other."""
 
     model: ScoringModel | None = None
+    """The reward model; left out: the first loaded"""
     queries: Queries
+    """One for all documents, or as many as documents"""
     documents: Responses
+    """The responses whose rewards are wanted"""
     user: str | None = None
 
 
@@ -299,8 +309,11 @@ class RerankRequest(Strict):
     """`POST /v1/rerank`, `/v2/rerank` and `/rerank`: documents as responses to one query, best first."""
 
     model: ScoringModel | None = None
+    """The reward model; left out: the first loaded"""
     query: Query
+    """What the documents respond to"""
     documents: Documents
+    """The responses to order"""
     top_n: Annotated[int, Field(ge=0, le=MAX_PAIRS)] = 0
     """How many come back; 0 or null: all"""
     return_documents: bool = True
@@ -337,15 +350,22 @@ class TokenizeRequest(Strict):
     model_config = ConfigDict(json_schema_extra=_PROMPT_OR_MESSAGES)
 
     model: ModelName | None = None
+    """The diffusion model; left out: the one that is served"""
     prompt: Text | None = None
+    """A text, tokenised as it stands"""
     messages: Conversation | None = None
+    """A conversation, in the chat template"""
     add_generation_prompt: bool | None = None
+    """Whether the template ends with the beginning of an answer"""
     add_special_tokens: No = False
     return_token_strs: bool = False
+    """Also returns the text of each token"""
 
 
 class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: ModelName | None = None
+    """The diffusion model; left out: the one that is served"""
     tokens: list[TokenId]
+    """The ids"""

@@ -16,6 +16,7 @@ from server.api.examples import EXAMPLES
 from server.api.frontend import Frontend
 from server.api.middleware import ALWAYS_OPEN
 from server.api.rules import DOCUMENTED
+from server.api.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 STATUSES = {
     400: "A field is wrong; `param` is its path",
@@ -31,6 +32,46 @@ STATUSES = {
 }
 Document = dict[str, Any]
 _REFERENCE = "#/components/schemas/{model}"
+_TOLD_OF_REQUESTS = {name: f"Only values that ask for nothing: {reason}" for name, reason in UNSUPPORTED.items()}
+_TOLD_OF_REQUESTS |= dict.fromkeys(WITHOUT_EFFECT, "Accepted without effect")
+_ECHOED = (
+    "instructions max_output_tokens metadata temperature top_p user store background previous_response_id "
+    "parallel_tool_calls tool_choice tools truncation"
+)
+_TOLD_OF_ANSWERS = {
+    **dict.fromkeys(_ECHOED.split(), "As in the request"),
+    **dict.fromkeys(("created", "created_at"), "When, in seconds since 1970"),
+    **dict.fromkeys(("refusal", "logprobs", "annotations"), "Always null or empty"),
+    **dict.fromkeys(("item_id", "output_index", "content_index"), "Where in `output` the event happens"),
+    "id": "The answer's id, or the model's",
+    "object": "What this is",
+    "type": "What this is",
+    "model": "The model that answered",
+    "choices": "The answers, best first, or pieces of them",
+    "usage": "How many tokens were read and written",
+    "guidance": "What was done, and how every trajectory came out",
+    "trace": "`trace[prompt][trajectory][step]`, on request",
+    "canvas": "With `stream_canvas`: a trajectory after a step",
+    "role": "Whose turn it is",
+    "content": "What the turn says, or the piece of it to append",
+    "text": "The text, or the piece of it to append",
+    "message": "The turn",
+    "delta": "What to append",
+    "error": "What went wrong",
+    "status": "How far the answer is",
+    "incomplete_details": "Why the text has no end",
+    "output": "The turn that answers",
+    "item": "The turn so far",
+    "part": "Its text so far",
+    "response": "The answer so far",
+    "sequence_number": "The event's number, from 0",
+    "input_tokens": "Tokens of the prompt",
+    "input_tokens_details": "None is kept from one request to the next",
+    "output_tokens": "Tokens of the text",
+    "output_tokens_details": "`trajectory_tokens`: tokens of all `best_of` trajectories",
+    "total_tokens": "Both together",
+}
+"""What fields say whose name has one meaning everywhere; others have a docstring where they are declared."""
 _DESCRIBED: list[type[BaseModel]] = [ErrorEnvelope]
 """Schemas that routes name and FastAPI does not see."""
 _REQUEST_ID = {
@@ -121,6 +162,11 @@ def _build(app: FastAPI, keyed: bool, open_paths: Collection[str]) -> Document:
     components.setdefault("schemas", {}).update(definitions["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
+    for schema in components["schemas"].values():
+        told = _TOLD_OF_ANSWERS if schema.get("additionalProperties") is not False else _TOLD_OF_REQUESTS
+        for name, field in schema.get("properties", {}).items():
+            if name in told:
+                field.setdefault("description", told[name])
     if keyed:
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"apiKey": []}]

@@ -46,13 +46,16 @@ class Status(Answer):
     """One word."""
 
     status: Literal["ok", "ready"]
+    """The word"""
 
 
 class Version(Answer):
     """The server's version, and the commit that its code is of (`-dirty`: with changes; or `unknown`)."""
 
     version: str
+    """The release"""
     commit: str
+    """The commit that runs, where it is known"""
 
 
 class Model(Answer):
@@ -64,22 +67,39 @@ class Model(Answer):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "entrgi"
+    """Always the same"""
     root: str
+    """The model's own id, whichever of its names `id` is"""
     type: Literal["diffusion", "reward"]
+    """What the model does"""
     family: str
+    """The architecture"""
     context_length: int
+    """Tokens that it reads at most"""
     max_model_len: int
+    """The same, under vLLM's name"""
     dtype: str
+    """The weights' type"""
     vocab_size: int | None = None
+    """Tokens of its vocabulary"""
     mask_token_id: int | None = None
+    """The token of a masked position"""
     eos_token_id: int | None = None
+    """The token that ends a text"""
     guidance_methods: list[str] | None = None
+    """Methods that `guidance` may name here"""
     algorithms: list[str] | None = None
+    """Values of `diffusion.algorithm`"""
     chat: bool | None = None
+    """Whether it has a chat template"""
     defaults: dict[str, Any] | None = None
+    """The value of every field that is left out; `best_of` by method"""
     limits: dict[str, Any] | None = None
+    """What one request may hold, and how much of one answer the memory takes"""
     vocab_coverage: float | None = None
+    """Share of the diffusion model's tokens that the reward model has too"""
     vocab_fallback: Literal["unk", "zero"] | None = None
+    """What stands for the other tokens"""
 
 
 class ModelList(Answer):
@@ -87,6 +107,7 @@ class ModelList(Answer):
 
     object: Literal["list"]
     data: list[Model]
+    """The models"""
 
 
 def frontend_of(request: Request) -> Frontend:

@@ -31,6 +31,7 @@ class TextOptions(Strict):
     """Only text."""
 
     format: ResponseFormat | None = None
+    """Only plain text"""
     verbosity: None = None
 
 
@@ -38,6 +39,7 @@ class EventOptions(StreamOptions):
     """Options of a stream of a response's events, of which the last has the usage."""
 
     continuous_usage_stats: No = False
+    """Events have no room for it"""
 
 
 class ResponsesRequest(ConversationRequest):
@@ -54,10 +56,14 @@ class ResponsesRequest(ConversationRequest):
     max_output_tokens: Annotated[Count, Within("canvas")] | None = None
     """The name of `max_tokens` here; both must agree"""
     n: Annotated[int, Field(ge=1, le=1)] = 1
+    """One text is answered"""
     stream_options: Annotated[EventOptions | None, STREAM] = None
+    """What else the events tell"""
     store: No = False
+    """Only false: nothing is kept of a request"""
     background: No = False
     text: TextOptions | None = None
+    """Which text is wanted: only plain text"""
     truncation: Literal["disabled"] | None = None
     include: NoList | None = None
     previous_response_id: None = None
@@ -140,6 +146,7 @@ class AnyEvent(Answer):
         "response.output_text.delta", "response.output_text.done", "response.content_part.done",
         "response.output_item.done", "response.completed", "response.incomplete", "response.canvas", "error",
     ]  # fmt: skip
+    """Which event it is"""
     sequence_number: int
     response: Whole | None = None
     item: OutputMessage | None = None
@@ -148,13 +155,18 @@ class AnyEvent(Answer):
     output_index: int = 0
     content_index: int = 0
     delta: str = ""
+    """What to append to the text"""
     text: str = ""
     logprobs: list[float] = Field([], max_length=0)
     canvas: CanvasReport | None = None
+    """A trajectory after a step"""
     error: ErrorBody | None = None
     message: str = ""
+    """As in `error`"""
     code: str | None = None
+    """As in `error`"""
     param: str | None = None
+    """As in `error`"""
 
 
 def _text(text: str) -> Data:

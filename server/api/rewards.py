@@ -26,15 +26,19 @@ class ReadUsage(Answer):
     """Tokens that the reward model read: each conversation with its response, in its chat template."""
 
     prompt_tokens: int
+    """Tokens that were read"""
     total_tokens: int
+    """The same: none are generated"""
 
 
 class Score(Answer):
     """The reward of one pair."""
 
     index: int
+    """The pair's place in the request"""
     object: Literal["score"]
     score: float
+    """Its reward"""
 
 
 class ScoreResponse(Answer):
@@ -45,6 +49,7 @@ class ScoreResponse(Answer):
     created: int
     model: str
     data: list[Score]
+    """One entry for each pair, in their order"""
     usage: ReadUsage
 
 
@@ -52,8 +57,11 @@ class RankedDocument(Answer):
     """A document's place: `relevance_score` is its reward as a response to the query, of any size."""
 
     index: int
+    """The document's place in the request"""
     relevance_score: float
+    """Its reward, of any size"""
     document: dict[Literal["text"], str] | str = ""
+    """The document as it was sent, unless `return_documents` is false"""
 
 
 class RerankResponse(Answer):
@@ -62,23 +70,30 @@ class RerankResponse(Answer):
     id: str
     model: str
     results: list[RankedDocument]
+    """The documents, best first"""
     usage: ReadUsage
     meta: dict[Literal["tokens", "billed_units"], dict[str, int]]
+    """The tokens once more, for Cohere's clients"""
 
 
 class TokenizeResponse(Answer):
     """Answer to `POST /tokenize`."""
 
     count: int
+    """How many tokens there are"""
     max_model_len: int
+    """How many the model reads at most"""
     tokens: list[int]
+    """Their ids"""
     token_strs: list[str] | None
+    """Their texts, on request"""
 
 
 class DetokenizeResponse(Answer):
     """Answer to `POST /detokenize`."""
 
     prompt: str
+    """The text"""
 
 
 @posts(router, ["/v1/score"], ScoreRequest, ScoreResponse, "Scores")

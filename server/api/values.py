@@ -136,7 +136,9 @@ class TextPart(Strict):
     """One text part of a message's content."""
 
     type: Literal["text"]
+    """Only text is understood"""
     text: str
+    """The text"""
 
 
 def _content(value: object, kinds: Sequence[str] = ("text",), idle: Sequence[str] = ()) -> object:
@@ -168,13 +170,18 @@ class ChatMessage(Strict):
     """One turn. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "user", "assistant", "developer"]
+    """Whose turn it is"""
     content: Content
+    """What was said: a text, or text parts, which are joined by line breaks"""
     name: None = None
     refusal: None = None
+    """As in answers, null"""
     audio: None = None
     annotations: NoList | None = None
+    """As in answers, empty"""
     function_call: None = None
     tool_calls: NoList | None = None
+    """As in answers, empty"""
 
 
 Conversation: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
@@ -184,9 +191,13 @@ class InputPart(Strict):
     """One text part of a turn of `input`."""
 
     type: Literal["input_text", "output_text"]
+    """The first in a user's turn, the second in an answer's"""
     text: str
+    """The text"""
     annotations: NoList | None = None
+    """As in answers, empty"""
     logprobs: NoList | None = None
+    """As in answers, empty"""
 
 
 _input_content = partial(_content, kinds=("input_text", "output_text"), idle=("annotations", "logprobs"))
@@ -197,9 +208,13 @@ class InputMessage(ChatMessage):
     """One turn of `input`, which may be one of an earlier answer's `output`."""
 
     type: Literal["message"] = "message"
+    """Only messages are understood"""
     content: Annotated[Text, BeforeValidator(_input_content, json_schema_input_type=str | _InputParts)]
+    """What was said: a text, or text parts, which are joined by line breaks"""
     id: str | None = None
+    """As in an answer's `output`"""
     status: str | None = None
+    """As in an answer's `output`"""
 
 
 def _turn(text: str) -> list[dict[str, str]]:
@@ -252,6 +267,7 @@ class TextDocument(Strict):
     """A document as an object, as Cohere's and vLLM's clients may send it."""
 
     text: Text
+    """The document"""
 
 
 def _document(value: object) -> object:

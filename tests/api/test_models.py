@@ -74,6 +74,9 @@ async def test_openapi_is_complete() -> None:
     document = app.openapi()
     for reference in re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document)):
         assert reference in document["components"]["schemas"]
+    for name, schema in document["components"]["schemas"].items():
+        for field, about in schema.get("properties", {}).items():
+            assert about.get("description"), f"{name}.{field} says nothing of itself"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             assert "422" not in operation["responses"], path
