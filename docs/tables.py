@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.api.fields import CompletionRequest, Diffusion, Guidance
+from server.api.fields import CompletionRequest, Diffusion, Guidance, Templated
 from server.api.rules import Only, Strict
 from server.api.unsupported import UNSUPPORTED
 from server.methods import METHODS
@@ -72,6 +72,7 @@ def _values(schema: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "request": partial(fields, CompletionRequest),
+    "messages": partial(fields, Templated),
     "guidance": partial(fields, Guidance),
     "diffusion": partial(fields, Diffusion),
     "methods": methods,

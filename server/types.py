@@ -26,10 +26,11 @@ other, and no schedule says how many they are."""
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `name` is its author's, for templates that write it."""
 
     role: Literal["system", "user", "assistant"]
     content: str
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class Job:
 
     `conversation` is what the reward model reads before the response (for a raw prompt: that prompt as one user
     message). `suffix_ids` follow the canvas in the diffusion model's context (infilling); `response_suffix` is
-    the same text behind the completion for the reward model. `deadline` is in seconds of `time.time()`. Some steps of a
+    the same text behind the completion for the reward model, and `response_prefix` is text that stands at the end of
+    the prompt and begins the response for the reward model. `deadline` is in seconds of `time.time()`. Some steps of a
     `timed` job are reported with what their parts took.
     """
 
@@ -123,6 +125,7 @@ class Job:
     prompt_index: int = 0
     suffix_ids: tuple[int, ...] = ()
     conversation: tuple[Message, ...] = ()
+    response_prefix: str = ""
     response_suffix: str = ""
     priority: int = 0
     deadline: float | None = None
@@ -213,7 +216,9 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the HTTP side needs to know of the loaded diffusion model. `tokenizer_path` is a local folder."""
+    """What the HTTP side needs to know of the loaded diffusion model. `tokenizer_path` is a local folder. For what a
+    request leaves out, `diffusion_defaults` are the family's own of `DiffusionParams` and `template_arguments` those of
+    the chat template."""
 
     id: str
     family: str
@@ -226,6 +231,8 @@ class ModelInfo:
     stop_token_ids: tuple[int, ...]
     default_max_tokens: int
     dtype: str
+    diffusion_defaults: dict[str, str | int] = field(default_factory=dict)
+    template_arguments: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

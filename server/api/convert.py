@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from server.api.fields import (
@@ -17,11 +17,13 @@ from server.api.fields import (
     Diffusion,
     GenerationRequest,
     Guidance,
+    Templated,
 )
 from server.api.values import ChatMessage, Prompt
 from server.budget import Cost
 from server.errors import InvalidRequest
 from server.settings import Settings
+from server.text.template import open_chat_ids
 from server.text.tokenizer import Tokenizer
 from server.types import (
     ADAPTIVE_ALGORITHMS,
@@ -30,6 +32,7 @@ from server.types import (
     GuidanceParams,
     Job,
     Message,
+    ModelInfo,
     SamplingParams,
     WeightedReward,
 )
@@ -79,14 +82,35 @@ class _Context:
     conversation: tuple[Message, ...]
     suffix_ids: tuple[int, ...] = ()
     response_suffix: str = ""
+    response_prefix: str = ""
 
 
 def messages(turns: Sequence[ChatMessage]) -> tuple[Message, ...]:
     """The turns as the inner layers know them."""
-    return tuple(Message("system" if turn.role == "developer" else turn.role, turn.content) for turn in turns)
+    roles = ("system" if turn.role == "developer" else turn.role for turn in turns)
+    return tuple(Message(role, turn.content, turn.name) for role, turn in zip(roles, turns, strict=True))
 
 
-def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: Tokenizer) -> _Context:
+def templated(asked: Templated, turns: Sequence[Message], model: ModelInfo, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a conversation in the chat template, as a request wants it rendered. Raises InvalidRequest."""
+    arguments = model.template_arguments | (asked.chat_template_kwargs or {})
+    if not asked.continue_final_message:
+        return tokenizer.render_chat(turns, asked.add_generation_prompt, arguments)
+    if turns[-1].role != "assistant":
+        message = "`continue_final_message` needs an assistant's message as the last one"
+        raise InvalidRequest(message, "continue_final_message")
+    return open_chat_ids(tokenizer, turns, arguments)
+
+
+def _chat_context(request: ConversationRequest, model: ModelInfo, tokenizer: Tokenizer) -> _Context:
+    turns = messages(request.turns)
+    ids = tuple(templated(request, turns, model, tokenizer))
+    if request.continue_final_message:
+        return _Context(ids, turns[:-1], response_prefix=turns[-1].content)
+    return _Context(ids, turns)
+
+
+def _completion_context(request: CompletionRequest, prompt: Prompt, model: ModelInfo, tokenizer: Tokenizer) -> _Context:
     suffix = request.suffix
     if request.chat_template:
         if not isinstance(prompt, str):
@@ -95,7 +119,8 @@ def _completion_context(request: CompletionRequest, prompt: Prompt, tokenizer: T
             raise InvalidRequest("`prompt` must not be empty", "prompt")
         conversation = (Message("user", prompt),)
         try:
-            ids = tokenizer.render_chat(conversation)
+            arguments = model.template_arguments | (request.chat_template_kwargs or {})
+            ids = tokenizer.render_chat(conversation, arguments=arguments)
         except InvalidRequest as error:
             raise InvalidRequest(error.message, "chat_template") from error
         # The suffix continues the assistant's turn, where text is data.
@@ -115,13 +140,12 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
     """The jobs of a request: one a prompt, or that of a conversation. Raises InvalidRequest."""
     max_tokens, source, identity = request.max_tokens, request.source, request.prefix + identity
     if isinstance(request, ConversationRequest):
-        conversation = messages(request.turns)
-        contexts = [_Context(tuple(tokenizer.render_chat(conversation)), conversation)]
+        contexts = [_chat_context(request, info.model, tokenizer)]
         max_tokens = getattr(request, request.canvas) or max_tokens
         if request.max_tokens is not None and request.max_tokens != max_tokens:
             raise InvalidRequest(f"`max_tokens` and `{request.canvas}` disagree", "max_tokens")
     else:
-        contexts = [_completion_context(request, prompt, tokenizer) for prompt in request.prompt]
+        contexts = [_completion_context(request, prompt, info.model, tokenizer) for prompt in request.prompt]
     guidance = _guidance(request.guidance, info)
     canvas = max_tokens or info.model.default_max_tokens
     for context in contexts:
@@ -129,7 +153,7 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
         if given + canvas > info.model.context_length:
             message = f"`{source}` takes {given} tokens and `max_tokens` {canvas} more; the model's context is "
             raise InvalidRequest(f"{message}{info.model.context_length} tokens", source)
-    diffusion = _diffusion(request.diffusion, canvas, request.guidance)
+    diffusion = _diffusion(request.diffusion, canvas, request.guidance, info.model.diffusion_defaults)
     sampling = _sampling(request, canvas, guidance, len(contexts), settings)
     seeds = request.seed if isinstance(request.seed, list) else [sampling.seed] * len(contexts)
     if len(seeds) != len(contexts):
@@ -148,6 +172,7 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
             prompt_index=index,
             suffix_ids=context.suffix_ids,
             conversation=context.conversation,
+            response_prefix=context.response_prefix,
             response_suffix=context.response_suffix,
             deadline=None if timeout is None else now + timeout,
             stream_tokens=live,
@@ -181,14 +206,16 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     return GuidanceParams(**own | {"reward_models": terms})
 
 
-def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance) -> DiffusionParams:
-    if "confidence" in guidance.model_fields_set and asked.algorithm not in RANKED_BY_ENTROPY:
-        message = f"`guidance.confidence` has no effect with algorithm {asked.algorithm}"
+def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance, defaults: Mapping[str, str | int]) -> DiffusionParams:
+    own = {each.name: getattr(asked, each.name) for each in fields(DiffusionParams)}
+    own |= {name: value for name, value in defaults.items() if name not in asked.model_fields_set}
+    if "confidence" in guidance.model_fields_set and own["algorithm"] not in RANKED_BY_ENTROPY:
+        message = f"`guidance.confidence` has no effect with algorithm {own['algorithm']}"
         raise InvalidRequest(message, "guidance.confidence")
     if asked.block_length is not None and asked.block_length > canvas:
         message = f"`diffusion.block_length` is {asked.block_length}, more than the {canvas} tokens to fill"
         raise InvalidRequest(message, "diffusion.block_length")
-    own = {each.name: getattr(asked, each.name) for each in fields(DiffusionParams)}
+    own["block_length"] = own["block_length"] and min(own["block_length"], canvas)
     made_up = {"steps": asked.steps or canvas, "algorithm_temperature": asked.algorithm_temperature or None}
     return DiffusionParams(**own | made_up)
 

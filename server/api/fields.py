@@ -37,6 +37,7 @@ from server.api.values import (
     Share,
     Stops,
     Temperature,
+    TemplateArguments,
     Text,
     TokenId,
 )
@@ -72,6 +73,7 @@ Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
 
 GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
+WRAPPED = Only("chat_template", lambda: [True], message="needs `chat_template`")
 STREAM = Only("stream", lambda: [True], message="needs `stream`")
 
 
@@ -235,6 +237,8 @@ class CompletionRequest(GenerationRequest):
     """The text after the canvas (infilling)"""
     chat_template: bool = False
     """Wraps each prompt as one user turn"""
+    chat_template_kwargs: Annotated[TemplateArguments | None, WRAPPED] = None
+    """Arguments of that template, as in chat completions"""
     echo: No = False
     logprobs: None = None
 
@@ -246,7 +250,21 @@ class ResponseFormat(Strict):
     """Only text is generated"""
 
 
-class ConversationRequest(GenerationRequest):
+class Templated(Strict):
+    """How messages are rendered."""
+
+    continue_final_message: bool = False
+    """The last message, an assistant's, begins the answer, which goes on from there and does not repeat it"""
+    add_generation_prompt: Annotated[
+        bool, Only("continue_final_message", lambda: [False], idle=False, message="and `{field}` exclude each other")
+    ] = True
+    """Opens the assistant's turn after the messages"""
+    chat_template_kwargs: TemplateArguments | None = None
+    """What the diffusion model's chat template is given beside the messages: strings, numbers, booleans and nulls by
+    name, up to 8,192 characters of JSON"""
+
+
+class ConversationRequest(GenerationRequest, Templated):
     """What chat completions and responses share. `canvas` names their newer word for `max_tokens`."""
 
     canvas: ClassVar[str]
@@ -336,7 +354,7 @@ _PROMPT_OR_MESSAGES: dict[str, Any] = {
             "properties": {
                 "prompt": {"type": "string"},
                 "messages": {"type": "null"},
-                "add_generation_prompt": {"type": "null"},
+                **{name: {"type": "null"} for name in Templated.model_fields},
             },
         },
         {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
@@ -344,7 +362,7 @@ _PROMPT_OR_MESSAGES: dict[str, Any] = {
 }
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Templated):
     """`POST /tokenize`: either a raw prompt or messages in the chat template."""
 
     model_config = ConfigDict(json_schema_extra=_PROMPT_OR_MESSAGES)
@@ -355,8 +373,6 @@ class TokenizeRequest(Strict):
     """A text, tokenised as it stands"""
     messages: Conversation | None = None
     """A conversation, in the chat template"""
-    add_generation_prompt: bool | None = None
-    """Whether the template ends with the beginning of an answer"""
     add_special_tokens: No = False
     return_token_strs: bool = False
     """Also returns the text of each token"""

@@ -227,8 +227,11 @@ def _defaults(engine: EngineInfo, served: Served, timeout: float | None) -> dict
     """Every field's value when it is left out, by the field's own name; none for fields that are then not there."""
     rows = {**CompletionRequest.model_fields, **Diffusion.model_fields, **Guidance.model_fields}
     values = {name: row.default for name, row in rows.items() if row.description}
+    model = engine.model
+    values |= model.diffusion_defaults | {"chat_template_kwargs": model.template_arguments or None}
     values["guidance"] = values.pop("method")
-    values["max_tokens"] = values["steps"] = engine.model.default_max_tokens
+    values["max_tokens"] = values["steps"] = model.default_max_tokens
+    values["block_length"] = values["block_length"] and min(values["block_length"], model.default_max_tokens)
     values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in served.methods}
     values["reward_model"] = next(iter(served.reward_models), None)
     values["timeout"] = timeout

@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.answers import Answer
 from server.api.body import posts
-from server.api.convert import messages
-from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, TokenizeRequest
+from server.api.convert import messages, templated
+from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, Templated, TokenizeRequest
 from server.api.frontend import Frontend
 from server.errors import InvalidRequest
 from server.log import note
 from server.text.tokenizer import Tokenizer
-from server.types import Message
+from server.types import Message, ModelInfo
 
 router = APIRouter()
 
@@ -153,23 +153,23 @@ async def _rerank(
 async def tokenize(frontend: Frontend, asked: TokenizeRequest) -> Response:
     """Ids of a raw prompt, or of messages in the chat template, exactly as generation would see them."""
     tokenizer = await frontend.tokenizer()
-    return await frontend.aside(lambda: _tokenize(asked, tokenizer, frontend.engine.info.model.context_length))
+    return await frontend.aside(lambda: _tokenize(asked, tokenizer, frontend.engine.info.model))
 
 
-def _tokenize(asked: TokenizeRequest, tokenizer: Tokenizer, context_length: int) -> Response:
+def _tokenize(asked: TokenizeRequest, tokenizer: Tokenizer, model: ModelInfo) -> Response:
     if (asked.prompt is None) == (asked.messages is None):
         raise InvalidRequest("give either `prompt` or `messages`", "prompt")
     if asked.messages is not None:
-        tokens = tokenizer.render_chat(messages(asked.messages), asked.add_generation_prompt is not False)
-    elif asked.add_generation_prompt is not None:
-        raise InvalidRequest("`add_generation_prompt` needs `messages`", "add_generation_prompt")
+        tokens = templated(asked, messages(asked.messages), model, tokenizer)
+    elif alone := Templated.model_fields.keys() & asked.model_fields_set:
+        raise InvalidRequest(f"`{min(alone)}` needs `messages`", min(alone))
     else:
         tokens = tokenizer.encode(asked.prompt or "")
     strings = None
     if asked.return_token_strs:
         names = {token: tokenizer.token_string(token) or "" for token in set(tokens)}
         strings = [names[token] for token in tokens]
-    answer = TokenizeResponse(count=len(tokens), max_model_len=context_length, tokens=tokens, token_strs=strings)
+    answer = TokenizeResponse(count=len(tokens), max_model_len=model.context_length, tokens=tokens, token_strs=strings)
     return JSONResponse(answer.to_json())
 
 

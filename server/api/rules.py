@@ -8,7 +8,7 @@ checked in `convert` and stands in the fields' descriptions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ class Served:
     trajectories: int
     pairs: int
     terms: int
+    defaults: Mapping[str, str | int]
 
     @classmethod
     def of(cls, info: EngineInfo, settings: Settings) -> Served:
@@ -55,6 +56,7 @@ class Served:
             trajectories=settings.max_trajectories,
             pairs=settings.max_score_pairs,
             terms=max(1, len(rewards)),
+            defaults=info.model.diffusion_defaults,
         )
 
 
@@ -82,7 +84,7 @@ class Strict(BaseModel):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
         """The object's schema, with null for every field that may be left out, and the rules between its fields."""
         made = handler.resolve_ref_schema(handler(schema))
-        required = made.get("required", ())
+        required, served = made.get("required", ()), DOCUMENTED.get()
         for name, field in made.get("properties", {}).items():
             if name not in required and field.get("type") != "null":
                 kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
@@ -90,6 +92,8 @@ class Strict(BaseModel):
                 null = [] if {"type": "null"} in branches else [{"type": "null"}]
                 field.clear()
                 field.update({"anyOf": [*branches, *null], **kept})
+            if served is not None and name in served.defaults:
+                field["default"] = served.defaults[name]
         rules: dict[Only, list[str]] = {}
         for name, each in cls.model_fields.items():
             for rule in each.metadata:

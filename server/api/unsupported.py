@@ -18,7 +18,6 @@ _REASONS = {
     "a conversation that does not fit is refused, and never cut": "truncation",
     "a request never makes the server fetch anything": "web_search_options",
     "there is only one tier, and requests are taken in the order of their arrival": "service_tier priority",
-    "participants' names are not shown to the model": "name",
     "texts are read whole, and what does not fit the reward model's context is refused": "max_chunks_per_doc "
     "max_tokens_per_doc max_tokens_per_query truncate_prompt_tokens",
     "a document is its `text` alone, and has one reward": "rank_fields relevant_spans",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
@@ -20,11 +21,13 @@ from server.api.rules import (
 )
 from server.errors import quote
 from server.methods import METHODS
+from server.text.template import GIVEN
 
 MAX_COUNT = 2**20  # no canvas is longer, whatever the model's context
 MAX_PROMPTS = 1024  # of any server
 MAX_PAIRS = 65_536
 STOP_CHARACTERS = 1000
+TEMPLATE_CHARACTERS = 8192
 LEAST_TEMPERATURE = 1e-6  # below, logits / temperature leave float32's range
 
 Count: TypeAlias = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -166,6 +169,26 @@ Content: TypeAlias = Annotated[Text, BeforeValidator(_content, json_schema_input
 NoList: TypeAlias = Annotated[list[Any], Field(max_length=0)]
 
 
+def _arguments(value: object) -> object:
+    """JSON scalars by name, none of which the server gives to the template itself."""
+    if not isinstance(value, dict):
+        raise invalid("must be an object")
+    for name, each in value.items():
+        if name in GIVEN:
+            raise invalid(f"must not hold {quote(name)}, which the server gives to the template")
+        if each is not None and not isinstance(each, bool | int | float | str):
+            raise invalid(f"must hold strings, numbers, booleans and nulls only; {quote(name)} is none of them")
+    if len(_check_text(json.dumps(value, ensure_ascii=False))) > TEMPLATE_CHARACTERS:
+        raise invalid(f"must take at most {TEMPLATE_CHARACTERS} characters of JSON")
+    return value
+
+
+TemplateArguments: TypeAlias = Annotated[
+    dict[str, Any],
+    PlainValidator(_arguments, json_schema_input_type=dict[str, bool | int | float | str | None]),
+]
+
+
 class ChatMessage(Strict):
     """One turn. `developer` is OpenAI's newer word for `system`."""
 
@@ -173,7 +196,8 @@ class ChatMessage(Strict):
     """Whose turn it is"""
     content: Content
     """What was said: a text, or text parts, which are joined by line breaks"""
-    name: None = None
+    name: Annotated[Text, Field(max_length=256)] | None = None
+    """Who said it, for chat templates that write names; others ignore it"""
     refusal: None = None
     """As in answers, null"""
     audio: None = None

@@ -180,7 +180,8 @@ class PlainLoop:
         total = 0.0
         for weighted in job.guidance.reward_models:
             reward = self.rewards[weighted.model]
-            ids = conversation_ids(reward.tokenizer, job.conversation, text + job.response_suffix)
+            response = job.response_prefix + text + job.response_suffix
+            ids = conversation_ids(reward.tokenizer, job.conversation, response)
             total += weighted.weight * reward.score(ids)
         return total
 
@@ -261,9 +262,10 @@ class PlainLoop:
                 soft = torch.softmax(phi / tau, dim=-1) @ table
                 e = soft + (w * (table[x] - soft)).detach()
                 embeds = table[current].index_put((rows,), e).to(reward.table.dtype)
-                before, after = split_at_response(reward.tokenizer, job.conversation, job.response_suffix)
+                around = job.response_suffix, job.response_prefix
+                before, after = split_at_response(reward.tokenizer, job.conversation, *around)
                 sequence = torch.cat([reward.own(before), embeds, reward.own(after)])
-                # Prompt and suffix are never hidden.
+                # Prompt, prefix and suffix are never hidden.
                 seen = torch.cat([visible.new_ones(len(before)), visible, visible.new_ones(len(after))])
                 own = torch.zeros_like(visible) if reward.padding is None else reward.padding[current]
                 padding = torch.cat([reward.pads(before), own, reward.pads(after)])

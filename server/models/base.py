@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.linear import linear
 from server.models.config import ConfigReader
-from server.models.layers import Decoder, DecoderConfig, Linear, Variant
+from server.models.layers import Decoder, DecoderConfig, Linear, RopeScaling, Variant
 from server.models.packing import PackedLayout, attend
 
 Trunk = Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
@@ -27,19 +27,22 @@ class DiffusionModel(nn.Module):
 
     A family is a subclass: its name, the name that its checkpoints have in `architectures`, the hub ids of the
     published ones, whether the network's output at i - 1 predicts position i (`shifts`; algorithm.md, section 1), how
-    its blocks differ from plain Llama's, and how its config.json and its tensors differ from Qwen2's. Tied embeddings
-    are one parameter. `trunk` is the forward of embeddings and blocks, for which `models.acceleration` may put
-    something faster. `vocab_size` is V, the width of the logits, padding rows of the vocabulary included.
+    its blocks differ from plain Llama's, how its config.json and its tensors differ from Qwen2's, and which of a
+    request's defaults are its own. Tied embeddings are one parameter. `trunk` is the forward of embeddings
+    and blocks, for which `models.acceleration` may put something faster. `vocab_size` is V, the width of the logits,
+    padding rows of the vocabulary included.
     """
 
     family: ClassVar[str]
     architecture: ClassVar[str]
-    published: ClassVar[tuple[str, ...]]
+    published: ClassVar[tuple[str, ...]] = ()
     shifts: ClassVar[bool] = False
     variant: ClassVar[Variant] = Variant()
     fixed: ClassVar[Mapping[str, tuple[object, ...]]] = {}  # keys of config.json, and all that we implement of each
     keys: ClassVar[Mapping[str, str]] = {}  # Qwen2's keys of config.json, and what the family calls them
     stored_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # pieces of our parameters' names and of the published
+    diffusion_defaults: ClassVar[Mapping[str, str | int]] = {}  # where a request says nothing
+    template_arguments: ClassVar[Mapping[str, bool]] = {}  # likewise
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -58,22 +61,26 @@ class DiffusionModel(nn.Module):
         read = ConfigReader(raw, names=cls.keys)
         width, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
         key_heads, layers = read.integer("num_key_value_heads", heads), read.integer("num_hidden_layers")
-        every = {"rope_scaling": (), "quantization_config": (), "layer_types": (["full_attention"] * layers,)}
+        every = {"quantization_config": (), "layer_types": (["full_attention"] * layers,)}
         for key, allowed in {**every, **cls.fixed}.items():
             read.require(key, *allowed)
-        read.multiple("hidden_size", width, f"2 * {read.name('num_attention_heads')}", 2 * heads)
+        if raw.get("head_dim") is None:
+            read.multiple("hidden_size", width, f"2 * {read.name('num_attention_heads')}", 2 * heads)
+        head_size = read.integer("head_dim", width // heads)
+        read.multiple("head_dim", head_size, "channels that rotate together", 2)
         read.multiple("num_attention_heads", heads, read.name("num_key_value_heads"), key_heads)
-        read.require("head_dim", width // heads)
+        rope_theta, rope_scaling = read.rope(10000.0)
         return DecoderConfig(
             hidden=width,
             intermediate=read.integer("intermediate_size"),
             heads=heads,
             key_heads=key_heads,
-            head_size=width // heads,
+            head_size=head_size,
             layers=layers,
             vocab_size=read.integer("vocab_size"),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            rope_theta=read.rope_theta(10000.0),
+            rope_theta=rope_theta,
+            rope_scaling=None if rope_scaling is None else RopeScaling(*rope_scaling),
             mask_token_id=read.integer("mask_token_id", minimum=0),
             context_length=read.integer("max_position_embeddings"),
             tie_word_embeddings=read.flag("tie_word_embeddings", False),

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from server.errors import ConfigurationError, quote
 
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""What `rope_type: llama3` is made of, see `layers.RopeScaling`."""
+
 
 class ConfigReader:
     """A JSON object under typed access; null counts as absent. Every error names the file and the key.
@@ -29,7 +32,7 @@ class ConfigReader:
             self._refuse(key, f"must be an integer of at least {minimum}, not {quote(value)}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -55,16 +58,26 @@ class ConfigReader:
             expected = " or ".join(quote(option) for option in allowed) or "null"
             self._refuse(key, f"= {quote(value)} is not supported; it must be {expected}")
 
-    def rope_theta(self, default: float) -> float:
-        """The rotary base: `rope_theta`, or where newer files keep it: `rope_parameters`, of type `default` only."""
-        parameters = self._raw.get("rope_parameters")
-        if parameters is None:
-            return self.number("rope_theta", default)
-        if not isinstance(parameters, dict) or not set(parameters) <= {"rope_theta", "rope_type"}:
-            self._refuse("rope_parameters", f"= {quote(parameters)} is not supported")
-        nested = ConfigReader(parameters, f"{self._source}: rope_parameters")
-        nested.require("rope_type", "default")
-        return nested.number("rope_theta", default)
+    def rope(self, default: float) -> tuple[float, tuple[float, ...] | None]:
+        """The rotary base, and the numbers of `LLAMA3` where the rotations are scaled in that way; any other scaling is
+        refused. Newer files keep both in `rope_parameters`, older ones in `rope_theta` and `rope_scaling`."""
+        key = "rope_scaling"
+        if self._value("rope_parameters", None) is not None:
+            self.require(key)
+            key = "rope_parameters"
+        found = self._value(key, {})
+        kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else None
+        names = LLAMA3 if kind == "llama3" else ()
+        if kind not in ("default", "llama3") or not set(found) <= {"rope_type", "type", "rope_theta", *names}:
+            self._refuse(key, f"= {quote(found)} is not supported; its rope_type must be default or llama3")
+        nested = ConfigReader(found, f"{self._source}: {key}")
+        theta = nested.number("rope_theta", self.number("rope_theta", default))
+        if not names:
+            return theta, None
+        factor, low, high, length = (nested.number(name) for name in names)
+        if low >= high:
+            self._refuse(key, f"= {quote(found)}: low_freq_factor must be less than high_freq_factor")
+        return theta, (factor, low, high, length)
 
     def name(self, key: str) -> str:
         """What this file calls a key."""

@@ -12,6 +12,7 @@ one pass each; everywhere else it is the plain expression.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,23 @@ from server.models.packing import Attention, PackedLayout
 from server.types import DecoderShape
 
 
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3's longer context: a rotation that turns `low` times or less within `length` positions, the context of
+    before, is slowed down by `factor`; one that turns `high` times or more is not; between them it is in between."""
+
+    factor: float
+    low: float
+    high: float
+    length: float
+
+    def slow(self, frequencies: Tensor) -> Tensor:
+        """Radians a position, scaled; any shape."""
+        turns = frequencies * (self.length / (2 * math.pi))
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(DecoderShape):
     """What a network of the family is made from. `vocab_size` is the embedding's width. What follows `rope_theta`
@@ -32,6 +50,7 @@ class DecoderConfig(DecoderShape):
     vocab_size: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     mask_token_id: int = -1
     context_length: int = 2048
     tie_word_embeddings: bool = False
@@ -94,14 +113,16 @@ class RMSNorm(nn.Module):
 
 
 class RotaryTable:
-    """Cosines and sines of position * theta^(-2i/d), i < d/2, one table per (dtype, device), grown on demand.
+    """Cosines and sines of position * theta^(-2i/d), i < d/2, with the frequencies scaled where the model's are: one
+    table per (dtype, device), grown on demand.
 
     Computed in float64 and rounded once, so that far positions lose nothing. Not a module: it holds no weights.
     """
 
-    def __init__(self, head_size: int, theta: float) -> None:
+    def __init__(self, head_size: int, theta: float, scaling: RopeScaling | None = None) -> None:
         self._head_size = head_size
         self._theta = theta
+        self._scaling = scaling
         self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, positions: Tensor, max_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,7 +139,10 @@ class RotaryTable:
         # An inference tensor in the table would break a later training forward.
         with torch.inference_mode(False), torch.no_grad():
             exponents = torch.arange(0, self._head_size, 2, dtype=torch.float64) / self._head_size
-            angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * self._theta**-exponents
+            frequencies = self._theta**-exponents
+            if self._scaling is not None:
+                frequencies = self._scaling.slow(frequencies)
+            angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequencies
             return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -254,7 +278,7 @@ class Decoder(nn.Module):
         self.blocks = [Block(config, variant) for _ in range(config.layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = RMSNorm(config.hidden, config.rms_norm_eps)
-        self.rotary = RotaryTable(config.head_size, config.rope_theta)
+        self.rotary = RotaryTable(config.head_size, config.rope_theta, config.rope_scaling)
         self.attention_backend = "sdpa"
 
     def states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:

@@ -90,6 +90,8 @@ def load_diffusion_model(
         stop_token_ids=tuple(dict.fromkeys((eos, *more_stops, *(turn for turn in turns if turn is not None)))),
         default_max_tokens=min(canvas, max(1, model.context_length // 2)),  # so that a prompt fits too
         dtype=str(dtype).removeprefix("torch."),
+        diffusion_defaults=dict(family.diffusion_defaults),
+        template_arguments=dict(family.template_arguments),
     )
     return LoadedDiffusionModel(model, tokenizer, info)
 

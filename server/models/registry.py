@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.errors import ConfigurationError, quote
+from server.models.a2d import A2DLlamaModel, A2DQwen2Model, A2DQwen3Model
 from server.models.base import DiffusionModel
 from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
 
-FAMILIES: tuple[type[DiffusionModel], ...] = (DreamModel, LLaDAModel)
+FAMILIES: tuple[type[DiffusionModel], ...] = (DreamModel, LLaDAModel, A2DQwen3Model, A2DQwen2Model, A2DLlamaModel)
 
 PUBLISHED = ", ".join(name for family in FAMILIES for name in family.published)
 """The published models' hub ids, for a message."""

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
 import jinja2.ext
@@ -39,11 +41,35 @@ if TYPE_CHECKING:
 # Unicode's private-use area: characters that mean nothing, so a template has no reason to look for one.
 _PRIVATE_USE = range(0xE000, 0xF900)
 
+Arguments: TypeAlias = Mapping[str, bool | int | float | str | None]
+"""What a template is given beside the conversation."""
+NOTHING: Arguments = MappingProxyType({})
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token")
+GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", *NAMED_TOKENS})
+"""What the server itself gives to a template."""
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+
+def chat_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool, arguments: Arguments = NOTHING
+) -> list[int]:
     """Ids of a templated conversation. InvalidRequest (`messages`) when the template refuses it."""
-    marked = _Marked(tokenizer, [message.content for message in messages])
+    marked = _Marked(tokenizer, messages, arguments)
     return marked.encode(marked.render(messages, add_generation_prompt))
+
+
+def open_chat_ids(tokenizer: Tokenizer, messages: Sequence[Message], arguments: Arguments = NOTHING) -> list[int]:
+    """Ids of a templated conversation up to the end of the last message's content, which a response continues.
+
+    As in transformers, spaces at that end are left out where the template trims contents. InvalidRequest (`messages`)
+    when the template refuses the conversation or does not write its last message.
+    """
+    marked = _Marked(tokenizer, messages, arguments)
+    *earlier, last = messages
+    opened = replace(last, content=f"{last.content}{marked.unused} ")
+    before, found, after = marked.render([*earlier, opened], add_generation_prompt=False).rpartition(marked.unused)
+    if not found:
+        raise InvalidRequest(f"the chat template of {tokenizer.owner} does not write the last message", "messages")
+    return marked.encode(before if after.startswith(" ") else before.rstrip())
 
 
 def conversation_ids(tokenizer: Tokenizer, conversation: Sequence[Message], response: str) -> list[int]:
@@ -55,17 +81,20 @@ def conversation_ids(tokenizer: Tokenizer, conversation: Sequence[Message], resp
 
 
 def split_at_response(
-    tokenizer: Tokenizer, conversation: Sequence[Message], response_suffix: str = ""
+    tokenizer: Tokenizer, conversation: Sequence[Message], response_suffix: str = "", response_prefix: str = ""
 ) -> tuple[list[int], list[int]]:
     """(ids before the response, ids after it) of the conversation with the response as its last, assistant turn.
 
     Each side is tokenised by itself (algorithm, section 2). `response_suffix` is text between the response and the
-    template's closing tokens (infilling). ConfigurationError (`chat_template`) when the template does not write the
+    template's closing tokens (infilling), `response_prefix` text between the opening ones and the response (prefill).
+    ConfigurationError (`chat_template`) when the template does not write the
     last assistant turn exactly once.
     """
-    marked = _Marked(tokenizer, [message.content for message in conversation] + [response_suffix])
+    around = [Message("assistant", response_prefix), Message("assistant", response_suffix)]
+    marked = _Marked(tokenizer, [*conversation, *around])
     sentinel = marked.unused
-    rendered = marked.render([*conversation, Message("assistant", sentinel)], add_generation_prompt=False)
+    response = Message("assistant", response_prefix + sentinel)
+    rendered = marked.render([*conversation, response], add_generation_prompt=False)
     before, *after = rendered.split(sentinel)
     if len(after) != 1:
         raise ConfigurationError(
@@ -75,10 +104,12 @@ def split_at_response(
 
 
 class _Marked:
-    """Placeholders for the special-token strings of some contents, and the way back."""
+    """Placeholders for the special-token strings of some messages and arguments, and the way back."""
 
-    def __init__(self, tokenizer: Tokenizer, contents: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], arguments: Arguments = NOTHING) -> None:
+        self.tokenizer, self.arguments = tokenizer, arguments
+        contents = [text for message in messages for text in (message.content, message.name or "")]
+        contents += [value for value in arguments.values() if isinstance(value, str)]
         used = set().union(*contents)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
         self.unused = next(free, "")
@@ -96,8 +127,11 @@ class _Marked:
         template = self.tokenizer.chat_template
         if template is None:
             raise InvalidRequest(f"{self.tokenizer.owner} has no chat template", "messages")
+        names = (message.name and self.mark(message.name) for message in messages)
         return template.render(
-            [Message(message.role, self.mark(message.content)) for message in messages], add_generation_prompt
+            [Message(each.role, self.mark(each.content), name) for each, name in zip(messages, names, strict=True)],
+            add_generation_prompt,
+            {name: self.mark(value) if isinstance(value, str) else value for name, value in self.arguments.items()},
         )
 
     def mark(self, content: str) -> str:
@@ -186,11 +220,14 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigurationError(f"chat_template: line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, arguments: Arguments = NOTHING) -> str:
         """The conversation as one string. InvalidRequest (`messages`) when the template refuses the conversation."""
         try:
             return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
+                **arguments,
+                messages=[
+                    {key: value for key, value in asdict(message).items() if value is not None} for message in messages
+                ],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

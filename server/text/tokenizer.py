@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from server.errors import ConfigurationError, InvalidRequest
-from server.text.template import ChatTemplate, chat_ids
+from server.text.template import NAMED_TOKENS, NOTHING, Arguments, ChatTemplate, chat_ids
 from server.types import Message
 
 # Qwen2's pre-tokenizer, as published with the Qwen2 tokenizer.
@@ -31,7 +31,6 @@ QWEN2_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 SLOW_QWEN2_CLASSES = frozenset({"DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast"})
-NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "sep_token", "cls_token")
 
 
 class Tokenizer:
@@ -133,10 +132,12 @@ class Tokenizer:
         entries: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return entries
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, arguments: Arguments = NOTHING
+    ) -> list[int]:
         """Ids of the conversation in the chat template. Contents are data: a special token's string in them is plain
         characters. InvalidRequest (`messages`) when there is no template or it refuses the conversation."""
-        return chat_ids(self, messages, add_generation_prompt)
+        return chat_ids(self, messages, add_generation_prompt, arguments)
 
     def _named_id(self, name: str) -> int | None:
         token = self.named_tokens.get(name)

@@ -73,9 +73,10 @@ def _final_rewards(
 ) -> list[dict[str, float]]:
     """R on the text of every trajectory (algorithm.md, end of section 2), by reward model."""
     rewards: list[dict[str, float]] = [{} for _ in texts]
+    whole = [job.response_prefix + text + job.response_suffix for text in texts]
     for weighted in job.guidance.reward_models:
         model = reward_models[weighted.model]
-        sequences = [conversation_ids(model.tokenizer, job.conversation, text + job.response_suffix) for text in texts]
+        sequences = [conversation_ids(model.tokenizer, job.conversation, text) for text in whole]
         packs = [[sequence] for sequence in sequences] if one_by_one else [sequences]
         scores = [score for pack in packs for score in model.score(pack).tolist()]
         for reward, score in zip(rewards, scores, strict=True):

@@ -42,7 +42,9 @@ class Demand:
         passed = cached = 0
         for weighted in job.guidance.reward_models:
             model = named(weighted.model, self.reward_models, "guidance.reward_model")
-            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            before, after = split_at_response(
+                model.tokenizer, job.conversation, job.response_suffix, job.response_prefix
+            )
             tokens = len(before) + job.sampling.max_tokens + len(after)
             if tokens > model.info.context_length:
                 raise InvalidRequest(
@@ -65,7 +67,9 @@ class Demand:
             return contexts
         for weighted in job.guidance.reward_models:
             model = self.reward_models[weighted.model]
-            before, after = split_at_response(model.tokenizer, job.conversation, job.response_suffix)
+            before, after = split_at_response(
+                model.tokenizer, job.conversation, job.response_suffix, job.response_prefix
+            )
             context = RewardContext.of(model, before, after, cached=self.savings.reward_prefix_cache)
             contexts[weighted.model] = context
         return contexts

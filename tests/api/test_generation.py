@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.serving import GOLDEN, Served
 
@@ -164,6 +164,32 @@ def test_chat_template_on_completions(server: Served) -> None:
     spoken = chat(server, return_token_ids=True)
     assert wrapped["choices"][0]["token_ids"] == spoken["choices"][0]["token_ids"]
     assert wrapped["usage"] == spoken["usage"]
+
+
+def test_an_answer_goes_on_from_the_last_message(server: Served) -> None:
+    """The prompt ends with it; for the reward model it begins the answer, which does not repeat it."""
+    question, begun = {"role": "user", "content": "Tell me"}, "The film was "
+    asked = {"messages": [question, {"role": "assistant", "content": begun}], "continue_final_message": True}
+    tokens = ok(server.post("/tokenize", asked))["tokens"]
+    theirs = PreTrainedTokenizerFast.from_pretrained(GOLDEN / "dream-tiny" / "dlm")
+    assert tokens == theirs.apply_chat_template(asked["messages"], continue_final_message=True, return_dict=False)
+    (choice,) = chat(server, **asked, return_token_ids=True)["choices"]
+    assert choice["token_ids"] == complete(server, prompt=tokens, return_token_ids=True)["choices"][0]["token_ids"]
+    answer = chat(server, **asked, add_generation_prompt=False, guidance="entrgi")["choices"][0]
+    text = answer["message"]["content"]
+    (score,) = ok(server.post("/v1/score", {"queries": [question], "documents": begun + text}))["data"]
+    assert answer["reward"] == pytest.approx(score["score"], abs=1e-4)
+    unguided = chat(server, **asked, guidance={"method": "entrgi", "gradient_steps": 0})["choices"][0]
+    assert answer["message"] != unguided["message"]
+
+
+def test_what_this_template_does_not_write_changes_nothing(server: Served) -> None:
+    plain = chat(server)["choices"]
+    assert chat(server, messages=[{"role": "user", "content": "Tell me", "name": "Ann"}])["choices"] == plain
+    assert chat(server, chat_template_kwargs={"enable_thinking": False})["choices"] == plain
+    assert chat(server, add_generation_prompt=False)["choices"] != plain
+    wrapped = complete(server, chat_template=True, chat_template_kwargs={"tone": "dry"})["choices"]
+    assert wrapped[0]["text"] == plain[0]["message"]["content"]
 
 
 def test_content_parts_and_developer_role(server: Served) -> None:

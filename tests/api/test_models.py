@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from server.api.fields import CompletionRequest, Diffusion, Guidance
 from server.methods import METHODS
-from tests.api.scripted_engine import ScriptedEngine, at_once, check_envelope, make, open_client
+from server.types import EngineInfo
+from tests.api.scripted_engine import GOLDEN, INFO, ScriptedEngine, at_once, check_envelope, make, open_client
 
 
 def ok(response: httpx.Response) -> dict[str, Any]:
@@ -37,9 +42,18 @@ async def test_a_model_answers_to_all_its_names() -> None:
             assert error["param"] == "model"
 
 
-async def test_defaults_are_those_of_a_request_that_names_none() -> None:
+A2D = replace(
+    INFO.model,
+    diffusion_defaults={"algorithm": "maskgit_plus", "schedule": "even", "block_length": 32},
+    template_arguments={"enable_thinking": False},
+)
+
+
+@pytest.mark.parametrize("info", [INFO, replace(INFO, model=A2D)], ids=["dream", "a2d"])
+async def test_defaults_are_those_of_a_request_that_names_none(info: EngineInfo) -> None:
     """Sent back explicitly, each of them changes nothing."""
-    async with open_client(make(max_trajectories=6, max_score_pairs=7, request_timeout=9)) as client:
+    app = make(ScriptedEngine(at_once, info=info), max_trajectories=6, max_score_pairs=7, request_timeout=9)
+    async with open_client(app) as client:
         model, reward = ok(await client.get("/v1/models"))["data"]
     assert model["chat"] is True
     assert (model["type"], reward["type"]) == ("diffusion", "reward")
@@ -54,19 +68,42 @@ async def test_defaults_are_those_of_a_request_that_names_none() -> None:
     assert set(defaults["best_of"]) == set(METHODS)
     fields = {*CompletionRequest.model_fields, *Guidance.model_fields, *Diffusion.model_fields}
     assert set(defaults) <= fields
+    documented = app.openapi()["components"]["schemas"]["Diffusion"]["properties"]
+    for name, value in info.model.diffusion_defaults.items():
+        assert documented[name]["default"] == value
+        assert defaults[name] == (8 if name == "block_length" else value)  # the whole canvas
+    assert defaults.pop("chat_template_kwargs", {}) == info.model.template_arguments
     guidance = {key: defaults[key] for key in Guidance.model_fields if key in defaults}
     diffusion = {key: defaults[key] for key in Diffusion.model_fields if key in defaults}
     top = {key: value for key, value in defaults.items() if key not in {*guidance, *diffusion, "best_of", "guidance"}}
     own = ("entropy_bound", "confidence_threshold")  # each belongs to an algorithm that is not the default
     body = {"prompt": "Hi", "seed": 1, **top, "guidance": {"method": "entrgi", **guidance}}
     body["diffusion"] = {key: value for key, value in diffusion.items() if key not in own}
-    engine = ScriptedEngine(at_once)
+    if info.model.diffusion_defaults:
+        del body["guidance"]["confidence"]  # of another algorithm too
+    engine = ScriptedEngine(at_once, info=info)
     async with open_client(make(engine, request_timeout=9)) as client:
         ok(await client.post("/v1/completions", json=body))
         ok(await client.post("/v1/completions", json={"prompt": "Hi", "seed": 1, "guidance": "entrgi"}))
     explicit, implicit = engine.jobs
     for block in ("sampling", "diffusion", "guidance"):
         assert getattr(explicit, block) == getattr(implicit, block)
+    assert implicit.diffusion.algorithm == info.model.diffusion_defaults.get("algorithm", "entropy")
+
+
+async def test_a_familys_template_arguments_hold_where_a_request_has_none(tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / "dlm", tmp_path / "dlm")
+    (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ tone }}{{ messages[0].content }}")
+    engine = ScriptedEngine(at_once, info=replace(INFO, model=replace(A2D, tokenizer_path=str(folder))))
+    spoken = {"messages": [{"role": "user", "content": "Hi"}]}
+    async with open_client(make(engine)) as client:
+        for arguments, text in ((None, "FalseHi"), ({"tone": "dry"}, "FalsedryHi"), ({"enable_thinking": 1}, "1Hi")):
+            asked: dict[str, Any] = {"chat_template_kwargs": arguments}
+            ok(await client.post("/v1/chat/completions", json=spoken | asked))
+            ok(await client.post("/v1/completions", json={"prompt": "Hi", "chat_template": True, **asked}))
+            tokens = ok(await client.post("/tokenize", json=spoken | asked))["tokens"]
+            assert ok(await client.post("/detokenize", json={"tokens": tokens}))["prompt"] == text
+            assert [list(job.prompt_ids) for job in engine.jobs[-2:]] == [tokens, tokens]
 
 
 async def test_openapi_is_complete() -> None:

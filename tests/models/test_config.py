@@ -13,7 +13,13 @@ from server.models.registry import FAMILIES, family_of
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
 def raw(family, **changes):
+    if family == "a2d-llama":  # which has no folder
+        family, changes = "a2d-qwen2", {"architectures": ["A2DLlamaLMHeadModel"]} | changes
     config = json.loads((GOLDEN / f"{family}-tiny" / "dlm" / "config.json").read_text())
     return config | changes
 
@@ -29,7 +35,7 @@ def raw(family, **changes):
         ("dream", "use_sliding_window", True),
         ("dream", "layer_types", ["full_attention", "sliding_attention"]),
         ("dream", "attention_dropout", 0.1),
-        ("dream", "head_dim", 32),
+        ("dream", "head_dim", 33),
         ("dream", "vocab_size", None),
         ("dream", "hidden_size", "64"),
         ("dream", "hidden_size", 62),
@@ -40,6 +46,14 @@ def raw(family, **changes):
         ("dream", "rope_theta", float("inf")),
         ("dream", "tie_word_embeddings", "yes"),
         ("dream", "max_position_embeddings", None),
+        ("a2d-qwen3", "attention_bias", True),
+        ("a2d-qwen3", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("a2d-qwen3", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("a2d-qwen3", "rope_scaling", LLAMA3 | {"low_freq_factor": 4.0}),
+        ("a2d-qwen3", "rope_scaling", LLAMA3 | {"beta_fast": 32}),
+        ("a2d-qwen3", "rope_parameters", "llama3"),
+        ("a2d-qwen2", "use_sliding_window", True),
+        ("a2d-llama", "mlp_bias", True),
         ("llada", "alibi", True),
         ("llada", "rope", False),
         ("llada", "rope_scaling", {"type": "linear", "factor": 2.0}),
@@ -82,6 +96,9 @@ def test_rope_theta_in_either_place():
     assert DreamModel.read_config(raw("dream", rope_theta=5e5)).rope_theta == 5e5
     nested = raw("dream", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     assert DreamModel.read_config(nested).rope_theta == 1e6
+    both = raw("dream", rope_parameters={"rope_theta": 1e6}, rope_scaling=LLAMA3)
+    with pytest.raises(ConfigurationError, match="rope_scaling"):
+        DreamModel.read_config(both)
 
 
 def test_llada_derived_sizes():

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from benchmarks.full_size import DREAM_7B
+from benchmarks.full_size import DREAM_7B, QWEN3_0_6B
+from server.models.a2d import A2DQwen2Model, A2DQwen3Model
 from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
 from server.models.registry import family_of
@@ -31,6 +32,16 @@ LLADA_8B = {
     "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05,
     "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False, "use_cache": False,
     "vocab_size": 126464, "weight_tying": False,
+}  # fmt: skip
+
+# config.json of Qwen/Qwen2.5-Coder-0.5B-Instruct, under A2D's name.
+QWEN2_5_0_5B = {
+    "architectures": ["A2DQwen2LMHeadModel"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+    "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "a2d-qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936, "mask_token_id": 151665,
 }  # fmt: skip
 
 LAYER = re.compile(r"(layers|blocks)\.(\d+)\.")
@@ -75,3 +86,24 @@ def test_llada_8b():
     assert shapes(model) == full_size_tensors("llada-tiny/dlm", widths, layers=32)
     assert parameters(model) * 2 == 16_031_162_368  # total_size in the published index, bfloat16
     assert model.context_length == 4096
+
+
+def test_qwen3_0_6b():
+    with torch.device("meta"):
+        model = A2DQwen3Model(A2DQwen3Model.read_config(QWEN3_0_6B))
+    assert family_of(QWEN3_0_6B) is A2DQwen3Model
+    widths = {512: 151936, 64: 1024, 160: 3072, 128: 16 * 128, 32: 128}  # 64 also for the keys: 8 * 128
+    assert shapes(model) == full_size_tensors("a2d-qwen3-tiny/dlm", widths, layers=28)
+    assert parameters(model) == 596_049_920  # 440,467,456 without embeddings, the published 0.44 billion
+    assert model.context_length == 40960
+
+
+def test_qwen2_5_0_5b():
+    with torch.device("meta"):
+        model = A2DQwen2Model(A2DQwen2Model.read_config(QWEN2_5_0_5B))
+    assert family_of(QWEN2_5_0_5B) is A2DQwen2Model
+    widths = {512: 151936, 64: 896, 160: 4864, 32: 2 * 64}
+    expected = full_size_tensors("a2d-qwen2-tiny/dlm", widths, layers=24)
+    del expected["lm_head.weight"]  # the tiny one is not tied
+    assert shapes(model) == expected
+    assert parameters(model) * 2 == 988_065_536  # bytes in bfloat16, as the published file has

@@ -15,16 +15,15 @@ from server.errors import ConfigurationError
 from server.models.loading import load_diffusion_model
 from server.models.registry import PUBLISHED
 from server.models.weights import checkpoint_dtype
+from tests.support.models import FAMILIES, GOLDEN
 from tests.support.rewards import edit_json
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden"
-FAMILIES = ["dream-tiny", "llada-tiny"]
 
 
 @pytest.fixture(params=FAMILIES)
 def checkpoint(request, tmp_path):
-    return Path(shutil.copytree(GOLDEN / request.param / "dlm", tmp_path / "model"))
+    return Path(shutil.copytree(GOLDEN / f"{request.param}-tiny" / "dlm", tmp_path / "model"))
 
 
 @pytest.fixture
@@ -102,10 +101,13 @@ def test_tied_embeddings_are_one_parameter(checkpoint):
         if llada
         else ("model.embed_tokens.weight", "lm_head.weight", "tie_word_embeddings")
     )
+    tensors = weights(checkpoint)
+    tensors[head] = tensors[embedding].flip(0)
+    save_file(tensors, checkpoint / "model.safetensors")
+    edit_json(checkpoint / "config.json", **{key: False})
     untied = load_diffusion_model(checkpoint, dtype=torch.float64).model
     edit_json(checkpoint / "config.json", **{key: True})
     stored_twice = load_diffusion_model(checkpoint, dtype=torch.float64).model
-    tensors = weights(checkpoint)
     del tensors[head]
     save_file(tensors, checkpoint / "model.safetensors")
     stored_once = load_diffusion_model(checkpoint, dtype=torch.float64).model
@@ -250,7 +252,7 @@ def test_code_of_a_checkpoint_never_runs(dream, tmp_path):
 def test_facts_of_a_checkpoint(checkpoint):
     info = load_diffusion_model(checkpoint).info
     assert info.id == "model"
-    assert f"{info.family}-tiny" in FAMILIES
+    assert info.family in FAMILIES
     assert (info.context_length, info.vocab_size) == (2048, 512)
     assert (info.mask_token_id, info.eos_token_id, info.pad_token_id) == (3, 0, 0)
     assert info.stop_token_ids == (0, 2)  # <|endoftext|> and <|im_end|>

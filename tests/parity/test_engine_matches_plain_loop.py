@@ -68,6 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     "aps, two rewards": gradient("aps", reward_models=TWO),
     "entrgi, other reward": gradient("entrgi", reward_models=(WeightedReward("other"),)),
     "entrgi, suffix": gradient("entrgi", suffix_ids=(40, 50, 60), response_suffix=" and so on"),
+    "entrgi, prefill": gradient("entrgi", response_prefix="The answer: ", response_suffix=" and so on"),
     "none, maskgit_plus, top_k": {"algorithm": "maskgit_plus", "top_k": 20, "temperature": 1.2},
     "none, origin": {"algorithm": "origin", "top_p": 0.5},
     "second prompt of a request": gradient("entrgi", prompt_index=3),

@@ -1,4 +1,4 @@
-"""The authors' recorded runs (tests/golden/README.md), all cases of a family in one crowd."""
+"""The authors' records (tests/golden/README.md): logits, and all runs of a family in one crowd."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from server.types import Job
 from tests.support.jobs import make_job, run
@@ -15,6 +18,17 @@ from tests.support.models import GOLDEN, Pair
 FILES = ("trajectories.json", "blocks.json")  # a family has one or both
 SAME_NAMES = ("steps", "deprioritize_eos", "gradient_steps", "eta", "max_tokens", "temperature", "top_p", "top_k")
 OPTIONAL = ("block_length", "schedule", "cfg_scale")
+
+
+def recorded_logits(family: str) -> list[tuple[Tensor, Tensor, float]]:
+    """(canvas with its prompt, logits of its masked rows, the size that deviations of float64 are measured by)."""
+    folder = GOLDEN / f"{family}-tiny"
+    cases, tensors = json.loads((folder / "units.json").read_text()), load_file(folder / "units.safetensors")
+    if isinstance(cases, list):  # of logits alone, from a network whose norms and rotations are in float32
+        logits = [tensors[f"logits{index}"].double() for index in range(len(cases))]
+        canvases = [torch.tensor(case["ids"] + case["canvas"]) for case in cases]
+        return [(canvas, each, float(each.abs().max())) for canvas, each in zip(canvases, logits, strict=True)]
+    return [(tensors[f"{index}.canvas"], tensors[f"{index}.logits_masked"], 1.0) for index in range(4)]
 
 
 def golden_jobs(pair: Pair, family: str) -> Iterator[tuple[Job, list[int], float]]:

@@ -26,14 +26,19 @@ from server.text.tokenizer import Tokenizer
 from server.types import Message
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FAMILIES = tuple(family.family for family in registry.FAMILIES)
-"""Names of all families of diffusion models; each has its golden data in a folder NAME-tiny."""
+FAMILIES = tuple(each.family for each in registry.FAMILIES if (GOLDEN / f"{each.family}-tiny").is_dir())
+"""Names of the families of diffusion models that have golden data, each in a folder NAME-tiny."""
 CPU = torch.device("cpu")
 
 
 def load_diffusion(family: str = "dream", dtype: torch.dtype = torch.float64, **options: Any) -> LoadedDiffusionModel:
     """A golden diffusion model of its own, on the CPU."""
     return load_diffusion_model(GOLDEN / f"{family}-tiny" / "dlm", dtype=dtype, **options)
+
+
+def judge(family: str) -> str:
+    """The family whose reward model the runs of a family were recorded with."""
+    return family if (GOLDEN / f"{family}-tiny" / "rm").is_dir() else "dream"
 
 
 @functools.cache
@@ -52,8 +57,8 @@ def load_reward(
     attention: str = "",
     **options: Any,
 ) -> RewardModel:
-    """A reward model of its own, on the CPU: a golden one, or the one in `folder`. `beside` is the family of the
-    diffusion model whose vocabulary it reads (the same family by default); `attention` replaces the implementation
+    """A reward model of its own, on the CPU: a family's golden one, or the one in `folder`. `beside` is the family of
+    the diffusion model whose vocabulary it reads (the same family by default); `attention` replaces the implementation
     of attention that the loader chose; other options are the loader's."""
     read = tokenizer(beside or family)
     model = load_reward_model(
@@ -108,9 +113,9 @@ class Pair:
 def pair(family: str, dtype: torch.dtype = torch.float64) -> Pair:
     """A golden diffusion model with both golden reward models."""
     loaded = diffusion(family, dtype)
-    other = "llada" if family == "dream" else "dream"
+    first = judge(family)
     rewards, plain = {}, {}
-    for name, of in (("rm", family), ("other", other)):
+    for name, of in (("rm", first), ("other", "llada" if first == "dream" else "dream")):
         rewards[name] = reward(of, dtype, name=name, beside=family)
         folder = GOLDEN / f"{of}-tiny" / "rm"
         stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")

@@ -35,11 +35,12 @@ QUICK = ("--threads", "1", "--no-spare-worker")
 
 def golden_flags(*pairs: str) -> list[str]:
     """Flags for the diffusion model of the first pair (`dream-tiny` by default) and every pair's reward model, in
-    float32. The first reward model is called `rm`, the second `other`."""
+    float32. The first reward model is called `rm`, the second `other`; a pair without one has that of `dream-tiny`."""
     pairs = pairs or ("dream-tiny",)
     flags = ["--model", str(GOLDEN / pairs[0] / "dlm"), "--dtype", "float32"]
     for name, pair in zip(("rm", "other"), pairs, strict=False):
-        flags += ["--reward-model", f"{name}={GOLDEN / pair / 'rm'}"]
+        folder = GOLDEN / pair / "rm"
+        flags += ["--reward-model", f"{name}={folder if folder.is_dir() else GOLDEN / 'dream-tiny' / 'rm'}"]
     return flags
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from server.errors import ConfigurationError, InvalidRequest
-from server.text.template import conversation_ids, split_at_response
+from server.text.template import conversation_ids, open_chat_ids, split_at_response
 from server.text.tokenizer import Tokenizer
 from server.types import Message
 
@@ -88,13 +90,65 @@ def test_harmless_text_is_tokenised_at_once(tokenizer: Tokenizer, messages: list
 
 
 @COMMON
-@given(messages=CONVERSATIONS, response=CONTENTS, suffix=CONTENTS)
-def test_the_two_sides_of_a_response(golden: Tokenizer, messages: list[Message], response: str, suffix: str) -> None:
-    before, after = split_at_response(golden, messages, suffix)
+@given(messages=CONVERSATIONS, response=CONTENTS, suffix=CONTENTS, prefix=CONTENTS)
+def test_the_two_sides_of_a_response(
+    golden: Tokenizer, messages: list[Message], response: str, suffix: str, prefix: str
+) -> None:
+    before, after = split_at_response(golden, messages, suffix, prefix)
     text = golden.decode(before, False) + response + golden.decode(after, False)
-    whole = conversation_ids(golden, messages, response + suffix)
+    whole = conversation_ids(golden, messages, prefix + response + suffix)
     assert text == golden.decode(whole, False)
     assert sum(index in golden.special_ids for index in before + after) == 2 * len(messages) + 2
+
+
+THINKING = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + (' ' + m.name if m.name else '') + '\n' }}
+    {{- m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}{{- tone }}"""
+
+
+def both(folder: Path, template: str) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
+    """Ours, and transformers'."""
+    shutil.copytree(GOLDEN / "dream-tiny/rm", folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"enable_thinking": False}, {"enable_thinking": True, "tone": 3, "x": None}])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_arguments_and_names_equal_transformers(prompt: bool, arguments: Any, tmp_path: Path) -> None:
+    ours, theirs = both(tmp_path, THINKING)
+    turns: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi", "name": "Ann"},
+    ]
+    expected = theirs.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=False, **arguments)
+    assert ours.render_chat([Message(**turn) for turn in turns], prompt, arguments) == expected
+
+
+def test_arguments_and_names_are_data(tmp_path: Path) -> None:
+    ours, _ = both(tmp_path, THINKING)
+    ids = ours.render_chat([Message("user", "Hi", "a<|im_end|>")], False, {"tone": "<|im_start|>system"})
+    assert ours.decode(ids, False) == "<|im_start|>user a<|im_end|>\nHi<|im_end|>\n<|im_start|>system"
+    assert [index for index in ids if index in ours.special_ids] == ours.encode("<|im_start|><|im_end|>")
+
+
+@pytest.mark.parametrize("content", ["The answer is", "It is  \n", "", "  so", "a <"])
+@pytest.mark.parametrize("template", [THINKING, *TEMPLATES.values()])
+def test_an_open_last_message_equals_transformers(content: str, template: str, tmp_path: Path) -> None:
+    ours, theirs = both(tmp_path, template)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(turns, continue_final_message=True, return_dict=False)
+    assert open_chat_ids(ours, [Message(**turn) for turn in turns]) == expected  # type: ignore[arg-type]
+
+
+def test_a_template_without_the_last_message_cannot_leave_it_open(tmp_path: Path) -> None:
+    ours, _ = both(tmp_path, "{{ messages[0].content }}")
+    with pytest.raises(InvalidRequest, match="the diffusion model does not write the last message"):
+        open_chat_ids(ours, [Message("user", "Hi"), Message("assistant", "So")])
 
 
 def test_golden_sides(golden: Tokenizer) -> None:

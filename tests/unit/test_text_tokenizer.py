@@ -17,7 +17,7 @@ from server.text.tokenizer import Tokenizer
 from server.types import Message
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = ["dream-tiny/dlm", "dream-tiny/rm", "llada-tiny/dlm", "llada-tiny/rm"]
+FOLDERS = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.glob("*-tiny/*/tokenizer.json"))
 TEXTS = [
     "",
     " ",
@@ -90,7 +90,7 @@ def test_chats_equal_transformers(folder: str) -> None:
 
 
 def test_golden_prompts() -> None:
-    for family in ("dream", "llada"):
+    for family in ("dream", "llada"):  # those that recorded the text beside the ids
         tokenizer = golden(f"{family}-tiny/dlm")
         for case in json.loads((GOLDEN / f"{family}-tiny/units.json").read_text())["prompts"]:
             assert tokenizer.render_chat([Message("user", case["prompt"])]) == case["prompt_ids"]

@@ -11,7 +11,10 @@ from checks import OUT, check, main, true
 
 from tests.support.serving import GOLDEN, golden_flags, served
 
-CASES = {"dream-tiny": ("trajectories",), "llada-tiny": ("trajectories", "blocks")}
+CASES = {
+    folder.name: [name for name in ("trajectories", "blocks") if (folder / f"{name}.json").is_file()]
+    for folder in sorted(GOLDEN.glob("*-tiny"))
+}
 CONCURRENCY = (1, 16)
 
 

@@ -25,6 +25,11 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     body = case.body = whole(case.body)
     for name in TEXTS & body.keys():
         body[name] = short(body[name])
+    if body.get("continue_final_message"):
+        if body.get("messages"):
+            body["messages"][-1]["role"] = "assistant"
+        else:  # the turns of a response may be a text alone
+            body["continue_final_message"] = None
     if case.path.endswith(("completions", "responses")):
         generation(body)
     elif case.path == "/v1/score":
