@@ -1,18 +1,24 @@
-"""Full width without weights: a random Dream-7B and reward model, cut to two layers, take one guided step.
+"""Full width without weights: checkpoints of published sizes with random numbers in them, loaded and run.
 
-`python -m benchmarks.full_size` writes a sharded bfloat16 checkpoint (3.1 GB, in a temporary folder) of the published
-width and vocabulary, and a reward model of a 1.7B's width (0.9 GB). A fresh process loads them through the real loaders
-and runs one EntRGi step: forward, a gradient step through the reward model, draw, reveal. It prints a table of time and
-memory, then one JSON line. What to look for: nothing is held twice. In bfloat16 on the CPU the weights are the mapped
-file, so pages that no token used never come in; in another `--dtype` they are the converted weights and, while it is
-converted, the largest single tensor (1.1 GB). (Linux only: it reads /proc.)
+`python -m benchmarks.full_size --serve` writes a converted Qwen3-0.6B and a reward model of the same size (1.2 GB each,
+in a temporary folder), starts the server on them and sends it requests. It prints a line for each, then one JSON line
+with the seconds and the memory of the server's largest process at its peak.
+
+`python -m benchmarks.full_size` writes a Dream-7B cut to two layers (3.1 GB) and a reward model of a 1.7B's width (0.9
+GB). A fresh process loads them through the real loaders and runs one EntRGi step: forward, a gradient step through the
+reward model, draw, reveal. It prints a table of time and memory, then one JSON line. What to look for: nothing is held
+twice. In bfloat16 on the CPU the weights are the mapped file, so pages that no token used never come in; in another
+`--dtype` they are the converted weights and, while it is converted, the largest single tensor (1.1 GB). (Linux only: it
+reads /proc.)
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,13 +26,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.checkpoints import SPECIAL, Shape, write_reward, write_tokenizer
+from benchmarks.processes import served
 from benchmarks.workload import run_to_end
-from server.models.dream import DreamModel
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.models.registry import family_of
 from server.models.weights import stored_tensors
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
@@ -59,21 +67,57 @@ DREAM_7B: dict[str, Any] = {
 }
 """The published config.json of Dream-v0-Instruct-7B, as far as a network can depend on it."""
 
+QWEN3_0_6B: dict[str, Any] = {
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "mask_token_id": 151669,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "a2d-qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "pad_token_id": 151643,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+"""The same of Qwen3-0.6B, under the names that its conversions have."""
+
 TOKENIZER_SIZE = 151_667
 REWARD_1_7B_CUT = Shape(vocab_size=151_936, hidden=2048, layers=2, heads=16, intermediate=6144)
 PROMPT_TOKENS = 8
 MASKED_TOKENS = 8
+SERVED_TOKENS = 32
 MIB = 1 << 20
 
 
-def write_cut(folder: Path, layers: int = 2, seed: int = 0) -> int:
-    """Write Dream-7B cut to `layers` layers, bfloat16, one shard a layer. Returns the tensors' bytes."""
-    ids = write_tokenizer(folder, TOKENIZER_SIZE, order_seed=0, mask=True)
-    raw = DREAM_7B | {"num_hidden_layers": layers, "mask_token_id": ids[SPECIAL["mask_token"]]}
-    raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[SPECIAL["eos_token"]])
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+def write(folder: Path, config: dict[str, Any], *, score: bool = False, seed: int = 0) -> int:
+    """Write a model of this configuration, bfloat16, one shard a layer; with `score` its network as that of a Qwen3
+    reward model. Returns the tensors' bytes."""
+    ids = write_tokenizer(folder, TOKENIZER_SIZE, order_seed=int(score), mask=not score)
+    family = family_of(config)
     with torch.device("meta"):
-        expected = DreamModel(DreamModel.read_config(raw)).state_dict()
+        expected = family(family.read_config(config)).state_dict()
+    raw = config | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ids[SPECIAL["eos_token"]])
+    if score:
+        expected["score.weight"] = torch.empty(1, raw["hidden_size"], device="meta")
+        raw |= {"architectures": ["Qwen3ForSequenceClassification"], "model_type": "qwen3", "id2label": {"0": "R"}}
+    else:
+        raw["mask_token_id"] = ids[SPECIAL["mask_token"]]
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
     shards: dict[str, list[str]] = {}
     for name in expected:
         shards.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else name.split(".")[-2], []).append(name)
@@ -111,6 +155,24 @@ def step(loaded: LoadedDiffusionModel, reward: RewardModel) -> float:
     if value is None or not math.isfinite(value):
         raise RuntimeError("the guided step gave no finite reward")
     return value
+
+
+async def serve(folder: Path, dtype: str) -> None:
+    """Start the server on a pair, send it a request without guidance and one with, print what they took."""
+    flags = ["--model", str(folder), "--reward-model", f"rm={folder / 'rm'}", "--dtype", dtype, "--no-spare-worker"]
+    figures: dict[str, Any] = {"bench": "full_size_served", "dtype": dtype, "tokens": SERVED_TOKENS}
+    started = time.perf_counter()
+    async with served(flags) as url, httpx.AsyncClient(base_url=url, timeout=3600) as http:
+        figures["ready_seconds"] = round(time.perf_counter() - started, 2)
+        for method in ("none", "entrgi"):
+            asked = {"messages": [{"role": "user", "content": "How large is this?"}], "max_tokens": SERVED_TOKENS}
+            asked |= {"guidance": method, "best_of": 1, "ignore_eos": True, "seed": 0}
+            started = time.perf_counter()
+            answer = (await http.post("/v1/chat/completions", json=asked)).raise_for_status().json()
+            figures[f"{method}_seconds"] = round(time.perf_counter() - started, 2)
+            print(f"{method}: {figures[f'{method}_seconds']} s, reward {answer['choices'][0]['reward']}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # the largest of the server's processes
+    print(json.dumps(figures | {"peak_rss_bytes": peak, "torch": torch.__version__}))
 
 
 def memory_bytes() -> dict[str, int]:
@@ -167,7 +229,8 @@ def measure(folder: Path, dtype: torch.dtype) -> None:
 def main() -> None:
     """Write the checkpoint, then measure in a process that has not held it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--serve", action="store_true", help="serve a pair of 0.6B models")
+    parser.add_argument("--layers", type=int, default=2, help="of the cut Dream")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--measure", type=Path, metavar="FOLDER", help="only load and run this checkpoint")
     arguments = parser.parse_args()
@@ -175,8 +238,13 @@ def main() -> None:
         measure(arguments.measure, getattr(torch, arguments.dtype))
         return
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.serve:
+            write(Path(folder), QWEN3_0_6B)
+            write(Path(folder) / "rm", QWEN3_0_6B, score=True, seed=1)
+            asyncio.run(serve(Path(folder), arguments.dtype))
+            return
         started = time.perf_counter()
-        total = write_cut(Path(folder), arguments.layers)
+        total = write(Path(folder), DREAM_7B | {"num_hidden_layers": arguments.layers})
         write_reward(Path(folder) / "rm", REWARD_1_7B_CUT, dtype=torch.bfloat16)
         print(
             f"wrote {total // MIB} MiB of Dream and a reward model in {time.perf_counter() - started:.0f} s", flush=True
