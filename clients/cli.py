@@ -103,7 +103,7 @@ _GENERATION: dict[str, tuple[type, str]] = {
     "algorithm": (str, "which positions are revealed first"),
     "block-length": (int, "fill the canvas in blocks of this many tokens, from the left"),
     "entropy-bound": (float, "nats that may be revealed in one step, with --algorithm entropy_bound"),
-    "confidence-threshold": (float, "probability from which a position is revealed, with --algorithm threshold"),
+    "confidence-threshold": (float, "probability above which a position is revealed, with --algorithm threshold"),
     "cfg-scale": (float, "classifier-free guidance against a masked prompt"),
     "timeout": (float, "deadline of the whole request in seconds"),
     "gradient-steps": (int, "Adam steps along the reward's gradient in each guided step"),
