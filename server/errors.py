@@ -175,6 +175,10 @@ class Draining(Unavailable, code="draining"):
     """Shutting down: requests in flight finish, new ones are refused."""
 
 
+class AdapterGone(Unavailable, code="adapter_gone"):
+    """The version of the adapter that the request was accepted with has been replaced or unloaded meanwhile."""
+
+
 class TooManyConnections(Unavailable, code="too_many_connections"):
     """As many connections are open as the server takes."""
 

@@ -114,7 +114,8 @@ class Job:
     message). `suffix_ids` follow the canvas in the diffusion model's context (infilling); `response_suffix` is
     the same text behind the completion for the reward model, and `response_prefix` is text that stands at the end of
     the prompt and begins the response for the reward model. `deadline` is in seconds of `time.time()`. Some steps of a
-    `timed` job are reported with what their parts took.
+    `timed` job are reported with what their parts took. `adapter` is the version of the LoRA adapter that the diffusion
+    model runs with, None for the base alone.
     """
 
     id: str
@@ -135,6 +136,7 @@ class Job:
     return_step_map: bool = False
     trace: bool = False
     timed: bool = False
+    adapter: str | None = None
 
     @property
     def reads_rewards(self) -> bool:

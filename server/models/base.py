@@ -117,7 +117,7 @@ class DiffusionModel(nn.Module):
         """The `Trunk` as it is written."""
         cos, sin = self.model.rotary.rows(layout.positions, layout.longest_keys, self.activation_dtype)
         attention = partial(attend, layout, backend=self.model.attention_backend)
-        return self.model.states(self.model.embed_tokens(tokens), cos, sin, attention, rows)
+        return self.model.states(self.model.embed_tokens(tokens), cos, sin, attention, rows, layout.runs)
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""

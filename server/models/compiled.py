@@ -36,7 +36,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, backend
 def compiled_trunk(decoder: Decoder, plain: Trunk, backend: str | Callable[..., Any] = "inductor") -> Trunk:
     """A trunk for inference. `backend` is torch.compile's. The first call compiles, which takes half a minute. `plain`
     is the trunk as it is written: one token, one row or none have graphs of their own, training needs gradients, and
-    cached prefixes are no inputs of the graph, so these run as they are."""
+    cached prefixes and adapters are no inputs of the graph, so these run as they are."""
 
     def states(tokens: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, longest: int, rows: Tensor) -> Tensor:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,7 +48,8 @@ def compiled_trunk(decoder: Decoder, plain: Trunk, backend: str | Callable[..., 
     compiled = torch.compile(states, dynamic=True, fullgraph=True, backend=backend)
 
     def trunk(tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
-        if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled() or layout.links:
+        foreign = layout.links or layout.adapters
+        if rows is None or len(rows) < 2 or len(tokens) < 2 or torch.is_grad_enabled() or foreign:
             return plain(tokens, layout, rows)
         cos, sin = decoder.rotary.rows(layout.positions, layout.longest, decoder.embed_tokens.activation_dtype)
         out: Tensor = compiled(tokens, cos, sin, layout.cu_q, layout.longest, rows)

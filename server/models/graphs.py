@@ -48,9 +48,11 @@ class Graphs:
         self.held: OrderedDict[Shape, tuple[Inputs, Callable[[], tuple[Tensor, ...]]]] = OrderedDict()
 
     def takes(self, layout: PackedLayout) -> bool:
-        """Whether a pass over it is no larger than a graph is worth, and its prefixes have a place."""
+        """Whether a pass over it is no larger than a graph is worth, its prefixes have a place, and it has no adapters,
+        which come and go."""
         shape = shape_of(layout)
-        return max(shape.tokens, shape.cached) <= MOST_TOKENS and not (layout.links and self._arena is None)
+        placed = not layout.adapters and not (layout.links and self._arena is None)
+        return placed and max(shape.tokens, shape.cached) <= MOST_TOKENS
 
     def run(self, x: Tensor, layout: PackedLayout, rows: Tensor) -> tuple[Tensor, ...]:
         """The function's results for a layout that it `takes`, with the bucket's padding at their ends."""

@@ -13,7 +13,9 @@ one pass each; everywhere else it is the plain expression.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from kernels import blocks
 from kernels.linear import activation_dtype, linear
 from server.models.packing import Attention, PackedLayout
 from server.types import DecoderShape
+
+if TYPE_CHECKING:
+    from server.models.lora import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,15 @@ def fused(x: Tensor, weight: Tensor) -> bool:
 class Linear(nn.Linear):
     """A projection that takes activations wider than its weight (see `kernels.linear`)."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that torch gives it)
-        """(N, in) -> (N, out) in the input's dtype."""
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, runs: Sequence[Run] = ()) -> Tensor:  # noqa: A002  (the name that torch gives it)
+        """(N, in) -> (N, out) in the input's dtype: one product for all rows, and for the rows of each of `runs` what
+        its adapter adds to them."""
+        out = linear(input, self.weight, self.bias)
+        for adapter, rows in runs:
+            if (factors := adapter.get(self)) is not None:
+                down, up = factors
+                out[rows] += linear(linear(input[rows], down), up)
+        return out
 
 
 class Embedding(nn.Embedding):
@@ -174,10 +185,13 @@ class SelfAttention(nn.Module):
         """Make q, k and v one product from now on. The projections become views, so there is no second copy."""
         self._stacked = stacked(self.q_proj, self.k_proj, self.v_proj)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3)) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3), runs: Sequence[Run] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q (S, H, size), k and v (S, Hkv, size) of x (S, d); q and k normalised where the family does, and rotated.
 
-        `part` is which of the three are wanted, q alone or k and v alone; the others have no heads.
+        `part` is which of the three are wanted, q alone or k and v alone; the others have no heads. Stacked projections
+        take no adapters (`runs`).
         """
         fast = fused(x, self.q_proj.weight) and self.size <= blocks.MAX_HEAD_SIZE
         wanted = range(3)[part]
@@ -194,7 +208,7 @@ class SelfAttention(nn.Module):
             pieces = torch.split(projected, widths, dim=1)
         else:
             projections = enumerate((self.q_proj, self.k_proj, self.v_proj))
-            pieces = tuple(each(x) if index in wanted else x.new_empty(len(x), 0) for index, each in projections)
+            pieces = tuple(each(x, runs) if index in wanted else x.new_empty(len(x), 0) for index, each in projections)
         turned = []
         for piece, count, norm in zip(pieces[:2], counts[:2], (self.q_norm, self.k_norm), strict=True):
             if fast:
@@ -220,8 +234,8 @@ class MLP(nn.Module):
         """Make gate and up one product from now on. The projections become views, so there is no second copy."""
         self._stacked, _ = stacked(self.gate_proj, self.up_proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, d) -> (N, d)."""
+    def forward(self, x: Tensor, runs: Sequence[Run] = ()) -> Tensor:
+        """(N, d) -> (N, d). Stacked projections take no adapters (`runs`)."""
         fast = fused(x, self.down_proj.weight)
         if self._stacked is not None:
             wide = linear(x, self._stacked)
@@ -229,10 +243,10 @@ class MLP(nn.Module):
                 return linear(blocks.swiglu(wide), self.down_proj.weight)
             gate, up = wide.chunk(2, dim=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        if fast and not gate.requires_grad:
-            return linear(blocks.swiglu_apart(gate, up), self.down_proj.weight)
-        return linear(functional.silu(gate) * up, self.down_proj.weight)
+            gate, up = self.gate_proj(x, runs), self.up_proj(x, runs)
+        fast = fast and not gate.requires_grad
+        out: Tensor = self.down_proj(blocks.swiglu_apart(gate, up) if fast else functional.silu(gate) * up, runs)
+        return out
 
 
 def stacked(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
@@ -255,14 +269,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.rms_norm_eps)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the stream x (S, d)."""
-        return self.self_attn.heads(self.input_layernorm(x), cos, sin)
+        return self.self_attn.heads(self.input_layernorm(x), cos, sin, runs=runs)
 
-    def close(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def close(self, x: Tensor, mixed: Tensor, runs: Sequence[Run] = ()) -> Tensor:
         """The block after its attention: x (N, d) and the heads' output (N, H, size) -> (N, d)."""
-        x = x + self.self_attn.o_proj(mixed.flatten(1))
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn.o_proj(mixed.flatten(1), runs)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), runs)
         return out
 
 
@@ -281,17 +295,26 @@ class Decoder(nn.Module):
         self.rotary = RotaryTable(config.head_size, config.rope_theta, config.rope_scaling)
         self.attention_backend = "sdpa"
 
-    def states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, rows: Tensor | None) -> Tensor:
+    def states(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
+        rows: Tensor | None,
+        runs: Sequence[Run] = (),
+    ) -> Tensor:
         """Final-norm states (S, d), or (N, d) at packed indices `rows` (N,), of embeddings x (S, d) with rotations
-        (S, head_size / 2): a function of tensors alone."""
+        (S, head_size / 2) and the adapters of `runs`: without any, a function of tensors alone."""
         last = len(self.layers) - 1
         for index, block in enumerate(self.blocks):
-            mixed = attention(index, *block.heads(x, cos, sin))
-            if rows is not None and index == last:
-                # After the last attention nothing mixes positions: the rest is computed only where it is read.
+            mixed = attention(index, *block.heads(x, cos, sin, runs))
+            if rows is not None and index == last and not runs:
+                # After the last attention nothing mixes positions: the rest is computed only where it is read. With
+                # adapters it is not: which of `rows` are whose is known to the device alone.
                 x, mixed = x[rows], mixed[rows]
-            x = block.close(x, mixed)
-        out: Tensor = self.norm(x)
+            x = block.close(x, mixed, runs)
+        out: Tensor = self.norm(x if rows is None or not runs else x[rows])
         return out
 
     def last_states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: PackedLayout) -> Tensor:
@@ -310,13 +333,15 @@ class Decoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> list[tuple[Tensor, Tensor]]:
+    def keys_and_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, runs: Sequence[Run] = ()
+    ) -> list[tuple[Tensor, Tensor]]:
         """Rotated keys and values, (S, Hkv, size) each a layer, of embeddings x (S, d): what a prefix is made of. The
         last block ends with them."""
         captured = []
         for index, block in enumerate(self.blocks):
-            q, k, v = block.heads(x, cos, sin)
+            q, k, v = block.heads(x, cos, sin, runs)
             captured.append((k, v))
             if index < len(self.layers) - 1:
-                x = block.close(x, attention(index, q, k, v))
+                x = block.close(x, attention(index, q, k, v), runs)
         return captured

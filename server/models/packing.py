@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ from torch.nn import functional
 
 from kernels import attention, varlen
 from kernels.transfer import upload
+
+if TYPE_CHECKING:
+    from server.models.lora import Adapter, Run
 
 IntArray = NDArray[np.int64]
 
@@ -66,7 +71,8 @@ class PackedLayout:
     bounds on a row's own tokens and on all of its keys. On the device: `positions` (S,) int64; `cu_q` and `cu_k`
     (B + 1,) int32, where rows begin and end among own tokens and among keys; `gather` (T,) int64, each key's place
     among the tokens of `links` followed by the own ones (None where no row has a prefix); and `visible` (B,) int64,
-    where only that many of each row's first tokens count (`hiding`).
+    where only that many of each row's first tokens count (`hiding`). `adapters` (B,) is what each row adds to the
+    projections, None for nothing; it is empty where no row adds anything.
     """
 
     lengths: tuple[int, ...]
@@ -80,6 +86,7 @@ class PackedLayout:
     longest: int
     longest_keys: int
     visible: Tensor | None = None
+    adapters: tuple[Adapter | None, ...] = ()
 
     @classmethod
     def of(
@@ -90,6 +97,7 @@ class PackedLayout:
         prefixes: Sequence[Prefix] = (),
         positions: Tensor | None = None,
         causal: bool = False,
+        adapters: Sequence[Adapter | None] = (),
     ) -> PackedLayout:
         """Rows of `lengths` own tokens, each after its prefix. Without `positions` (S,) they count on from the prefix.
 
@@ -116,13 +124,25 @@ class PackedLayout:
             gather = upload(torch.from_numpy(_places(lengths, prefixes, links)), device)
         return cls(
             tuple(lengths), prefixes, links, causal, upload(positions, device), cu_q, cu_k, gather, max(lengths),
-            int((sizes + cached).max()),
+            int((sizes + cached).max()), adapters=tuple(adapters) if any(adapters) else (),
         )  # fmt: skip
 
     @property
     def tokens(self) -> int:
         """S."""
         return len(self.positions)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Neighbouring rows with the same adapter: it, and which of the packed tokens are theirs."""
+        ends = accumulate(self.lengths)
+        rows = zip(self.adapters, self.lengths, ends, strict=False)  # of no adapters, none
+        found = []
+        for _, group in groupby(rows, key=lambda row: id(row[0])):
+            (adapter, length, end), *others = group
+            if adapter is not None:
+                found.append((adapter, slice(end - length, others[-1][2] if others else end)))
+        return tuple(found)
 
     def hiding(self, visible: Tensor, positions: Tensor) -> PackedLayout:
         """The same causal rows with other positions, of which only the first `visible` (B,) int64 own tokens count, one

@@ -8,7 +8,7 @@ kernel shares them with other processes. Otherwise each tensor is mapped, conver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,23 +53,23 @@ def _indexed_files(folder: Path) -> dict[str, Path]:
     return {name: folder / shard for name, shard in weight_map.items()}
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by name, from the headers alone.
+def stored_tensors(folder: Path, single: str = SINGLE_FILE) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by name, from the headers alone: of the file `single`, or of the shards of an index.
 
     Raises ConfigurationError for files that are missing or damaged, saying so if only formats are there that can run
     code.
     """
-    indexed, files = None, [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
+    indexed, files = None, [folder / single]
+    if single == SINGLE_FILE and (folder / INDEX_FILE).is_file():
         indexed = _indexed_files(folder)
         files = sorted(set(indexed.values()))
     elif not files[0].is_file():
         unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in UNSAFE_SUFFIXES)
         raise ConfigurationError(
             f"{folder.name}: {unsafe[0]} is a pickle format, which can run code and is never loaded; "
-            f"convert the weights to {SINGLE_FILE}"
+            f"convert the weights to {single}"
             if unsafe
-            else f"{folder.name}: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+            else f"{folder.name}: neither {single} nor {INDEX_FILE} is there"
         )
     found: dict[str, StoredTensor] = {}
     for path in files:
@@ -116,6 +116,20 @@ def load_weights(
     names = {name: stored_name(name) for name in module.state_dict()}
     expected = {names[name]: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stored = stored_tensors(folder)
+    check_fit(expected, stored, "the checkpoint's tensors do not fit config.json", ignored)
+    weights = {ours: read_tensor(stored[name], name, dtype, torch.device(device)) for ours, name in names.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def check_fit(
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+    complaint: str,
+    ignored: Iterable[str] = (),
+) -> None:
+    """Hold the stored tensors against the names and shapes that are `expected`. Raises ConfigurationError: the
+    complaint, with lists of the tensors that are missing, unexpected, of another shape or no floats."""
     common = sorted(expected.keys() & stored)
     problems = {
         "missing": sorted(expected.keys() - stored),
@@ -130,16 +144,14 @@ def load_weights(
         ],
     }
     if found := "; ".join(f"{kind}: {_listing(names)}" for kind, names in problems.items() if names):
-        raise ConfigurationError(f"the checkpoint's tensors do not fit config.json; {found}")
-    weights = {ours: _read(name, stored[name].file, dtype, torch.device(device)) for ours, name in names.items()}
-    module.load_state_dict(weights, strict=True, assign=True)
-    module.requires_grad_(False).eval()
+        raise ConfigurationError(f"{complaint}; {found}")
 
 
-def _read(name: str, path: Path, dtype: torch.dtype, device: torch.device) -> Tensor:
+def read_tensor(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The tensor of that name, in `dtype` on `device`."""
     # Opened anew for each tensor: a mapping lives as long as any tensor of it, so that the pages of converted tensors
     # would otherwise stay resident until the whole file is done.
-    with safe_open(path, framework="pt") as file:
+    with safe_open(stored.file, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor.to(device, dtype)
 

@@ -22,6 +22,7 @@ from server.types import Job
 
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
+    from server.models.lora import Adapter
     from server.worker.trajectory import Trajectory
 
 
@@ -31,12 +32,13 @@ class Entry:
 
     Trajectories below `admitted` have been given a share of the budget, and hold it until they are `finished`; the
     runner keeps them, by index, in `running` and then in `finished`. `contexts` is what its reward models read around
-    the response, by name, and `stopped` why it ends early (its deadline).
+    the response, by name, `adapter` what the diffusion model runs with, and `stopped` why it ends early (its deadline).
     """
 
     job: Job
     cost: Cost
     queued_at: float
+    adapter: Adapter | None = None
     admitted: int = 0
     running: dict[int, Trajectory] = field(default_factory=dict)
     finished: dict[int, Trajectory] = field(default_factory=dict)
@@ -89,11 +91,11 @@ class Book:
         """Trajectories that wait for room."""
         return sum(entry.waiting for entry in self)
 
-    def add(self, job: Job, cost: Cost | None = None, now: float = 0.0) -> None:
+    def add(self, job: Job, cost: Cost | None = None, now: float = 0.0, adapter: Adapter | None = None) -> None:
         """Queue a job. Raises InvalidRequest when one trajectory alone could never run."""
         cost = cost or Cost.of(job)
         cost.check(self.largest)
-        self._entries[job.id] = Entry(job, cost, now)
+        self._entries[job.id] = Entry(job, cost, now, adapter)
         if any(entry.job.priority > job.priority for entry in self):
             order = sorted(self._entries, key=lambda each: self._entries[each].job.priority)
             self._entries = {each: self._entries[each] for each in order}  # within a priority in order of arrival

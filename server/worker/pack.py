@@ -21,6 +21,7 @@ from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
 from server.diffusion.sampler import FloatArray, IntArray
 from server.diffusion.schedule import Step
+from server.models.lora import Adapter
 from server.models.packing import PackedLayout
 from server.worker.trajectory import Trajectory
 
@@ -103,12 +104,13 @@ class Forward:
 @dataclass(slots=True)
 class _Canvas:
     """Tokens (S',) of one sequence, the same with a blind prompt for classifier-free guidance, and the indices (n,) of
-    the wanted rows. `first_row` is the place of the first of these in the batch."""
+    the wanted rows. `first_row` is the place of the first of these in the batch, `adapter` what all of it runs with."""
 
     tokens: IntArray
     blind: IntArray | None
     rows: IntArray
     cfg_scale: float
+    adapter: Adapter | None
     first_row: int = 0
 
     @classmethod
@@ -118,7 +120,7 @@ class _Canvas:
         if job.diffusion.cfg_scale:
             blind = np.concatenate([np.full_like(prompt, mask_token_id), tokens, np.full_like(suffix, mask_token_id)])
         canvas = np.concatenate([prompt, tokens, suffix])
-        return cls(canvas, blind, positions + len(prompt), job.diffusion.cfg_scale)
+        return cls(canvas, blind, positions + len(prompt), job.diffusion.cfg_scale, trajectory.adapter)
 
 
 def pack(
@@ -128,7 +130,8 @@ def pack(
     *,
     share_equal: bool = True,
 ) -> Batch:
-    """Pack the next step of each trajectory. Sequences are ordered by length, so that equal lengths are neighbours."""
+    """Pack the next step of each trajectory. Sequences are ordered by adapter, so that its rows are neighbours, then by
+    length, so that equal ones are."""
     canvases: dict[tuple[object, ...], _Canvas] = {}
     placed: list[tuple[IntArray, _Canvas]] = []
     for trajectory, step in trajectories:
@@ -136,35 +139,36 @@ def pack(
         key: tuple[object, ...] = (job.id, trajectory.index)
         if share_equal:
             canvas = trajectory.tokens.tobytes(), positions.tobytes()
-            key = (job.prompt_ids, job.suffix_ids, *canvas, job.diffusion.cfg_scale)
+            key = (job.prompt_ids, job.suffix_ids, *canvas, job.diffusion.cfg_scale, job.adapter)
         if key not in canvases:
             canvases[key] = _Canvas.of(trajectory, positions, mask_token_id)
         placed.append((positions, canvases[key]))
 
-    ordered = sorted(canvases.values(), key=lambda canvas: len(canvas.tokens))
+    place = {id(trajectory.adapter): index for index, (trajectory, _) in enumerate(trajectories)}
+    ordered = sorted(canvases.values(), key=lambda canvas: (place[id(canvas.adapter)], len(canvas.tokens)))
     count = 0
     for each in ordered:
         each.first_row = count
         count += len(each.rows)
-    sequences = [(each.tokens, each.rows) for each in ordered]
+    sequences = [(each.tokens, each.rows, each.adapter) for each in ordered]
     blind = np.full(count, -1, dtype=np.int64)
     next_blind = count
     for each in ordered:
         if each.blind is not None:
-            sequences.append((each.blind, each.rows))
+            sequences.append((each.blind, each.rows, each.adapter))
             blind[each.first_row : each.first_row + len(each.rows)] = next_blind + np.arange(len(each.rows))
             next_blind += len(each.rows)
 
-    lengths = [len(tokens) for tokens, _ in sequences]
+    lengths = [len(tokens) for tokens, _, _ in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    wanted = np.concatenate([start + rows for start, (_, rows) in zip(starts, sequences, strict=True)])
+    wanted = np.concatenate([start + rows for start, (_, rows, _) in zip(starts, sequences, strict=True)])
     return Batch(
         members=tuple(
             Member(trajectory, step, positions, canvas.first_row + np.arange(len(positions)))
             for (trajectory, step), (positions, canvas) in zip(trajectories, placed, strict=True)
         ),
-        tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _ in sequences])), device),
-        layout=PackedLayout.of(tuple(lengths), device),
+        tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _, _ in sequences])), device),
+        layout=PackedLayout.of(tuple(lengths), device, adapters=[adapter for _, _, adapter in sequences]),
         rows=upload(torch.from_numpy(wanted.astype(np.int64)), device),
         blind=blind,
         cfg_scale=np.concatenate([np.full(len(each.rows), each.cfg_scale) for each in ordered]),

@@ -16,7 +16,9 @@ import numpy as np
 
 from server.budget import Budget
 from server.diffusion.schedule import Step
+from server.errors import AdapterGone
 from server.models.loading import LoadedDiffusionModel
+from server.models.lora import Adapter
 from server.rewards.reward_model import RewardModel
 from server.types import Job
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started, Timed
@@ -54,6 +56,7 @@ class Runner:
         self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget)
         self.demand = Demand(loaded.info, self.reward_models, self.savings)
         self.clock = clock
+        self.adapters: dict[str, Adapter] = {}  # by version
         self.begin: Callable[[str], None] = lambda job_id: None
 
     @property
@@ -70,8 +73,10 @@ class Runner:
         return stats
 
     def add(self, job: Job, now: float) -> None:
-        """Queue a job. Raises InvalidRequest for one that can never run."""
-        self.book.add(job, self.demand.cost(job), now)
+        """Queue a job. Raises InvalidRequest for one that can never run, AdapterGone where its adapter is not here."""
+        if job.adapter is not None and job.adapter not in self.adapters:
+            raise AdapterGone("the adapter was replaced or unloaded after this request was accepted; send it again")
+        self.book.add(job, self.demand.cost(job), now, self.adapters[job.adapter] if job.adapter else None)
 
     def cancel(self, job_id: str) -> bool:
         """Forget a job before the next denoising step; no event follows. Returns whether it was known."""
@@ -116,7 +121,8 @@ class Runner:
                     entry.contexts = self.demand.contexts(job)
                 entry.started_at = self.clock()
                 events.append(Started(job.id))
-            entry.running[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id, entry.contexts)
+            mask = self.loaded.info.mask_token_id
+            entry.running[index] = Trajectory.start(job, index, mask, entry.contexts, entry.adapter)
 
     def _denoise(self, events: list[Event]) -> None:
         batch = [

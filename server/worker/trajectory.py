@@ -14,6 +14,7 @@ from server.types import Job, StepTrace
 
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
+    from server.models.lora import Adapter
 
 
 @dataclass(slots=True)
@@ -21,7 +22,8 @@ class Trajectory:
     """Trajectory `index` of a job: response tokens (L,), which of them are still masked (L,), and the place in the
     plan. `step_map` (L,) has the step at which each was revealed (the last one, should there be several), -1 while
     it is masked. `contexts` is what each reward model reads around the response; it grows with what is settled of it.
-    `taken` counts the steps that were computed, and `reward_calls` the passes of reward models in them."""
+    `adapter` is what the diffusion model runs with. `taken` counts the steps that were computed, and `reward_calls` the
+    passes of reward models in them."""
 
     job: Job
     index: int
@@ -30,6 +32,7 @@ class Trajectory:
     masked: BoolArray
     step_map: IntArray
     contexts: dict[str, RewardContext]
+    adapter: Adapter | None = None
     cursor: int = 0
     taken: int = 0
     reward_calls: int = 0
@@ -38,7 +41,12 @@ class Trajectory:
 
     @classmethod
     def start(
-        cls, job: Job, index: int, mask_token_id: int, contexts: dict[str, RewardContext] | None = None
+        cls,
+        job: Job,
+        index: int,
+        mask_token_id: int,
+        contexts: dict[str, RewardContext] | None = None,
+        adapter: Adapter | None = None,
     ) -> Trajectory:
         """An all-masked canvas at the first step."""
         length = job.sampling.max_tokens
@@ -50,6 +58,7 @@ class Trajectory:
             np.ones(length, dtype=np.bool_),
             np.full(length, -1, dtype=np.int64),
             dict(contexts or {}),
+            adapter,
         )
 
     def next_step(self, *, skip_empty: bool = True) -> Step | None:
