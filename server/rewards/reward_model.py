@@ -11,6 +11,7 @@ Weights are frozen: the only gradient that ever flows is the one to the embeddin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from kernels.linear import activation_dtype
 from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
+from server.models.lora import base_of, read_config, saved_modules
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.rewards.network import check_config, check_tokens, load_network
 from server.rewards.trunk import shape_of, trunk_of
@@ -188,20 +190,24 @@ def load_reward_model(
     vocab_fallback: VocabFallback = "unk",
     table_device: torch.device | None = None,
 ) -> RewardModel:
-    """Load a reward model (a folder, `owner/name` or `owner/name@revision`) and map its vocabulary.
+    """Load a reward model (a folder, `owner/name` or `owner/name@revision`) and map its vocabulary. The folder of an
+    adapter names its base, and may bring a head and a tokenizer.
 
     `diffusion_vocab_size` is V, the width of the diffusion model's logits; `table_device` is where those are, when not
     on `device`. Raises ConfigurationError, whose message names the reward model and the key, file, token or setting
     that is wrong.
     """
     try:
-        folder = resolve_checkpoint(path_or_id, check_config=check_config)
-        check_config(read_json(folder / "config.json"))
-        tokenizer = Tokenizer.load(folder, f"reward model {name}")
+        base, adapter = base_of(path_or_id)
+        check = partial(check_config, headless=adapter is not None and "score" in saved_modules(read_config(adapter)))
+        folder = resolve_checkpoint(base, check_config=check)
+        check(read_json(folder / "config.json"))
+        brought = adapter is not None and (adapter / "tokenizer.json").is_file()
+        tokenizer = Tokenizer.load(adapter if adapter and brought else folder, f"reward model {name}")
         if not tokenizer.has_chat_template:
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
         ids, coverage = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
-        network = load_network(folder, dtype=dtype, device=device)
+        network = load_network(folder, dtype=dtype, device=device, adapter=adapter)
         check_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
     except ConfigurationError as error:
         raise ConfigurationError(f"reward model {name}: {error}") from error
