@@ -55,6 +55,14 @@ class Settings(WorkerSettings, FrontSettings):
         says("the id that clients use, then other names for it; repeatable; default: folder or hub name"),
     ] = ()
 
+    lora: Annotated[
+        tuple[str, ...], says("LoRA adapter of the diffusion model as NAME=PATH, a model of its own; repeatable")
+    ] = ()
+    allow_runtime_lora: Annotated[
+        bool, says("clients may load and unload adapters, from below lora_dir; whoever can reach the server can")
+    ] = False
+    lora_dir: Annotated[str | None, says("folder below which adapters that clients load must be")] = None
+
     # Network
     host: Annotated[str, says("address to listen on")] = "127.0.0.1"
     port: Annotated[int, says("port to listen on; 0: any free one", ge=0, le=65535)] = 8000
@@ -176,6 +184,7 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     for key in ("max_key_requests", "max_key_trajectories"):
         if getattr(settings, key) is not None and not settings.api_key:
             raise SettingsError(f"{key}: has no effect without an api_key")
+    _check_loras(settings)
     return replace(settings, api_key=tuple(key for item in settings.api_key for key in _keys_of(item)))
 
 
@@ -193,8 +202,8 @@ def _checked(key: str, value: object) -> object:
     except msgspec.ValidationError as error:
         expected = f"one of {', '.join(setting.choices)}" if setting.choices else setting.description
         raise ValueError(f"{error}; the setting is: {expected}") from None
-    if key == "reward_model":
-        reward_models(made)
+    if key in ("reward_model", "lora"):
+        named_models(made)
     for each in made if key == "api_key" else ():
         _check_key(each)
     return made
@@ -254,7 +263,17 @@ def _check_tls(certificate: str | None, key: str | None) -> None:
         raise SettingsError(f"ssl_certfile and ssl_keyfile cannot be used: {reason}") from None
 
 
-def reward_models(values: Iterable[str]) -> dict[str, str]:
+def _check_loras(settings: Settings) -> None:
+    """Refuse settings about adapters that do not fit together."""
+    if settings.allow_runtime_lora != (settings.lora_dir is not None):
+        raise SettingsError("allow_runtime_lora and lora_dir go together")
+    if settings.lora_dir is not None and not Path(settings.lora_dir).is_dir():
+        raise SettingsError(f"lora_dir: there is no folder {settings.lora_dir}")
+    if len(settings.lora) > settings.max_loras:
+        raise SettingsError(f"lora: {len(settings.lora)} adapters are more than max_loras = {settings.max_loras}")
+
+
+def named_models(values: Iterable[str]) -> dict[str, str]:
     """`NAME=PATH_OR_ID` items as name -> path or id, in order. Raises ValueError for a bad or repeated name."""
     named: dict[str, str] = {}
     for value in values:
@@ -265,7 +284,7 @@ def reward_models(values: Iterable[str]) -> dict[str, str]:
         if not re.fullmatch(NAME, name) or not source:
             raise ValueError("must be NAME=PATH_OR_ID, the name of letters, digits and . _ / -")
         if name in named:
-            raise ValueError(f"two reward models are named {name}; give them names, as in NAME=PATH_OR_ID")
+            raise ValueError(f"two models are named {name}; give them names, as in NAME=PATH_OR_ID")
         named[name] = source
     return named
 

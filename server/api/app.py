@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider, TracerProvider
 
 from server import __version__
-from server.api import errors, openapi, ops, rewards, routes, telemetry
+from server.api import errors, loras, openapi, ops, rewards, routes, telemetry
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
 from server.api.middleware import Cors, Guard, Observe
@@ -43,7 +43,9 @@ def create_app(
     async def start() -> None:
         try:
             await engine.start()
-            metrics.introduce(engine.info.model.id)
+            for name in (engine.info.model.id, *engine.adapters.names):
+                metrics.introduce(name)
+            frontend.check_names()
             await frontend.tokenizer()
         except Exception as error:
             frontend.failure = error
@@ -72,7 +74,7 @@ def create_app(
         telemetry=telemetry.fastapi_config(tracer_provider, settings.root_path),
     )
     app.state.frontend = frontend
-    for each in (routes, rewards, ops):
+    for each in (routes, rewards, ops, *([loras] if settings.allow_runtime_lora else [])):
         app.include_router(each.router)
     if settings.api_docs:
         app.include_router(ops.reference)

@@ -186,7 +186,8 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
     for job in jobs:
         # The worker, which knows the reward model's own count, checks again.
         Cost.of(job, reward_tokens=canvas).check(info.largest)
-    return Plan(identity, int(now), info.model.id, request, jobs)
+    own = request.model is None or request.model in (info.model.id, *settings.served_model_name)
+    return Plan(identity, int(now), info.model.id if own else str(request.model), request, jobs)
 
 
 def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:

@@ -32,5 +32,10 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         "A conversation": {"messages": _CHAT["messages"]},
     },
     "DetokenizeRequest": {"Three tokens": {"tokens": [5, 6, 7]}},
+    "LoadAdapterRequest": {
+        "A new one": {"lora_name": "policy", "lora_path": "policy/step-1"},
+        "The next version": {"lora_name": "policy", "lora_path": "policy/step-2", "load_inplace": True},
+    },
+    "UnloadAdapterRequest": {"One": {"lora_name": "policy"}},
 }  # fmt: skip
 """By request schema, then by title."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from opentelemetry.trace import Tracer
@@ -15,7 +16,7 @@ from opentelemetry.trace import Tracer
 from server.api.metrics import Metrics
 from server.api.rules import Served
 from server.api.shares import Shares
-from server.errors import InvalidRequest, NotReady, QueueFull
+from server.errors import ConfigurationError, InvalidRequest, NotReady, QueueFull
 from server.front.engine import Engine, JobStream
 from server.log import request_id
 from server.settings import Settings
@@ -45,9 +46,16 @@ class Frontend:
     def served(self) -> Served | None:
         """What this server takes, as far as it is known: nothing before the models are loaded."""
         try:
-            return Served.of(self.engine.info, self.settings)
+            return Served.of(self.engine.info, self.settings, self.engine.adapters.names)
         except NotReady:
             return None
+
+    def check_names(self) -> None:
+        """Raises ConfigurationError where two models have one name."""
+        served = Served.of(self.engine.info, self.settings, self.engine.adapters.names)
+        for name, count in Counter((*served.models, *served.reward_models)).items():
+            if count > 1 and name in served.adapters:
+                raise ConfigurationError(f"lora: another model is named {name}")
 
     async def tokenizer(self) -> Tokenizer:
         """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""
@@ -72,13 +80,15 @@ class Frontend:
         requests to which a client gave the same."""
         return f"{request_id.get()}-{secrets.token_hex(4)}"
 
-    def submit(self, jobs: tuple[Job, ...]) -> list[JobStream]:
-        """All jobs of a request, or none. Raises Draining, NotReady, QueueFull and InvalidRequest."""
+    def submit(self, jobs: tuple[Job, ...], model: str) -> list[JobStream]:
+        """All jobs of a request to a model, or none; here the version of an adapter is fixed. Raises Draining,
+        NotReady, QueueFull, InvalidRequest, and UnknownModel for an adapter that has just been unloaded."""
         places = self.engine.config.max_queue
         if len(jobs) > places:  # waiting would not help
             raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
         self.engine.check_room(len(jobs))
-        return [self.engine.submit(job) for job in jobs]
+        adapter = None if model == self.engine.info.model.id else self.engine.adapters.version(model)
+        return [self.engine.submit(replace(job, adapter=adapter)) for job in jobs]
 
     def close(self) -> None:
         """No more text work."""

@@ -15,7 +15,7 @@ from server.api.errors import ErrorEnvelope
 from server.api.examples import EXAMPLES
 from server.api.frontend import Frontend
 from server.api.middleware import ALWAYS_OPEN
-from server.api.rules import DOCUMENTED
+from server.api.rules import DOCUMENTED, Served
 from server.api.unsupported import UNSUPPORTED, WITHOUT_EFFECT
 
 STATUSES = {
@@ -137,17 +137,18 @@ def body(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def install(app: FastAPI, frontend: Frontend) -> None:
-    """Make `app.openapi` give the complete document. Until the models are loaded it is made anew each time."""
+    """Make `app.openapi` give the complete document, made anew when what the server takes has changed."""
+    made_for: Served | None = None
 
     def document() -> Document:
-        if app.openapi_schema is not None:
-            return app.openapi_schema
+        nonlocal made_for
         served = frontend.served
+        if app.openapi_schema is not None and served == made_for:
+            return app.openapi_schema
         before = DOCUMENTED.set(served)
         made = _build(app, bool(frontend.settings.api_key), ALWAYS_OPEN.union(frontend.settings.public_paths))
         DOCUMENTED.reset(before)
-        if served is not None:
-            app.openapi_schema = made
+        app.openapi_schema, made_for = made, served
         return made
 
     app.openapi = document  # type: ignore[method-assign]

@@ -70,6 +70,8 @@ class Model(Answer):
     """Always the same"""
     root: str
     """The model's own id, whichever of its names `id` is"""
+    parent: str | None = None
+    """An adapter's base; null for all other models"""
     type: Literal["diffusion", "reward"]
     """What the model does"""
     family: str
@@ -103,7 +105,7 @@ class Model(Answer):
 
 
 class ModelList(Answer):
-    """Diffusion models first, then reward models."""
+    """Diffusion models and their adapters first, then reward models."""
 
     object: Literal["list"]
     data: list[Model]
@@ -182,23 +184,23 @@ def _page(name: str) -> Response:
 @readable("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))
 async def models(request: Request) -> Response:
     """What is loaded, with defaults."""
-    return JSONResponse({"object": "list", "data": [model.model_dump() for model in await _models(request)]})
+    listed = await models_of(frontend_of(request))
+    return JSONResponse({"object": "list", "data": [model.model_dump() for model in listed]})
 
 
 @readable("/v1/models/{model_id:path}", responses=success(Model, "One model") | errors(404, 503))
 async def model(request: Request, model_id: str) -> Response:
     """One loaded model."""
-    for each in await _models(request):
+    for each in await models_of(frontend_of(request)):
         if each.id == model_id:
             return JSONResponse(each.model_dump())
     raise UnknownModel(f"there is no model {quote(model_id)}")
 
 
-async def _models(request: Request) -> list[Model]:
-    """The diffusion model under each of its names, then the reward models."""
-    frontend = frontend_of(request)
+async def models_of(frontend: Frontend) -> list[Model]:
+    """The diffusion model under each of its names, its adapters, then the reward models."""
     engine, settings = frontend.engine.info, frontend.settings
-    served = Served.of(engine, settings)
+    served = Served.of(engine, settings, frontend.engine.adapters.names)
 
     def described(info: ModelInfo | RewardModelInfo) -> dict[str, Any]:
         own = {name: value for name, value in asdict(info).items() if name in Model.model_fields}
@@ -220,7 +222,9 @@ async def _models(request: Request) -> list[Model]:
         },
     )
     rewards = [Model(**described(reward), type="reward") for reward in engine.reward_models]
-    return [*(model.model_copy(update={"id": name}) for name in served.models), *rewards]
+    under = {name: {"id": name} for name in served.models}
+    under |= {name: {"id": name, "root": name, "parent": engine.model.id} for name in served.adapters}
+    return [*(model.model_copy(update=update) for update in under.values()), *rewards]
 
 
 def _defaults(engine: EngineInfo, served: Served, timeout: float | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Served:
     without one (before the models are loaded) those bounds are not checked."""
 
     models: tuple[str, ...]
+    adapters: tuple[str, ...]
     reward_models: tuple[str, ...]
     methods: tuple[str, ...]
     context: int
@@ -43,11 +44,12 @@ class Served:
     defaults: Mapping[str, str | int]
 
     @classmethod
-    def of(cls, info: EngineInfo, settings: Settings) -> Served:
-        """Of one server."""
+    def of(cls, info: EngineInfo, settings: Settings, adapters: tuple[str, ...]) -> Served:
+        """Of one server, with what is loaded now. The adapters are among the models."""
         rewards = tuple(reward.id for reward in info.reward_models)
         return cls(
-            models=(info.model.id, *settings.served_model_name[1:]),
+            models=(info.model.id, *settings.served_model_name[1:], *adapters),
+            adapters=adapters,
             reward_models=rewards,
             methods=tuple(METHODS) if rewards else ("none",),
             context=info.model.context_length,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 from server import errors
+from server.front.adapters import Adapters
 from server.front.admission import Throughput
 from server.front.dispatch import Dispatcher, cost_of, steps_of
 from server.front.pending import Answer, Pending
@@ -24,7 +25,19 @@ from server.front.replica import Replica
 from server.log import request_id
 from server.types import EngineInfo, Job, Message
 from server.wire.config import EngineConfig
-from server.wire.messages import Begun, Cancel, Event, Failed, FrameTooLarge, Score, Scored, Submit, frame, subject
+from server.wire.messages import (
+    AdaptersSet,
+    Begun,
+    Cancel,
+    Event,
+    Failed,
+    FrameTooLarge,
+    Score,
+    Scored,
+    Submit,
+    frame,
+    subject,
+)
 from server.wire.stats import RunnerStats
 
 logger = logging.getLogger(__name__)
@@ -79,6 +92,7 @@ class Engine:
         self.config = config
         self._spare = Spare(config.worker_command) if config.spare_worker else None
         self.replicas = tuple(Replica(rank, config, self, self._spare) for rank in range(config.worker.data_parallel))
+        self.adapters = Adapters(config.max_loras, self.replicas)
         self._dispatcher = Dispatcher(len(self.replicas))
         self._pending: dict[str, Pending] = {}
         self._draining = False
@@ -91,6 +105,7 @@ class Engine:
         """Load and warm up; returns when all workers are ready (work is taken as soon as one is). Raises
         ConfigurationError when a setting or a checkpoint is wrong, EngineFailed when a worker dies for another
         reason."""
+        await self.adapters.begin(self.config.loras)
         first, *others = self.replicas
         # The first one goes alone: it downloads what is missing and compiles kernels, and the others find both.
         await first.start()
@@ -119,6 +134,7 @@ class Engine:
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
         if self._spare is not None:
             await self._spare.stop()
+        self.adapters.close()
 
     @property
     def ready(self) -> bool:
@@ -229,6 +245,8 @@ class Engine:
 
     def on_event(self, replica: Replica, event: Event) -> None:
         """Pass an event to whom it concerns."""
+        if isinstance(event, AdaptersSet):
+            self.adapters.answered(replica.rank, event)
         pending = self._pending.get(subject(event) or "")
         if pending is None or pending.worker != replica.rank:
             return  # cancelled meanwhile
@@ -245,6 +263,7 @@ class Engine:
     def on_lost(self, replica: Replica) -> None:
         """A worker is gone, or did not start. What it had runs again, but for what is convicted of its death. When no
         worker is left that anybody waits for (one failed start may be chance), everything fails."""
+        self.adapters.answered(replica.rank, None)
         had = self._dispatcher.lost(replica.rank)
         convicted = [pending for pending in had if pending.convicted]
         if had:

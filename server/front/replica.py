@@ -10,13 +10,24 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from server.errors import ConfigurationError, EngineFailed, EntrgiError
 from server.front.process import Spare, WorkerProcess
 from server.types import EngineInfo
 from server.wire.config import EngineConfig
-from server.wire.messages import ChannelClosed, Configure, Heartbeat, Ready, Shutdown, WorkerError, frame
+from server.wire.messages import (
+    AdaptersSet,
+    ChannelClosed,
+    Configure,
+    Event,
+    Heartbeat,
+    Ready,
+    SetAdapters,
+    Shutdown,
+    WorkerError,
+    frame,
+)
 from server.wire.stats import RunnerStats
 
 if TYPE_CHECKING:
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
+Told = TypeVar("Told", bound=Event)
 
 
 class Replica:
@@ -110,7 +122,9 @@ class Replica:
         worker.send(frame(Configure(replace(self._config.worker, rank=self.rank))))
         limit = self._config.start_limit_seconds
         try:
-            self.info = await asyncio.wait_for(_until_ready(worker), limit)
+            async with asyncio.timeout(limit):
+                self.info = (await _until(worker, Ready)).info
+                await self._adapt(worker)
         except BaseException as error:
             self.worker = None
             ended = await asyncio.shield(worker.reap())
@@ -124,6 +138,17 @@ class Replica:
         logger.info("%s (process %d) is ready", self.name, worker.process.pid)
         self._engine.on_ready(self)
         return worker
+
+    async def _adapt(self, worker: WorkerProcess) -> None:
+        """Until a worker that has loaded its models has the adapters in the book, which may change meanwhile. Raises
+        ConfigurationError when it refuses one."""
+        book, told = self._engine.adapters, dict[str, str]()
+        while told != book.folders:
+            told = book.folders
+            worker.send(frame(SetAdapters(told)))
+            answer = await _until(worker, AdaptersSet)
+            for version in answer.refused.keys() & book.folders.keys():
+                raise ConfigurationError(f"lora: {version}: {answer.refused[version]}")
 
     async def _attend(self, worker: WorkerProcess) -> None:
         """Pass on what a ready worker says, until it dies."""
@@ -175,12 +200,11 @@ async def _ignore(worker: WorkerProcess) -> None:
             await worker.receive()
 
 
-async def _until_ready(worker: WorkerProcess) -> EngineInfo:
+async def _until(worker: WorkerProcess, kind: type[Told]) -> Told:
+    """The next event of this kind from a worker that is not ready yet."""
     while True:
-        match await worker.receive():
-            case Ready(info=info):
-                return info
-            case WorkerError(message=message, configuration=True):
-                raise ConfigurationError(message)
-            case WorkerError(message=message):
-                raise EngineFailed(message)
+        event = await worker.receive()
+        if isinstance(event, kind):
+            return event
+        if isinstance(event, WorkerError):
+            raise (ConfigurationError if event.configuration else EngineFailed)(event.message)

@@ -63,6 +63,7 @@ class WorkerSettings:
     memory_fraction: Annotated[
         float, says("share of the memory that is free after loading that batches may take", gt=0, le=1)
     ] = 0.8
+    max_lora_rank: Annotated[int, says("largest rank of an adapter", ge=1, le=4096)] = 64
     plugins: Annotated[
         tuple[str, ...],
         says("Python module on PYTHONPATH that server and workers import; it may register guidance methods"),
@@ -77,14 +78,15 @@ class WorkerConfig(WorkerSettings):
 
     `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local folders or
     hub ids, which `@REVISION` pins. Of `data_parallel` workers this one is number `rank`: on a GPU it takes the device
-    `rank` places after the named one, on a CPU its share of the threads. `disable_savings` names fields of
-    `savings.Savings` to do without, for measurements.
+    `rank` places after the named one, on a CPU its share of the threads. `adapters` is for how many LoRA adapters
+    memory is set aside. `disable_savings` names fields of `savings.Savings` to do without, for measurements.
     """
 
     model: str
     reward_models: dict[str, str] = field(default_factory=dict)
     served_model_name: str | None = None
     rank: int = 0
+    adapters: int = 0
     disable_savings: tuple[str, ...] = ()
     heartbeat_seconds: float = 1.0
 
@@ -93,6 +95,7 @@ class WorkerConfig(WorkerSettings):
 class FrontSettings:
     """Settings for the process that keeps the workers."""
 
+    max_loras: Annotated[int, says("LoRA adapters loaded at the same time", ge=1, le=1000)] = 8
     max_queue: Annotated[int, says("prompts in flight, waiting ones included", ge=1, le=100_000)] = 256
     watchdog_seconds: Annotated[
         float, says("a worker without progress for this long is killed and replaced", gt=0, le=86_400)
@@ -108,10 +111,12 @@ class EngineConfig(FrontSettings):
 
     Loading and warming up may take `start_limit_seconds`. A restart after a death before ready waits `backoff_seconds`,
     doubled each time up to `max_backoff_seconds`. `stop_grace_seconds` is how long a worker may take to leave by
-    itself. `worker_command` gets the socket's number as its last argument.
+    itself. `worker_command` gets the socket's number as its last argument. `loras` is name -> folder of the adapters to
+    begin with.
     """
 
     worker: WorkerConfig
+    loras: dict[str, str] = field(default_factory=dict)
     start_limit_seconds: float = 3600.0
     backoff_seconds: float = 0.5
     max_backoff_seconds: float = 30.0

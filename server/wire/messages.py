@@ -65,6 +65,12 @@ class Score(_Wire, frozen=True):
     items: list[tuple[tuple[Message, ...], str]]
 
 
+class SetAdapters(_Wire, frozen=True):
+    """Have exactly these adapters, by version, from their folders. AdaptersSet answers it."""
+
+    folders: dict[str, str]
+
+
 class Shutdown(_Wire, frozen=True):
     """End the process; running jobs are dropped."""
 
@@ -84,6 +90,13 @@ class WorkerError(_Wire, frozen=True):
 
     message: str
     configuration: bool = False
+
+
+class AdaptersSet(_Wire, frozen=True):
+    """The versions of adapters that are there now, and why others are not."""
+
+    held: list[str]
+    refused: dict[str, str]
 
 
 class Heartbeat(_Wire, frozen=True):
@@ -171,9 +184,20 @@ class Scored(_About, frozen=True):
     tokens: int
 
 
-ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Shutdown
+ToWorker: TypeAlias = Configure | Submit | Cancel | Score | SetAdapters | Shutdown
 Event: TypeAlias = (
-    Begun | Started | Progress | Canvas | Timed | Finished | Failed | Scored | Ready | Heartbeat | WorkerError
+    Begun
+    | Started
+    | Progress
+    | Canvas
+    | Timed
+    | Finished
+    | Failed
+    | Scored
+    | Ready
+    | AdaptersSet
+    | Heartbeat
+    | WorkerError
 )
 Decoded = TypeVar("Decoded")
 

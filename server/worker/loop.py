@@ -7,7 +7,7 @@ parent: the main thread sees the end of file between steps, and the heartbeat th
 even while a step hangs.
 
 This module imports no torch by itself, so that `main` can run another service than the real one: anything with the
-`info`, `runner`, `scorer` and `check_device` of worker/service.LoadedService.
+`info`, `runner`, `scorer`, `check_device` and `set_adapters` of worker/service.LoadedService.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from server.wire.messages import (
     Ready,
     Score,
     Scored,
+    SetAdapters,
     Shutdown,
     Submit,
     ToWorker,
@@ -112,6 +113,8 @@ class Loop:
             runner.cancel(message.id)
             scorer.cancel(message.id)
             return []
+        if isinstance(message, SetAdapters):
+            return [self._service.set_adapters(message.folders)]
         if not isinstance(message, Submit | Score):
             raise ChannelClosed(f"unexpected {type(message).__name__}")
         try:

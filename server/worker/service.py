@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -21,14 +22,16 @@ from server.budget import Budget
 from server.errors import ConfigurationError, quote
 from server.models.acceleration import accelerate, choose_attention
 from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_diffusion_model
+from server.models.lora import adapter_bytes, load_adapter
 from server.models.weights import checkpoint_dtype
 from server.rewards.graphs import graph_where_possible
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.wire.config import WorkerConfig
-from server.wire.messages import Failed
+from server.wire.messages import AdaptersSet, Failed
 from server.wire.stats import RunnerStats
 from server.worker import memory
+from server.worker.failures import Attempt
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from server.worker.scoring import Scorer
@@ -44,10 +47,27 @@ class LoadedService:
     runner: Runner
     scorer: Scorer
     device: torch.device
+    max_lora_rank: int = 64
 
     def check_device(self) -> None:
         """Compute one number and wait for it; raises when the device is lost."""
         torch.ones(1, device=self.device).sum().item()
+
+    def set_adapters(self, folders: Mapping[str, str]) -> AdaptersSet:
+        """Have exactly these adapters, by version, for jobs that come from now on; jobs that are here keep theirs."""
+        present = self.runner.adapters
+        held = {version: adapter for version, adapter in present.items() if version in folders}
+        refused = {}
+        for version in folders.keys() - held.keys():
+            with Attempt() as attempt:
+                try:
+                    held[version] = load_adapter(self.runner.loaded.model, Path(folders[version]), self.max_lora_rank)
+                except ConfigurationError as error:
+                    refused[version] = error.message
+            if attempt.ran_out:
+                refused[version] = "there is not enough memory for it"
+        self.runner.adapters = held
+        return AdaptersSet(sorted(held), refused)
 
 
 def resolve_device(name: str, rank: int = 0, *, setting: str = "device") -> torch.device:
@@ -149,7 +169,7 @@ def load(config: WorkerConfig) -> LoadedService:
         largest=largest,
     )
     logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
-    return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device)
+    return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device, config.max_lora_rank)
 
 
 def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable[str]) -> None:
@@ -193,6 +213,7 @@ def _budgets(
     free = min(memory.free_bytes(each) for each in {device, *(reward.device for reward in reward_models)})
     if device.type != "cuda":
         free //= config.data_parallel
+    free = max(0, free - config.adapters * adapter_bytes(model.model, config.max_lora_rank))
     if device.type == "cpu":
         memory.keep_large_blocks(free * (1 - config.memory_fraction))
     footprint, context = memory.Footprint.of(model.model, reward_models), model.info.context_length

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import log
 from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
 from server.cli import engine_config, main, parser
-from server.settings import SETTINGS, SettingsError, load, reward_models, unknown_variables
+from server.settings import SETTINGS, SettingsError, load, named_models, unknown_variables
 from server.wire.config import FrontSettings, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
 from tests.api.scripted_engine import unloaded
@@ -48,7 +48,7 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ENTRGI_CORS_ORIGINS", "")
     settings = load({})
     assert settings.api_key == ("key-number-one", "key-number-two")
-    assert reward_models(settings.reward_model) == {"a": "x", "org/name": "org/name"}
+    assert named_models(settings.reward_model) == {"a": "x", "org/name": "org/name"}
     assert settings.served_model_name == ("x", "y")
     assert settings.cors_origins == ()
     for text, value in (("true", True), ("False", False), ("1", True), ("0", False)):
@@ -66,12 +66,27 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("served_model_name", ["a", "b c"]), ("api_key", ["sha256:0a1b"]), ("otlp_endpoint", "collector:4318"),
         ("log_level", "LOUD"), ("no_such_key", "1"), ("stream_comment_seconds", "nan"), ("public_paths", "/v1/models"),
         ("max_key_requests", "0"), ("max_key_requests", "3"), ("max_key_trajectories", "3"),  # without a key: no effect
-        ("spare_worker", "maybe"), ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"),
+        ("spare_worker", "maybe"), ("lora", ["=x"]), ("lora", ["a=x", "a=y"]), ("max_loras", "0"), ("max_lora_rank", 0),
+        ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: object) -> None:
     with pytest.raises(SettingsError, match=f"^{key}: "):
         load({key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"allow_runtime_lora": True}, "allow_runtime_lora and lora_dir go together"),
+        ({"lora_dir": "/"}, "allow_runtime_lora and lora_dir go together"),
+        ({"allow_runtime_lora": True, "lora_dir": "/nowhere"}, "lora_dir: there is no folder /nowhere"),
+        ({"lora": ["a=x", "b=y"], "max_loras": 1}, "lora: 2 adapters are more than max_loras = 1"),
+    ],
+)
+def test_settings_of_adapters_that_do_not_fit_together(values: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load(values)
 
 
 def test_every_bad_value_is_told_with_what_the_setting_takes() -> None:
@@ -136,7 +151,7 @@ def test_help_says_every_key_and_default() -> None:
 
 
 def test_users_need_not_read_too_many_settings() -> None:
-    assert len(SETTINGS) <= 43
+    assert len(SETTINGS) <= 48
 
 
 def test_a_misspelt_flag_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +172,7 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
         "cuda_graphs": True, "max_model_len": 99, "vocab_fallback": "zero", "threads": 3, "data_parallel": 2,
         "batch_tokens": 99, "batch_trajectories": 5, "memory_fraction": 0.5, "plugins": ("a", "b"),
         "log_level": "ERROR", "log_format": "json", "max_queue": 7, "watchdog_seconds": 9.0, "spare_worker": False,
+        "max_loras": 3, "max_lora_rank": 5,
     }  # fmt: skip
     models = {"model": "org/dlm", "reward_model": ["a=x", "b=y"], "served_model_name": ["mine", "other"]}
     config = engine_config(load({**given, **models}))
@@ -166,6 +182,9 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
     assert (config.worker.model, config.worker.served_model_name) == ("org/dlm", "mine")
     assert list(config.worker.reward_models.items()) == [("a", "x"), ("b", "y")]
     assert engine_config(load({"model": "org/dlm"})).worker.served_model_name is None
+    adapted = engine_config(load({"lora": ["p=/x", "q=/y"], "max_loras": 3}))
+    assert (adapted.loras, adapted.worker.adapters) == ({"p": "/x", "q": "/y"}, 2)
+    assert engine_config(load({"allow_runtime_lora": True, "lora_dir": "/", "max_loras": 3})).worker.adapters == 4
     bundled = engine_config(load({})).worker
     assert bundled.served_model_name == "entrgi-demo-1.4m"
     assert bundled.reward_models

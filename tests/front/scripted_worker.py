@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from server.errors import ConfigurationError, InvalidRequest
+from server.errors import AdapterGone, ConfigurationError, InvalidRequest
 from server.types import EngineInfo, Job, JobResult, ModelInfo, TrajectoryResult
 from server.wire.config import WorkerConfig
-from server.wire.messages import Canvas, Event, Finished, Progress, Score, Scored, Started
+from server.wire.messages import AdaptersSet, Canvas, Event, Finished, Progress, Score, Scored, Started
 from server.wire.stats import RunnerStats
 from server.worker.failures import failed
 from server.worker.loop import main
@@ -60,6 +61,7 @@ class ScriptedRunner:
     steps: dict[str, int] = field(default_factory=dict)
     begin: Callable[[str], None] = lambda _: None
     device_lost: bool = False
+    adapters: set[str] = field(default_factory=set)
 
     @property
     def has_work(self) -> bool:
@@ -68,6 +70,8 @@ class ScriptedRunner:
     def add(self, job: Job, now: float) -> None:
         if job.prompt_ids[0] == Do.REFUSE:
             raise InvalidRequest("not this one", "prompt")
+        if job.adapter is not None and job.adapter not in self.adapters:
+            raise AdapterGone("no such adapter")
         self.jobs[job.id] = job
         self.steps[job.id] = 0
 
@@ -162,6 +166,18 @@ class ScriptedService:
     def check_device(self) -> None:
         if self.runner.device_lost:
             raise RuntimeError("an illegal memory access was encountered")
+
+    def set_adapters(self, folders: dict[str, str]) -> AdaptersSet:
+        """A new one's configuration says what comes of it: `refuse`, `die`, or anything else."""
+        refused = {}
+        for version in folders.keys() - self.runner.adapters:
+            said = Path(folders[version], "adapter_config.json").read_text()
+            if said == "die":
+                os._exit(3)
+            if said == "refuse":
+                refused[version] = "adapter_config.json: not this one"
+        self.runner.adapters = folders.keys() - refused.keys()
+        return AdaptersSet(sorted(self.runner.adapters), refused)
 
 
 def load(config: WorkerConfig) -> ScriptedService:
