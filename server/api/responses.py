@@ -101,7 +101,7 @@ class ReadAndWritten(Answer):
     """The counts of `answers.Usage` under the names that they have here."""
 
     input_tokens: int
-    input_tokens_details: dict[Literal["cached_tokens"], int]
+    input_tokens_details: dict[Literal["cached_tokens", "cache_write_tokens"], int]
     output_tokens: int
     output_tokens_details: dict[Literal["reasoning_tokens", "trajectory_tokens"], int]
     total_tokens: int
@@ -216,7 +216,7 @@ def response(plan: Plan, results: Sequence[JobResult]) -> Data:
     counts = usage(plan, results)
     told = {
         "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": counts["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0, **counts["completion_tokens_details"]},
         "total_tokens": counts["total_tokens"],
