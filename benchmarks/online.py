@@ -5,6 +5,7 @@
 closed    so many requests in flight all the time (1, 4, 16, 64), guided and not: tokens/s and percentiles;
 open      Poisson arrivals at shares of the throughput that `closed` found: percentiles of the time to the first text,
           of the whole answer and of a denoising step, counted from the time at which a request should have left;
+streams   one request at a time with the settings of `STREAMS`, texts alone: seconds to the first text and to the last;
 overhead  sixteen unguided requests at once, over HTTP and to the same engine in a process without HTTP, in turn, on
           the same requests with the same number of threads. The tokens must be the same; the difference in time is what
           HTTP, the queue between the processes and scheduling cost. Only with a server of its own.
@@ -38,8 +39,18 @@ from clients.errors import ClientError
 from clients.loadgen import PROMPTS, Report, arrivals, closed_loop, generate_load, load_client
 from clients.options import Diffusion, Guidance, Options
 
-CASES = ("closed", "open", "overhead")
+CASES = ("closed", "open", "streams", "overhead")
 METHODS: tuple[str, ...] = ("none", "entrgi")
+STREAMS: tuple[tuple[str, int, int | None], ...] = (
+    ("none", 1, None),
+    ("none", 1, 8),
+    ("entrgi", 4, None),
+    ("entrgi", 1, None),
+    ("entrgi", 1, 16),
+    ("entrgi", 1, 8),
+    ("entrgi", 1, 4),
+)
+"""Method, `best_of` and `block_length` of the streams whose first text is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,25 @@ async def opened(client: AsyncClient, size: Size, capacity: dict[str, float]) ->
     return rows
 
 
+async def streamed(client: AsyncClient, size: Size) -> list[Row]:
+    """One stream at a time with each of the settings, on the same prompts and seeds."""
+    rows = []
+    for method, best_of, block_length in tqdm(STREAMS, desc="streams", leave=False):
+        asked: Options = {
+            "max_tokens": size.max_tokens,
+            "best_of": best_of,
+            "diffusion": Diffusion(block_length=block_length),
+            "guidance": Guidance(method),
+            "extra": {"chat_template": True},
+        }
+        count = max(4, size.arrivals // 5)
+        report = await closed_loop(client, PROMPTS, asked, requests=count, concurrency=1, stream=True, seed=0)
+        blocks = "no blocks" if block_length is None else f"blocks of {block_length}"
+        labels = {"method": method, "best_of": best_of, "block_length": block_length}
+        rows.append(row(report, variant=f"{method}, best_of {best_of}, {blocks}", **labels))
+    return rows
+
+
 async def capacities(client: AsyncClient, size: Size, rows: list[Row]) -> dict[str, float]:
     """Requests a second at the reference concurrency, from the closed loop's rows or measured now."""
     found: dict[str, float] = {}
@@ -162,6 +192,8 @@ async def measure(given: argparse.Namespace, size: Size) -> list[CaseResult]:
         if "open" in given.case:
             capacity = await capacities(client, size, rows)
             cases.append(CaseResult("open", await opened(client, size, capacity)))
+        if "streams" in given.case:
+            cases.append(CaseResult("streams", await streamed(client, size)))
         if "overhead" in given.case and alone is not None:
             steps, rounds = size.steps, size.rounds
             cases.append(await overhead(client, url, alone, max_tokens=size.max_tokens, steps=steps, rounds=rounds))

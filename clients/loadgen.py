@@ -152,7 +152,7 @@ async def _request(client: AsyncClient, prompt: Query, options: Options, due: fl
         time.perf_counter() - due,
         first_text,
         queue_seconds=report.queue_ms / 1000 if report else None,
-        step_seconds=report.generation_ms / 1000 / report.steps if report and report.steps else None,
+        step_seconds=report.generation_ms / 1000 / report.model_calls if report and report.model_calls else None,
         tokens=usage.completion_tokens if usage else 0,
     )
 

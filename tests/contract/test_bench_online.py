@@ -31,7 +31,7 @@ async def test_every_case_against_a_real_server(tmp_path: Path) -> None:
     results = await measure(given(), TINY)
     rows = {case.case: case.rows for case in results}
     assert set(rows) == set(online.CASES)
-    for case in ("closed", "open"):
+    for case in ("closed", "open", "streams"):
         assert all(entry["ok"] == entry["requests"] and entry["tokens_per_s"] > 0 for entry in rows[case])
         assert all(0 < entry["first_text_p50"] <= entry["latency_p95"] for entry in rows[case])
     assert [entry["in_flight"] for entry in rows["closed"]] == [1, 2, 1, 2]
