@@ -30,17 +30,19 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a decoder stack."""
+    """Sizes of a decoder stack; without `key_heads` there are as many as heads."""
 
     vocab_size: int
     hidden: int
     layers: int
     heads: int
     intermediate: int
+    key_heads: int | None = None
 
 
 DREAM_13M = Shape(16_384, 256, 6, 8, 768)
 REWARD_5M = Shape(16_384, 192, 4, 6, 576)
+SDAR_40M = Shape(16_384, 512, 8, 8, 1536, 4)
 LLADA_126K = Shape(126_464, 256, 6, 8, 768)
 
 
@@ -72,6 +74,17 @@ def write_dream(folder: Path, shape: Shape, *, dtype: torch.dtype = torch.float3
     config |= {"mask_token_id": ids[SPECIAL["mask_token"]], "tie_word_embeddings": False}
     _write_json(folder / "config.json", config)
     tensors = _decoder_tensors(shape, _generator(seed), qkv_bias=True, head_norm=False)
+    tensors["lm_head.weight"] = _normal(_generator(seed + 1), shape.vocab_size, shape.hidden, scale=4.0)
+    return _save(folder, tensors, dtype)
+
+
+def write_sdar(folder: Path, shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """An SDAR-shaped diffusion LM (SDARForCausalLM layout) with blocks of 4."""
+    ids = write_tokenizer(folder, shape.vocab_size, order_seed=0, mask=True)
+    config = _decoder_config(shape, dtype) | {"architectures": ["SDARForCausalLM"], "model_type": "sdar"}
+    config |= {"mask_token_id": ids[SPECIAL["mask_token"]], "tie_word_embeddings": False, "block_size": 4}
+    _write_json(folder / "config.json", config)
+    tensors = _decoder_tensors(shape, _generator(seed), qkv_bias=False, head_norm=True)
     tensors["lm_head.weight"] = _normal(_generator(seed + 1), shape.vocab_size, shape.hidden, scale=4.0)
     return _save(folder, tensors, dtype)
 
@@ -126,7 +139,8 @@ def write_pair(folder: Path) -> tuple[Path, Path]:
 def _decoder_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads, "intermediate_size": shape.intermediate, "vocab_size": shape.vocab_size,
+        "num_key_value_heads": shape.key_heads or shape.heads, "intermediate_size": shape.intermediate,
+        "vocab_size": shape.vocab_size,
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu",
         "dtype": str(dtype).removeprefix("torch."), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
@@ -134,6 +148,7 @@ def _decoder_config(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 
 def _decoder_tensors(shape: Shape, generator: torch.Generator, *, qkv_bias: bool, head_norm: bool) -> dict[str, Tensor]:
     h, m = shape.hidden, shape.intermediate
+    width = h // shape.heads * (shape.key_heads or shape.heads)
     tensors = {
         "model.embed_tokens.weight": _normal(generator, shape.vocab_size, h, scale=math.sqrt(h)),
         "model.norm.weight": torch.ones(h),
@@ -141,11 +156,12 @@ def _decoder_tensors(shape: Shape, generator: torch.Generator, *, qkv_bias: bool
     for layer in range(shape.layers):
         block = f"model.layers.{layer}"
         tensors |= {f"{block}.{name}.weight": torch.ones(h) for name in ("input_layernorm", "post_attention_layernorm")}
-        tensors |= {f"{block}.self_attn.{name}_proj.weight": _normal(generator, h, h) for name in "qkvo"}
+        rows = {"q": h, "k": width, "v": width, "o": h}
+        tensors |= {f"{block}.self_attn.{name}_proj.weight": _normal(generator, rows[name], h) for name in "qkvo"}
         tensors |= {f"{block}.mlp.{name}_proj.weight": _normal(generator, m, h) for name in ("gate", "up")}
         tensors[f"{block}.mlp.down_proj.weight"] = _normal(generator, h, m)
         if qkv_bias:
-            tensors |= {f"{block}.self_attn.{name}_proj.bias": torch.zeros(h) for name in "qkv"}
+            tensors |= {f"{block}.self_attn.{name}_proj.bias": torch.zeros(rows[name]) for name in "qkv"}
         if head_norm:
             size = h // shape.heads
             tensors |= {f"{block}.self_attn.{name}_norm.weight": torch.ones(size) for name in "qk"}

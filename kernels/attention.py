@@ -52,8 +52,9 @@ class _Attention(ctypes.Structure):
 class Rows:
     """B rows: each one's queries, own keys, and the pieces before them (by index, first tokens first).
 
-    queries and keys: lengths (B,); rows follow each other in q, and in k and v. ValueError where a row has fewer keys
-    (its pieces' `lengths` included) than queries, or the numbers differ.
+    queries and keys: lengths (B,); rows follow each other in q, and in k and v. A row also has the keys of `before`
+    (B,) tokens directly before its own; then there is no gradient. ValueError where a row has fewer keys (its pieces'
+    `lengths` included) than queries, or the numbers differ.
     """
 
     def __init__(
@@ -62,19 +63,21 @@ class Rows:
         keys: Sequence[int],
         pieces: Sequence[Sequence[int]] | None = None,
         lengths: Sequence[int] = (),
+        before: Sequence[int] = (),
     ) -> None:
-        before = [()] * len(keys) if pieces is None else pieces
-        if not len(queries) == len(keys) == len(before) or not queries:
-            raise ValueError(f"{len(queries)} rows of queries, {len(keys)} of keys, {len(before)} of pieces")
-        self.queries, self.keys = sum(queries), sum(keys)
-        self.lengths = [lengths[index] for row in before for index in row]
-        self.order = [index for row in before for index in row]
+        pieces = [()] * len(keys) if pieces is None else pieces
+        before = before or (0,) * len(keys)
+        if not len(queries) == len(keys) == len(pieces) == len(before) or not queries:
+            raise ValueError(f"{len(queries)} rows of queries, {len(keys)} of keys, {len(pieces)} of pieces")
+        self.queries, self.keys, self.overlap = sum(queries), sum(keys), any(before)
+        self.lengths = [lengths[index] for row in pieces for index in row]
+        self.order = [index for row in pieces for index in row]
         self._rows = (_Sequence * len(keys))()
         q_start = k_start = first = 0
-        for row, q_count, k_count, own in zip(self._rows, queries, keys, before, strict=True):
-            row.q_start, row.q_count, row.k_start, row.k_count = q_start, q_count, k_start, k_count
+        for row, q_count, k_count, own, seen in zip(self._rows, queries, keys, pieces, before, strict=True):
+            row.q_start, row.q_count, row.k_start, row.k_count = q_start, q_count, k_start - seen, k_count + seen
             row.first_piece, row.pieces = first, len(own)
-            if min(q_count, k_count) < 0 or k_count + sum(lengths[index] for index in own) < q_count:
+            if min(q_count, k_count, row.k_start) < 0 or row.k_count + sum(lengths[index] for index in own) < q_count:
                 raise ValueError(f"{q_count} queries for {k_count} keys of its own and pieces {list(own)}")
             q_start, k_start, first = q_start + q_count, k_start + k_count, first + len(own)
 
@@ -138,6 +141,8 @@ class _Attend(torch.autograd.Function):
         out = torch.empty_like(q)
         log_sums = torch.empty(q.shape[:2]) if any(ctx.needs_input_grad[:3]) else None
         rows, *others = layout
+        if log_sums is not None and rows.overlap:
+            raise ValueError("rows that share keys have no gradient")
         arguments, _table = rows.arguments(q, k, v, *others)
         call("attention", ctypes.byref(arguments), out, log_sums)
         if log_sums is not None:

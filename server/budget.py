@@ -22,7 +22,8 @@ class Budget:
     logit_rows: rows of logits, V numbers each, that are drawn from without guidance at once.
     reward_tokens: tokens in one pass of a reward model, forward and back. A token of the cached conversation counts for
         as much of one as it costs.
-    cached_tokens: conversation tokens of running jobs whose keys and values the reward models keep.
+    cached_tokens: tokens of running jobs whose keys and values are kept: conversations by the reward models, prompts
+        and finished blocks by a block-causal diffusion model.
     """
 
     tokens: int = 16_384
@@ -35,8 +36,9 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one trajectory of a job takes (see `Budget` for the units). `cached_tokens` are the conversation's, which
-    the job's trajectories share for as long as it runs; `grown_tokens` those of its own answer, cached beside them."""
+    """What one trajectory of a job takes (see `Budget` for the units). `cached_tokens` are the conversation's and the
+    prompt's, which the job's trajectories share for as long as it runs; `grown_tokens` those of its own answer, cached
+    beside them."""
 
     tokens: int
     guided_rows: int = 0
@@ -48,12 +50,17 @@ class Cost:
     @classmethod
     def of(cls, job: Job, *, reward_tokens: int = 0, cached_tokens: int = 0, grown_tokens: int = 0) -> Cost:
         """The cost of each trajectory of `job`; what its reward models take must be told."""
-        canvas = len(job.prompt_ids) + job.sampling.max_tokens + len(job.suffix_ids)
         forwards = 2 if job.diffusion.cfg_scale else 1
-        rows = job.sampling.max_tokens * forwards
-        if job.reads_rewards:
-            return cls(canvas * forwards, rows, 0, reward_tokens, cached_tokens, grown_tokens)
-        return cls(canvas * forwards, 0, rows)
+        prompt, rows, block = len(job.prompt_ids), job.sampling.max_tokens, job.diffusion.block_length
+        canvas = prompt + rows + len(job.suffix_ids)
+        if not job.reads_rewards:
+            reward_tokens = cached_tokens = grown_tokens = 0
+        if job.diffusion.block_causal and block is not None:
+            # At most the block before and the current one are in a forward; all before them is cached.
+            cached_tokens, grown_tokens = cached_tokens + prompt, grown_tokens + rows
+            canvas, rows = block + min(block, rows), block if job.diffusion.blocks_from == "start" else min(block, rows)
+        steered = (rows * forwards, 0) if job.reads_rewards else (0, rows * forwards)
+        return cls(canvas * forwards, *steered, reward_tokens, cached_tokens, grown_tokens)
 
     def check(self, largest: Budget) -> None:
         """Raises InvalidRequest when one trajectory alone takes more than `largest`, and so could never run."""
@@ -62,7 +69,7 @@ class Cost:
             (self.guided_rows, largest.guided_rows, "guided rows of logits", "max_tokens"),
             (self.logit_rows, largest.logit_rows, "rows of logits", "max_tokens"),
             (self.reward_tokens, largest.reward_tokens, "reward-model tokens", "max_tokens"),
-            (self.cached_tokens + self.grown_tokens, largest.cached_tokens, "cached reward-model tokens", "messages"),
+            (self.cached_tokens + self.grown_tokens, largest.cached_tokens, "cached tokens", "messages"),
         ):
             if taken > limit:
                 raise InvalidRequest(

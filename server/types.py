@@ -18,6 +18,9 @@ Algorithm = Literal["entropy", "maskgit_plus", "topk_margin", "origin", "entropy
 Schedule = Literal["linear", "even"]
 Confidence = Literal["base", "guided"]
 FinishReason = Literal["stop", "length"]
+Attention = Literal["auto", "full", "block_causal"]
+BlocksFrom = Literal["prompt_end", "start"]
+"""Where block-causal attention counts its blocks from: the prompt's end (BD3LM), or position 0 (SDAR)."""
 
 ADAPTIVE_ALGORITHMS: frozenset[str] = frozenset({"entropy_bound", "threshold"})
 """Those that choose at every step how many positions to reveal. Not exact: tokens revealed together do not see each
@@ -51,7 +54,8 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class DiffusionParams:
     """How the canvas is filled (algorithm.md, section 1). `entropy_bound` is in nats; it and `confidence_threshold`
-    each belong to one algorithm and mean nothing to the others."""
+    each belong to one algorithm and mean nothing to the others. `blocks_from` is None for full attention; otherwise
+    attention is block-causal and there is a `block_length` (ValueError without one)."""
 
     steps: int
     algorithm: Algorithm = "entropy"
@@ -62,6 +66,16 @@ class DiffusionParams:
     cfg_scale: float = 0.0
     entropy_bound: float = 0.1
     confidence_threshold: float = 0.9
+    blocks_from: BlocksFrom | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_causal and self.block_length is None:
+            raise ValueError("block-causal attention needs a block length")
+
+    @property
+    def block_causal(self) -> bool:
+        """Whether the response is written block by block, each seeing what is before it and itself alone."""
+        return self.blocks_from is not None
 
     @property
     def adaptive(self) -> bool:
@@ -149,6 +163,12 @@ class Job:
         shown = self.return_token_ids or self.return_step_map or self.stream_canvas or self.trace
         return shown or self.sampling.ignore_eos
 
+    @property
+    def lead(self) -> int:
+        """How many prompt tokens are in the block in which the response begins."""
+        length = self.diffusion.block_length
+        return len(self.prompt_ids) % length if length and self.diffusion.blocks_from == "start" else 0
+
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
@@ -220,7 +240,7 @@ class JobResult:
 class ModelInfo:
     """What the HTTP side needs to know of the loaded diffusion model. `tokenizer_path` is a local folder. For what a
     request leaves out, `diffusion_defaults` are the family's own of `DiffusionParams` and `template_arguments` those of
-    the chat template."""
+    the chat template; `blocks_from` is None for full attention."""
 
     id: str
     family: str
@@ -235,6 +255,7 @@ class ModelInfo:
     dtype: str
     diffusion_defaults: dict[str, str | int] = field(default_factory=dict)
     template_arguments: dict[str, bool] = field(default_factory=dict)
+    blocks_from: BlocksFrom | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,14 +233,14 @@ def usage(plan: Plan, results: Sequence[JobResult]) -> Data:
 def report(plan: Plan, results: Sequence[JobResult]) -> Data:
     """What concerns the whole request: its `GuidanceReport`, and the trace if there is one. Prompts run side by side,
     so times are the largest of them, and so are the calls of one trajectory."""
-    names = [weighted.model for weighted in plan.guidance.reward_models]
+    job, names = plan.jobs[0], [weighted.model for weighted in plan.guidance.reward_models]
     every = [trajectory for result in results for trajectory in result.trajectories]
     guidance: Data = {
         "method": plan.guidance.method,
         "reward_models": names,
         "seed": plan.sampling.seed if plan.asked.seed is None else plan.asked.seed,
         "rewards": [[trajectory.reward for trajectory in result.trajectories] for result in results],
-        "approximations": list(approximations(plan.sampling.max_tokens, plan.jobs[0].diffusion, plan.guidance)),
+        "approximations": list(approximations(plan.sampling.max_tokens, job.diffusion, plan.guidance, job.lead)),
         "steps": max(result.steps for result in results),
         "model_calls": max(result.model_calls for result in results),
         "reward_calls": max(result.reward_calls for result in results),
@@ -294,20 +294,22 @@ def response(plan: Plan, results: Sequence[JobResult]) -> Data:
     return head(plan, kind, choices) | {"usage": usage(plan, results)} | report(plan, results)
 
 
-def approximations(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[str, ...]:
+def approximations(
+    max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams, lead: int = 0
+) -> tuple[str, ...]:
     """The algorithm where it is an adaptive one, then each of `guidance.start`, `guidance.stop` and `guidance.every`
     that leaves a step unguided. Of an adaptive run's steps nothing is known in advance: there a field counts that is
     not its default."""
     names = [diffusion.algorithm] if diffusion.adaptive else []
-    return (*names, *(f"guidance.{field}" for field in WINDOW if _skips(field, max_tokens, diffusion, guidance)))
+    return (*names, *(f"guidance.{field}" for field in WINDOW if _skips(field, max_tokens, diffusion, guidance, lead)))
 
 
-def _skips(field: str, max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> bool:
+def _skips(field: str, max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams, lead: int) -> bool:
     everywhere = GuidanceParams()
     if not guidance.inner_steps or getattr(guidance, field) == getattr(everywhere, field):
         return False
     if diffusion.adaptive:
         return True
     alone = replace(guidance, **{name: getattr(everywhere, name) for name in WINDOW if name != field})
-    steps = schedule(max_tokens, diffusion, alone)
+    steps = schedule(max_tokens, diffusion, alone, lead)
     return any(not step.guided and (step.reveal > 0 or diffusion.algorithm == "origin") for step in steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from server.api.fields import (
@@ -40,6 +40,7 @@ from server.types import (
 Asked = CompletionRequest | ConversationRequest
 DEFAULT_BEST_OF = 4
 SEED_BITS = 53  # a drawn seed survives clients whose numbers are doubles
+BLOCK_CAUSAL = "is not for a block-causal model, which caches its prompt and writes from left to right"
 RANKED_BY_ENTROPY = ("entropy", *ADAPTIVE_ALGORITHMS)
 
 
@@ -153,7 +154,9 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
         if given + canvas > info.model.context_length:
             message = f"`{source}` takes {given} tokens and `max_tokens` {canvas} more; the model's context is "
             raise InvalidRequest(f"{message}{info.model.context_length} tokens", source)
-    diffusion = _diffusion(request.diffusion, canvas, request.guidance, info.model.diffusion_defaults)
+    if info.model.blocks_from and any(context.suffix_ids for context in contexts):
+        raise InvalidRequest(f"`suffix` {BLOCK_CAUSAL}", "suffix")
+    diffusion = _diffusion(request.diffusion, canvas, request.guidance, info.model)
     sampling = _sampling(request, canvas, guidance, len(contexts), settings)
     seeds = request.seed if isinstance(request.seed, list) else [sampling.seed] * len(contexts)
     if len(seeds) != len(contexts):
@@ -207,16 +210,19 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     return GuidanceParams(**own | {"reward_models": terms})
 
 
-def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance, defaults: Mapping[str, str | int]) -> DiffusionParams:
-    own = {each.name: getattr(asked, each.name) for each in fields(DiffusionParams)}
-    own |= {name: value for name, value in defaults.items() if name not in asked.model_fields_set}
+def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance, model: ModelInfo) -> DiffusionParams:
+    own = dict(asked) | {"blocks_from": model.blocks_from}
+    own |= {name: value for name, value in model.diffusion_defaults.items() if name not in asked.model_fields_set}
     if "confidence" in guidance.model_fields_set and own["algorithm"] not in RANKED_BY_ENTROPY:
         message = f"`guidance.confidence` has no effect with algorithm {own['algorithm']}"
         raise InvalidRequest(message, "guidance.confidence")
-    if asked.block_length is not None and asked.block_length > canvas:
-        message = f"`diffusion.block_length` is {asked.block_length}, more than the {canvas} tokens to fill"
-        raise InvalidRequest(message, "diffusion.block_length")
-    own["block_length"] = own["block_length"] and min(own["block_length"], canvas)
+    if model.blocks_from and asked.cfg_scale:
+        raise InvalidRequest(f"`diffusion.cfg_scale` {BLOCK_CAUSAL}", "diffusion.cfg_scale")
+    if not model.blocks_from:
+        if asked.block_length is not None and asked.block_length > canvas:
+            message = f"`diffusion.block_length` is {asked.block_length}, more than the {canvas} tokens to fill"
+            raise InvalidRequest(message, "diffusion.block_length")
+        own["block_length"] = own["block_length"] and min(own["block_length"], canvas)
     made_up = {"steps": asked.steps or canvas, "algorithm_temperature": asked.algorithm_temperature or None}
     return DiffusionParams(**own | made_up)
 

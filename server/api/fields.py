@@ -121,7 +121,7 @@ def _guidance(value: object) -> object:
 
 
 class Diffusion(Strict):
-    """How the canvas is filled. `block_length` is at most `max_tokens`."""
+    """How the canvas is filled. With full attention `block_length` is at most `max_tokens`."""
 
     steps: Annotated[Count, Within("context")] | None = None
     """T, the number of denoising steps, or the most that an adaptive algorithm takes; left out: `max_tokens`"""
@@ -142,11 +142,12 @@ class Diffusion(Strict):
     )
     """Ranks positions whose drawn token ends the text after all others"""
     block_length: Annotated[Count, Within("context")] | None = None
-    """Fills the canvas block by block from the left; left out: at once"""
+    """Fills the canvas block by block from the left; left out: at once, with a block-causal model the length that it
+    was trained with"""
     schedule: Annotated[Schedule, Only("algorithm", _algorithms("origin", but=True), idle="linear")] = _D.schedule
     """How many positions each step reveals"""
     cfg_scale: Annotated[float, Field(ge=0, le=100)] = _D.cfg_scale
-    """Classifier-free guidance against a masked prompt; 0: none, and half the cost"""
+    """Classifier-free guidance against a masked prompt; 0: none, and half the cost. Not with a block-causal model"""
 
 
 class StreamOptions(Strict):
@@ -194,7 +195,8 @@ class GenerationRequest(Strict):
     stream_canvas: Annotated[bool, Only("stream", lambda: [True], False, "needs `stream`")] = False
     """Also sends the canvas after every step"""
     return_token_ids: bool = False
-    """`choices[].token_ids`: the L canvas tokens, special ones included"""
+    """`choices[].token_ids`: the L canvas tokens, special ones included; those of a block-causal model end with the
+    block in which the text ends"""
     return_step_map: bool = False
     """`choices[].step_map`: the step at which each of these tokens was revealed"""
     ignore_eos: bool = False
@@ -234,7 +236,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     """What to continue: a text or its token ids, or a list of either"""
     suffix: Text = ""
-    """The text after the canvas (infilling)"""
+    """The text after the canvas (infilling). Not with a block-causal model"""
     chat_template: bool = False
     """Wraps each prompt as one user turn"""
     chat_template_kwargs: Annotated[TemplateArguments | None, WRAPPED] = None

@@ -88,6 +88,8 @@ class Model(Answer):
     """The token of a masked position"""
     eos_token_id: int | None = None
     """The token that ends a text"""
+    attention: Literal["full", "block_causal"] | None = None
+    """Whether it writes block by block, each seeing what is before it, or sees its whole canvas"""
     guidance_methods: list[str] | None = None
     """Methods that `guidance` may name here"""
     algorithms: list[str] | None = None
@@ -209,6 +211,7 @@ async def models_of(frontend: Frontend) -> list[Model]:
     model = Model(
         **described(engine.model),
         type="diffusion",
+        attention="block_causal" if engine.model.blocks_from else "full",
         guidance_methods=list(served.methods),
         algorithms=list(get_args(Algorithm)),
         chat=(await frontend.tokenizer()).has_chat_template,
@@ -235,7 +238,8 @@ def _defaults(engine: EngineInfo, served: Served, timeout: float | None) -> dict
     values |= model.diffusion_defaults | {"chat_template_kwargs": model.template_arguments or None}
     values["guidance"] = values.pop("method")
     values["max_tokens"] = values["steps"] = model.default_max_tokens
-    values["block_length"] = values["block_length"] and min(values["block_length"], model.default_max_tokens)
+    if values["block_length"] and not model.blocks_from:
+        values["block_length"] = min(values["block_length"], model.default_max_tokens)
     values["best_of"] = {method: 1 if method == "none" else DEFAULT_BEST_OF for method in served.methods}
     values["reward_model"] = next(iter(served.reward_models), None)
     values["timeout"] = timeout

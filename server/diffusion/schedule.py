@@ -5,11 +5,15 @@ number), so the whole plan is made on the host once and no step ever asks the de
 
 `entropy_bound` and `threshold` choose the number themselves, at every step. For them the plan is the slowest pace:
 each of its steps says how many positions may still be masked after it, and a run is over when none is.
+
+With block-causal attention the blocks may begin inside the prompt and reach past the response: `lead` is the number of
+prompt tokens in the first of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from server.types import DiffusionParams, GuidanceParams
 
@@ -21,11 +25,11 @@ class Step:
     """One scheduled denoising step.
 
     `index` counts scheduled steps over the whole run, `time` is t in (0, 1], `start` and `stop` bound the block
-    (response positions) in which positions may be revealed, `reveal` is k (for `origin`, which draws its
-    positions, it is the number left at the last step of a block and 0 before; for the adaptive algorithms it is 1,
-    since each of their steps reveals something), `left` is how many positions of the block the schedule leaves masked
-    after the step, `probability` is 1 - s/t, the chance with which `origin` reveals each masked position, and
-    `gradient_steps` is M, 0 where no guidance runs.
+    (response positions) in which positions may be revealed, `reveal` is k (for `origin`, which draws its positions, it
+    is the number left at the last step of a block and 0 before; for the adaptive algorithms it is the least that they
+    reveal: 1, with block-causal attention as many as any other would), `left` is how many positions of the block the
+    schedule leaves masked after the step, `probability` is 1 - s/t, the chance with which `origin` reveals each masked
+    position, and `gradient_steps` is M, 0 where no guidance runs.
     """
 
     index: int
@@ -45,7 +49,7 @@ class Step:
     def least(self, masked: int) -> int:
         """The fewest of a block's `masked` positions that an adaptive algorithm reveals in this step, so that the run
         keeps to its schedule and never takes more than T steps."""
-        return max(1, masked - self.left)
+        return max(self.reveal, masked - self.left)
 
 
 def time_grid(steps: int) -> list[float]:
@@ -55,15 +59,25 @@ def time_grid(steps: int) -> list[float]:
     return [1.0 + delta * i if i < half else EPS - delta * (steps - i) for i in range(steps + 1)]
 
 
-def blocks(max_tokens: int, steps: int, block_length: int | None) -> list[tuple[int, int, int]]:
-    """(start, stop, steps) of each block: ceil(L / b) blocks of T // blocks steps, the first T % blocks one more, at
-    least one each."""
+def blocks(
+    max_tokens: int, steps: int, block_length: int | None, lead: int = 0, *, whole: bool = False
+) -> list[tuple[int, int, int]]:
+    """(start, stop, steps) of each block of response positions: T // blocks steps, the first T % blocks one more, at
+    least one each. Without a `lead` there are ceil(L / b); the last may be short, or is `whole` and reaches past L."""
     length = block_length or max_tokens
-    starts = list(range(0, max_tokens, length))
+    starts = [0, *range(length - lead, max_tokens, length)]
+    last = max_tokens + (-(lead + max_tokens) % length if whole else 0)
     share, extra = divmod(steps, len(starts))
     return [
-        (start, min(start + length, max_tokens), max(1, share + (index < extra))) for index, start in enumerate(starts)
+        (start, stop, max(1, share + (index < extra))) for index, (start, stop) in enumerate(pairwise([*starts, last]))
     ]
+
+
+def block_lengths(tokens: int, boundary: int, block_length: int) -> tuple[int, ...]:
+    """The lengths of the blocks of a sequence of so many tokens, where one block ends at place `boundary` (which may be
+    outside of it): `block_length` each, but the first and the last may be shorter."""
+    ends = [*range(boundary % block_length or block_length, tokens, block_length), tokens]
+    return tuple(end - start for start, end in pairwise([0, *ends]))
 
 
 def gradient_steps(place: float, count: int, guidance: GuidanceParams) -> int:
@@ -79,16 +93,17 @@ def adapted(step: Step, masked: int, max_tokens: int, taken: int, guidance: Guid
     return replace(step, gradient_steps=gradient_steps((max_tokens - masked) / max_tokens, taken, guidance))
 
 
-def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) -> tuple[Step, ...]:
+def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams, lead: int = 0) -> tuple[Step, ...]:
     """Every scheduled step of a run, empty ones included (algorithm.md, section 1, points 6 and 'blocks'). For the
     adaptive algorithms `gradient_steps` is settled only when a step is met: see `adapted`."""
-    layout = blocks(max_tokens, diffusion.steps, diffusion.block_length)
+    whole = diffusion.blocks_from == "start"
+    layout = blocks(max_tokens, diffusion.steps, diffusion.block_length, lead, whole=whole)
     total = sum(steps for _, _, steps in layout)
     planned: list[Step] = []
     for start, stop, steps in layout:
         grid = time_grid(steps)
         masked = stop - start
-        share, extra = divmod(masked, steps)
+        share, extra = divmod(diffusion.block_length or masked if whole else masked, steps)
         for i in range(steps):
             last = i == steps - 1
             fraction = 1.0 - grid[i + 1] / grid[i]
@@ -97,10 +112,12 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
             elif diffusion.algorithm == "origin":
                 reveal = 0
             elif diffusion.schedule == "even":
-                reveal = share + (i < extra)
+                reveal = min(masked, share + (i < extra))
             else:
                 reveal = int(masked * fraction)
             masked -= reveal
+            if diffusion.adaptive:
+                reveal = max(1, reveal) if diffusion.block_causal else 1
             index = len(planned)
             planned.append(
                 Step(
@@ -108,7 +125,7 @@ def plan(max_tokens: int, diffusion: DiffusionParams, guidance: GuidanceParams) 
                     grid[i],
                     start,
                     stop,
-                    1 if diffusion.adaptive else reveal,
+                    reveal,
                     masked,
                     1.0 if last else fraction,
                     gradient_steps(index / total, index, guidance),

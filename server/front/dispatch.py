@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import isqrt
 
+from server.budget import Cost
 from server.front.pending import Pending
 from server.types import Job
 from server.wire.messages import Score
@@ -39,9 +40,8 @@ def cost_of(work: Job | Score) -> float:
             for conversation, response in work.items
         )
         return 1.0 + characters / CHARACTERS_A_TOKEN
-    canvas = len(work.prompt_ids) + work.sampling.max_tokens + len(work.suffix_ids)
     passes = 1 + work.guidance.inner_steps
-    return float(work.sampling.best_of * steps_of(work) * canvas * passes)
+    return float(work.sampling.best_of * steps_of(work) * Cost.of(work).tokens * passes)
 
 
 def steps_of(work: Job) -> int:

@@ -44,11 +44,13 @@ class Responses:
 
     `committed` (R,) holds revealed tokens (anything where masked); `first` (R,) is the packed position at which the
     same response begins. `masked` (N,) is the packed position of each row, ascending, and `owner` (N,) its trajectory.
-    On the host: `places`, which are the same as `masked`, and `hidden` (R,), positions that revealed tokens hide from
-    reward models whatever becomes of the masked ones. `eos_token_id` and `pad_token_id` are the diffusion model's.
+    On the host: `places`, which are the same as `masked`, `ends`, where each answer ends among its own positions, and
+    `hidden` (R,), positions that are hidden from reward models whatever becomes of the masked ones: by revealed tokens,
+    or because they are past that end. `eos_token_id` and `pad_token_id` are the diffusion model's.
     """
 
     lengths: tuple[int, ...]
+    ends: tuple[int, ...]
     committed: Tensor
     first: Tensor
     masked: Tensor
@@ -65,26 +67,31 @@ class Responses:
         positions: Sequence[IntArray],
         device: torch.device,
         *,
+        ends: Sequence[int] | None = None,
         eos_token_id: int,
         pad_token_id: int,
     ) -> Responses:
-        """Of each trajectory's response tokens (L,) and its masked positions (n,), ascending."""
+        """Of each trajectory's response tokens (L,) and its masked positions (n,), ascending. `ends` bound the answers,
+        which else are all of their responses."""
         lengths = [len(canvas) for canvas in canvases]
+        bounds = tuple(map(min, lengths, ends or lengths))
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         counts = [len(masked) for masked in positions]
         places = np.concatenate([start + masked for start, masked in zip(starts, positions, strict=True)])
         hidden = []
-        for canvas, masked in zip(canvases, positions, strict=True):
+        for canvas, masked, end in zip(canvases, positions, bounds, strict=True):
             revealed = np.ones(len(canvas), dtype=np.bool_)
             revealed[masked] = False
             ended = revealed & (canvas == eos_token_id)
-            hidden.append((np.cumsum(ended) > ended) | (revealed & (canvas == pad_token_id)))
+            past = np.arange(len(canvas)) >= end
+            hidden.append(past | (np.cumsum(ended) > ended) | (revealed & (canvas == pad_token_id)))
 
         def there(values: IntArray) -> Tensor:
             return upload(torch.from_numpy(values), device, torch.int64)
 
         return cls(
             tuple(lengths),
+            bounds,
             committed=there(np.concatenate(canvases)),
             first=there(np.repeat(starts, lengths)),
             masked=there(places),
@@ -127,12 +134,12 @@ class Assembly:
         response, position, fixed_ids = [], [], []
         lengths: list[int] = []
         start = 0
-        for length, context in zip(responses.lengths, objective.contexts, strict=True):
+        for length, end, context in zip(responses.lengths, responses.ends, objective.contexts, strict=True):
             lead, tail, settled = len(context.lead_ids), len(context.suffix_ids), context.settled
             own = start + settled + np.flatnonzero(~responses.hidden[start + settled : start + length])
             response.append(np.concatenate([np.full(lead, -1), own, np.full(tail, -1)]))
             first = context.start
-            position += [np.arange(first - lead, first), first + own - start, first + length + np.arange(tail)]
+            position += [np.arange(first - lead, first), first + own - start, first + end + np.arange(tail)]
             fixed_ids += [*context.lead_ids, *context.suffix_ids]
             lengths.append(lead + len(own) + tail)
             start += length

@@ -1,8 +1,9 @@
 """The plain loop: one trajectory at a time, as the paper reads. It is the oracle of the engine, not its engine.
 
-Nothing is cached, packed, skipped or fused here: every step is one full forward of the diffusion LM, every inner
-step one full forward and backward of the reward model through stock transformers attention, autograd, and
-torch.optim.Adam; the nucleus is found by sorting. Section numbers are those of docs/algorithm.md.
+Nothing is cached, packed, skipped or fused here: every step is one full forward of the diffusion LM (with block-causal
+attention the blocks of the canvas are rows of one layout, which stands for the mask), every inner step one full forward
+and backward of the reward model through stock transformers attention, autograd, and torch.optim.Adam; the nucleus is
+found by sorting. Section numbers are those of docs/algorithm.md.
 It shares with the engine only what defines a run: the schedule, the keyed random numbers and the ranking rule.
 """
 
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from server.diffusion import sampler
-from server.diffusion.schedule import Step, adapted, plan
+from server.diffusion.schedule import Step, adapted, block_lengths, plan
 from server.guidance.best_of import choose
 from server.methods import METHODS
 from server.models.base import DiffusionModel
-from server.models.packing import PackedLayout
+from server.models.packing import PackedLayout, places
 from server.text.response import finish_text
 from server.text.template import conversation_ids, split_at_response
 from server.text.tokenizer import Tokenizer
@@ -186,37 +187,49 @@ class PlainLoop:
         return total
 
     def decode(self, job: Job, trajectory: int) -> tuple[list[int], list[int]]:
-        """One trajectory's L canvas tokens, and the step at which each was revealed (last)."""
-        length = job.sampling.max_tokens
+        """One trajectory's L canvas tokens, and the step at which each was revealed (last); block-causal, at most up to
+        the end of the block in which the text ends."""
+        length, block_causal = job.sampling.max_tokens, job.diffusion.block_causal
+        steps = plan(length, job.diffusion, job.guidance, job.lead)
         prompt = torch.tensor(job.prompt_ids, dtype=torch.long, device=self.device)
         suffix = torch.tensor(job.suffix_ids, dtype=torch.long, device=self.device)
-        response = torch.full((length,), self.info.mask_token_id, device=self.device)
-        masked = torch.ones(length, dtype=torch.bool, device=self.device)
-        step_map = torch.full((length,), -1)
+        response = torch.full((steps[-1].stop,), self.info.mask_token_id, device=self.device)
+        masked = torch.ones(len(response), dtype=torch.bool, device=self.device)
+        step_map = torch.full((len(response),), -1)
         taken = 0
-        for step in plan(length, job.diffusion, job.guidance):
+        for step in steps:
+            if block_causal and not job.sampling.ignore_eos:
+                finished = response[: step.start].tolist()
+                if not set(self.info.stop_token_ids).isdisjoint(finished):
+                    return finished, step_map[: step.start].tolist()
             if step.reveal == 0 and job.diffusion.algorithm != "origin":
                 continue  # a step that reveals nothing changes nothing
             if not masked[step.start : step.stop].any():
                 continue
             if job.diffusion.adaptive:
-                step = adapted(step, int(masked.sum()), length, taken, job.guidance)
+                step = adapted(step, int(masked[:length].sum()), length, taken, job.guidance)
             taken += 1
-            canvas = torch.cat([prompt, response, suffix])
-            rows = torch.nonzero(masked)[:, 0]
+            there = step.stop if block_causal else len(response)  # of a block-causal response the later blocks are not
+            canvas = torch.cat([prompt, response[:there], suffix])
+            rows = torch.nonzero(masked[:there])[:, 0]
             with torch.no_grad():
-                phi_0 = self.logits(job, canvas, rows, len(prompt), length)
-            phi = self.steer(job, trajectory, step, phi_0, response, masked, rows) if step.guided else phi_0
+                phi_0 = phi = self.logits(job, canvas, rows, len(prompt), length)
+            if step.guided:  # positions past the answer are not
+                answer, own = response[: min(there, length)], int((rows < length).sum())
+                phi = torch.cat([self.steer(job, trajectory, step, phi_0[:own], answer, rows[:own]), phi_0[own:]])
             chosen, tokens = self.reveal(job, trajectory, step, phi_0, phi, rows)
             response[chosen] = tokens
             masked[chosen] = False
             step_map[chosen.cpu()] = step.index
-        return response.tolist(), step_map.tolist()
+        return response[:length].tolist(), step_map[:length].tolist()
 
     def logits(self, job: Job, canvas: Tensor, rows: Tensor, prompt_length: int, length: int) -> Tensor:
         """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1); in float32 at least, in
         which a 16-bit model's logits are exact, and what is computed of them is not rounded to 16 bits again."""
-        layout = PackedLayout.of((len(canvas),), self.device)
+        lengths: tuple[int, ...] = (len(canvas),)
+        if job.diffusion.block_causal:
+            lengths = block_lengths(len(canvas), prompt_length - job.lead, job.diffusion.block_length or 1)
+        layout = PackedLayout.of(lengths, self.device, before=places(lengths))
         logits = self.model.masked_logits(canvas, layout, rows + prompt_length)
         if scale := job.diffusion.cfg_scale:
             blind = torch.full_like(canvas, self.info.mask_token_id)
@@ -238,7 +251,6 @@ class PlainLoop:
         step: Step,
         phi_0: Tensor,
         response: Tensor,
-        masked: Tensor,
         rows: Tensor,
     ) -> Tensor:
         """M Adam steps on the logits along the reward's gradient (section 2); phi (N, V)."""

@@ -6,6 +6,8 @@ The mask token is one that the conversion added to the tokenizer.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from server.models.base import DiffusionModel
 from server.models.layers import Variant
 
@@ -30,7 +32,11 @@ class A2DQwen2Model(A2DLlamaModel):
 
     family = "a2d-qwen2"
     architecture = "A2DQwen2LMHeadModel"
-    published = ("dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",)
+    published: ClassVar[tuple[str, ...]] = (
+        "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
+        "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1",
+    )
+    block_lengths = {published[1]: 32}  # noqa: RUF012
     variant = Variant(qkv_bias=True)
     template_arguments = {"enable_thinking": False}  # noqa: RUF012
     fixed = _PLAIN
@@ -41,6 +47,10 @@ class A2DQwen3Model(A2DQwen2Model):
 
     family = "a2d-qwen3"
     architecture = "A2DQwen3LMHeadModel"
-    published = ("dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",)
+    published: ClassVar[tuple[str, ...]] = (
+        "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
+        "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    )
+    block_lengths = {published[1]: 32}  # noqa: RUF012
     variant = Variant(head_norms=True)
     fixed = {**_PLAIN, "attention_bias": (False,)}  # noqa: RUF012

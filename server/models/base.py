@@ -6,20 +6,29 @@ are asked for. Logits are always *for* a position: Dream's shift is hidden in he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
+from kernels.transfer import upload
+from server.diffusion.schedule import block_lengths
 from server.models.config import ConfigReader
 from server.models.layers import Decoder, DecoderConfig, Linear, RopeScaling, Variant
-from server.models.packing import PackedLayout, attend
+from server.models.packing import EMPTY_PREFIX, Attention, Kept, PackedLayout, Prefix, attend, grown, places
+from server.types import BlocksFrom
+
+if TYPE_CHECKING:
+    from server.models.lora import Adapter
 
 Trunk = Callable[[Tensor, PackedLayout, Tensor | None], Tensor]
 """tokens (S,) int64, their layout, rows (N,) int64 or None -> final-norm states (N, d), or (S, d) without rows."""
+
+PREFILL_KEYS = 1 << 16
+"""Keys of one forward of a prompt, counted once for each block that sees them."""
 
 
 class DiffusionModel(nn.Module):
@@ -43,6 +52,9 @@ class DiffusionModel(nn.Module):
     stored_names: ClassVar[tuple[tuple[str, str], ...]] = ()  # pieces of our parameters' names and of the published
     diffusion_defaults: ClassVar[Mapping[str, str | int]] = {}  # where a request says nothing
     template_arguments: ClassVar[Mapping[str, bool]] = {}  # likewise
+    block_causal: ClassVar[bool] = False  # whether every checkpoint is
+    blocks_from: ClassVar[BlocksFrom] = "prompt_end"  # where those that are count their blocks from
+    block_lengths: ClassVar[Mapping[str, int]] = {}  # of published ones that are, where config.json does not say it
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -113,11 +125,41 @@ class DiffusionModel(nn.Module):
         """What hidden states and logits are in, see `Embedding.activation_dtype`."""
         return self.model.embed_tokens.activation_dtype
 
-    def plain_trunk(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
-        """The `Trunk` as it is written."""
+    def plain_trunk(
+        self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None, kept: Kept | None = None
+    ) -> Tensor:
+        """The `Trunk` as it is written; it can also leave some tokens' keys and values in `kept`."""
+        x, cos, sin, attention = self._inputs(tokens, layout)
+        return self.model.states(x, cos, sin, attention if kept is None else kept.during(attention), rows, layout.runs)
+
+    def _inputs(self, tokens: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor, Attention]:
+        """What all of the decoder's ways through it begin with: stream, cosines, sines (S, size / 2), attention."""
         cos, sin = self.model.rotary.rows(layout.positions, layout.longest_keys, self.activation_dtype)
-        attention = partial(attend, layout, backend=self.model.attention_backend)
-        return self.model.states(self.model.embed_tokens(tokens), cos, sin, attention, rows, layout.runs)
+        return self.model.embed_tokens(tokens), cos, sin, partial(attend, layout, backend=self.model.attention_backend)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Sequence[int], block_length: int, adapter: Adapter | None = None) -> Prefix:
+        """Run a block-causal prompt once: the tokens of whole blocks, the last of which ends with them. Many blocks go
+        together, as many as have some `PREFILL_KEYS` keys, for an attention may lay out the keys of each block."""
+        prefix, lengths, keys = EMPTY_PREFIX, list[int](), 0
+        for length in block_lengths(len(tokens), len(tokens), block_length) if tokens else ():
+            lengths.append(length)
+            end = prefix.length + sum(lengths)
+            keys += end
+            if keys >= PREFILL_KEYS or end == len(tokens):
+                rows = len(lengths)
+                layout = PackedLayout.of(
+                    lengths,
+                    self.device,
+                    prefixes=(prefix,) * rows,
+                    before=places(lengths),
+                    adapters=(adapter,) * rows,
+                )
+                ids = upload(torch.tensor(tokens[prefix.length : end]), self.device)
+                captured = self.model.keys_and_values(*self._inputs(ids, layout), layout.runs)
+                (prefix,) = grown((prefix,), (len(ids),), captured)
+                lengths, keys = [], 0
+        return prefix.joined()
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""
@@ -128,12 +170,13 @@ class DiffusionModel(nn.Module):
         tied = self.config.tie_word_embeddings
         return linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
-    def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
-        """What `head` turns into the logits for the tokens at packed indices `rows` (N,): (N, d). Kept in place of
-        logits, which are V / d times as large, so that the head can run on some rows at a time."""
+    def masked_hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor, kept: Kept | None = None) -> Tensor:
+        """What `head` turns into the logits for the tokens at packed indices `rows` (N,): (N, d), in place of logits,
+        which are V / d times as large, so that the head can run on some rows at a time. Keys and values that are wanted
+        are left in `kept`."""
         if self.shifts:  # a row's first position keeps its own output
             rows = rows - (layout.positions[rows] > 0).to(rows.dtype)
-        return self.hidden(tokens, layout, rows)
+        return self.hidden(tokens, layout, rows) if kept is None else self.plain_trunk(tokens, layout, rows, kept)
 
     def masked_logits(self, tokens: Tensor, layout: PackedLayout, rows: Tensor) -> Tensor:
         """Logits (N, V) for the tokens at packed indices `rows` (N,) int64."""

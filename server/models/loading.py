@@ -23,7 +23,7 @@ from server.models.config import ConfigReader
 from server.models.registry import PUBLISHED, family_of
 from server.models.weights import load_weights
 from server.text.tokenizer import Tokenizer
-from server.types import ModelInfo
+from server.types import Attention, BlocksFrom, ModelInfo
 
 GENERATION = "generation_config.json"
 DEFAULT_MAX_TOKENS = 128
@@ -44,8 +44,11 @@ def load_diffusion_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    attention: Attention = "auto",
+    block_length: int | None = None,
 ) -> LoadedDiffusionModel:
     """Load a checkpoint of a family in the registry from a local folder or the hub, with its weights frozen.
+    `attention` and `block_length` are the settings of these names.
 
     `owner/name@revision` pins a hub model. Weights are stored in bfloat16, float16, float32 or float64 and come out in
     `dtype` on `device`. Raises ConfigurationError, which names the key, file or tensors.
@@ -64,6 +67,8 @@ def load_diffusion_model(
             raise ConfigurationError(f"{key} must be one id, not {quote([token_id, *more])}")
     if mask in (eos, *more_stops):
         raise ConfigurationError(f"mask_token_id and eos_token_id are both {mask}")
+    name = checkpoint_name(path_or_id)
+    blocks_from, block_length = _blocks(family, config, name, attention, block_length)
     with torch.device("meta"):
         model = family(family.read_config({**config, "mask_token_id": mask}))
     for key, token_id in (("mask_token_id", mask), ("eos_token_id", eos), ("pad_token_id", pad)):
@@ -79,7 +84,7 @@ def load_diffusion_model(
     turns = [tokenizer.id_of(token) for token in END_OF_TURN_TOKENS]
     canvas = ConfigReader(generation, GENERATION).integer("max_new_tokens", DEFAULT_MAX_TOKENS)
     info = ModelInfo(
-        id=checkpoint_name(path_or_id),
+        id=name,
         family=family.family,
         tokenizer_path=str(folder.resolve()),
         context_length=model.context_length,
@@ -90,7 +95,10 @@ def load_diffusion_model(
         stop_token_ids=tuple(dict.fromkeys((eos, *more_stops, *(turn for turn in turns if turn is not None)))),
         default_max_tokens=min(canvas, max(1, model.context_length // 2)),  # so that a prompt fits too
         dtype=str(dtype).removeprefix("torch."),
-        diffusion_defaults=dict(family.diffusion_defaults),
+        diffusion_defaults=dict(family.diffusion_defaults)
+        | ({"schedule": "even"} if blocks_from else {})
+        | ({"block_length": block_length} if block_length else {}),
+        blocks_from=blocks_from,
         template_arguments=dict(family.template_arguments),
     )
     return LoadedDiffusionModel(model, tokenizer, info)
@@ -99,6 +107,31 @@ def load_diffusion_model(
 def checkpoint_folder(path_or_id: str | Path) -> Path:
     """Where a diffusion model's checkpoint is, fetched if need be. Raises ConfigurationError."""
     return resolve_checkpoint(path_or_id, check_config=family_of, known=PUBLISHED)
+
+
+def _blocks(
+    family: type[DiffusionModel],
+    config: Mapping[str, Any],
+    name: str,
+    attention: Attention,
+    block_length: int | None,
+) -> tuple[BlocksFrom | None, int | None]:
+    """Where a checkpoint's blocks are counted from, None for full attention, and how long they are, None where only the
+    family says. The settings come first; without them config.json, the published id and the family tell."""
+    read = ConfigReader(config)
+    own = next((read.integer(key) for key in ("block_length", "block_size") if config.get(key) is not None), None)
+    own = own or family.block_lengths.get(name)
+    if attention == "full" or (attention == "auto" and own is None and not family.block_causal):
+        return None, block_length
+    if family.shifts:
+        raise ConfigurationError(f"attention: block_causal is not implemented for {family.family}, whose logits shift")
+    length = block_length or own or family.diffusion_defaults.get("block_length")
+    if length is None:
+        raise ConfigurationError(
+            "block_length: attention is block_causal, and neither the settings nor config.json (block_length, "
+            "block_size) nor the family say how long the blocks are"
+        )
+    return family.blocks_from, int(length)
 
 
 def _ids(key: str, config: Mapping[str, Any], generation: Mapping[str, Any], tokenizer_id: int | None) -> list[int]:

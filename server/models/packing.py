@@ -2,9 +2,10 @@
 
 Linear layers and norms work on packed tokens (S, ...) and never see where a row ends. Only attention does: it gets the
 `PackedLayout`. A token sees its own row, with `causal` only up to itself, and before that the whole of the cached
-prefix that its row continues, if it continues one. Diffusion models run whole canvases in both directions; reward
-models run causal rows that continue cached conversations. A packed forward equals the same rows one at a time, up to
-rounding.
+prefix that its row continues, if it continues one. A row may also see tokens that are packed directly before it: so the
+blocks of a block-causal sequence are rows one after another, and a model needs no mask for them. Diffusion models run
+canvases in both directions; reward models run causal rows that continue cached conversations. A packed forward equals
+the same rows one at a time, up to rounding.
 
 Three ways compute the same attention. "cpp" (`kernels.attention`) reads prefixes where they lie and is the CPU's way.
 The kernels of `kernels.varlen` want each row's keys in one piece, so one gather a layer lays them out. "sdpa" is their
@@ -14,7 +15,7 @@ plain form, one row at a time, for whatever the other two cannot do: float64, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
@@ -59,20 +60,34 @@ class Prefix:
         before = self.parent.chain() if self.parent is not None else []
         return [*before, self] if self.own else before
 
+    def joined(self) -> Prefix:
+        """The same tokens held in one piece."""
+        links = self.chain()
+        if len(links) < 2:
+            return self
+        pieces = ([link.keys for link in links], [link.values for link in links])
+        keys, values = (tuple(torch.cat(layer, dim=1) for layer in zip(*each, strict=True)) for each in pieces)
+        return Prefix(self.length, keys, values)
+
 
 EMPTY_PREFIX = Prefix(0)
+
+MERGED = 4
+"""A link, but for the first, which may be shared, is held again with what grows after it once it is at most so many
+times as long: chains stay short, and a long one is seldom copied."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
     """Where B rows lie among S packed tokens, and what each continues.
 
-    On the host: `lengths` (B,) of the rows' own tokens, their `prefixes` (B,), the different `links` of these, and
-    bounds on a row's own tokens and on all of its keys. On the device: `positions` (S,) int64; `cu_q` and `cu_k`
-    (B + 1,) int32, where rows begin and end among own tokens and among keys; `gather` (T,) int64, each key's place
-    among the tokens of `links` followed by the own ones (None where no row has a prefix); and `visible` (B,) int64,
-    where only that many of each row's first tokens count (`hiding`). `adapters` (B,) is what each row adds to the
-    projections, None for nothing; it is empty where no row adds anything.
+    On the host: `lengths` (B,) of the rows' own tokens, their `prefixes` (B,), the different `links` of these, bounds
+    on a row's own tokens and on all of its keys, and `before` (B,), how many of the tokens directly before a row it
+    sees. On the device: `positions` (S,) int64; `cu_q` and `cu_k` (B + 1,) int32, where rows begin and end among own
+    tokens and among keys; `gather` (T,) int64, each key's place among the tokens of `links` followed by the own ones
+    (None where each row sees its own tokens alone); and `visible` (B,) int64, where only that many of each row's first
+    tokens count (`hiding`). `adapters` (B,) is what each row adds to the projections, None for nothing; it is empty
+    where no row adds anything.
     """
 
     lengths: tuple[int, ...]
@@ -85,6 +100,7 @@ class PackedLayout:
     gather: Tensor | None
     longest: int
     longest_keys: int
+    before: tuple[int, ...]
     visible: Tensor | None = None
     adapters: tuple[Adapter | None, ...] = ()
 
@@ -95,19 +111,23 @@ class PackedLayout:
         device: torch.device | str = "cpu",
         *,
         prefixes: Sequence[Prefix] = (),
+        before: Sequence[int] = (),
         positions: Tensor | None = None,
         causal: bool = False,
         adapters: Sequence[Adapter | None] = (),
     ) -> PackedLayout:
-        """Rows of `lengths` own tokens, each after its prefix. Without `positions` (S,) they count on from the prefix.
+        """Rows of `lengths` own tokens, each after its prefix and the tokens `before` it, which follow the same prefix.
+        Without `positions` (S,) they count on from there.
 
         Raises ValueError without a row, with an empty one, and where numbers or positions do not fit.
         """
-        prefixes = tuple(prefixes) or (EMPTY_PREFIX,) * len(lengths)
-        if not lengths or min(lengths) < 1 or len(prefixes) != len(lengths):
+        prefixes, before = tuple(prefixes) or (EMPTY_PREFIX,) * len(lengths), tuple(before) or (0,) * len(lengths)
+        if not lengths or min(lengths) < 1 or not len(prefixes) == len(before) == len(lengths):
             raise ValueError(f"lengths must be positive, and at least one: {list(lengths)}, {len(prefixes)} prefixes")
-        sizes, cached = np.array(lengths), np.array([prefix.length for prefix in prefixes])
+        sizes, cached = np.array(lengths), np.array([prefix.length for prefix in prefixes]) + np.array(before)
         ends = sizes.cumsum()
+        if (causal and any(before)) or any(ends - sizes < before):
+            raise ValueError(f"rows of {list(lengths)} tokens cannot see {list(before)} before them")
         if positions is None:
             positions = torch.from_numpy(np.arange(ends[-1]) + (cached - ends + sizes).repeat(sizes))
         elif len(positions) != ends[-1]:
@@ -119,12 +139,12 @@ class PackedLayout:
         links = tuple({id(link): link for prefix in prefixes for link in prefix.chain()}.values())
         cu_q = cu_k = edges(ends)
         gather = None
-        if links:
+        if links or any(before):
             cu_k = edges((sizes + cached).cumsum())
-            gather = upload(torch.from_numpy(_places(lengths, prefixes, links)), device)
+            gather = upload(torch.from_numpy(_places(lengths, prefixes, before, links)), device)
         return cls(
             tuple(lengths), prefixes, links, causal, upload(positions, device), cu_q, cu_k, gather, max(lengths),
-            int((sizes + cached).max()), adapters=tuple(adapters) if any(adapters) else (),
+            int((sizes + cached).max()), before, adapters=tuple(adapters) if any(adapters) else (),
         )  # fmt: skip
 
     @property
@@ -195,7 +215,7 @@ class PackedLayout:
     def _rows(self, queries: Sequence[int]) -> attention.Rows:
         number = {id(link): index for index, link in enumerate(self.links)}
         pieces = [[number[id(link)] for link in prefix.chain()] for prefix in self.prefixes]
-        return attention.Rows(queries, self.lengths, pieces, [link.own for link in self.links])
+        return attention.Rows(queries, self.lengths, pieces, [link.own for link in self.links], self.before)
 
     def laid_out(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values (T, Hkv, d) of one layer, each row's in one piece; k and v (S, Hkv, d) are its own."""
@@ -205,38 +225,65 @@ class PackedLayout:
         keys, values = zip(*cached, (k, v), strict=True)
         return torch.cat(keys).index_select(0, self.gather), torch.cat(values).index_select(0, self.gather)
 
-    def grown(self, captured: Sequence[tuple[Tensor, Tensor]]) -> tuple[Prefix, ...]:
-        """Each row's prefix with the row's own tokens after it, B new ones; `captured` holds the own keys and values
-        (S, Hkv, d) of every layer."""
-        sizes = list(self.lengths)
-        split = [tuple(torch.split(x.transpose(0, 1), sizes, dim=1) for x in pair) for pair in captured]
-        grown = []
-        for row, (prefix, length) in enumerate(zip(self.prefixes, self.lengths, strict=True)):
-            # Copies: a slice would keep every other row alive.
+
+def places(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Where parts of these lengths begin that lie one after another. For `PackedLayout.of`'s `before`: the parts are
+    the blocks of one block-causal sequence."""
+    return tuple(accumulate(lengths, initial=0))[:-1]
+
+
+def grown(
+    prefixes: Sequence[Prefix], lengths: Sequence[int], captured: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Prefix, ...]:
+    """B prefixes with `lengths` more tokens after them, B new ones; `captured` holds the keys and values (S, Hkv, d) of
+    those tokens, one prefix's after another's, in every layer."""
+    split = [tuple(torch.split(x.transpose(0, 1), list(lengths), dim=1) for x in pair) for pair in captured]
+    results = []
+    for row, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
+        # Copies: a slice would keep every other row alive.
+        keys, values = (
+            tuple(pair[index][row].clone(memory_format=torch.contiguous_format) for pair in split) for index in (0, 1)
+        )
+        parent, own = prefix, length
+        while parent.parent is not None and parent.own <= MERGED * own:
             keys, values = (
-                tuple(pair[index][row].clone(memory_format=torch.contiguous_format) for pair in split)
-                for index in (0, 1)
+                tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+                for old, new in ((parent.keys, keys), (parent.values, values))
             )
-            parent = prefix if prefix.length else None
-            if prefix.parent is not None:  # chains stay short: what grew before is held here again
-                parent = prefix.parent
-                keys, values = (
-                    tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
-                    for old, new in ((prefix.keys, keys), (prefix.values, values))
-                )
-            grown.append(Prefix(prefix.length + length, keys, values, parent))
-        return tuple(grown)
+            parent, own = parent.parent, own + parent.own
+        results.append(Prefix(prefix.length + length, keys, values, parent if parent.length else None))
+    return tuple(results)
 
 
-def _places(lengths: Sequence[int], prefixes: Sequence[Prefix], links: Sequence[Prefix]) -> IntArray:
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """Some tokens of a forward, by packed indices `places` (n,) int64, whose keys and values (n, Hkv, d) are kept: in
+    `captured`, one pair a layer, as the forward passes by."""
+
+    places: Tensor
+    captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def during(self, attention: Attention) -> Attention:
+        """The same attention, which leaves them here."""
+
+        def captures(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.captured.append((k.index_select(0, self.places), v.index_select(0, self.places)))
+            return attention(layer, q, k, v)
+
+        return captures
+
+
+def _places(
+    lengths: Sequence[int], prefixes: Sequence[Prefix], before: Sequence[int], links: Sequence[Prefix]
+) -> IntArray:
     """`PackedLayout.gather`, (T,), on the host."""
     places, place = {}, 0
     for link in links:
         places[id(link)] = np.arange(place, place + link.own)
         place += link.own
     gather = []
-    for prefix, length in zip(prefixes, lengths, strict=True):
-        gather += [*(places[id(link)] for link in prefix.chain()), np.arange(place, place + length)]
+    for prefix, length, seen in zip(prefixes, lengths, before, strict=True):
+        gather += [*(places[id(link)] for link in prefix.chain()), np.arange(place - seen, place + length)]
         place += length
     return np.concatenate(gather)
 
@@ -269,7 +316,7 @@ def attend(
     if backend == "sdpa":
         if layout.visible is not None:
             raise ValueError("only a variable-length attention reads the rows' lengths from the device")
-        keys = [prefix.length + own for prefix, own in zip(layout.prefixes, layout.lengths, strict=True)]
+        keys = [p.length + n + own for p, n, own in zip(layout.prefixes, layout.before, layout.lengths, strict=True)]
         queries = (1,) * len(keys) if last else layout.lengths
         return varlen.by_sequence(q, k, v, queries, keys, layout.causal, scale)
     spans = layout.last_spans if last else layout.spans

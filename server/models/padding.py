@@ -120,6 +120,7 @@ def pad(x: Tensor, layout: PackedLayout, rows: Tensor, shape: Shape, cached: Pre
         gather=gather,
         longest=shape.longest,
         longest_keys=shape.longest_keys,
+        before=(0,) * shape.rows,
         visible=visible,
     )
     x = functional.pad(x, (0,) * (2 * x.ndim - 1) + (surplus,))

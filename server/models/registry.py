@@ -14,8 +14,16 @@ from server.models.a2d import A2DLlamaModel, A2DQwen2Model, A2DQwen3Model
 from server.models.base import DiffusionModel
 from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
+from server.models.sdar import SDARModel
 
-FAMILIES: tuple[type[DiffusionModel], ...] = (DreamModel, LLaDAModel, A2DQwen3Model, A2DQwen2Model, A2DLlamaModel)
+FAMILIES: tuple[type[DiffusionModel], ...] = (
+    DreamModel,
+    LLaDAModel,
+    A2DQwen3Model,
+    A2DQwen2Model,
+    A2DLlamaModel,
+    SDARModel,
+)
 
 PUBLISHED = ", ".join(name for family in FAMILIES for name in family.published)
 """The published models' hub ids, for a message."""

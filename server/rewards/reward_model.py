@@ -24,7 +24,7 @@ from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
 from server.models.lora import base_of, read_config, saved_modules
-from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
+from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, grown
 from server.rewards.network import check_config, check_tokens, load_network
 from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, map_vocabulary
@@ -122,7 +122,8 @@ class RewardModel:
         A prefix's `length` counts its tokens; with gaps in the positions the next one is the caller's to know.
         """
         with torch.no_grad():
-            return layout.grown(self._trunk.keys_and_values(layout, self._here(layout, embeds), self.attention_backend))
+            captured = self._trunk.keys_and_values(layout, self._here(layout, embeds), self.attention_backend)
+            return grown(layout.prefixes, layout.lengths, captured)
 
     def read(self, layout: PackedLayout, embeds: Tensor) -> Tensor:
         """Rewards (B,) of packed rows, embeds (S, D), each read at its row's last token.

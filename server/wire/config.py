@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from server.types import Attention
+
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
 
 
@@ -46,6 +48,14 @@ class WorkerSettings:
     cuda_graphs: Annotated[
         bool, says("CUDA graphs of the diffusion model's blocks and the reward models' passes, for small batches")
     ] = False
+    attention: Annotated[
+        Attention,
+        says("what the model was trained for; auto: block_causal where the checkpoint says so, else full"),
+    ] = "auto"
+    block_length: Annotated[
+        AtLeastOne | None,
+        says("block length of requests that name none; none: the checkpoint's or, where that has none, the family's"),
+    ] = None
     max_model_len: Annotated[AtLeastOne | None, says("lower the context length to this many tokens")] = None
     vocab_fallback: Annotated[
         Literal["unk", "zero"], says("reward embedding of a token that the reward vocabulary lacks")

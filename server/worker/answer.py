@@ -31,12 +31,12 @@ def answer(
     results = [
         TrajectoryResult(
             index=trajectory.index,
-            token_ids=tuple(trajectory.tokens.tolist()),
+            token_ids=tuple(trajectory.tokens[: trajectory.length].tolist()),
             text=text.text,
             finish_reason=text.finish_reason,
             completion_tokens=text.completion_tokens,
             stop_reason=text.stop_reason,
-            step_map=tuple(trajectory.step_map.tolist()) if job.return_step_map else (),
+            step_map=tuple(trajectory.step_map[: trajectory.length].tolist()) if job.return_step_map else (),
             model_calls=trajectory.taken * (2 if job.diffusion.cfg_scale else 1),
             reward_calls=trajectory.reward_calls,
             reward=math.fsum(each.weight * reward[each.model] for each in weighted) if weighted else None,
@@ -59,8 +59,8 @@ def answer(
 def _text(trajectory: Trajectory, loaded: LoadedDiffusionModel, stopped: str | None) -> FinishedText:
     """The text of a canvas; of one that a deadline cut, the part before its first masked position."""
     sampling = trajectory.job.sampling
-    length = len(trajectory.tokens)
-    known = int(trajectory.masked.argmax()) if trajectory.masked.any() else length
+    length = trajectory.length
+    known = int(trajectory.masked.argmax()) if trajectory.left else length
     tokens = trajectory.tokens[:known].tolist()
     text = finish_text(loaded.tokenizer, tokens, loaded.info.stop_token_ids, sampling.stop, sampling.ignore_eos)
     if stopped and text.finish_reason == "length" and known < length:

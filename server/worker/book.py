@@ -6,9 +6,9 @@ one as room allows, so a job may run in parts. Strict order means no starvation:
 fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
 than the budget, but not larger than what memory takes, runs alone.
 
-What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and the
-reward models' cached conversations. Rows of logits and reward-model tokens do not: that part of a step runs in as many
-parts as it takes (worker/failures).
+What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and
+cached tokens: the reward models' conversations, and what a block-causal diffusion model keeps. Rows of logits and
+reward-model tokens do not: that part of a step runs in as many parts as it takes (worker/failures).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from server.types import Job
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
     from server.models.lora import Adapter
+    from server.models.packing import Prefix
     from server.worker.trajectory import Trajectory
 
 
@@ -32,7 +33,8 @@ class Entry:
 
     Trajectories below `admitted` have been given a share of the budget, and hold it until they are `finished`; the
     runner keeps them, by index, in `running` and then in `finished`. `contexts` is what its reward models read around
-    the response, by name, `adapter` what the diffusion model runs with, and `stopped` why it ends early (its deadline).
+    the response, by name, `adapter` what the diffusion model runs with, `prefix` what a block-causal one keeps of the
+    prompt, and `stopped` why it ends early (its deadline).
     """
 
     job: Job
@@ -44,6 +46,7 @@ class Entry:
     finished: dict[int, Trajectory] = field(default_factory=dict)
     started_at: float | None = None
     contexts: dict[str, RewardContext] = field(default_factory=dict)
+    prefix: Prefix | None = None
     stopped: str | None = None
 
     @property
@@ -58,7 +61,8 @@ class Entry:
 
     @property
     def caches(self) -> bool:
-        """Whether its cached conversation counts: from its first trajectory's beginning to its last one's end."""
+        """Whether what its trajectories share of the cache counts: from its first trajectory's beginning to its last
+        one's end."""
         return bool(self.admitted and (self.holding or self.waiting))
 
 

@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from server.budget import Cost
 from server.errors import InvalidRequest, quote
 from server.guidance.prefixes import RewardContext
+from server.models.loading import LoadedDiffusionModel
+from server.models.lora import Adapter
+from server.models.packing import Prefix
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
-from server.types import Job, ModelInfo
+from server.types import Job
 from server.worker.memory import cached_share
 from server.worker.savings import Savings
 
@@ -27,8 +30,10 @@ def named(name: str, reward_models: Mapping[str, RewardModel], param: str) -> Re
 class Demand:
     """Of any job, with these models."""
 
-    def __init__(self, info: ModelInfo, reward_models: Mapping[str, RewardModel], savings: Savings) -> None:
-        self.info, self.reward_models, self.savings = info, reward_models, savings
+    def __init__(
+        self, loaded: LoadedDiffusionModel, reward_models: Mapping[str, RewardModel], savings: Savings
+    ) -> None:
+        self.model, self.info, self.reward_models, self.savings = loaded.model, loaded.info, reward_models, savings
 
     def cost(self, job: Job) -> Cost:
         """What a trajectory of the job takes. Raises InvalidRequest for what could only fail later: a reward model that
@@ -73,3 +78,11 @@ class Demand:
             context = RewardContext.of(model, before, after, cached=self.savings.reward_prefix_cache)
             contexts[weighted.model] = context
         return contexts
+
+    def prefix(self, job: Job, adapter: Adapter | None = None) -> Prefix | None:
+        """Keys and values of the prompt's whole blocks where attention is block-causal, computed here, once for all
+        trajectories of the job; None otherwise."""
+        if not (job.diffusion.block_causal and self.savings.block_cache):
+            return None
+        whole = len(job.prompt_ids) - job.lead
+        return self.model.prefill(job.prompt_ids[:whole], job.diffusion.block_length or 1, adapter)

@@ -78,9 +78,10 @@ class InnerSteps:
         self, group: Group, state: kernels.Guided, objectives: list[Objective], steps: range, *, reads: bool = False
     ) -> Steered:
         responses = Responses.of(
-            [member.trajectory.tokens for member in group.members],
+            [member.response for member in group.members],
             [member.positions for member in group.members],
             group.device,
+            ends=[member.trajectory.length for member in group.members],
             eos_token_id=self.info.eos_token_id,
             pad_token_id=self.info.pad_token_id,
         )
@@ -105,7 +106,8 @@ class InnerSteps:
             # What has been settled never changes, so the contexts stay right if this step fails.
             started = time.perf_counter()
             tokens = [trajectory.tokens for trajectory in trajectories]
-            first = [int(trajectory.masked.argmax()) for trajectory in trajectories]  # something is masked in each
+            # Something is masked in each, but perhaps only past the answer.
+            first = [min(int(trajectory.masked.argmax()), trajectory.length) for trajectory in trajectories]
             contexts = grow(model, contexts, tokens, first, self.info.eos_token_id, self.info.pad_token_id)
             for trajectory, context in zip(trajectories, contexts, strict=True):
                 trajectory.contexts[name] = context

@@ -15,16 +15,18 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
 * A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
   trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
   own token.
+* A token that a block-causal diffusion model keeps takes 2 (layers + 2) Hkv s e: a layer's keys and values are laid out
+  a row for the time of its attention, in two steps.
 
-The memory that is free after loading, times `fraction`, is divided so: an eighth for cached conversations (if there
-are reward models), the rest for the forward, and, because forward and guidance never run at the same time, the same
-rest for guidance, less the hidden states that stay. Two reward-model tokens are provided for each guided row.
-The fraction that is left is a margin; what a CPU's allocator keeps (`keep_large_blocks`) comes out of it too.
-Two budgets come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger
-batches than `CAPS` make a step longer without making it cheaper. On a CPU they can even make it dearer: every inner
-step passes over phi several times, and once phi has outgrown the last cache each pass comes from memory. So there
-as many rows are steered at once as that cache holds of phi, c V bytes each, but at least `LEAST_STEERED`: with fewer
-the matrix products read the head and the embedding tables too often.
+The memory that is free after loading, times `fraction`, is divided so: for cached tokens (the larger kind) an eighth if
+there are reward models, half with a block-causal diffusion model; the rest for the forward, and, because forward and
+guidance never run at the same time, the same rest for guidance, less the hidden states that stay. Two reward-model
+tokens are provided for each guided row. The fraction that is left is a margin; what a CPU's allocator keeps
+(`keep_large_blocks`) comes out of it too. Two budgets come of it: `largest`, what memory takes in one piece, and
+`shared`, which is capped, because larger batches than `CAPS` make a step longer without making it cheaper. On a CPU
+they can even make it dearer: every inner step passes over phi several times, and once phi has outgrown the last cache
+each pass comes from memory. So there as many rows are steered at once as that cache holds of phi, c V bytes each, but
+at least `LEAST_STEERED`: with fewer the matrix products read the head and the embedding tables too often.
 """
 
 from __future__ import annotations
@@ -78,10 +80,12 @@ class Footprint:
     phi_row: float
     reward_token: float
     cached_token: float
+    cached_share: float
 
     @classmethod
-    def of(cls, model: DiffusionModel, rewards: Iterable[RewardModel]) -> Footprint:
-        """Of a diffusion model and reward models, of which each figure is the largest one's."""
+    def of(cls, model: DiffusionModel, rewards: Iterable[RewardModel], *, block_causal: bool = False) -> Footprint:
+        """Of a diffusion model and reward models, of which each figure is the largest one's. `cached_share` is how much
+        of the memory is for cached tokens."""
         rewards = list(rewards)
         e, c = _sizes(model.activation_dtype)
         vocabulary = model.vocab_size
@@ -94,14 +98,19 @@ class Footprint:
             phi_row=float(vocabulary * c),
             guided_row=vocabulary * (e + c * STATE[backend]) + 8.0 * c * widest,
             reward_token=max((_own_token(reward) for reward in rewards), default=0.0),
-            cached_token=max((_cached_token(reward) for reward in rewards), default=0.0),
+            cached_token=max(
+                _kept_token(model.shape, e) if block_causal else 0.0,
+                *(_cached_token(reward) for reward in rewards),
+                0.0,
+            ),
+            cached_share=1 / 2 if block_causal else 1 / 8 if rewards else 0.0,
         )
 
     def budgets(self, free_bytes: float, fraction: float, device: str, *, context_length: int) -> tuple[Budget, Budget]:
         """(shared, largest) for that much free memory."""
         pool = max(0.0, free_bytes * fraction - FIXED_BYTES)
         rewards = self.reward_token > 0
-        step = pool * (7 / 8 if rewards else 1.0)
+        step = pool * (1 - self.cached_share)
         tokens = int(step / (self.token + self.hidden))
         caps = CAPS.get(device, CAPS["cuda"])
         if device == "cpu":
@@ -109,7 +118,7 @@ class Footprint:
             caps = replace(caps, guided_rows=min(caps.guided_rows, steered))
         guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
         rows = int(guidance / (self.guided_row + 2 * self.reward_token)) if rewards else 0
-        cached = int((pool - step) / self.cached_token) if rewards else 0
+        cached = int((pool - step) / self.cached_token) if self.cached_token else 0
         sizes = (tokens, rows, caps.trajectories, int(guidance / self.logit_row), 2 * rows, cached)
         largest = Budget(*(max(LEAST, size) for size in sizes))
         return Budget(*map(min, astuple(largest), astuple(caps))), largest
@@ -211,6 +220,10 @@ def _own_token(reward: RewardModel) -> float:
     queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
     block = 3 * shape.hidden + 2 * (queries + 2 * keys) + 3 * queries + 2 * shape.intermediate
     return shape.layers * e * block * (1 if reward.written_out else 2) + 8.0 * c * shape.hidden
+
+
+def _kept_token(shape: DecoderShape, e: int) -> float:
+    return 2.0 * (shape.layers + 2) * shape.key_heads * shape.head_size * e
 
 
 def _cached_token(reward: RewardModel) -> float:

@@ -1,6 +1,9 @@
 """The only place that packs: trajectories in, one ragged forward and its rows out, and those in groups of members that
 share one kernel state.
 
+With block-causal attention a canvas is what lies behind the cached prefix: the current block, in its first step after
+the block before, which passes once more with its final tokens and is kept.
+
 A trajectory's state lives on the host as a few small numpy arrays: one denoising step reads results back once, so the
 next step's inputs can be built here without asking the device anything.
 Equal canvases share one forward: the K trajectories of a prompt at their first step, or identical prompts.
@@ -20,9 +23,9 @@ import kernels
 from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
 from kernels.transfer import upload
 from server.diffusion.sampler import FloatArray, IntArray
-from server.diffusion.schedule import Step
+from server.diffusion.schedule import Step, block_lengths
 from server.models.lora import Adapter
-from server.models.packing import PackedLayout
+from server.models.packing import EMPTY_PREFIX, Kept, PackedLayout, Prefix, grown, places
 from server.worker.trajectory import Trajectory
 
 
@@ -47,13 +50,19 @@ class Member:
         inside = (self.positions >= self.step.start) & (self.positions < self.step.stop)
         return np.flatnonzero(inside).astype(np.int64)
 
+    @property
+    def response(self) -> IntArray:
+        """The response tokens that are there in this step."""
+        return self.trajectory.tokens[: self.trajectory.stop(self.step)]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One packed forward: tokens (S,), layout, and the packed indices `rows` (U + C,) whose logits are wanted: U rows
     of distinct canvases, then the C rows of the same positions with a blind prompt (classifier-free guidance).
 
-    `blind` (U,) is where among them each row's blind twin is, -1 without one; `cfg_scale` (U,) is 0 there.
+    `blind` (U,) is where among them each row's blind twin is, -1 without one; `cfg_scale` (U,) is 0 there. What is to
+    be `kept` of it are the finished blocks of trajectories, `finished` by canvas with their lengths.
     """
 
     members: tuple[Member, ...]
@@ -62,6 +71,18 @@ class Batch:
     rows: Tensor
     blind: IntArray
     cfg_scale: FloatArray
+    kept: Kept | None
+    finished: tuple[tuple[int, tuple[Trajectory, ...]], ...]
+
+    def grow(self) -> None:
+        """After the forward: what was kept follows the cached prefixes of its trajectories."""
+        if self.kept is None:
+            return
+        prefixes = [owners[0].prefix or EMPTY_PREFIX for _, owners in self.finished]
+        longer = grown(prefixes, [length for length, _ in self.finished], self.kept.captured)
+        for (_, owners), prefix in zip(self.finished, longer, strict=True):
+            for trajectory in owners:
+                trajectory.prefix = prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +124,35 @@ class Forward:
 
 @dataclass(slots=True)
 class _Canvas:
-    """Tokens (S',) of one sequence, the same with a blind prompt for classifier-free guidance, and the indices (n,) of
-    the wanted rows. `first_row` is the place of the first of these in the batch, `adapter` what all of it runs with."""
+    """Tokens (S',) of one sequence, after its cached `prefix`; the same with a blind prompt for classifier-free
+    guidance, and the indices (n,) of the wanted rows. They are one piece, or with block-causal attention the lengths of
+    their `blocks`. `first_row` is the place of the first of the rows in the batch, `owners` the trajectories that share
+    it, `adapter` what all of it runs with.
+    """
 
     tokens: IntArray
     blind: IntArray | None
     rows: IntArray
     cfg_scale: float
     adapter: Adapter | None
+    blocks: tuple[int, ...]
+    prefix: Prefix
+    owners: list[Trajectory]
     first_row: int = 0
 
     @classmethod
-    def of(cls, trajectory: Trajectory, positions: IntArray, mask_token_id: int) -> _Canvas:
-        job, tokens, blind = trajectory.job, trajectory.tokens, None
+    def of(cls, trajectory: Trajectory, step: Step, positions: IntArray, mask_token_id: int) -> _Canvas:
+        job, tokens, blind = trajectory.job, trajectory.tokens[: trajectory.stop(step)], None
         prompt, suffix = (np.asarray(ids, dtype=np.int64) for ids in (job.prompt_ids, job.suffix_ids))
         if job.diffusion.cfg_scale:
             blind = np.concatenate([np.full_like(prompt, mask_token_id), tokens, np.full_like(suffix, mask_token_id)])
-        canvas = np.concatenate([prompt, tokens, suffix])
-        return cls(canvas, blind, positions + len(prompt), job.diffusion.cfg_scale, trajectory.adapter)
+        prefix = trajectory.prefix or EMPTY_PREFIX
+        canvas = np.concatenate([prompt, tokens, suffix])[prefix.length :]
+        blocks: tuple[int, ...] = (len(canvas),)
+        if job.diffusion.block_causal:
+            blocks = block_lengths(len(canvas), len(prompt) - job.lead - prefix.length, job.diffusion.block_length or 1)
+        rows = positions + len(prompt) - prefix.length
+        return cls(canvas, blind, rows, job.diffusion.cfg_scale, trajectory.adapter, blocks, prefix, [])
 
 
 def pack(
@@ -129,6 +161,7 @@ def pack(
     device: torch.device,
     *,
     share_equal: bool = True,
+    keep_blocks: bool = True,
 ) -> Batch:
     """Pack the next step of each trajectory. Sequences are ordered by adapter, so that its rows are neighbours, then by
     length, so that equal ones are."""
@@ -138,10 +171,14 @@ def pack(
         job, positions = trajectory.job, trajectory.positions(step)
         key: tuple[object, ...] = (job.id, trajectory.index)
         if share_equal:
+            block: tuple[object, ...] = ()
+            if job.diffusion.block_causal:
+                block = step.start, step.stop, job.diffusion.block_length, id(trajectory.prefix)
             canvas = trajectory.tokens.tobytes(), positions.tobytes()
-            key = (job.prompt_ids, job.suffix_ids, *canvas, job.diffusion.cfg_scale, job.adapter)
+            key = (job.prompt_ids, job.suffix_ids, *canvas, job.diffusion.cfg_scale, job.adapter, *block)
         if key not in canvases:
-            canvases[key] = _Canvas.of(trajectory, positions, mask_token_id)
+            canvases[key] = _Canvas.of(trajectory, step, positions, mask_token_id)
+        canvases[key].owners.append(trajectory)
         placed.append((positions, canvases[key]))
 
     place = {id(trajectory.adapter): index for index, (trajectory, _) in enumerate(trajectories)}
@@ -150,28 +187,41 @@ def pack(
     for each in ordered:
         each.first_row = count
         count += len(each.rows)
-    sequences = [(each.tokens, each.rows, each.adapter) for each in ordered]
+    sequences = [(each.tokens, each.rows, each) for each in ordered]
     blind = np.full(count, -1, dtype=np.int64)
     next_blind = count
     for each in ordered:
         if each.blind is not None:
-            sequences.append((each.blind, each.rows, each.adapter))
+            sequences.append((each.blind, each.rows, each))
             blind[each.first_row : each.first_row + len(each.rows)] = next_blind + np.arange(len(each.rows))
             next_blind += len(each.rows)
 
-    lengths = [len(tokens) for tokens, _, _ in sequences]
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    starts = places([len(tokens) for tokens, _, _ in sequences])
     wanted = np.concatenate([start + rows for start, (_, rows, _) in zip(starts, sequences, strict=True)])
+    finished, kept = [], []
+    for start, each in zip(starts, ordered, strict=False):
+        if keep_blocks and each.blocks[:-1]:
+            length = sum(each.blocks[:-1])
+            finished.append((length, tuple(each.owners)))
+            kept.append(start + np.arange(length))
     return Batch(
         members=tuple(
             Member(trajectory, step, positions, canvas.first_row + np.arange(len(positions)))
             for (trajectory, step), (positions, canvas) in zip(trajectories, placed, strict=True)
         ),
         tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _, _ in sequences])), device),
-        layout=PackedLayout.of(tuple(lengths), device, adapters=[adapter for _, _, adapter in sequences]),
+        layout=PackedLayout.of(
+            [length for *_, each in sequences for length in each.blocks],
+            device,
+            prefixes=[each.prefix for *_, each in sequences for _ in each.blocks],
+            before=[place for *_, each in sequences for place in places(each.blocks)],
+            adapters=[each.adapter for *_, each in sequences for _ in each.blocks],
+        ),
         rows=upload(torch.from_numpy(wanted.astype(np.int64)), device),
         blind=blind,
         cfg_scale=np.concatenate([np.full(len(each.rows), each.cfg_scale) for each in ordered]),
+        kept=Kept(upload(torch.from_numpy(np.concatenate(kept)), device)) if kept else None,
+        finished=tuple(finished),
     )
 
 

@@ -54,7 +54,7 @@ class Runner:
         self.book = Book(budget or Budget(), largest)
         self.savings = savings or Savings()
         self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget)
-        self.demand = Demand(loaded.info, self.reward_models, self.savings)
+        self.demand = Demand(loaded, self.reward_models, self.savings)
         self.clock = clock
         self.adapters: dict[str, Adapter] = {}  # by version
         self.begin: Callable[[str], None] = lambda job_id: None
@@ -116,13 +116,13 @@ class Runner:
         with self._alone(entry, events):
             if entry.started_at is None:
                 with Attempt(self.denoiser.ran_out) as attempt:
-                    entry.contexts = self.demand.contexts(job)
+                    entry.contexts, entry.prefix = self.demand.contexts(job), self.demand.prefix(job, entry.adapter)
                 if attempt.ran_out:
-                    entry.contexts = self.demand.contexts(job)
+                    entry.contexts, entry.prefix = self.demand.contexts(job), self.demand.prefix(job, entry.adapter)
                 entry.started_at = self.clock()
                 events.append(Started(job.id))
-            mask = self.loaded.info.mask_token_id
-            entry.running[index] = Trajectory.start(job, index, mask, entry.contexts, entry.adapter)
+            info, prepared = self.loaded.info, (entry.contexts, entry.prefix, entry.adapter)
+            entry.running[index] = Trajectory.start(job, index, info, *prepared)
 
     def _denoise(self, events: list[Event]) -> None:
         batch = [
@@ -167,28 +167,31 @@ class Runner:
             ran_out = decision.failure == "out_of_memory"
             events.append(out_of_memory(job.id) if ran_out else Failed(job.id, "not_finite", message, param))
             return
+        length = trajectory.length
         if job.stream_tokens and len(decision.chosen):
             revealed = list(zip(decision.chosen.tolist(), decision.tokens.tolist(), strict=True))
+            revealed = [(position, token) for position, token in revealed if position < length]
             events.append(Progress(job.id, trajectory.index, step.index, revealed))
         if job.stream_canvas:
             entropy: list[float | None] = [None] * len(trajectory.tokens)  # of what is masked still
             for position, value in zip(decision.positions.tolist(), decision.entropy.tolist(), strict=True):
                 entropy[position] = value if trajectory.masked[position] else None
-            shown = np.where(trajectory.masked, -1, trajectory.tokens).tolist()
-            events.append(Canvas(job.id, trajectory.index, step.index, shown, entropy, trajectory.last_reward))
+            shown = np.where(trajectory.masked, -1, trajectory.tokens)[:length].tolist()
+            events.append(Canvas(job.id, trajectory.index, step.index, shown, entropy[:length], trajectory.last_reward))
 
     def _retire(self, entry: Entry, events: list[Event]) -> None:
         """Move finished trajectories out; when all K are there, score and answer."""
         job = entry.job
         for index, trajectory in list(entry.running.items()):
-            final = self.savings.leave_when_final and trajectory.final(self.loaded.info.stop_token_ids)
+            final = self.savings.leave_when_final and trajectory.final
             if entry.stopped or final or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
                 entry.finished[index] = entry.running.pop(index)
                 trajectory.contexts.clear()  # memory that the next one may need
+                trajectory.prefix = None
         if entry.stopped:
             # The trajectories that never started have nothing to show; they count as empty canvases.
             for index in range(entry.admitted, job.sampling.best_of):
-                entry.finished[index] = Trajectory.start(job, index, self.loaded.info.mask_token_id)
+                entry.finished[index] = Trajectory.start(job, index, self.loaded.info)
         if len(entry.finished) < job.sampling.best_of:
             return
         with Attempt(self.denoiser.ran_out) as attempt:

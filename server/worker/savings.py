@@ -19,6 +19,7 @@ class Savings:
     grow_reward_prefix: so does the answer's own beginning, as it is settled; needs `reward_prefix_cache`.
     share_inner_steps: requests of different M go through their inner steps together; those of smaller M leave early.
     leave_when_final: a trajectory whose text can no longer change leaves, unless more of it is asked for.
+    block_cache: with block-causal attention the prompt and every finished block go through the diffusion model once.
     """
 
     share_equal_canvases: bool = True
@@ -28,6 +29,7 @@ class Savings:
     grow_reward_prefix: bool = True
     share_inner_steps: bool = True
     leave_when_final: bool = True
+    block_cache: bool = True
 
     @classmethod
     def without(cls, names: Iterable[str]) -> Savings:

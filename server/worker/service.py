@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -131,7 +132,14 @@ def load(config: WorkerConfig) -> LoadedService:
     if activation_dtype(dtype, device) != dtype:
         logger.info("this processor has no instructions for %s: weights keep it, arithmetic is float32", config.dtype)
     savings = Savings.without(config.disable_savings)
-    model = _fit(load_diffusion_model(config.model, dtype=dtype, device=device), config)
+    loaded = load_diffusion_model(
+        config.model, dtype=dtype, device=device, attention=config.attention, block_length=config.block_length
+    )
+    model = _fit(loaded, config)
+    if config.compile and model.info.blocks_from:
+        raise ConfigurationError(
+            "compile: cached prefixes cannot be compiled, and a block-causal model has them always"
+        )
     accelerate(
         model.model,
         model.info.context_length,
@@ -181,7 +189,8 @@ def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable
     tokenizer = model.tokenizer
     prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
     guidances = [GuidanceParams("entrgi", (WeightedReward(name),)) for name in reward_models]
-    sampling, diffusion = SamplingParams(max_tokens=8), DiffusionParams(steps=2)
+    own: dict[str, Any] = {**model.info.diffusion_defaults, "blocks_from": model.info.blocks_from}
+    sampling, diffusion = SamplingParams(max_tokens=8), DiffusionParams(steps=2, **own)
     for index, guidance in enumerate(guidances or [GuidanceParams()]):
         job = Job(f"warm-up-{index}", tuple(prompt), sampling, diffusion, guidance, conversation=conversation)
         runner.add(job, runner.clock())
@@ -216,7 +225,8 @@ def _budgets(
     free = max(0, free - config.adapters * adapter_bytes(model.model, config.max_lora_rank))
     if device.type == "cpu":
         memory.keep_large_blocks(free * (1 - config.memory_fraction))
-    footprint, context = memory.Footprint.of(model.model, reward_models), model.info.context_length
+    footprint = memory.Footprint.of(model.model, reward_models, block_causal=model.info.blocks_from is not None)
+    context = model.info.context_length
     shared, largest = footprint.budgets(free, config.memory_fraction, device.type, context_length=context)
     shared = replace(shared, trajectories=config.batch_trajectories)
     if config.batch_tokens:

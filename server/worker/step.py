@@ -93,13 +93,21 @@ class Denoiser:
     def _forward(self, trajectories: Sequence[tuple[Trajectory, Step]]) -> list[Decision]:
         """One forward, and what follows from it by group and part."""
         started = time.perf_counter()
-        batch = pack(trajectories, self.info.mask_token_id, self.device, share_equal=self.savings.share_equal_canvases)
+        batch = pack(
+            trajectories,
+            self.info.mask_token_id,
+            self.device,
+            share_equal=self.savings.share_equal_canvases,
+            keep_blocks=self.savings.block_cache,
+        )
+        inputs = batch.tokens, batch.layout
         if self.savings.head_on_masked_rows:
-            forward = Forward(batch, self.model.masked_hidden(batch.tokens, batch.layout, batch.rows), self.model.head)
+            forward = Forward(batch, self.model.masked_hidden(*inputs, batch.rows, batch.kept), self.model.head)
         else:
             everywhere = torch.arange(len(batch.tokens), device=self.device)
-            logits = self.model.masked_logits(batch.tokens, batch.layout, everywhere)
+            logits = self.model.head(self.model.masked_hidden(*inputs, everywhere, batch.kept))
             forward = Forward(batch, logits[batch.rows], torch.clone)
+        batch.grow()
         self.spent.forward += time.perf_counter() - started
         self.spent.rows += len(batch.blind)
         decisions: list[Decision] = []
@@ -134,7 +142,7 @@ class Denoiser:
         if decision.failure:
             return
         trajectory, step, rewards = decision.trajectory, decision.step, decision.rewards
-        masked = int(trajectory.masked.sum())
+        masked = trajectory.left
         trajectory.tokens[decision.chosen] = decision.tokens
         trajectory.masked[decision.chosen] = False
         trajectory.step_map[decision.chosen] = step.index
@@ -148,7 +156,7 @@ class Denoiser:
                     step=step.index,
                     time=step.time,
                     masked=masked,
-                    revealed=len(decision.chosen),
+                    revealed=masked - trajectory.left,
                     mean_entropy=float(decision.entropy.mean()),
                     mean_w=decision.mean_w,
                     reward_before=rewards[0] if rewards else None,
@@ -165,7 +173,7 @@ class Denoiser:
         most = 0
         for name in member.rewards:
             context = trajectory.contexts[name]
-            own = len(context.lead_ids) + len(trajectory.tokens) + len(context.suffix_ids)
+            own = len(context.lead_ids) + len(member.response) + len(context.suffix_ids)
             most = max(most, own + math.ceil(context.prefix.length * self._cached_share[name]))
         return rows, most
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,12 @@ import numpy as np
 
 from server.diffusion.sampler import BoolArray, IntArray
 from server.diffusion.schedule import Step, adapted, plan
-from server.types import Job, StepTrace
+from server.types import Job, ModelInfo, StepTrace
 
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
     from server.models.lora import Adapter
+    from server.models.packing import Prefix
 
 
 @dataclass(slots=True)
@@ -23,7 +23,12 @@ class Trajectory:
     plan. `step_map` (L,) has the step at which each was revealed (the last one, should there be several), -1 while
     it is masked. `contexts` is what each reward model reads around the response; it grows with what is settled of it.
     `adapter` is what the diffusion model runs with. `taken` counts the steps that were computed, and `reward_calls` the
-    passes of reward models in them."""
+    passes of reward models in them.
+
+    With block-causal attention `prefix` holds the diffusion model's keys and values of whole blocks of the prompt and
+    of the response, and grows with each that is finished; the last block may reach past the L tokens of the answer,
+    which is over at the end of the block in which the text ends: `length` tokens.
+    """
 
     job: Job
     index: int
@@ -32,7 +37,10 @@ class Trajectory:
     masked: BoolArray
     step_map: IntArray
     contexts: dict[str, RewardContext]
-    adapter: Adapter | None = None
+    prefix: Prefix | None
+    adapter: Adapter | None
+    stop_token_ids: tuple[int, ...]
+    length: int
     cursor: int = 0
     taken: int = 0
     reward_calls: int = 0
@@ -44,21 +52,26 @@ class Trajectory:
         cls,
         job: Job,
         index: int,
-        mask_token_id: int,
+        info: ModelInfo,
         contexts: dict[str, RewardContext] | None = None,
+        prefix: Prefix | None = None,
         adapter: Adapter | None = None,
     ) -> Trajectory:
         """An all-masked canvas at the first step."""
         length = job.sampling.max_tokens
+        steps = plan(length, job.diffusion, job.guidance, job.lead)
         return cls(
             job,
             index,
-            plan(length, job.diffusion, job.guidance),
-            np.full(length, mask_token_id, dtype=np.int64),
-            np.ones(length, dtype=np.bool_),
-            np.full(length, -1, dtype=np.int64),
+            steps,
+            np.full(steps[-1].stop, info.mask_token_id, dtype=np.int64),
+            np.ones(steps[-1].stop, dtype=np.bool_),
+            np.full(steps[-1].stop, -1, dtype=np.int64),
             dict(contexts or {}),
+            prefix,
             adapter,
+            () if job.sampling.ignore_eos else info.stop_token_ids,
+            length,
         )
 
     def next_step(self, *, skip_empty: bool = True) -> Step | None:
@@ -67,22 +80,36 @@ class Trajectory:
         diffusion = self.job.diffusion
         while self.cursor < len(self.steps):
             step = self.steps[self.cursor]
+            if diffusion.block_causal and np.isin(self.tokens[: step.start], self.stop_token_ids).any():
+                self.cursor, self.length = len(self.steps), step.start
+                return None
             can_reveal = step.reveal > 0 or diffusion.algorithm == "origin" or not skip_empty
             if self.masked[step.start : step.stop].any() and can_reveal:
                 if not diffusion.adaptive:
                     return step
-                return adapted(step, int(self.masked.sum()), len(self.masked), self.taken, self.job.guidance)
+                return adapted(step, self.left, self.length, self.taken, self.job.guidance)
             if self.job.trace and not diffusion.adaptive:
-                self.trace.append(StepTrace(step.index, step.time, int(self.masked.sum()), 0))
+                self.trace.append(StepTrace(step.index, step.time, self.left, 0))
             self.cursor += 1
         return None
 
-    def final(self, stop_token_ids: Sequence[int]) -> bool:
-        """Whether all that is asked of it is there though positions are masked: the text, which ends at the first of
-        these tokens, is revealed up to that one. It never changes again, so neither do its reward and its counts."""
+    @property
+    def left(self) -> int:
+        """How many of the answer's positions are masked."""
+        return int(self.masked[: self.length].sum())
+
+    def stop(self, step: Step) -> int:
+        """Where the canvas of a step ends among the response positions: later blocks are not there yet when attention
+        is block-causal."""
+        return step.stop if self.job.diffusion.block_causal else len(self.tokens)
+
+    @property
+    def final(self) -> bool:
+        """Whether all that is asked of it is there though positions are masked: the text, which ends at the first
+        stop token, is revealed up to that one. It never changes again, so neither do its reward and its counts."""
         if self.job.shows_canvas:
             return False
-        return bool(np.isin(self.tokens[: self.masked.argmax()], stop_token_ids).any())
+        return bool(np.isin(self.tokens[: self.masked.argmax()], self.stop_token_ids).any())
 
     def readers(self, step: Step) -> tuple[str, ...]:
         """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""
@@ -92,7 +119,7 @@ class Trajectory:
 
     def positions(self, step: Step) -> IntArray:
         """Response positions whose logits this step needs: all masked ones if the canvas is read, else the block's."""
-        positions = np.flatnonzero(self.masked)
+        positions = np.flatnonzero(self.masked[: self.stop(step)])
         if not self.readers(step):
             positions = positions[(positions >= step.start) & (positions < step.stop)]
         return positions.astype(np.int64)

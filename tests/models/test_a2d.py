@@ -14,8 +14,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from server.errors import ConfigurationError
 from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout
+from server.models.registry import family_of
 from tests.support.models import GOLDEN
 from tests.support.rewards import edit_json
 
@@ -67,3 +69,43 @@ def test_the_mask_token_is_the_tokenizers(token, tmp_path):
     assert (info.mask_token_id, info.default_max_tokens) == (3, 128)
     assert info.diffusion_defaults == {"algorithm": "maskgit_plus", "schedule": "even", "block_length": 32}
     assert info.template_arguments == {"enable_thinking": False}
+
+
+BLOCKS = {"attention": "block_causal"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "expected"),
+    [
+        ("a2d-qwen3", {}, {}, (None, 32)),
+        ("a2d-qwen3", {}, {"block_length": 16}, (None, 16)),
+        ("a2d-qwen3", {}, BLOCKS, ("prompt_end", 32)),
+        ("a2d-qwen3", {"block_size": 8}, {}, ("prompt_end", 8)),
+        ("a2d-qwen3", {"block_size": 8}, BLOCKS | {"block_length": 16}, ("prompt_end", 16)),
+        ("a2d-qwen3", {"block_size": 8}, {"attention": "full"}, (None, 32)),
+        ("llada", {}, BLOCKS | {"block_length": 16}, ("prompt_end", 16)),
+        ("sdar", {}, {}, ("start", 4)),
+        ("sdar", {"block_length": 16}, {}, ("start", 16)),
+        ("sdar", {}, {"attention": "full"}, (None, 4)),
+    ],
+)
+def test_attention_and_blocks_are_what_settings_checkpoint_and_family_say(name, config, settings, expected, tmp_path):
+    folder = shutil.copytree(GOLDEN / f"{name}-tiny" / "dlm", tmp_path / "model")
+    edit_json(folder / "config.json", **config)
+    info = load_diffusion_model(folder, **settings).info
+    assert (info.blocks_from, info.diffusion_defaults["block_length"]) == expected
+    if info.blocks_from:
+        assert info.diffusion_defaults["schedule"] == "even"
+
+
+@pytest.mark.parametrize(("value", "words"), [("8", "block_size must be"), (0, "block_size must be")])
+def test_a_wrong_block_size_is_named(value, words, tmp_path):
+    folder = shutil.copytree(GOLDEN / "sdar-tiny" / "dlm", tmp_path / "model")
+    edit_json(folder / "config.json", block_size=value)
+    with pytest.raises(ConfigurationError, match=words):
+        load_diffusion_model(folder)
+
+
+def test_sdars_mixture_of_experts_is_refused_by_name():
+    with pytest.raises(ConfigurationError, match="SDARMoeForCausalLM"):
+        family_of({"architectures": ["SDARMoeForCausalLM"]})

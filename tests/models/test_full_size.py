@@ -7,6 +7,7 @@ replaced by the published configuration's, give the tensors that a full-size che
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -15,6 +16,7 @@ from server.models.a2d import A2DQwen2Model, A2DQwen3Model
 from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
 from server.models.registry import family_of
+from server.models.sdar import SDARModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -43,6 +45,19 @@ QWEN2_5_0_5B = {
     "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
     "use_sliding_window": False, "vocab_size": 151936, "mask_token_id": 151665,
 }  # fmt: skip
+
+# config.json of JetLM/SDAR-1.7B-Chat, and what differs in the larger ones.
+SDAR_1_7B = {
+    "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"}, "bos_token_id": 151643, "debug": False,
+    "eos_token_id": 151643, "block_size": 4, "mask_token_id": 151669, "fuse_cross_entropy": True, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "sdar", "num_attention_heads": 16,
+    "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+SDAR_LARGER = {"num_hidden_layers": 36, "num_attention_heads": 32, "max_window_layers": 36}
 
 LAYER = re.compile(r"(layers|blocks)\.(\d+)\.")
 
@@ -107,3 +122,26 @@ def test_qwen2_5_0_5b():
     del expected["lm_head.weight"]  # the tiny one is not tied
     assert shapes(model) == expected
     assert parameters(model) * 2 == 988_065_536  # bytes in bfloat16, as the published file has
+
+
+@pytest.mark.parametrize(
+    ("changes", "billions"),  # without embedding and head, as published for the Qwen3 that each came from
+    [
+        ({}, 1.41),
+        (SDAR_LARGER | {"hidden_size": 2560, "intermediate_size": 9728}, 3.63),
+        (SDAR_LARGER | {"hidden_size": 4096, "intermediate_size": 12288}, 6.95),
+    ],
+    ids=["1.7B", "4B", "8B"],
+)
+def test_sdar(changes, billions):
+    config = SDAR_1_7B | changes
+    with torch.device("meta"):
+        model = SDARModel(SDARModel.read_config(config))
+    assert family_of(config) is SDARModel
+    hidden, heads = config["hidden_size"], config["num_attention_heads"] * 128
+    widths = {512: 151936, 64: hidden, 160: config["intermediate_size"], 128: heads, 32: 128}
+    expected = full_size_tensors("sdar-tiny/dlm", widths, config["num_hidden_layers"])
+    expected |= {name: (8 * 128, hidden) for name in expected if re.search("[kv]_proj", name)}  # 64 in the tiny one too
+    assert shapes(model) == expected
+    assert round((parameters(model) - 2 * 151936 * hidden) / 1e9, 2) == billions
+    assert model.context_length == 32768

@@ -361,3 +361,13 @@ def test_a_hub_model_of_another_kind_is_refused_by_its_config(hub):
 def test_what_the_hub_does_not_have_is_refused_with_the_list(hub):
     with pytest.raises(ConfigurationError, match=r"'owner/other' cannot be fetched from the hub.*LLaDA-8B-Instruct"):
         load_diffusion_model("owner/other")
+
+
+def test_a_published_block_causal_model_is_known_by_its_id(hub):
+    name = "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
+    repository = hub.parents[1] / f"models--{name.replace('/', '--')}"
+    shutil.copytree(GOLDEN / "a2d-qwen3-tiny" / "dlm", repository / "snapshots" / ("3" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("3" * 40)
+    info = load_diffusion_model(name).info
+    assert (info.blocks_from, info.diffusion_defaults["block_length"]) == ("prompt_end", 32)

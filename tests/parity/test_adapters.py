@@ -16,7 +16,7 @@ from server.types import Job, WeightedReward
 from server.worker.runner import Runner
 from tests.support.jobs import finish, make_job
 from tests.support.lora import write_adapter, write_merged
-from tests.support.models import GOLDEN
+from tests.support.models import BLOCK_CAUSAL, FAMILIES, GOLDEN
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -29,12 +29,14 @@ CASES: list[dict[str, Any]] = [
 
 
 def jobs_for(pair: Any, adapter: str | None) -> list[Job]:
-    return [
-        make_job(f"{adapter}-{index}", "Hi", pair.loaded.tokenizer, seed=5, adapter=adapter, **case)
-        for index, case in enumerate(CASES)
-    ]
+    jobs = []
+    for index, case in enumerate(CASES):
+        values = pair.blocks | case | ({"cfg_scale": 0.0} if pair.blocks else {})
+        jobs.append(make_job(f"{adapter}-{index}", "Hi", pair.loaded.tokenizer, seed=5, adapter=adapter, **values))
+    return jobs
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *BLOCK_CAUSAL], scope="session")
 def test_tokens_equal_the_plain_loop_on_merged_weights_in_float64(pair64: Any, family: str, tmp_path: Path) -> None:
     base, runner = GOLDEN / f"{family}-tiny" / "dlm", Runner(pair64.loaded, pair64.rewards)
     loops = {None: pair64.plain}

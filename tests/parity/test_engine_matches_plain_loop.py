@@ -20,16 +20,19 @@ from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
 from tests.support import jobs as support
 from tests.support.jobs import run
-from tests.support.models import Around
+from tests.support.models import BLOCK_CAUSAL, FAMILIES, Around
 
+everywhere = pytest.mark.parametrize("family", [*FAMILIES, *BLOCK_CAUSAL], scope="session")
 PROMPTS = ("Hi", "Explain the copyright notice.", "Tell me about the licence of this software.")
 ONE = (WeightedReward("rm"),)
 TWO = (WeightedReward("rm", 1.0), WeightedReward("other", -0.5))
 
 
 def make_job(pair: Any, index: int, **changes: Any) -> Job:
-    """A chat job on one of three prompts."""
+    """A chat job on one of three prompts; with a block-causal model, of what a case asks the part that it can do."""
     prompt = PROMPTS[index % len(PROMPTS)]
+    if pair.blocks:
+        changes = pair.blocks | {name: value for name, value in changes.items() if name not in FULL_ATTENTION}
     own = {"seed": 1000 + index, "return_step_map": True} | changes
     return support.make_job(f"job-{index}", prompt, pair.loaded.tokenizer, **own)
 
@@ -44,6 +47,7 @@ def adaptive(algorithm: str, **changes: Any) -> dict[str, Any]:
     return {"algorithm": algorithm, "max_tokens": 12, "steps": 12, **rule, **changes}
 
 
+FULL_ATTENTION = ("cfg_scale", "suffix_ids", "response_suffix")
 CASES: dict[str, dict[str, Any]] = {
     "none": {"n": 2, "best_of": 2},
     "none, scored, greedy": {"temperature": 0.0, "reward_models": ONE},
@@ -102,6 +106,7 @@ def crowd(pair64: Any) -> dict[str, JobResult]:
     return run(pair64, jobs)
 
 
+@everywhere
 @pytest.mark.parametrize("case", list(CASES))
 def test_tokens_steps_rewards_and_choice_equal_the_plain_loop_in_float64(pair64: Any, crowd: Any, case: str) -> None:
     index = list(CASES).index(case)
@@ -148,8 +153,11 @@ def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any,
     assert min(taken) < 12
 
 
+@everywhere
 @pytest.mark.parametrize("name", [field.name for field in fields(Savings) if field.name != "leave_when_final"])
 def test_every_saving_is_exact(pair64: Any, crowd: Any, name: str) -> None:
+    if name == "block_cache" and not pair64.blocks:
+        pytest.skip("there is nothing to cache")
     without = run(pair64, all_jobs(pair64), savings=Savings.without([name]))
     for job_id, result in crowd.items():
         same = [trajectory.token_ids for trajectory in without[job_id].trajectories]
@@ -240,7 +248,7 @@ class Shaken(Around):
 def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int, before: list[int]) -> tuple[Any, ...]:
     """What one step reveals from a given canvas, `taken` steps into the run."""
     contexts = Runner(pair.loaded, pair.rewards).demand.contexts(job)
-    trajectory = Trajectory.start(job, index, pair.loaded.info.mask_token_id, contexts)
+    trajectory = Trajectory.start(job, index, pair.loaded.info, contexts)
     for position, token in enumerate(before):
         if token >= 0:
             trajectory.tokens[position], trajectory.masked[position] = token, False

@@ -11,6 +11,9 @@ import pytest
 import kernels
 from kernels import dispatch
 from tests.support.golden import golden_jobs, replay
+from tests.support.models import BLOCK_CAUSAL, FAMILIES
+
+pytestmark = pytest.mark.parametrize("family", [*FAMILIES, *BLOCK_CAUSAL], scope="session")
 
 
 def test_every_recorded_run_comes_out_in_float64(pair64: Any, family: str) -> None:

@@ -17,7 +17,7 @@ from tests.support.models import GOLDEN, Pair
 
 FILES = ("trajectories.json", "blocks.json")  # a family has one or both
 SAME_NAMES = ("steps", "deprioritize_eos", "gradient_steps", "eta", "max_tokens", "temperature", "top_p", "top_k")
-OPTIONAL = ("block_length", "schedule", "cfg_scale")
+OPTIONAL = ("block_length", "schedule", "cfg_scale", "confidence_threshold")
 
 
 def recorded_logits(family: str) -> list[tuple[Tensor, Tensor, float]]:
@@ -35,7 +35,7 @@ def golden_jobs(pair: Pair, family: str) -> Iterator[tuple[Job, list[int], float
     """(job, recorded tokens, recorded final reward) for every prompt of every case."""
     for path in filter(Path.is_file, (GOLDEN / f"{family}-tiny" / file for file in FILES)):
         for case in json.loads(path.read_text()):
-            values = {key: case[key] for key in (*SAME_NAMES, *OPTIONAL) if key in case}
+            values = pair.blocks | {key: case[key] for key in (*SAME_NAMES, *OPTIONAL) if key in case}
             values |= {"algorithm": case["alg"], "method": case["guidance"], "reward_models": ("rm",)}
             for index, prompt in enumerate(case["prompts"]):
                 name = f"{path.stem}/{case['id']}[{index}]"

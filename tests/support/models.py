@@ -26,13 +26,17 @@ from server.text.tokenizer import Tokenizer
 from server.types import Message
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FAMILIES = tuple(each.family for each in registry.FAMILIES if (GOLDEN / f"{each.family}-tiny").is_dir())
-"""Names of the families of diffusion models that have golden data, each in a folder NAME-tiny."""
+FAMILIES = tuple(each.family for each in registry.FAMILIES if (GOLDEN / f"{each.family}-tiny/units.json").is_file())
+"""Names of the families of diffusion models whose logits are among the golden data, each in a folder NAME-tiny."""
+BLOCK_CAUSAL = ("bd3lm", "sdar")
+"""Golden models with block-causal attention, in such folders too. BD3LM's is an A2D model, which does not say it."""
 CPU = torch.device("cpu")
 
 
 def load_diffusion(family: str = "dream", dtype: torch.dtype = torch.float64, **options: Any) -> LoadedDiffusionModel:
     """A golden diffusion model of its own, on the CPU."""
+    if family == "bd3lm":
+        options = {"attention": "block_causal", **options}
     return load_diffusion_model(GOLDEN / f"{family}-tiny" / "dlm", dtype=dtype, **options)
 
 
@@ -107,6 +111,13 @@ class Pair:
     loaded: LoadedDiffusionModel
     rewards: dict[str, RewardModel]
     plain: PlainLoop
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """What makes a job of this model block-causal, where the model is: `DiffusionParams` of the API, but for short
+        blocks."""
+        start = self.loaded.info.blocks_from
+        return {"blocks_from": start, "block_length": 4, "schedule": "even"} if start else {}
 
 
 @functools.cache

@@ -35,13 +35,14 @@ QUICK = ("--threads", "1", "--no-spare-worker")
 
 def golden_flags(*pairs: str) -> list[str]:
     """Flags for the diffusion model of the first pair (`dream-tiny` by default) and every pair's reward model, in
-    float32. The first reward model is called `rm`, the second `other`; a pair without one has that of `dream-tiny`."""
+    float32. The first reward model is called `rm`, the second `other`; a pair without one has that of `dream-tiny`.
+    BD3LM's model is an A2D one that does not say that it is block-causal."""
     pairs = pairs or ("dream-tiny",)
     flags = ["--model", str(GOLDEN / pairs[0] / "dlm"), "--dtype", "float32"]
     for name, pair in zip(("rm", "other"), pairs, strict=False):
         folder = GOLDEN / pair / "rm"
         flags += ["--reward-model", f"{name}={folder if folder.is_dir() else GOLDEN / 'dream-tiny' / 'rm'}"]
-    return flags
+    return [*flags, "--attention", "block_causal"] if pairs[0] == "bd3lm-tiny" else flags
 
 
 def wait_answer(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = START_SECONDS) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.answers import approximations
-from server.diffusion.schedule import Step, adapted, blocks, plan, time_grid
+from server.diffusion.schedule import Step, adapted, block_lengths, blocks, plan, time_grid
 from server.types import DiffusionParams, GuidanceParams
 from tests.support.models import GOLDEN
 
@@ -59,6 +59,29 @@ def test_blocks_share_the_steps() -> None:
     assert blocks(10, 7, 4) == [(0, 4, 3), (4, 8, 2), (8, 10, 2)]
     assert blocks(9, 2, 3) == [(0, 3, 1), (3, 6, 1), (6, 9, 1)]
     assert blocks(9, 5, None) == [(0, 9, 5)]
+
+
+def test_blocks_that_begin_in_the_prompt_and_are_filled_whole() -> None:
+    assert blocks(10, 7, 4, 3, whole=True) == [(0, 1, 2), (1, 5, 2), (5, 9, 2), (9, 13, 1)]
+    assert blocks(10, 7, 4, 3) == [(0, 1, 2), (1, 5, 2), (5, 9, 2), (9, 10, 1)]
+    assert blocks(1, 4, 4, 3, whole=True) == [(0, 1, 4)]
+    assert block_lengths(11, 6, 4) == (2, 4, 4, 1)  # a prompt of six, counted back from its end
+    assert block_lengths(11, 4, 4) == (4, 4, 3)
+    assert block_lengths(7, -4, 4) == (4, 3)
+    assert block_lengths(2, 8, 4) == (2,)
+
+
+@pytest.mark.parametrize("algorithm", ["maskgit_plus", "threshold"])
+def test_a_block_filled_whole_reveals_as_a_block_of_full_length(algorithm: Any) -> None:
+    """`even` counts on the block length, though fewer may be masked; an adaptive algorithm reveals at least as many."""
+    diffusion = DiffusionParams(6, algorithm, block_length=8, schedule="even", blocks_from="start")
+    steps = plan(7, diffusion, GuidanceParams(), lead=3)
+    assert [(step.start, step.stop) for step in steps] == [(0, 5)] * 3 + [(5, 13)] * 3
+    if algorithm == "threshold":
+        assert [step.least(left) for step, left in zip(steps, [5, 2, 1, 8, 5, 2], strict=True)] == [3, 2, 1, 3, 3, 2]
+        assert steps[3].least(4) == 3
+    else:
+        assert [step.reveal for step in steps] == [3, 2, 0, 3, 3, 2]
 
 
 def test_time_runs_from_one_to_eps_evenly() -> None:

@@ -15,14 +15,15 @@ import pytest
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
 from server.wire.config import WorkerConfig
 from server.worker import memory
-from server.worker.memory import CAPS, LAST_CACHE_BYTES, Footprint, free_bytes, last_cache_bytes
+from server.worker.memory import CAPS, FIXED_BYTES, LAST_CACHE_BYTES, LEAST, Footprint, free_bytes, last_cache_bytes
 from server.worker.service import load
-from tests.support.models import CPU, GOLDEN
+from tests.support.models import CPU, GOLDEN, diffusion
 
 ROOT = Path(__file__).parents[2]
 FOOTPRINT = Footprint(
-    token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, phi_row=6e5, reward_token=1.3e6, cached_token=1.1e5
-)
+    token=3e5, hidden=7e3, logit_row=9e5, guided_row=2.4e6, phi_row=6e5, reward_token=1.3e6, cached_token=1.1e5,
+    cached_share=1 / 8,
+)  # fmt: skip
 
 
 def machine(root: Path, cgroup: str, **files: str) -> Path:
@@ -80,6 +81,18 @@ def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
             assert taken + kept <= 0.8e9 * gigabytes
         before = shared
     assert before == CAPS["cuda"]
+
+
+def test_a_block_causal_model_has_half_of_the_memory_for_what_it_keeps() -> None:
+    model = diffusion("sdar").model
+    footprint = Footprint.of(model, [], block_causal=True)
+    prefix = model.prefill(range(5, 45), 4)
+    kept = sum(each.nbytes for each in (*prefix.keys, *prefix.values))
+    assert kept < 40 * footprint.cached_token <= 2 * kept  # two layers more than it has, which are two
+    shared, largest = footprint.budgets(1e6 + FIXED_BYTES, 1.0, "cuda", context_length=2048)
+    assert shared.cached_tokens == largest.cached_tokens == int(5e5 / footprint.cached_token)
+    assert largest.tokens == int(5e5 / (footprint.token + footprint.hidden))
+    assert Footprint.of(model, []).budgets(1e9, 1.0, "cuda", context_length=2048)[1].cached_tokens == LEAST
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tests.support.models import CPU, GOLDEN
 
 FILES = GOLDEN / "llada-tiny"
 RM = str(FILES / "rm")
+DREAM = str(GOLDEN / "dream-tiny/dlm")
 CONFIG = WorkerConfig(str(FILES / "dlm"), device="cpu", dtype="float64")
 
 
@@ -57,6 +58,9 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
         ({"attention_backend": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
         ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
+        ({"attention": "block_causal"}, "block_length: attention is block_causal, and neither the settings"),
+        ({"attention": "block_causal", "model": DREAM}, "attention: block_causal is not implemented for dream"),
+        ({"attention": "block_causal", "block_length": 4, "compile": True}, "compile: cached prefixes"),
     ],
 )
 def test_a_wrong_setting_is_named(changes: dict[str, Any], key: str) -> None:
