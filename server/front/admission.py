@@ -8,7 +8,7 @@ of all at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 WINDOW_SECONDS = 30.0
 UNKNOWN_RATE_SECONDS = 5.0
@@ -65,13 +65,15 @@ class Throughput:
             return None
         return len(self._finished) / (clock - since)
 
-    def retry_after_seconds(self, in_flight: int, now: float, places: int = 1, ends: Sequence[float] = ()) -> float:
+    def retry_after_seconds(
+        self, in_flight: int, now: float, places: int = 1, ends: Callable[[], Sequence[float]] = tuple
+    ) -> float:
         """When to try again for so many places: when the next that nobody was promised come free, at most the time in
-        which all `in_flight` jobs will have left, within 1 to 60 seconds. While no rate is known, `ends` tells: in how
-        many seconds jobs are expected to leave."""
+        which all `in_flight` jobs will have left, within 1 to 60 seconds. While no rate is known, `ends` is asked in
+        how many seconds jobs are expected to leave."""
         rate = self.per_second(now)
         if rate is None:
-            return expected(ends, places)
+            return expected(ends(), places)
         self._promised_until = min(max(self._promised_until, now) + places / rate, now + in_flight / rate)
         return within_reason(self._promised_until - now)
 

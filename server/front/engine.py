@@ -166,7 +166,7 @@ class Engine:
             raise errors.QueueFull(
                 f"{len(self._pending)} requests are in flight; the server takes {self.config.max_queue}",
                 retry_after=self._throughput.retry_after_seconds(
-                    len(self._pending), time.monotonic(), jobs, self.ends_seconds()
+                    len(self._pending), time.monotonic(), jobs, self.ends_seconds
                 ),
             )
 
@@ -176,7 +176,7 @@ class Engine:
         for pending in self._pending.values():
             if pending.worker is None or pending.begun_at is None or not pending.steps:
                 continue
-            done = self.replicas[pending.worker].stats.steps - pending.begun_step
+            done = self.replicas[pending.worker].steps - pending.begun_step
             if done > 0:
                 ends.append(max(0, pending.steps - done) * (now - pending.begun_at) / done)
         return ends
@@ -253,7 +253,7 @@ class Engine:
         if isinstance(event, Begun):
             pending.begun = True
             if pending.begun_at is None:
-                pending.begun_at, pending.begun_step = time.monotonic(), replica.stats.steps
+                pending.begun_at, pending.begun_step = time.monotonic(), replica.steps
         elif isinstance(event, Answer):
             self._answer(pending, event)
         elif not pending.deliver(event):

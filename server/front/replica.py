@@ -67,6 +67,11 @@ class Replica:
         return self._past.plus(self._present)
 
     @property
+    def steps(self) -> int:
+        """Denoising steps that all processes did so far, without the cost of `stats`."""
+        return self._past.steps + self._present.steps
+
+    @property
     def backoff_seconds(self) -> float:
         """How long the next start waits: not at all, unless workers keep dying before they are ready."""
         if self.failed_starts == 0:

@@ -51,7 +51,7 @@ def ten_a_second() -> Throughput:
 
 def test_before_a_rate_is_known_places_come_free_when_jobs_are_expected_to_end() -> None:
     ends = [40.0, 0.2, 12.0, 90.0]
-    waits = [Throughput(0.0).retry_after_seconds(4, 10.0, places, ends) for places in (1, 2, 3, 4, 9)]
+    waits = [Throughput(0.0).retry_after_seconds(4, 10.0, places, lambda: ends) for places in (1, 2, 3, 4, 9)]
     assert waits == [1.0, 12.0, 40.0, 60.0, 60.0]
 
 
