@@ -5,6 +5,13 @@ guided step of the bundled pair runs: how many functions stand on the stack from
 `kernels` (both included), and how long the files are through which the step runs. The bound on those leaves out the
 networks and the kernels, which `guidance/plain`, the same step in one file, takes as given too. With `--check` a
 measure past its bound ends the program with status 1.
+
+The bounds are those of the redesign (16,000 lines of serving code, 17,000 of tests, a median of 120, 40 settings,
+2,400 lines of a step) and what was added since, in lines of serving code and of tests: converted models and chat
+templates 220 and 280, block-causal decoding 390 and 380, LoRA adapters 670 and 710, /v1/responses 370 and 190, ids,
+failures and overload 360 and 390, what an answer tells of its cost 100 and 90, descriptions of all fields 220 and 20,
+the command line as a wheel 0 and 140. Ten settings came with them: five of adapters, two of attention, two of keys,
+one of /docs.
 """
 
 from __future__ import annotations
@@ -142,17 +149,17 @@ def measures(followed: Followed) -> list[Measure]:
     read = {path: serving[path] for path in followed.files}
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
-        Measure("lines of serving code", sum(serving.values()), 16_000),
-        Measure("lines of tests", sum(tests.values()), 17_000),
+        Measure("lines of serving code", sum(serving.values()), 18_400),
+        Measure("lines of tests", sum(tests.values()), 19_300),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
-        Measure("lines of serving code's median file", median(serving.values()), 120),
+        Measure("lines of serving code's median file", median(serving.values()), 135),
         Measure("files of serving code", len(serving)),
-        Measure("settings", len(SETTINGS), 40),
+        Measure("settings", len(SETTINGS), 50),
         Measure("frames from Runner.step to an operation of kernels", len(followed.to_operation), 9),
         Measure("frames from Runner.step to the deepest function of kernels", len(followed.inside)),
         Measure("files that a guided step runs through, without networks and kernels", len(step)),
-        Measure("lines of these files", sum(step.values()), 2_400),
+        Measure("lines of these files", sum(step.values()), 2_700),
         Measure("files that a guided step runs through, with both", len(read)),
         Measure("lines of all these files", sum(read.values())),
         Measure("lines of the functions that run in them", followed.function_lines),

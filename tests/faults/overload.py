@@ -29,6 +29,9 @@ from tests.faults.harness import Server, Verdict, main, percentile, quantiles
 from tests.faults.load import CHAT, bystander, chat
 
 QUEUE = 64
+DECODING = {"max_tokens": 64, "diffusion": {"steps": 64}}
+"""Requests long enough that decoding is the load: with short ones a fast worker is offered hundreds of connections a
+second, and what is measured is how long they take to be accepted."""
 TIMES_TOO_MUCH = 4.0
 MEASURE_SECONDS = 20.0
 WORST_HEALTH_SECONDS = 1.0  # on a machine that is busy with the load itself
@@ -50,7 +53,7 @@ class Traffic:
         """One request, on a connection of its own; returns the seconds of Retry-After when refused."""
         departed = time.perf_counter()
         self.lateness.append(departed - due if due is not None else 0.0)
-        request = hostile.post(json.dumps(chat(seed)).encode(), "Connection: close", path=CHAT)
+        request = hostile.post(json.dumps(chat(seed, **DECODING)).encode(), "Connection: close", path=CHAT)
         try:
             reply = await hostile.exchange(self.server.port, request, seconds=300)
         except (OSError, TimeoutError) as error:
