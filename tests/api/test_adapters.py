@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +19,7 @@ import pytest
 from tests.api.scripted_engine import check_envelope, make, open_client
 from tests.golden.run_golden import request_body
 from tests.support.lora import write_adapter
-from tests.support.serving import GOLDEN, Launch, Served, golden_flags
+from tests.support.serving import GOLDEN, Launch, Served, golden_flags, wait_for
 
 FOLDER = GOLDEN / "a2d-qwen3-tiny"
 AT_ONCE = 16
@@ -111,6 +114,21 @@ def test_an_answer_is_of_one_version_while_its_adapter_is_replaced(adapted: Serv
         answers = [answer for each in asking for answer in each.result()]
     assert len(answers) >= AT_ONCE
     assert all(given in (versions["golden"][index], versions["another"][index]) for index, given in answers)
+
+
+def test_a_worker_that_takes_the_place_of_a_killed_one_has_the_same_version(adapted: Served, folders: Path) -> None:
+    written = write_adapter(folders / "loras" / "written", FOLDER / "dlm", rank=2, seed=3)
+    assert load(adapted, "written", "written").status_code == 200
+    (body, _), *_ = recorded("lora-trajectories.json", "written")
+    before = tokens(adapted, body)
+    write_adapter(written, FOLDER / "dlm", rank=2, seed=4)  # a trainer's next step, which nobody has loaded
+    (worker,) = re.findall(r"\(process (\d+)\) is ready", adapted.log.read_text())
+    os.kill(int(worker), signal.SIGKILL)
+    wait_for(lambda: adapted.metric("worker_restarts_total") == 1)
+    assert tokens(adapted, body) == before  # it waits for the new worker
+    assert load(adapted, "written", "written", load_inplace=True).status_code == 200
+    assert tokens(adapted, body) != before
+    assert adapted.post("/v1/unload_lora_adapter", {"lora_name": "written"}).status_code == 200
 
 
 def test_models_name_an_adapters_parent_and_the_document_its_name(adapted: Served) -> None:
