@@ -75,6 +75,8 @@ def generation(body: dict[str, Any]) -> None:
     fields = guidance if isinstance(guidance, dict) else {"method": guidance}
     prompts = body.get("prompt")
     many = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+    if body.get("chat_template") and not isinstance(prompts[0] if many else prompts, str):
+        body["chat_template"] = body["chat_template_kwargs"] = None  # a template takes a text
     several = many and len(prompts) > 1
     if several:
         body["n"] = min(body.get("n") or 1, 2)
