@@ -192,7 +192,10 @@ def test_a_trajectory_whose_text_is_final_leaves_and_answers_the_same(ending: An
     for early, late in zip(left.trajectories, stayed.trajectories, strict=True):
         assert (early.completion_tokens, early.finish_reason) == (late.completion_tokens, late.finish_reason)
         assert early.model_calls <= late.model_calls
-    assert sum(each.model_calls for each in left.trajectories) < sum(each.model_calls for each in stayed.trajectories)
+    if "origin" not in case:  # which reveals at random, and may come to the text's end at its last step
+        assert sum(each.model_calls for each in left.trajectories) < sum(
+            each.model_calls for each in stayed.trajectories
+        )
 
 
 @pytest.mark.parametrize("asked", ["return_token_ids", "return_step_map", "trace", "ignore_eos", "stream_canvas"])
