@@ -72,7 +72,6 @@ CASES: dict[str, dict[str, Any]] = {
     "aps, two rewards": gradient("aps", reward_models=TWO),
     "entrgi, other reward": gradient("entrgi", reward_models=(WeightedReward("other"),)),
     "entrgi, suffix": gradient("entrgi", suffix_ids=(40, 50, 60), response_suffix=" and so on"),
-    "entrgi, prefill": gradient("entrgi", response_prefix="The answer: ", response_suffix=" and so on"),
     "none, maskgit_plus, top_k": {"algorithm": "maskgit_plus", "top_k": 20, "temperature": 1.2},
     "none, origin": {"algorithm": "origin", "top_p": 0.5},
     "second prompt of a request": gradient("entrgi", prompt_index=3),
@@ -89,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "entrgi, threshold, guided confidence": gradient("entrgi", **adaptive("threshold", confidence="guided")),
     "entrgi, threshold, blocks": gradient("entrgi", **adaptive("threshold", block_length=5, schedule="even")),
     "entrgi, threshold, no EOS rule": gradient("entrgi", **adaptive("threshold", deprioritize_eos=False)),
+    "entrgi, prefill": gradient("entrgi", response_prefix="The answer: ", response_suffix=" and so on"),
     # Last, so that another method changes no other case's seed.
     **{method: gradient(method, top_p=0.8) for method in gradient_methods()},
 }
@@ -180,7 +180,7 @@ TEXT_ONLY = {"return_token_ids": False, "return_step_map": False}
 
 @pytest.mark.parametrize("case", ENDING)
 def test_a_trajectory_whose_text_is_final_leaves_and_answers_the_same(ending: Any, case: str) -> None:
-    job = make_job(ending, 0, **{**TEXT_ONLY, "best_of": 2, "n": 2, **CASES[case], "max_tokens": 12, "steps": 12})
+    job = make_job(ending, 0, **{**TEXT_ONLY, **CASES[case], "best_of": 4, "n": 4, "max_tokens": 12, "steps": 12})
     left = run(ending, [job])[job.id]
     stayed = run(ending, [job], savings=Savings.without(["leave_when_final"]))[job.id]
     expected = ending.plain.run(job)
