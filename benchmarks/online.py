@@ -131,7 +131,8 @@ async def opened(client: AsyncClient, size: Size, capacity: dict[str, float]) ->
 async def streamed(client: AsyncClient, size: Size) -> list[Row]:
     """One stream at a time with each of the settings, on the same prompts and seeds."""
     rows = []
-    for method, best_of, block_length in tqdm(STREAMS, desc="streams", leave=False):
+    for method, best_of, block in tqdm(STREAMS, desc="streams", leave=False):
+        block_length = block and min(block, size.max_tokens)
         asked: Options = {
             "max_tokens": size.max_tokens,
             "best_of": best_of,
