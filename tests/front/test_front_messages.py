@@ -58,6 +58,9 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
     fields = {name: st.deferred(lambda h=h: anything(h)) for name, h in hints.items()}
     if hint is GuidanceParams:  # it refuses a method that is not in the table
         fields["method"] = st.sampled_from([*METHODS])
+    if hint is DiffusionParams:  # it refuses blocks without a length
+        blocks = st.builds(hint, **fields | {"block_length": anything(int)})
+        return st.one_of(st.builds(hint, **fields | {"blocks_from": st.none()}), blocks)
     return st.builds(hint, **fields)
 
 

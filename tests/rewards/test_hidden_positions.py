@@ -143,8 +143,8 @@ def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
 
     original = SelfAttention.heads
 
-    def heads(self: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3)) -> Any:
-        q, k, v = original(self, x, cos, sin, part)
+    def heads(self: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3), **more: Any) -> Any:
+        q, k, v = original(self, x, cos, sin, part, **more)
         if part.start == 1:  # the last layer's keys and values alone
             k.register_hook(spoil)
         return q, k, v
