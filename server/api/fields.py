@@ -11,6 +11,7 @@ clients which always send them work; any real value is refused by name, with the
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -280,9 +281,9 @@ class ConversationRequest(GenerationRequest, Templated):
     safety_identifier: str | None = None
 
     @property
+    @abstractmethod
     def turns(self) -> Sequence[ChatMessage]:
         """The conversation to answer."""
-        raise NotImplementedError
 
 
 class ChatCompletionRequest(ConversationRequest):

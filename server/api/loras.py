@@ -56,7 +56,8 @@ async def load_lora_adapter(frontend: Frontend, asked: LoadAdapterRequest) -> Re
     served, name = frontend.served, asked.lora_name
     if served is not None and name in {*served.models, *served.reward_models} - {*served.adapters}:
         raise InvalidRequest(f"{quote(name)} is the name of another model", "lora_name")
-    within = Path(frontend.settings.lora_dir or "/nowhere")
+    assert frontend.settings.lora_dir is not None  # without it there are no such routes (settings)
+    within = Path(frontend.settings.lora_dir)
     await frontend.engine.adapters.load(name, within / asked.lora_path, within, in_place=asked.load_inplace)
     frontend.metrics.introduce(name)
     (model,) = [each for each in await models_of(frontend) if each.id == name]

@@ -75,8 +75,8 @@ class Denoiser:
 
     @torch.no_grad()
     def step(self, trajectories: Sequence[tuple[Trajectory, Step]]) -> list[Decision]:
-        """One step of every given trajectory, and what it did. They are changed only when all else is done, so a part
-        of the step that runs out of memory can run again."""
+        """One step of every given trajectory, and what it did. They are changed only when all else is done, but for the
+        cached blocks, which are settled already, so a part of the step that runs out of memory can run again."""
         self.spent = self.inner_steps.timings = Spent()
         decisions: list[Decision] = []
         sizes = [(Cost.of(trajectory.job).tokens,) for trajectory, _ in trajectories]

@@ -140,6 +140,7 @@ def test_who_reads_nothing_of_a_large_answer_is_cut_off(unharmed: Served) -> Non
     before = descriptors(unharmed)
     body = json.dumps({"prompt": "word " * 300_000, "return_token_strs": True}).encode()
     with deaf(unharmed, hostile.post(body, path="/tokenize")):
+        wait_for(lambda: descriptors(unharmed) > before)
         wait_for(lambda: descriptors(unharmed) <= before)
 
 
