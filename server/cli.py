@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop. Returns the exit status: 0 after a drain, 1 when it could not start, 2
     for wrong settings."""
     parsed = vars(_parse(sys.argv[1:] if arguments is None else arguments))
-    parsed.pop("command")
+    command = parsed.pop("command")
     config: Path | None = parsed.pop("config", None)
     try:
         settings = load(parsed, config)
@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, ConfigurationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if command == "doctor":
+        from server import doctor  # which imports torch
+
+        return doctor.main(engine_config(settings).worker)
     log.configure(settings.log_level, settings.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no thread a core for them
     for name, hint in unknown_variables(os.environ).items():
@@ -192,7 +196,8 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    made.add_argument("command", nargs="?", choices=("serve",), default="serve", help="serve (may be left out)")
+    text = "serve (may be left out), or doctor: say what of this machine is in the way of serving so"
+    made.add_argument("command", nargs="?", choices=("serve", "doctor"), default="serve", help=text)
     made.add_argument("--version", action="version", version=__version__)
     made.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file of settings ({ENV_PREFIX}CONFIG)")
     for name, setting in SETTINGS.items():

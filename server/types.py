@@ -283,11 +283,24 @@ class DecoderShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How a part of the work ("device", "kernels", "attention", "graphs") is done here, for one model or (an empty
+    name) for all, and why, where that is not what would be best."""
+
+    part: str
+    model: str
+    how: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Sent by the worker when it is ready. `largest` is what one trajectory may take; more can never run here."""
+    """Sent by the worker when it is ready. `largest` is what one trajectory may take; more can never run here. `ways`
+    is what was decided at load."""
 
     model: ModelInfo
     reward_models: tuple[RewardModelInfo, ...]
     device: str
     kernel_backend: str
     largest: Budget = field(default_factory=Budget)
+    ways: tuple[Way, ...] = ()

@@ -175,6 +175,11 @@ class _WorkerCollector(Collector):
             backend = GaugeMetricFamily(PREFIX + "kernel_backend_info", "What computes: always 1", labels=list(what))
             backend.add_metric(list(what.values()), 1.0)
             yield backend
+            text = "How a part of the work is done, and why where something is in the way: always 1"
+            execution = GaugeMetricFamily(PREFIX + "execution_info", text, labels=["part", "model", "how", "why"])
+            for way in dict.fromkeys(way for info in infos for way in info.ways):
+                execution.add_metric([way.part, way.model, way.how, way.why], 1.0)
+            yield execution
 
 
 def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:

@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import kernels
+from kernels import varlen
 from kernels.linear import activation_dtype
 from kernels.settings import settings
 from server.budget import Budget
@@ -27,11 +28,20 @@ from server.models.lora import adapter_bytes, load_adapter
 from server.models.weights import checkpoint_dtype
 from server.rewards.graphs import graph_where_possible
 from server.rewards.reward_model import RewardModel, load_reward_model
-from server.types import DiffusionParams, EngineInfo, GuidanceParams, Job, Message, SamplingParams, WeightedReward
+from server.types import (
+    DiffusionParams,
+    EngineInfo,
+    GuidanceParams,
+    Job,
+    Message,
+    SamplingParams,
+    Way,
+    WeightedReward,
+)
 from server.wire.config import WorkerConfig
 from server.wire.messages import AdaptersSet, Failed
 from server.wire.stats import RunnerStats
-from server.worker import memory
+from server.worker import memory, nvidia
 from server.worker.failures import Attempt
 from server.worker.runner import Runner
 from server.worker.savings import Savings
@@ -101,6 +111,13 @@ def resolve_dtype(name: str, device: torch.device, own: torch.dtype | None = Non
     return dtype
 
 
+def attention_way(model: str, backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> Way:
+    """Which attention a model has and, of one that is slow on its device, why."""
+    fast = "varlen" if device.type == "cuda" else "cpp"
+    why = "" if backend == fast else varlen.unavailable(fast, device, dtype, head_size) or "attention_backend says so"
+    return Way("attention", model, backend, why)
+
+
 def default_threads(device: torch.device, workers: int = 1) -> int:
     """CPU threads for each of `workers` workers when none are configured; 0 leaves torch's own number.
 
@@ -120,6 +137,7 @@ def load(config: WorkerConfig) -> LoadedService:
     """
     transformers_logging.disable_progress_bar()  # standard error carries log lines
     device = resolve_device(config.device, config.rank)
+    ways = [Way("device", "", str(device), nvidia.why_unused() if config.device == "auto" else "")]
     if threads := config.threads or default_threads(device, config.data_parallel):
         torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -147,6 +165,9 @@ def load(config: WorkerConfig) -> LoadedService:
         compiled=config.compile,
         graphs=config.cuda_graphs,
     )
+    head_size, decoder = model.model.shape.head_size, model.model.model
+    of = device, model.model.activation_dtype, head_size
+    ways.append(attention_way(model.info.id, decoder.attention_backend, *of))
     reward_models = {
         name: load_reward_model(
             name,
@@ -163,6 +184,7 @@ def load(config: WorkerConfig) -> LoadedService:
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
+        ways.append(attention_way(reward.name, reward.attention_backend, *where))
         if config.cuda_graphs:
             graph_where_possible(reward)
     budget, largest = _budgets(config, model, reward_models.values(), device)
@@ -175,7 +197,11 @@ def load(config: WorkerConfig) -> LoadedService:
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         kernel_backend=kernels.default_backend(),
         largest=largest,
+        ways=tuple(ways),
     )
+    for way in ways:
+        if way.why:
+            logger.warning("%s: %s, because %s", " of ".join(filter(None, (way.part, way.model))), way.how, way.why)
     logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
     return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device, config.max_lora_rank)
 
