@@ -11,9 +11,14 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
+# For `make gpu-evidence`: an interpreter that has torch's CUDA build. By default that is the environment's own where it
+# has one; else a second environment is made, of 2.6 GB.
+CUDA_PY ?=
+TRITON_VERSION := 3.7.1# what torch 2.13.0 pins
+CUDA_VENV ?= build/cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean
+.PHONY: help setup serve test test-slow check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,9 +62,18 @@ bench-online: $(DEV) ## Measure a server over HTTP: throughput, latencies by arr
 bench-kernels: $(DEV) ## Measure the kernels against the research code's operations
 	$(PY) -m benchmarks.kernels $(ARGS)
 
-gpu-check: $(DEV) ## On a GPU: every test that needs one, the kernels' and the models' benchmarks, and reports in build/
-	$(PY) -m benchmarks.kernels.gpu_check $(ARGS)
-	$(PY) -m benchmarks.gpu_check $(ARGS)
+doctor: $(RUNTIME) ## Whether this machine can serve, and what is in the way (ARGS="--model ..." as for serve)
+	$(PY) -m server doctor $(ARGS)
+
+# With PY=python3 any interpreter that has torch will do, and nothing is installed.
+gpu-check: $(if $(filter file,$(origin PY)),$(DEV)) ## On a GPU: is everything right there, and how fast? (ARGS="--minutes 8": what matters most)
+	$(PY) -m benchmarks.gpu.check $(ARGS)
+
+gpu-evidence: $(DEV) ## Without a GPU: what is known of the GPU path; launches are counted, kernels compiled
+	@python=$(CUDA_PY); \
+	if [ -z "$$python" ] && $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then python=$(PY); fi; \
+	if [ -z "$$python" ]; then $(MAKE) --no-print-directory $(CUDA_VENV)/.installed; python=$(CUDA_VENV)/bin/python; fi; \
+	"$$python" -m benchmarks.gpu.evidence $(ARGS)
 
 conformance: $(RUNTIME) ## Real clients against a real server, and the published code's recorded runs (ARGS="openai litellm": only those)
 	$(PY) -m tests.conformance $(ARGS)
@@ -86,6 +100,15 @@ lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 	for pins in tests/conformance/*/requirements.in; do $(VENV)/bin/uv pip compile --quiet --upgrade $$pins -o $${pins%.in}.txt; done
 
+# pip may be told of a folder or an index with torch's CPU build, which it would take: only its main index counts here.
+$(CUDA_VENV)/.installed: requirements.lock | $(PY)
+	@echo "installing requirements.lock with torch's CUDA build into $(CUDA_VENV)"
+	@$(PY) -m venv $(CUDA_VENV)
+	@index=$$($(PY) -m pip config get global.index-url 2>/dev/null); \
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= $${index:+PIP_INDEX_URL="$$index"} \
+	  $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
 clean: ## Remove the environment, caches and build outputs
 	rm -rf $(VENV) build .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -103,9 +126,10 @@ $(RUNTIME): requirements.lock | $(PY)
 	@$(PIP) -r requirements.lock
 	@touch $@
 
-# triton comes with CUDA builds of torch. On a CPU build the kernel tests run it through its interpreter.
+# triton comes with CUDA builds of torch. Beside a CPU build the kernel tests run the same one in its interpreter.
 $(DEV): requirements-dev.lock | $(PY)
 	@echo "installing requirements-dev.lock"
 	@$(PIP) -r requirements-dev.lock
-	@$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || $(PIP) 'triton>=3.6,<3.10'
+	@[ "$$(uname -s)" != Linux ] || $(PY) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
+	  || $(PIP) triton==$(TRITON_VERSION)
 	@touch $@ $(RUNTIME)

@@ -1,0 +1,122 @@
+"""What a guided step costs on a GPU by its operations, bytes and launches: an estimate, not a measurement.
+
+    python -m benchmarks.gpu.estimate [--reward 1.7B] [--launches 300]
+
+A phase takes the longer of its arithmetic and its memory traffic, at the share of the device's peak that large
+products and copies reach in practice (`REACHED`); the limit is the same at the peak itself. The host's launches go on
+beside the device's work, so a step takes the longer of both. `make gpu-check` measures the same steps. Prints a table
+and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+
+from benchmarks.flops import (
+    Decoder,
+    diffusion_attention,
+    reward_backward,
+    reward_forward,
+    vocabulary_product,
+)
+from benchmarks.gpu.models import DREAM, REWARDS
+from benchmarks.report import table
+from server.models.layers import DecoderConfig
+from server.types import DecoderShape
+
+FLOPS, BYTES = 989e12, 3.35e12
+"""A second, of an H100 SXM: dense bfloat16, and its memory."""
+REACHED = 0.65, 0.85
+"""Of these, what large products and copies reach."""
+LAUNCH = 5e-6
+"""Seconds of the host for one launch."""
+PROMPT, CONVERSATION, LENGTH, M = 80, 90, 128, 3
+"""Tokens of a prompt and of a cached conversation; L = T; gradient steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of the mean step of a run by phase, at what is reached and at the peak; and of the host."""
+
+    trajectories: int
+    reached: dict[str, float]
+    limit: dict[str, float]
+    host: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """One token of each trajectory a step."""
+        return self.trajectories / max(sum(self.reached.values()), self.host)
+
+    @property
+    def limit_tokens_per_s(self) -> float:
+        """At the device's peak, launches for nothing."""
+        return self.trajectories / sum(self.limit.values())
+
+
+def work(config: DecoderConfig, reward: DecoderShape, trajectories: int, masked: int) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) by phase of a step in which `masked` positions of each trajectory are masked. Weights are in
+    two bytes, and so are activations, which only the vocabulary's passes move in large amounts."""
+    dream, judge = Decoder.of(config), Decoder.of(reward)
+    rows, length = trajectories * masked, PROMPT + LENGTH
+    lengths, read = [length] * trajectories, [masked] * trajectories
+    forward = dream.products(length * trajectories, rows) + diffusion_attention(dream, lengths, read)
+    head = vocabulary_product(rows, config.vocab_size, config.hidden)
+    # Revealed positions in front are in the cached prefix; on average as many stand behind the first masked one.
+    own = masked + (LENGTH - masked) // 2
+    prefixes, owns = [CONVERSATION + LENGTH - own] * trajectories, [own] * trajectories
+    passes = M * (reward_forward(judge, prefixes, owns) + reward_backward(judge, prefixes, owns))
+    products = 2 * M * vocabulary_product(rows, config.vocab_size, reward.hidden)
+    matrix, table_bytes = rows * config.vocab_size, 2 * config.vocab_size * reward.hidden
+    # A draw, a mix and an update read phi (logits and up to two gradients); an update writes one.
+    moved = 2 * matrix + 2 * M * table_bytes
+    moved += sum(3 * matrix * (2 + 4 * min(done, 2)) + 4 * matrix for done in range(M))
+    return {
+        "diffusion model": (forward, _weights(dream)),
+        "LM head": (head, 2 * config.vocab_size * config.hidden + 2 * matrix),
+        "reward passes": (passes, 2 * M * _weights(judge)),
+        "vocabulary": (products, moved),
+    }
+
+
+def _weights(decoder: Decoder) -> float:
+    """Bytes of the blocks' weights: a token's products read each number of them once, in two operations."""
+    return float(decoder.products(1, 1))
+
+
+def estimate(config: DecoderConfig, reward: DecoderShape, trajectories: int, launches: int = 300) -> Estimate:
+    """The mean over a run in which every step reveals one token of each trajectory."""
+    reached: dict[str, float] = {}
+    limit: dict[str, float] = {}
+    for masked in range(1, LENGTH + 1):
+        for phase, (operations, moved) in work(config, reward, trajectories, masked).items():
+            for seconds, flops, bandwidth in ((reached, *REACHED), (limit, 1.0, 1.0)):
+                spent = max(operations / (FLOPS * flops), moved / (BYTES * bandwidth))
+                seconds[phase] = seconds.get(phase, 0.0) + spent / LENGTH
+    return Estimate(trajectories, reached, limit, launches * LAUNCH)
+
+
+def main() -> None:
+    """Print the estimates for 4, 16 and 64 trajectories."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", choices=REWARDS, default="1.7B")
+    parser.add_argument("--launches", type=int, default=300, help="of the host in one step")
+    options = parser.parse_args()
+    found = [estimate(DREAM, REWARDS[options.reward], count, options.launches) for count in (4, 16, 64)]
+    rows = [
+        {"trajectories": each.trajectories}
+        | {f"{phase} ms": 1e3 * seconds for phase, seconds in each.reached.items()}
+        | {"host ms": 1e3 * each.host, "tokens/s": each.tokens_per_s, "limit": each.limit_tokens_per_s}
+        for each in found
+    ]
+    title = f"ESTIMATE, H100: Dream-7B and a reward model of {options.reward}, M = 3, L = T = 128"
+    Console(width=140).print(table(title, rows))
+    print(json.dumps([asdict(each) | {"tokens_per_s": each.tokens_per_s} for each in found]))
+
+
+if __name__ == "__main__":
+    main()
