@@ -253,6 +253,7 @@ class ModelInfo:
     stop_token_ids: tuple[int, ...]
     default_max_tokens: int
     dtype: str
+    parameters: int
     diffusion_defaults: dict[str, str | int] = field(default_factory=dict)
     template_arguments: dict[str, bool] = field(default_factory=dict)
     blocks_from: BlocksFrom | None = None
@@ -268,6 +269,7 @@ class RewardModelInfo:
     vocab_coverage: float
     vocab_fallback: Literal["unk", "zero"]
     dtype: str
+    parameters: int
 
 
 @dataclass(frozen=True, slots=True)

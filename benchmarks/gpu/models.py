@@ -78,6 +78,7 @@ def diffusion_model(
     """A model of these sizes, as a checkpoint's loader would give it."""
     mask, eos = (texts.ids[SPECIAL[name]] for name in ("mask_token", "eos_token"))
     config = replace(config, mask_token_id=mask)
+    model = made(lambda: family(config), device, dtype)
     info = ModelInfo(
         id=family.family,
         family=family.family,
@@ -90,8 +91,9 @@ def diffusion_model(
         stop_token_ids=(eos,),
         default_max_tokens=128,
         dtype=NAMES[dtype],
+        parameters=sum(weight.numel() for weight in model.parameters()),
     )
-    return LoadedDiffusionModel(made(lambda: family(config), device, dtype), texts.tokenizer, info)
+    return LoadedDiffusionModel(model, texts.tokenizer, info)
 
 
 def reward_network(shape: DecoderShape, device: torch.device, dtype: torch.dtype, vocab_size: int) -> Any:
@@ -129,6 +131,7 @@ def reward_model(
 ) -> RewardModel:
     """The same, named `rm`, for the tokens of a diffusion model."""
     network = reward_network(shape, device, dtype, vocab_size)
-    info = RewardModelInfo("rm", "qwen3", 16_384, vocab_coverage=1.0, vocab_fallback="unk", dtype=NAMES[dtype])
+    parameters = sum(weight.numel() for weight in network.parameters())
+    info = RewardModelInfo("rm", "qwen3", 16_384, 1.0, "unk", NAMES[dtype], parameters)
     ids = [index % vocab_size for index in range(loaded.model.vocab_size)]
     return RewardModel("rm", network, loaded.tokenizer, ids, info)

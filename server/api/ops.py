@@ -82,6 +82,8 @@ class Model(Answer):
     """The same, under vLLM's name"""
     dtype: str
     """The weights' type"""
+    parameters: int
+    """Weights, embeddings included; adapters are not counted"""
     vocab_size: int | None = None
     """Tokens of its vocabulary"""
     mask_token_id: int | None = None

@@ -95,6 +95,7 @@ def load_diffusion_model(
         stop_token_ids=tuple(dict.fromkeys((eos, *more_stops, *(turn for turn in turns if turn is not None)))),
         default_max_tokens=min(canvas, max(1, model.context_length // 2)),  # so that a prompt fits too
         dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(weight.numel() for weight in model.parameters()),
         diffusion_defaults=dict(family.diffusion_defaults)
         | ({"schedule": "even"} if blocks_from else {})
         | ({"block_length": block_length} if block_length else {}),

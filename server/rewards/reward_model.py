@@ -220,5 +220,6 @@ def load_reward_model(
         vocab_coverage=coverage,
         vocab_fallback=vocab_fallback,
         dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(weight.numel() for weight in network.parameters()),
     )
     return RewardModel(name, network, tokenizer, ids, info, table_device)

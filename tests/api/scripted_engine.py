@@ -24,8 +24,8 @@ from server.wire.messages import Event, Failed, Finished, Progress, Scored, Star
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dream-tiny"
 KEYS = ["first-key-1234", "second-key-5678"]
 INFO = EngineInfo(
-    model=ModelInfo("dlm", "dream", str(GOLDEN / "dlm"), 128, 512, 3, 0, 0, (0, 2), 8, "float32"),
-    reward_models=(RewardModelInfo("rm", "qwen3", 128, 1.0, "unk", "float32"),),
+    model=ModelInfo("dlm", "dream", str(GOLDEN / "dlm"), 128, 512, 3, 0, 0, (0, 2), 8, "float32", 1000),
+    reward_models=(RewardModelInfo("rm", "qwen3", 128, 1.0, "unk", "float32", 500),),
     device="cpu",
     kernel_backend="torch",
 )

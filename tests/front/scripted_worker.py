@@ -196,7 +196,7 @@ def load(config: WorkerConfig) -> ScriptedService:
                 os._exit(7)
             case "hang":
                 time.sleep(3600)
-    model = ModelInfo("scripted", "none", "", 4096, 1000, 1, 2, 2, (2,), 8, "float32")
+    model = ModelInfo("scripted", "none", "", 4096, 1000, 1, 2, 2, (2,), 8, "float32", 0)
     return ScriptedService(EngineInfo(model, (), "cpu", "none"), ScriptedRunner(), ScriptedScorer())
 
 
