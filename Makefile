@@ -97,6 +97,7 @@ lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(PIP) uv==$(UV_VERSION)
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra otel -c requirements.lock -o requirements-otel.lock
+	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra eval -c requirements.lock -o requirements-eval.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 	for pins in tests/conformance/*/requirements.in; do $(VENV)/bin/uv pip compile --quiet --upgrade $$pins -o $${pins%.in}.txt; done
 

@@ -6,13 +6,13 @@ guided step of the bundled pair runs: how many functions stand on the stack from
 networks and the kernels, which `guidance/plain`, the same step in one file, takes as given too. With `--check` a
 measure past its bound ends the program with status 1.
 
-The bounds are those of the redesign (16,000 lines of serving code, 17,000 of tests, a median of 120, 40 settings,
-2,400 lines of a step) and what was added since, in lines of serving code and of tests: converted models and chat
-templates 220 and 280, block-causal decoding 390 and 380, LoRA adapters 670 and 710, /v1/responses 370 and 190, ids,
-failures and overload 360 and 390, what an answer tells of its cost 100 and 90, descriptions of all fields 220 and 20,
-the command line as a wheel 0 and 140, what a machine lacks and how work is done on it (the doctor) 240 and 110,
-programs for GPUs 0 and 140. Ten settings came with them: five of adapters, two of attention, two of keys,
-one of /docs.
+The bounds are those of the redesign (16,000 lines of serving code, 17,000 of tests, a median of 120, 40 settings, 2,400
+lines of a step) and what was added since, in lines of serving code and of tests: converted models and chat templates
+220 and 280, block-causal decoding 390 and 380, LoRA adapters 670 and 710, /v1/responses 370 and 190, ids, failures and
+overload 360 and 390, what an answer tells of its cost 100 and 90, descriptions of all fields 220 and 20, the command
+line as a wheel 0 and 140, what a machine lacks and how work is done on it (the doctor) 240 and 110, programs for GPUs 0
+and 140, comparing, sampling and batches from the command line 0 and 650. Ten settings came with them: five of adapters,
+two of attention, two of keys, one of /docs.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def measures(followed: Followed) -> list[Measure]:
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
         Measure("lines of serving code", sum(serving.values()), 18_640),
-        Measure("lines of tests", sum(tests.values()), 19_550),
+        Measure("lines of tests", sum(tests.values()), 20_200),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
         Measure("lines of serving code's median file", median(serving.values()), 135),

@@ -55,7 +55,7 @@ def texts_of(arguments: Sequence[str]) -> list[str]:
     `-`. Raises ClientError where two are."""
     if arguments.count(STDIN) > 1:
         raise ClientError("only one argument can be -, which stands for all of standard input")
-    return [_read(text).rstrip("\r\n") if text == STDIN else text for text in arguments]
+    return [read_text(text).rstrip("\r\n") if text == STDIN else text for text in arguments]
 
 
 def prompts_of(source: str) -> list[Query]:
@@ -63,7 +63,7 @@ def prompts_of(source: str) -> list[Query]:
     Raises ClientError, which says what is wanted, where it is another kind of file or holds no prompt."""
     if Path(source).suffix not in ("", ".txt", ".jsonl"):
         raise ClientError(f"{source}: {_WANTED}")
-    lines = [line.removesuffix("\r") for line in _read(source).split("\n") if line.strip()]
+    lines = [line.removesuffix("\r") for line in read_text(source).split("\n") if line.strip()]
     if not lines:
         raise ClientError(f"{source} holds no prompt; {_WANTED}")
     if not (source.endswith(".jsonl") or lines[0].lstrip().startswith("{")):
@@ -71,7 +71,8 @@ def prompts_of(source: str) -> list[Query]:
     return [_asked(line, f"{source}, prompt {number}") for number, line in enumerate(lines, 1)]
 
 
-def _read(source: str) -> str:
+def read_text(source: str) -> str:
+    """What a file holds, or standard input where `source` is `-`. Raises ClientError."""
     try:
         raw = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
         return raw.decode("utf-8")

@@ -25,6 +25,7 @@ from .client import Client, EventStream
 from .errors import ClientError
 from .events import CanvasFrame, ChoiceFinished, Summary, TextDelta
 from .options import Diffusion, Guidance, Options, WeightedReward
+from .runs import batch, compare, samples
 from .terminal import console, printable
 from .types import GuidanceReport, StepTrace
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except ClientError as error:
         console(stderr=True).print(f"error: {printable(str(error))}", style="red")
+        return 1
+    except ModuleNotFoundError as error:  # what `compare`, `eval` and parquet need, and nobody else
+        told = f"error: {error.name} is not installed: pip install 'entrgi-client[eval]'"
+        console(stderr=True).print(told, style="red")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -85,11 +90,22 @@ def parser() -> Parser:
         add_option(command, "--model", "the reward model", "the first served")
         command.add_argument("--json", action="store_true", help="print the whole answer as JSON")
 
+    for name, (add, text) in _RUNS.items():
+        add(commands.add_parser(name, help=text))
+
     load = commands.add_parser("loadgen", parents=[connection], help="put load on the server and print percentiles")
     loadgen.add_arguments(load)
     load.set_defaults(run=loadgen.run)
     return made
 
+
+_RUNS = {
+    "compare": (compare.add_compare, "compare methods and settings on prompts of yours"),
+    "eval": (compare.add_eval, "compare them on RewardBench-2, RM-Bench and JudgeBench"),
+    "sample": (samples.add_arguments, "write guided completions as training data"),
+    "batch": (batch.add_arguments, "answer a file in OpenAI's batch format"),
+}
+"""Commands that ask many things, and go on from their journal."""
 
 _GENERATION: dict[str, tuple[type, str]] = {
     "max-tokens": (int, "tokens of the answer at most: the size of the canvas"),

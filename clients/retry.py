@@ -26,16 +26,23 @@ class RetryPolicy:
 
     def wait(self, attempt: int, status: int | None, headers: Mapping[str, str]) -> float | None:
         """Seconds to wait before attempt + 1 (attempts count from 0), or None to give up. `status` None: no answer."""
-        if attempt >= self.retries:
-            return None
-        word = headers.get("x-should-retry", "").lower()
-        if word == "false" or (status is not None and status not in RETRYABLE and word != "true"):
+        if attempt >= self.retries or not sendable_again(status, headers):
             return None
         asked = retry_after(headers)
         if asked is not None:
             return asked if asked <= self.max_wait_seconds else None
-        doubled = min(self.first_wait_seconds * 2.0**attempt, self.max_wait_seconds)
+        return self.backoff(attempt)
+
+    def backoff(self, attempt: int) -> float:
+        """Seconds to wait after so many attempts where the server does not say."""
+        doubled = min(self.first_wait_seconds * 2.0 ** min(attempt, 60), self.max_wait_seconds)
         return doubled * random.uniform(0.75, 1.0)
+
+
+def sendable_again(status: int | None, headers: Mapping[str, str]) -> bool:
+    """Whether a request that failed so may be sent again; `status` None: no answer."""
+    word = headers.get("x-should-retry", "").lower()
+    return word != "false" and (status is None or status in RETRYABLE or word == "true")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

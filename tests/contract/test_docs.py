@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from clients.cli import parser
 from docs import tables
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from tests.support.serving import ROOT
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-PARSE = "import sys; from clients.cli import parser; parser().parse_args(sys.argv[1:])"
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
@@ -69,11 +67,10 @@ def test_the_readmes_requests_are_valid() -> None:
         assert schema.model_validate_json(json.dumps(body)).model_dump(exclude_unset=True)
 
 
-def test_the_readmes_client_commands_parse() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/clients.md"])
+def test_client_commands_parse(document: str) -> None:
     calls = re.compile(r"(?:-m clients|(?:^|\| )entrgi) ([^|]+)").findall
-    found = [call for line in commands(ROOT / "README.md") for call in calls(line)]
-    assert len(found) > 4
+    found = [call for line in commands(ROOT / document) for call in calls(line)]
+    assert len(found) > 3
     for call in found:
-        command = [sys.executable, "-c", PARSE, *shlex.split(call, comments=True)]
-        parsed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert parsed.returncode == 0, parsed.stderr
+        parser().parse_args(shlex.split(call, comments=True))  # which exits where it cannot

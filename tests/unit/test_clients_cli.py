@@ -16,8 +16,6 @@ from clients.arguments import prompts_of
 from clients.cli import generation_options, main, parser
 from clients.errors import ClientError
 from clients.options import request_body
-from clients.quality import prompts as quality_prompts
-from clients.quality.requests import body_for
 from clients.terminal import printable
 
 
@@ -86,7 +84,12 @@ def test_a_misspelt_flag_is_named_with_the_nearest(
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["complete", "models", "score", "rerank", "loadgen"])
+REQUIRED = {"loadgen": ("--rate", "--concurrency"), "compare": ("--prompts", "--out"), "eval": ("--out",)}
+REQUIRED["sample"] = REQUIRED["compare"]
+COMMANDS = ["complete", "models", "score", "rerank", "loadgen", "compare", "eval", "sample", "batch"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_every_flag_is_by_default(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +98,9 @@ def test_help_says_what_every_flag_is_by_default(
         main([command, "--help"])
     flags = re.findall(r"^  (--[\w-]+ \S.*(?:\n {5}.*)?)", capsys.readouterr().out, re.MULTILINE)
     assert "--url" in flags[0]
-    assert [flag for flag in flags if "(default: " not in flag and not re.match("--(rate|concurrency) ", flag)] == []
+    assert [
+        flag for flag in flags if "(default: " not in flag and not flag.startswith(REQUIRED.get(command, "/"))
+    ] == []
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hotel?"}]
@@ -132,16 +137,6 @@ def test_a_file_of_another_kind_is_refused_with_what_is_wanted(name: str, conten
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ClientError, match=rf"{name}.*one prompt on each line.*`prompt`.*`messages`"):
         prompts_of(str(tmp_path / name))
-
-
-def test_quality_takes_prompts_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(f'{{"prompt": "Hotel?"}}\n{{"messages": {json.dumps(MESSAGES)}}}\n')
-    bodies = [body_for(prompt, {}) for prompt in quality_prompts.load(path).compare]
-    assert [body["messages"] for _, body in bodies] == [MESSAGES[1:], MESSAGES]
-    (tmp_path / "mine.json").write_text('["Hotel?"]')
-    with pytest.raises(ClientError, match=r"mine\.json.*JSON lines"):
-        quality_prompts.load(tmp_path / "mine.json")
 
 
 def test_what_could_steer_a_terminal_is_not_printed() -> None:

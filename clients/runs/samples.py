@@ -1,0 +1,77 @@
+"""`sample`: guided completions as training data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..arguments import add_option
+from ..errors import ClientError
+from ..terminal import console
+from . import sweep
+from .answers import completion_of
+from .engine import Journal, answer_all
+from .rows import pairs, samples, write_rows
+from .sources import load
+
+RGRL = {"gradient_steps": (1,), "eta": (0.5,), "steps": (128,), "temperature": (0.9,), "best_of": (4,)}
+"""How the paper samples to train on (RGRL, arXiv 2602.05000)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sample`."""
+    sweep.add_servers(parser)
+    wanted = "one prompt on each line, JSON lines with `prompt` or `messages`, or a table; - is standard input"
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=wanted)
+    text = "the data, .jsonl or .parquet; the journal from which the same command goes on lies beside it"
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
+    text = "a file for the best and the worst text of each prompt, as chosen and rejected"
+    add_option(parser, "--pairs", text, "none", type=Path, metavar="FILE")
+    add_option(parser, "--method", "how rewards steer", default="entrgi")
+    text = "texts of each prompt that become rows, the best first"
+    add_option(parser, "--keep", text, type=sweep.positive, default=1)
+    text = "I/N: only the prompts whose number leaves I when divided by N"
+    add_option(parser, "--shard", text, "0/1", type=shard, default=(0, 1), metavar="I/N")
+    told = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, (value,) in RGRL.items())
+    parser.add_argument("--rgrl", action="store_true", help=f"the paper's settings for training data: {told}")
+    text = "leave out token ids and step maps, for which every canvas must be filled to its end"
+    parser.add_argument("--text-only", action="store_true", help=text)
+    sweep.add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """(I, N) of `I/N`, with 0 <= I < N."""
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError(text)
+    return index, count
+
+
+def run(given: argparse.Namespace) -> int:
+    """Run the command."""
+    if given.rgrl:
+        vars(given).update({name: value for name, value in RGRL.items() if getattr(given, name) is None})
+    servers = sweep.servers_of(given)
+    settings = sweep.settings_of(given, [given.method], sweep.models_of(servers))
+    extra = {} if given.text_only else {"return_token_ids": True, "return_step_map": True}
+    prompts = enumerate(load(given.prompts)[: given.limit])
+    index, count = given.shard
+    own = [(number, prompt) for number, prompt in prompts if number % count == index]
+    asked = {one.request.custom_id: one for one in sweep.asked(own, settings, given.seeds, raw=given.raw, extra=extra)}
+    with Journal(given.out.with_name(f"{given.out.name}.journal.jsonl")) as journal:
+        answer_all([one.request for one in asked.values()], journal, servers, "samples")
+        records = [record for record in journal.records() if record.custom_id in asked]
+    refused = [record.refusal for record in records if record.refusal is not None]
+    if refused and len(refused) == len(records):
+        raise ClientError(f"all {len(refused)} requests were refused, the first with {refused[0]}")
+    answered = [(asked[record.custom_id], record) for record in records if record.refusal is None]
+    kept = (row for one, record in answered for row in samples(one, completion_of(record), given.keep))
+    told = f"{write_rows(given.out, kept)} rows in {given.out}"
+    if given.pairs is not None:
+        best_and_worst = (row for one, record in answered for row in pairs(one, completion_of(record)))
+        told += f", {write_rows(given.pairs, best_and_worst)} pairs in {given.pairs}"
+    if refused:
+        told += f"; {len(refused)} requests were refused, the first with {refused[0]}"
+    console(stderr=True).print(told)
+    return 0

@@ -1,0 +1,193 @@
+"""Settings to compare, and the requests that prompts, settings and seeds make.
+
+Every request asks for all K texts (`n` is `best_of`), so that whatever is to be known of them needs no second run; that
+costs the server nothing, and the tokens are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..arguments import add_option
+from ..calls import DEFAULT_URL
+from ..client import Client
+from ..errors import ClientError
+from ..types import Model
+from .engine import Request, Servers, request
+from .sources import Prompt
+
+UNGUIDED = ("none", "bon")
+"""The methods that take no gradient, and none of its settings."""
+
+SWEPT: dict[str, tuple[type, tuple[str, ...], str, str]] = {
+    "best-of": (int, ("best_of",), "K", "trajectories that compete"),
+    "eta": (float, ("guidance", "eta"), "eta", "Adam's step size"),
+    "gradient-steps": (int, ("guidance", "gradient_steps"), "M", "Adam steps in each guided step"),
+    "every": (int, ("guidance", "every"), "every", "guide one of so many steps"),
+    "model": (str, ("model",), "model", "the diffusion model, or an adapter of it"),
+    "reward-model": (str, ("guidance", "reward_model"), "by", "the reward model that guides and chooses"),
+    "steps": (int, ("diffusion", "steps"), "T", "denoising steps"),
+    "algorithm": (str, ("diffusion", "algorithm"), "algorithm", "which positions are revealed first"),
+    "block-length": (int, ("diffusion", "block_length"), "block", "fill the canvas in blocks of so many tokens"),
+    "max-tokens": (int, ("max_tokens",), "L", "tokens of the answer at most"),
+    "temperature": (float, ("temperature",), "tau", "of every draw"),
+    "top-p": (float, ("top_p",), "top_p", "keep the most probable tokens up to this mass"),
+}
+"""Flags that take several values: their type, the field of the request, the symbol in a setting's name, and help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to ask: the fields of a request but for prompt and seed. The name says what differs within a sweep, and
+    `series` the same without K: settings of one series are one curve of reward against compute."""
+
+    name: str
+    series: str
+    fields: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """How rewards steer."""
+        return str(self.fields["guidance"]["method"])
+
+    @property
+    def reward_model(self) -> str:
+        """What guides, and chooses among the trajectories."""
+        return str(self.fields["guidance"]["reward_model"])
+
+    @property
+    def best_of(self) -> int:
+        """K."""
+        return int(self.fields["best_of"])
+
+
+def add_servers(parser: argparse.ArgumentParser) -> None:
+    """Which servers are asked."""
+    add_option(parser, "--url", "a server; repeatable: all must serve the same models", DEFAULT_URL, action="append")
+    add_option(parser, "--api-key", "its API key", "the variable ENTRGI_API_KEY, if there is one")
+    add_option(parser, "--concurrency", "requests in flight at each server", type=positive, default=8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is swept."""
+    group = parser.add_argument_group("what is asked; lists are separated by commas, and all combinations are asked")
+    for name, (kind, _, _, text) in SWEPT.items():
+        add_option(group, f"--{name}", text, "the server's", type=partial(listed, kind), metavar="LIST")
+    seeds = partial(listed, int)
+    add_option(group, "--seeds", "prompt i has each of these plus i", "0", type=seeds, default=(0,), metavar="LIST")
+    group.add_argument("--raw", action="store_true", help="send texts as they stand, not as a turn of a chat")
+    add_option(group, "--limit", "only the first prompts", "all", type=positive)
+
+
+def positive(text: str) -> int:
+    """An integer from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def listed(kind: type, text: str) -> tuple[Any, ...]:
+    """The values of a list with commas."""
+    return tuple(map(kind, text.split(",")))
+
+
+def servers_of(given: argparse.Namespace) -> Servers:
+    """The servers of the command line."""
+    return Servers(given.url or [DEFAULT_URL], given.concurrency, given.api_key)
+
+
+def models_of(servers: Servers) -> list[Model]:
+    """What the servers serve. Raises ClientError where they differ, or cannot say."""
+    served: list[Model] = []
+    for url in servers.urls:
+        with Client(url, api_key=servers.api_key) as client:
+            found = client.models()
+        if served and [each.id for each in found] != [each.id for each in served]:
+            raise ClientError(
+                f"{url} serves other models than {servers.urls[0]}; one run needs the same models everywhere"
+            )
+        served = found
+    return served
+
+
+def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Sequence[Model]) -> list[Setting]:
+    """All combinations of the command line's lists. A method may bring its own K, as `bon@4,8`. Settings that a method
+    does not have make no combinations of it. Every setting names its models, so that answers of others are never taken
+    for its own; with method `none` the reward model only scores."""
+    diffusion = next(model for model in served if model.kind == "diffusion")
+    default_reward = diffusion.details["defaults"]["reward_model"]
+    if default_reward is None:
+        raise ClientError("the server has no reward model, so there is no reward to compare by")
+    lists = {name: getattr(given, name.replace("-", "_")) or (None,) for name in SWEPT}
+    several = {name for name, values in lists.items() if len(values) > 1} | {"best-of"}
+    found: dict[str, Setting] = {}
+    for text in methods:
+        method, _, own = text.partition("@")
+        own_lists = {**lists, **({"best-of": listed(int, own)} if own else {})}
+        for values in itertools.product(*own_lists.values()):
+            guidance = {"method": method, "reward_model": default_reward}
+            fields: dict[str, Any] = {"model": diffusion.id, "guidance": guidance}
+            named: dict[str, Any] = {}
+            for (name, (_, path, symbol, _)), value in zip(SWEPT.items(), values, strict=True):
+                if name == "best-of" and value is None:
+                    value = diffusion.details["defaults"]["best_of"].get("bon", 1)
+                if value is None or (method in UNGUIDED and path[0] == "guidance" and name != "reward-model"):
+                    continue
+                _put(fields, path, value)
+                if name in several:
+                    named[symbol] = value
+            fields["n"] = fields["best_of"]
+            parts = [f"{symbol}={value}" for symbol, value in named.items()]
+            series = [part for part in parts if not part.startswith("K=")]
+            setting = Setting(" ".join([method, *parts]), " ".join([method, *series]), fields)
+            found.setdefault(setting.name, setting)
+    return [*found.values()]
+
+
+def _put(fields: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        fields = fields.setdefault(name, {})
+    fields[path[-1]] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request of a sweep, and what it came from."""
+
+    prompt: Prompt
+    setting: Setting
+    seed: int
+    request: Request
+
+
+def asked(
+    prompts: Iterable[tuple[int, Prompt]],
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    *,
+    raw: bool,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Asked]:
+    """Every numbered prompt under every setting with every seed, to which its number is added, in an order in which all
+    settings come along together. `extra` fields are those of no setting."""
+    found = []
+    for number, prompt in prompts:
+        for seed, setting in itertools.product(seeds, settings):
+            fields = {**setting.fields, **(extra or {}), "seed": seed + number}
+            found.append(Asked(prompt, setting, seed + number, generation(prompt, fields, raw=raw)))
+    return found
+
+
+def generation(prompt: Prompt, fields: Mapping[str, Any], *, raw: bool) -> Request:
+    """The request for a prompt: a chat, or with `raw` a completion. Raises ClientError where messages are to be raw."""
+    if not raw:
+        return request("/v1/chat/completions", {"messages": prompt.messages, **fields})
+    if not isinstance(prompt.query, str):
+        raise ClientError(f"--raw sends texts as they stand, but prompt {prompt.id} is a chat's messages")
+    return request("/v1/completions", {"prompt": prompt.query, **fields})

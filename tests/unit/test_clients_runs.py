@@ -1,0 +1,247 @@
+"""Many requests to servers that are full, that go away, that refuse; and a run that is killed: each request is answered
+once, and no more is asked than that."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from clients.errors import AuthenticationFailed, ClientError, ConnectionFailed
+from clients.runs import engine
+from clients.runs.engine import Journal, Request, Servers, answer_all, request
+from tests.support.serving import ROOT
+
+REQUESTS = [request("/v1/chat/completions", {"number": number}) for number in range(20)]
+Answer = Callable[[str, int], httpx.Response]
+
+
+def echo(_: str, number: int) -> httpx.Response:
+    return httpx.Response(200, json={"number": number}, headers={"x-request-id": f"r-{number}"})
+
+
+class Network(httpx.AsyncBaseTransport):
+    """Servers that answer as `answer` says of (host, number), and what was asked of them."""
+
+    def __init__(self, answer: Answer = echo) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, int]] = []
+
+    async def handle_async_request(self, sent: httpx.Request) -> httpx.Response:
+        number = json.loads(await sent.aread())["number"]
+        self.asked.append((sent.url.host, number))
+        await asyncio.sleep(0)  # others have their turn
+        return self.answer(sent.url.host, number)
+
+
+def run(path: Path, network: Network, *hosts: str, requests: list[Request] = REQUESTS) -> dict[int, Any]:
+    """The bodies of the answers by number, after a run to the end."""
+    servers = Servers([f"http://{host}" for host in hosts or ("one",)], 3, transport=network)
+    with Journal(path) as journal:
+        answer_all(requests, journal, servers, "test")
+        records = list(journal.records())
+    assert len({record.custom_id for record in records}) == len(records)
+    return {record.request.body["number"]: record.response.body for record in records}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits are noted and cost a turn, not the time."""
+    noted: list[float] = []
+    turn = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            noted.append(seconds)
+        await turn(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return noted
+
+
+def test_the_journal_has_the_form_of_openais_batch_output(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert run(path, Network()) == {number: {"number": number} for number in range(20)}
+    line = json.loads(path.read_text("utf-8").splitlines()[0])
+    assert {"id", "custom_id", "response", "error"} <= line.keys()
+    number = line["request"]["body"]["number"]
+    assert line["custom_id"] == REQUESTS[number].custom_id
+    assert line["response"] == {"status_code": 200, "request_id": f"r-{number}", "body": {"number": number}}
+
+
+def test_a_journal_that_was_cut_anywhere_is_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    run(path, Network())
+    whole = path.read_bytes()
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        kept = whole[:cut].count(b"\n")
+        network = Network()
+        assert run(path, network).keys() == set(range(20))
+        assert len(network.asked) == 20 - kept
+        assert path.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, cut) + 1])
+
+
+@pytest.mark.parametrize("content", [b"Hotel?\n", b'{"prompt": "Hotel?"}\n'])
+def test_another_file_is_not_taken_for_a_journal(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    with pytest.raises(ClientError, match=r"prompts\.jsonl, line 1,.*name another file"):
+        Journal(tmp_path / "prompts.jsonl")
+    assert (tmp_path / "prompts.jsonl").read_bytes() == content
+    with pytest.raises(ClientError, match=r"absent.* cannot be written"):
+        Journal(tmp_path / "absent" / "runs.jsonl")
+
+
+def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
+    network = Network()
+    run(
+        tmp_path / "runs.jsonl",
+        network,
+        requests=[request("/v1", {"number": 1, "a": 2}), request("/v1", {"a": 2, "number": 1})],
+    )
+    assert len(network.asked) == 1
+
+
+def test_a_full_server_is_left_alone_as_long_as_it_asks_and_a_free_one_gets_its_requests(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    full = httpx.Response(429, json={"error": {"message": "full"}}, headers={"retry-after": "7"})
+    network = Network(lambda host, number: full if host == "full" else echo(host, number))
+    assert run(tmp_path / "runs.jsonl", network, "full", "free").keys() == set(range(20))
+    assert waits
+    assert set(waits) == {7.0}
+
+
+def test_a_server_that_goes_away_takes_no_request_along(tmp_path: Path, waits: list[float]) -> None:
+    answered = Counter[str]()
+
+    def leaving(host: str, number: int) -> httpx.Response:
+        answered[host] += 1
+        if host == "leaves" and answered[host] > 4:
+            raise httpx.ReadError("reset by peer")
+        return echo(host, number)
+
+    network = Network(leaving)
+    assert run(tmp_path / "runs.jsonl", network, "leaves", "stays").keys() == set(range(20))
+    assert {host for host, _ in network.asked} == {"leaves", "stays"}
+    assert len(waits) >= 1
+
+
+def test_what_a_server_refuses_has_the_refusal_for_an_answer(tmp_path: Path) -> None:
+    refusal = {"error": {"message": "too long", "param": "messages"}}
+    network = Network(lambda host, number: httpx.Response(400, json=refusal) if number == 3 else echo(host, number))
+    assert run(tmp_path / "runs.jsonl", network)[3] == refusal
+    assert len(network.asked) == 20
+    run(tmp_path / "runs.jsonl", network)
+    assert len(network.asked) == 20
+
+
+def test_a_request_that_fails_in_the_server_again_and_again_holds_nobody_up(tmp_path: Path, waits: list[float]) -> None:
+    page = httpx.Response(502, text="<h1>Bad gateway</h1>")
+    network = Network(lambda host, number: page if number == 5 else echo(host, number))
+    assert run(tmp_path / "runs.jsonl", network)[5] == {"error": {"message": "<h1>Bad gateway</h1>"}}
+    assert Counter(number for _, number in network.asked)[5] == engine.ATTEMPTS
+
+
+def test_a_refused_key_ends_the_run_and_so_does_silence(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AuthenticationFailed, match="no key"):
+        run(tmp_path / "a", Network(lambda *_: httpx.Response(401, json={"error": {"message": "no key"}})))
+
+    def silent(host: str, number: int) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(ConnectionFailed, match="no answer from http://one: refused"):
+        run(tmp_path / "b", Network(silent))
+
+
+class Slow(ThreadingHTTPServer):
+    """A server of one model that answers chats until it has answered `free`, and then holds them until `go` is set."""
+
+    free = 3
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.go = threading.Event()
+        self.asked: list[int] = []
+        self.held = threading.Semaphore(0)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Slow
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def do_GET(self) -> None:
+        defaults = {"reward_model": "rm", "best_of": {"bon": 2}, "max_tokens": 8}
+        models = [{"id": "dlm", "type": "diffusion", "defaults": defaults}, {"id": "rm", "type": "reward"}]
+        self._answer({"data": models})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append(body["seed"])
+        if len(self.server.asked) > self.server.free:
+            self.server.held.release()
+            self.server.go.wait()
+        choice = {
+            "message": {"content": "Fine."},
+            "reward": 1.5,
+            "token_ids": [1, 2],
+            "step_map": [0, 1],
+            "trajectory": 0,
+        }
+        counts = {"steps": 2, "model_calls": 2, "reward_calls": 0, "queue_ms": 0.0, "generation_ms": 1.0}
+        report = {"method": "bon", "seed": body["seed"], "rewards": [[1.5, 0.5]], **counts}
+        self._answer({"id": "a", "model": "dlm", "choices": [{"index": 0, **choice}], "guidance": report})
+
+    def _answer(self, document: Any) -> None:
+        said = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    with Slow() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.go.set()
+        server.shutdown()
+
+
+def test_a_command_that_was_killed_goes_on_where_it_was(slow: Slow, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"Question {number}?\n" for number in range(8)))
+    url = f"http://127.0.0.1:{slow.server_address[1]}"
+    command = [sys.executable, "-m", "clients", "sample", "--prompts", str(tmp_path / "prompts.txt"), "--url", url]
+    command += ["--method", "bon", "--concurrency", "1", "--out", str(tmp_path / "data.jsonl")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
+        assert slow.held.acquire(timeout=120)
+        first.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "data.jsonl").exists()
+    asked = list(slow.asked)
+    assert asked == [0, 1, 2, 3]
+    slow.go.set()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert slow.asked[len(asked) :] == [3, 4, 5, 6, 7]  # the three that were answered are not asked again
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
+    assert sorted(row["seed"] for row in rows) == list(range(8))
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Question 0?"}]
+    assert rows[0]["completion"] == [{"role": "assistant", "content": "Fine."}]
+    assert (rows[0]["rewards"], rows[0]["token_ids"], rows[0]["step_map"]) == ([1.5, 0.5], [1, 2], [0, 1])
