@@ -1,5 +1,6 @@
-"""Does guidance help, and at what price? Measured over HTTP, with judges that are not in the loop.
+"""Judges of answers that are not in the loop, for the bundled models.
 
-`python -m clients.quality` compares the guidance methods; `python -m clients.quality fluency` checks unguided
-answers. The judges are development tools: `pip install -r clients/quality/requirements.txt`.
+`python -m clients.quality judge` reads what `python -m clients compare` kept, `fluency` checks unguided answers, and
+`shortcuts` measures what is not exact. The judges are development tools: `pip install -r
+clients/quality/requirements.txt`.
 """

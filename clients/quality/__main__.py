@@ -1,4 +1,4 @@
-"""`python -m clients.quality [compare|fluency|shortcuts]`: prints a table, then one JSON line."""
+"""`python -m clients.quality judge|fluency|shortcuts`: prints a table, then one JSON line."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ from clients.calls import DEFAULT_URL
 from clients.errors import ClientError
 from clients.quality import prompts as prompt_file
 from clients.quality import shortcuts, shortcuts_report
-from clients.quality.compare import Comparison, Settings, compare
 from clients.quality.fluency import calibrate, judge, measure
-from clients.quality.judges import SmolLM
-from clients.quality.report import (
-    comparison_json,
-    comparison_markdown,
-    comparison_svg,
-    comparison_text,
-    fluency_json,
-    fluency_text,
-)
+from clients.quality.journal import HEADER, judged, pairs_by_setting
+from clients.quality.judges import SmolLM, Vader
+from clients.quality.report import fluency_json, fluency_text, text_table
 from clients.quality.requests import TIMEOUT_SECONDS, models
+from clients.runs.engine import Journal
 
 LIMITS = httpx.Limits(max_connections=64)
 
@@ -36,18 +30,15 @@ LIMITS = httpx.Limits(max_connections=64)
 def parser() -> Parser:
     """The command line."""
     top = Parser(prog="python -m clients.quality", description=__doc__)
-    what = ("compare", "fluency", "shortcuts")
-    top.add_argument("what", nargs="?", choices=what, default="compare", help="default: %(default)s")
+    top.add_argument("what", choices=("judge", "fluency", "shortcuts"))
+    add_option(top, "--journal", "judge: the file that `clients compare` kept", "none", type=Path, metavar="FILE")
     add_option(top, "--url", "the server", default=DEFAULT_URL)
     add_option(top, "--api-key", "its API key", "none")
-    wanted = "to compare methods: text with one prompt on each line, or JSON lines with `prompt` or `messages`"
-    add_option(top, "--prompts", wanted, "the bundled prompts", type=Path, default=prompt_file.PATH, metavar="FILE")
     add_option(top, "--concurrency", "requests in flight", type=int, default=4)
     add_option(top, "--seed", "prompt i is sent with this seed plus i", type=int, default=1000)
     add_option(top, "--count", "only the first prompts, for a quick look", "all", type=int)
-    group = top.add_argument_group("compare and shortcuts")
+    group = top.add_argument_group("shortcuts")
     add_option(group, "--reward-model", "repeatable", "every one that is served", action="append")
-    add_option(group, "--method", "compare; repeatable", "every one that is served", action="append")
     add_option(group, "--trajectories", "K, of each request", type=int, default=4)
     for name in ("--max-tokens", "--steps", "--gradient-steps"):
         add_option(group, name, "of each request", "the server's", type=int)
@@ -58,16 +49,14 @@ def parser() -> Parser:
     return top
 
 
-async def run_compare(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
-    """Compare the methods under every reward model."""
-    prompts = prompt_file.load(options.prompts).compare[: options.count]
-    diffusion, rewards = await served(client)
-    methods = options.method or diffusion["guidance_methods"]
-    comparison = await compare(client, prompts, options.reward_model or rewards, methods, settings_of(options))
-    print(comparison_text(comparison))
-    if options.report is not None:
-        write_report(options.report, comparison, [prompt.text for prompt in prompts])
-    print(json.dumps(comparison_json(comparison)))
+def run_judge(path: Path) -> None:
+    """Judge a journal's answers."""
+    with Journal(path) as journal:
+        found = pairs_by_setting(journal.records())
+    vader, smol = Vader(), SmolLM()
+    rows = [judged(setting, pairs, vader, smol) for setting, pairs in found.items()]
+    print(text_table(HEADER, [row.cells() for row in rows]))
+    print(json.dumps([row.document() for row in rows]))
 
 
 async def served(client: httpx.AsyncClient) -> tuple[dict[str, Any], list[str]]:
@@ -77,14 +66,14 @@ async def served(client: httpx.AsyncClient) -> tuple[dict[str, Any], list[str]]:
     return diffusion, [entry["id"] for entry in entries if entry["type"] == "reward"]
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
+def settings_of(options: argparse.Namespace) -> shortcuts.Settings:
     """What is asked of the server, from the command line."""
-    return Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+    return shortcuts.Settings(**{each.name: getattr(options, each.name) for each in fields(shortcuts.Settings)})
 
 
 async def run_shortcuts(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
     """Measure what is not exact, under every reward model. The judge comes last, when the server is idle."""
-    found = prompt_file.load(options.prompts)
+    found = prompt_file.load()
     prompts = found.compare[: options.count]
     diffusion, rewards = await served(client)
     settings = settings_of(options)
@@ -105,17 +94,9 @@ async def run_shortcuts(options: argparse.Namespace, client: httpx.AsyncClient) 
     print(json.dumps({"prompts": len(prompts), "trajectories": settings.trajectories, "reward_models": documents}))
 
 
-def write_report(folder: Path, comparison: Comparison, prompts: list[str]) -> None:
-    """report.md, report.svg and report.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(comparison_markdown(comparison, prompts, "report.svg"), encoding="utf-8")
-    (folder / "report.svg").write_text(comparison_svg(comparison), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(comparison_json(comparison)) + "\n", encoding="utf-8")
-
-
 async def run_fluency(options: argparse.Namespace, client: httpx.AsyncClient) -> None:
     """Judge unguided answers."""
-    found = prompt_file.load(options.prompts)
+    found = prompt_file.load()
     if options.count is not None:
         found = prompt_file.PromptSet(found.subjects, found.compare, found.fluency[: options.count], found.references)
     report = await measure(client, found, seed=options.seed, concurrency=options.concurrency)
@@ -125,21 +106,23 @@ async def run_fluency(options: argparse.Namespace, client: httpx.AsyncClient) ->
 
 async def run(options: argparse.Namespace) -> None:
     """Open the client and run."""
-    if options.what != "compare" and options.prompts.suffix != ".json":
-        raise ClientError(f"{options.what} judges texts by their subjects, which only the bundled prompts have")
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     async with httpx.AsyncClient(
         base_url=options.url, headers=headers, timeout=TIMEOUT_SECONDS, limits=LIMITS
     ) as client:
-        await {"compare": run_compare, "fluency": run_fluency, "shortcuts": run_shortcuts}[options.what](
-            options, client
-        )
+        await {"fluency": run_fluency, "shortcuts": run_shortcuts}[options.what](options, client)
 
 
 def main() -> int:
     """Entry point; 0, or 1 after an error that is printed."""
     try:
-        asyncio.run(run(parser().parse_args()))
+        options = parser().parse_args()
+        if options.what != "judge":
+            asyncio.run(run(options))
+        elif options.journal is None:
+            raise ClientError("judge needs --journal, the file that `clients compare` kept")
+        else:
+            run_judge(options.journal)
     except (ClientError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -38,8 +38,7 @@ class ServerError(ClientError):
 def body_for(prompt: Prompt, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(path, JSON body) of a prompt in its form."""
     if prompt.form == "chat":
-        messages = [*prompt.messages] or [{"role": "user", "content": prompt.text}]
-        return "/v1/chat/completions", {"messages": messages, **options}
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt.text}], **options}
     return "/v1/completions", {"prompt": prompt.text, **options}
 
 

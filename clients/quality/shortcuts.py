@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from clients.quality.compare import Settings
 from clients.quality.fluency import Verdict
 from clients.quality.intervals import Interval, share_interval
 from clients.quality.prompts import Prompt
@@ -26,6 +25,36 @@ from clients.quality.requests import Answer, ask
 
 EXACT = "exact"
 ROUND = 8  # prompts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of the server. None leaves the server's default."""
+
+    trajectories: int = 4
+    max_tokens: int | None = None
+    steps: int | None = None
+    gradient_steps: int | None = None
+    eta: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 1000
+    concurrency: int = 4
+
+    def options(self, method: str, reward_model: str) -> dict[str, Any]:
+        """The body of a request but for the prompt. `none` returns all trajectories, in order, scored."""
+        guidance: dict[str, Any] = {"method": method, "reward_model": reward_model}
+        if method not in ("none", "bon"):
+            guidance |= _given(gradient_steps=self.gradient_steps, eta=self.eta)
+        options = _given(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
+        if self.steps is not None:
+            options["diffusion"] = {"steps": self.steps}
+        count = {"n": self.trajectories} if method == "none" else {"n": 1, "best_of": self.trajectories}
+        return {**options, **count, "guidance": guidance}
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)

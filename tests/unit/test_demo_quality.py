@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import httpx
 import pytest
@@ -11,18 +11,17 @@ from scipy import stats
 
 from clients.quality import prompts as prompt_file
 from clients.quality import report as write
-from clients.quality.compare import Comparison, Row, Settings, paired_differences
 from clients.quality.fluency import Calibration, FluencyReport, Verdict, form_faults, subject_faults
-from clients.quality.intervals import Interval, share_interval, t_quantile
+from clients.quality.intervals import Interval, share_interval
+from clients.quality.journal import pairs_by_setting
 from clients.quality.prompts import Prompt
 from clients.quality.requests import Answer, ServerError, ask
+from clients.quality.shortcuts import Settings
+from clients.runs.engine import Record, Response, request
 from demo.prompts import build
-from server.methods import METHODS
 
 
-def test_t_quantiles_and_intervals_agree_with_scipy():
-    for freedom in (5, 19, 63, 199):
-        assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.01)
+def test_intervals_agree_with_scipys():
     values = [0.3, -1.2, 2.2, 0.9, 1.7, -0.4, 0.0, 1.1]
     found = Interval.of(values)
     low, high = stats.t.interval(0.95, len(values) - 1, loc=found.mean, scale=stats.sem(values))
@@ -101,31 +100,18 @@ async def test_a_refusal_is_an_error_with_the_servers_words():
             await ask(client, [Prompt("Review the hotel.", "hotel")], {}, seed=1, concurrency=1)
 
 
-def row(method: str, values: tuple[float, ...]) -> Row:
-    found = Interval.of(values)
-    return Row(method, "sentiment", found, found, found, found, found, 0, values, ("A text.",) * len(values))
+def test_a_journals_answers_are_judged_by_setting() -> None:
+    def record(seed: int, text: str, status: int = 200, **fields: Any) -> Record:
+        question = [{"role": "user", "content": f"Review {seed}."}]
+        body = {"model": "dlm", "messages": question, "guidance": {"method": "bon"}, "n": 2, "seed": seed, **fields}
+        answer = {"id": "a", "model": "dlm", "choices": [{"index": 0, "message": {"content": text}}]}
+        asked = request("/v1/chat/completions", body)
+        return Record("a", asked.custom_id, Response(status, answer), asked, "http://server", 1.0)
 
-
-def test_the_difference_is_paired_by_prompt():
-    rows = [row("bon", (0.0, 1.0, 5.0)), row("entrgi", (1.0, 2.1, 5.9))]
-    difference = paired_differences(rows)["sentiment"]
-    assert difference.mean == pytest.approx(1.0)
-    assert difference.half < 0.3  # far less than the spread of either method
-    assert paired_differences(rows[:1]) == {}
-
-
-def test_reports_hold_every_method_and_are_well_formed():
-    rows = tuple(row(method, (0.5 * index, 1.0 + index, 2.0)) for index, method in enumerate(METHODS))
-    comparison = Comparison(rows, paired_differences(rows))
-    table = write.comparison_text(comparison)
-    markdown = write.comparison_markdown(comparison, ["Review it."] * 3, "plot.svg")
-    for method in METHODS:
-        assert method in table
-        assert f"| {method} |" in markdown
-    assert "entrgi minus bon" in table
-    plot = ElementTree.fromstring(write.comparison_svg(comparison))
-    assert len(plot.findall("{http://www.w3.org/2000/svg}circle")) == 2 * len(METHODS)
-    assert json.loads(json.dumps(write.comparison_json(comparison)))["rows"][0]["method"] == "none"
+    kept = [record(1, "Nice."), record(2, "Good."), record(2, "Good.", best_of=4), record(3, "No.", 400)]
+    found = pairs_by_setting([*kept, record(1, "Nice.", trace=True)])
+    assert [*found.values()] == [[("Review 1.", "Nice."), ("Review 2.", "Good.")], [("Review 2.", "Good.")]]
+    assert list(found)[1] == '{"best_of": 4, "guidance": {"method": "bon"}}'
 
 
 def test_the_fluency_report_counts_by_split_and_form():

@@ -11,11 +11,10 @@ import httpx
 import pytest
 from scipy import stats
 
-from clients.quality.compare import Settings
 from clients.quality.fluency import Verdict
 from clients.quality.prompts import Prompt
 from clients.quality.requests import Answer
-from clients.quality.shortcuts import EXACT, Option, Run, ask_all, options, rows_of
+from clients.quality.shortcuts import EXACT, Option, Run, Settings, ask_all, options, rows_of
 from clients.quality.shortcuts_report import shortcuts_json, shortcuts_text, write
 from server.api.fields import ChatCompletionRequest
 
