@@ -111,6 +111,17 @@ class Settings(WorkerSettings, FrontSettings):
         says("a connection between two requests is kept this long; longer than proxies keep theirs", ge=1, le=86_400),
     ] = 75
 
+    # Batches
+    batch_dir: Annotated[
+        str | None, says("folder of files and batches, this server's alone; none: no /v1/files, no /v1/batches")
+    ] = None
+    batch_file_bytes: Annotated[int, says("a file that is sent for a batch, bytes", ge=1024, le=10_000_000_000)] = (
+        100_000_000
+    )
+    batch_expire_seconds: Annotated[
+        int, says("files and batches are kept this long, seconds", ge=1, le=10 * 365 * 86_400)
+    ] = 30 * 86_400
+
     # Operation
     drain_seconds: Annotated[float, says("grace for requests in flight at SIGTERM", ge=0, le=86_400)] = 30.0
     stream_comment_seconds: Annotated[
@@ -185,6 +196,8 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
         if getattr(settings, key) is not None and not settings.api_key:
             raise SettingsError(f"{key}: has no effect without an api_key")
     _check_loras(settings)
+    if settings.batch_dir is not None and not Path(settings.batch_dir).is_dir():
+        raise SettingsError(f"batch_dir: there is no folder {settings.batch_dir}")
     return replace(settings, api_key=tuple(key for item in settings.api_key for key in _keys_of(item)))
 
 

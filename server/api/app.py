@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider, TracerProvider
 
 from server import __version__
-from server.api import errors, loras, openapi, ops, rewards, routes, telemetry
+from server.api import batches as batch_routes
+from server.api import errors, files, loras, openapi, ops, rewards, routes, telemetry
+from server.api.batch_runner import Batches
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
 from server.api.middleware import Cors, Guard, Observe
@@ -39,14 +42,19 @@ def create_app(
     metrics = Metrics(engine)
     tracer = (tracer_provider or NoOpTracerProvider()).get_tracer("entrgi", __version__)
     frontend = Frontend(engine, settings, metrics, tracer, Shares(settings, engine.ends_seconds))
+    batches = None if settings.batch_dir is None else Batches(frontend, Path(settings.batch_dir))
 
     async def start() -> None:
         try:
+            if batches is not None:
+                batches.open()
             await engine.start()
             for name in (engine.info.model.id, *engine.adapters.names):
                 metrics.introduce(name)
             frontend.check_names()
             await frontend.tokenizer()
+            if batches is not None:
+                batches.start()
         except Exception as error:
             frontend.failure = error
             logger.error("the engine could not be started: %s", error)
@@ -60,6 +68,8 @@ def create_app(
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+            if batches is not None:
+                await batches.close()
             await engine.stop()
             frontend.close()
 
@@ -73,8 +83,9 @@ def create_app(
         redirect_slashes=False,
         telemetry=telemetry.fastapi_config(tracer_provider, settings.root_path),
     )
-    app.state.frontend = frontend
-    for each in (routes, rewards, ops, *([loras] if settings.allow_runtime_lora else [])):
+    app.state.frontend, app.state.batches = frontend, batches
+    asked_for = [*([loras] if settings.allow_runtime_lora else ()), *([files, batch_routes] if batches else ())]
+    for each in (routes, rewards, ops, *asked_for):
         app.include_router(each.router)
     if settings.api_docs:
         app.include_router(ops.reference)

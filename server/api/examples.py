@@ -32,6 +32,12 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
         "A conversation": {"messages": _CHAT["messages"]},
     },
     "DetokenizeRequest": {"Three tokens": {"tokens": [5, 6, 7]}},
+    "CreateBatchRequest": {
+        "Chats": {
+            "input_file_id": "file-0123456789abcdef01234567", "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        },
+    },
     "LoadAdapterRequest": {
         "A new one": {"lora_name": "policy", "lora_path": "policy/step-1"},
         "The next version": {"lora_name": "policy", "lora_path": "policy/step-2", "load_inplace": True},

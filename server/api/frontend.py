@@ -28,13 +28,15 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Frontend:
-    """One an application; in `app.state.frontend`."""
+    """One an application, in `app.state.frontend`; what answers batches has another, of a higher `priority`, which the
+    engine's work for it has: lower ones go first."""
 
     engine: Engine
     settings: Settings
     metrics: Metrics
     tracer: Tracer
     shares: Shares
+    priority: int = 0
     created: int = field(default_factory=lambda: int(time.time()))  # of the models, to their readers
     failure: BaseException | None = None  # why the engine could not start
     _tokenizer: Tokenizer | None = None
@@ -86,9 +88,9 @@ class Frontend:
         places = self.engine.config.max_queue
         if len(jobs) > places:  # waiting would not help
             raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
-        self.engine.check_room(len(jobs))
+        self.engine.check_room(len(jobs), self.priority)
         adapter = None if model == self.engine.info.model.id else self.engine.adapters.version(model)
-        return [self.engine.submit(replace(job, adapter=adapter)) for job in jobs]
+        return [self.engine.submit(replace(job, adapter=adapter, priority=self.priority)) for job in jobs]
 
     def close(self) -> None:
         """No more text work."""

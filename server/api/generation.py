@@ -81,6 +81,7 @@ class _Record:
 
     def __init__(self, frontend: Frontend, plan: Plan, job: Job, stream: JobStream) -> None:
         self._metrics, self._tracer = frontend.metrics, frontend.tracer
+        self._awaited = not frontend.priority  # by a client: how long a batch waits says nothing of the server
         self._plan, self._job, self._stream = plan, job, stream
         self._arrived = time.monotonic()
         self._parent = context.get_current()
@@ -132,7 +133,8 @@ class _Record:
             return
         self._begun = moment
         metrics, model = self._metrics, self._plan.model
-        metrics.queue_time.labels(model).observe(max(0.0, moment - self._arrived))
+        if self._awaited:
+            metrics.queue_time.labels(model).observe(max(0.0, moment - self._arrived))
         self._gauge.dec()
         self._gauge = metrics.requests_running.labels(model)
         self._gauge.inc()
@@ -147,7 +149,7 @@ class _Record:
         )
 
     def _text_is_there(self, now: float) -> None:
-        if not self._first_text:
+        if self._awaited and not self._first_text:
             self._first_text = True
             labels = self._plan.model, self._job.guidance.method
             self._metrics.time_to_first_token.labels(*labels).observe(now - self._arrived)
@@ -163,7 +165,8 @@ class _Record:
             self._span.set_attributes(response_attributes(self._job, result))
         self._span.end()
         metrics, job, model = self._metrics, self._job, self._plan.model
-        metrics.e2e_latency.labels(model, job.guidance.method).observe(now - self._arrived)
+        if self._awaited:
+            metrics.e2e_latency.labels(model, job.guidance.method).observe(now - self._arrived)
         metrics.prompt_tokens.labels(model).inc(len(job.prompt_ids) + len(job.suffix_ids))
         tokens = sum(trajectory.completion_tokens for trajectory in result.trajectories)
         metrics.generation_tokens.labels(model).inc(tokens)

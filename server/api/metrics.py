@@ -97,6 +97,9 @@ class Metrics:
         self.admission_rejections = made(Counter, "admission_rejections", text, ("reason",))
         text = "Requests by route and status; route other: none of ours, or refused before it was looked up"
         self.http_requests = made(Counter, "http_requests", text, ("route", "status"))
+        self.batches = made(Gauge, "batches", "Batches by status", ("status",))
+        text = "Lines of batches that were answered, or failed on their own"
+        self.batch_lines = made(Counter, "batch_lines", text, ("status",))
         build = made(Gauge, "build_info", "Which code runs: always 1", ("version", "commit"))
         build.labels(__version__, commit()).set(1)
         self.registry.register(_WorkerCollector(engine))
@@ -115,6 +118,10 @@ class Metrics:
             self.time_to_first_token.labels(model_name, method)
             self.e2e_latency.labels(model_name, method)
         self.http_requests.labels("other", "500")
+        for status in ("completed", "failed"):
+            self.batch_lines.labels(status)
+            self.batches.labels(status)
+        self.batches.labels("in_progress")
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
         for error in BY_KIND.values():

@@ -32,6 +32,8 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/ping", "/metrics"})
 MAX_HEADERS = 256
 MAX_HEADER_BYTES = 65_536
 ALWAYS_OPEN = frozenset({"/health", "/ready", "/ping"})
+FILES = "/v1/files"  # whose bodies hold a file, and
+FORM_BYTES = 65_536  # beside it, at most so much of a form
 FINGERPRINT = 8  # hexadecimal digits of a key's SHA-256: they tell keys apart and give none away
 key_holder: ContextVar[str | None] = ContextVar("key_holder", default=None)
 """The fingerprint of the API key that the present request came with."""
@@ -112,8 +114,8 @@ class Observe:
 
 class Guard:
     """Refuses requests without a valid API key (except to the open paths), with oversized headers, with a body over the
-    limit (by its announced length at once, a chunked one as soon as it passes it), and with a body whose length two
-    parties could read differently.
+    limit of its path (by its announced length at once, a chunked one as soon as it passes it), and with a body whose
+    length two parties could read differently.
 
     Keys are kept as SHA-256 digests and compared in constant time, all of them each time. Without keys everybody may
     come in.
@@ -124,23 +126,24 @@ class Guard:
         self._digests = [_kept(key) for key in settings.api_key]
         self._open_paths = ALWAYS_OPEN.union(settings.public_paths)
         self._max_body_bytes = settings.max_body_bytes
+        self._larger = {} if settings.batch_dir is None else {FILES: settings.batch_file_bytes + FORM_BYTES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, counting what is read of its body, or answer it."""
-        read = 0
+        read, most = 0, self._most(scope)
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._max_body_bytes:
-                raise self._too_large()
+            if read > most:
+                raise _too_large(most)
             return message
 
         if scope["type"] == "http":
             try:
                 holder = self._check(scope)
-                self._check_length(Headers(scope=scope))
+                _check_length(Headers(scope=scope), most)
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return
@@ -175,23 +178,29 @@ class Guard:
             raise Unauthorized("the API key is not valid")
         return digest.hex()[:FINGERPRINT]
 
-    def _check_length(self, headers: Headers) -> None:
-        announced = headers.get("content-length")
-        if announced is None:
-            return
-        if "transfer-encoding" in headers:
-            # A proxy in front of us may have believed the one, and we would believe the other.
-            raise InvalidRequest("Content-Length and Transfer-Encoding exclude each other")
-        if not re.fullmatch(r"[0-9]{1,19}", announced):
-            raise InvalidRequest("Content-Length is not a number")
-        if int(announced) > self._max_body_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body takes more than {self._max_body_bytes} bytes")
+    def _most(self, scope: Scope) -> int:
+        """Bytes that the body may have."""
+        return self._larger.get(local_path(scope) if scope["type"] == "http" else "", self._max_body_bytes)
 
     def _is_known(self, digest: bytes) -> bool:
         return sum(hmac.compare_digest(digest, each) for each in self._digests) > 0  # the sum compares all of them
+
+
+def _check_length(headers: Headers, most: int) -> None:
+    announced = headers.get("content-length")
+    if announced is None:
+        return
+    if "transfer-encoding" in headers:
+        # A proxy in front of us may have believed the one, and we would believe the other.
+        raise InvalidRequest("Content-Length and Transfer-Encoding exclude each other")
+    if not re.fullmatch(r"[0-9]{1,19}", announced):
+        raise InvalidRequest("Content-Length is not a number")
+    if int(announced) > most:
+        raise _too_large(most)
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body takes more than {most} bytes")
 
 
 def _kept(key: str) -> bytes:

@@ -38,9 +38,13 @@ _ECHOED = (
     "instructions max_output_tokens metadata temperature top_p user store background previous_response_id "
     "parallel_tool_calls tool_choice tools truncation"
 )
+_TIMES = (
+    "created created_at expires_at in_progress_at finalizing_at completed_at failed_at expired_at cancelling_at "
+    "cancelled_at"
+)
 _TOLD_OF_ANSWERS = {
     **dict.fromkeys(_ECHOED.split(), "As in the request"),
-    **dict.fromkeys(("created", "created_at"), "When, in seconds since 1970"),
+    **dict.fromkeys(_TIMES.split(), "When, in seconds since 1970"),
     **dict.fromkeys(("refusal", "logprobs", "annotations"), "Always null or empty"),
     **dict.fromkeys(("item_id", "output_index", "content_index"), "Where in `output` the event happens"),
     "id": "The answer's id, or the model's",

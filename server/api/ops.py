@@ -30,13 +30,13 @@ reference = APIRouter()
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
-def readable(path: str, **documented: Any) -> Callable[[Endpoint], Endpoint]:
+def readable(path: str, on: APIRouter = router, **documented: Any) -> Callable[[Endpoint], Endpoint]:
     """Register a GET route, and HEAD beside it (load balancers probe with it): the same answer, from which the HTTP
     server leaves the body out. The OpenAPI document has the GET only, which HEAD follows by definition."""
 
     def register(endpoint: Endpoint) -> Endpoint:
-        router.get(path, **documented)(endpoint)
-        router.head(path, include_in_schema=False)(endpoint)
+        on.get(path, **documented)(endpoint)
+        on.head(path, include_in_schema=False)(endpoint)
         return endpoint
 
     return register

@@ -53,7 +53,7 @@ async def _answer(
     whole: Callable[[Plan, Sequence[JobResult]], Data] = response,
     chunks: type[Chunks] = Chunks,
 ) -> Response:
-    frontend.engine.check_room()
+    frontend.engine.check_room(priority=frontend.priority)
     tokenizer = await frontend.tokenizer()
     info, settings, identity = frontend.engine.info, frontend.settings, frontend.answer_id()
     try:

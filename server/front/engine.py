@@ -118,8 +118,10 @@ class Engine:
             await asyncio.gather(*starts, return_exceptions=True)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Take no new work and wait for the work in flight; what is left after the grace time fails."""
+        """Take no new work and wait for the work in flight; what is left after the grace time fails, and what is of a
+        batch at once, since it is not lost."""
         self._draining = True
+        self._fail_all(errors.Draining(SHUT_DOWN), least_priority=1)
         if self._pending:
             try:
                 await asyncio.wait_for(self._idle.wait(), grace_seconds)
@@ -154,27 +156,34 @@ class Engine:
         """Sums over all workers so far; gauges of the present ones."""
         return reduce(RunnerStats.plus, (replica.stats for replica in self.replicas))
 
-    def check_room(self, jobs: int = 1) -> None:
+    def check_room(self, jobs: int = 1, priority: int = 0) -> None:
         """Raises Draining, NotReady or QueueFull when so many more jobs cannot be taken now. Nothing can come
-        between this and as many calls of `submit` that follow without an await."""
+        between this and as many calls of `submit` that follow without an await. Each priority has all places: what has
+        none left takes none from another."""
         if self._draining:
             raise errors.Draining(SHUT_DOWN, retry_after=5.0)
         if self._nobody_will_come() or not any(replica.info for replica in self.replicas):
             wait = min(replica.backoff_seconds for replica in self.replicas)
             raise errors.NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
-        if len(self._pending) + jobs > self.config.max_queue:
-            raise errors.QueueFull(
-                f"{len(self._pending)} requests are in flight; the server takes {self.config.max_queue}",
-                retry_after=self._throughput.retry_after_seconds(
-                    len(self._pending), time.monotonic(), jobs, self.ends_seconds
-                ),
-            )
+        taken = self._taken(priority)
+        if taken + jobs > self.config.max_queue:
+            message = f"{taken} requests are in flight; the server takes {self.config.max_queue}"
+            if priority:  # no place that others wait for is promised to a batch
+                raise errors.QueueFull(message)
+            now = time.monotonic()
+            wait = self._throughput.retry_after_seconds(taken, now, jobs, self.ends_seconds)
+            raise errors.QueueFull(message, retry_after=wait)
+
+    def _taken(self, priority: int = 0) -> int:
+        """Places that this priority has taken."""
+        return sum(pending.priority == priority for pending in self._pending.values())
 
     def ends_seconds(self) -> list[float]:
-        """In how many seconds each job that is computed will have done its steps, if they go on as they went."""
+        """In how many seconds each job that is computed, but for batches', will have done its steps, if they go on as
+        they went."""
         now, ends = time.monotonic(), []
         for pending in self._pending.values():
-            if pending.worker is None or pending.begun_at is None or not pending.steps:
+            if pending.worker is None or pending.begun_at is None or not pending.steps or pending.priority:
                 continue
             done = self.replicas[pending.worker].steps - pending.begun_step
             if done > 0:
@@ -184,7 +193,7 @@ class Engine:
     def submit(self, job: Job) -> JobStream:
         """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it.
         Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
-        return self._enqueue(job, job.deadline)
+        return self._enqueue(job, job.deadline, job.priority)
 
     def cancel(self, identity: str) -> None:
         """Drop a request; its reader, if there is one, gets a Failed. Unknown ids are ignored."""
@@ -197,11 +206,12 @@ class Engine:
         items: Sequence[tuple[tuple[Message, ...], str]],
         *,
         deadline: float | None = None,
+        priority: int = 0,
     ) -> Scored:
         """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
         does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
         request = Score(f"score-{request_id.get()}-{next(self._score_ids)}", reward_model, list(items))
-        stream = self._enqueue(request, deadline)
+        stream = self._enqueue(request, deadline, priority)
         try:
             answer = await anext(stream)
         finally:
@@ -210,8 +220,8 @@ class Engine:
             return answer
         raise answer.error() if isinstance(answer, Failed) else errors.EngineFailed("the scores got no answer")
 
-    def _enqueue(self, work: Job | Score, deadline: float | None) -> JobStream:
-        self.check_room()
+    def _enqueue(self, work: Job | Score, deadline: float | None, priority: int) -> JobStream:
+        self.check_room(priority=priority)
         if work.id in self._pending:
             raise ValueError(f"request {work.id!r} is in flight already")
         try:
@@ -219,9 +229,9 @@ class Engine:
         except (FrameTooLarge, TypeError) as error:
             raise errors.InvalidRequest(f"the request cannot be handed to the worker: {error}") from error
         steps = steps_of(work) if isinstance(work, Job) else 0
-        pending = Pending(work.id, data, isinstance(work, Job), cost_of(work), steps, request_id.get())
+        pending = Pending(work.id, data, isinstance(work, Job), cost_of(work), steps, priority, request_id.get())
         self._pending[work.id] = pending
-        self._throughput.taken(len(self._pending), self.config.max_queue, time.monotonic())
+        self._throughput.taken(self._taken(), self.config.max_queue, time.monotonic())
         self._idle.clear()
         if deadline is not None:
             self._look_after(max(0.0, deadline - time.time()), pending)
@@ -295,8 +305,9 @@ class Engine:
                 "seconds": seconds,
             }
             logger.info("request %s ends without an answer", pending.id, extra=told)
-        self._throughput.finished(now)
-        self._throughput.taken(len(self._pending), self.config.max_queue, now)
+        if not pending.priority:
+            self._throughput.finished(now)
+        self._throughput.taken(self._taken(), self.config.max_queue, now)
         self._dispatcher.remove(pending)
         pending.close(answer)
         if not self._pending:
@@ -309,9 +320,10 @@ class Engine:
             self.replicas[pending.worker].send(frame(Cancel(pending.id)))
         self._answer(pending, Failed.of(pending.id, error))
 
-    def _fail_all(self, error: errors.RequestError) -> None:
+    def _fail_all(self, error: errors.RequestError, least_priority: int = 0) -> None:
         for pending in list(self._pending.values()):
-            self._drop(pending, error)
+            if pending.priority >= least_priority:
+                self._drop(pending, error)
 
     def _look_after(self, seconds: float, pending: Pending) -> None:
         pending.timer = asyncio.get_running_loop().call_later(seconds, self._deadline_passed, pending)

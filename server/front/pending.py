@@ -27,7 +27,8 @@ class Pending:
     `frame` is the message that hands it to a worker, `cost` an estimate of the work in it. `worker` is the number of
     the worker that has it, None while it waits for one; `begun` says that this worker has begun to compute for it,
     `begun_at` (`time.monotonic`) when a worker first had, and `begun_step` the steps that this worker had done then. A
-    job takes `steps` of them, about. `suspect`, `lone_deaths` and `losses` are explained in `front/dispatch`.
+    job takes `steps` of them, about. A batch's `priority` is above 0. `suspect`, `lone_deaths` and `losses` are
+    explained in `front/dispatch`.
     `request_id` is that of the log.
     """
 
@@ -36,6 +37,7 @@ class Pending:
     is_job: bool = True
     cost: float = 1.0
     steps: int = 0
+    priority: int = 0
     request_id: str | None = None
     worker: int | None = None
     begun: bool = False

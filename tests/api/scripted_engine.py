@@ -60,7 +60,7 @@ class ScriptedEngine(Engine):
     def ready(self) -> bool:
         return self.is_ready
 
-    def check_room(self, jobs: int = 1) -> None:
+    def check_room(self, jobs: int = 1, priority: int = 0) -> None:
         if self.refuse is not None:
             raise self.refuse
 
@@ -68,7 +68,7 @@ class ScriptedEngine(Engine):
         self.jobs.append(job)
         return Scripted(self, job)
 
-    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
+    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None, priority: int = 0) -> Scored:
         raise RuntimeError("scoring broke in /secret/place")
 
 

@@ -132,6 +132,21 @@ async def test_drain_ends_what_outlasts_the_grace_time(engine: Driven) -> None:
     assert (await failure(stream)).kind == "draining"
 
 
+async def test_batches_take_no_place_from_others_and_are_given_up_by_a_drain() -> None:
+    async with running(configured(max_queue=2)) as engine:
+        lines = [engine.submit(job(f"line-{index}", steps=4000, step_ms=10, priority=1)) for index in range(2)]
+        with pytest.raises(QueueFull):
+            engine.check_room(priority=1)
+        asked = [engine.submit(job(f"job-{index}", steps=20, step_ms=5)) for index in range(2)]
+        with pytest.raises(QueueFull):
+            engine.check_room()
+        draining = asyncio.create_task(engine.drain(60))
+        assert [(await failure(line)).kind for line in lines] == ["draining"] * 2
+        for stream in asked:
+            assert isinstance(await answer(stream), Finished)
+        await draining
+
+
 def test_the_engine_runs_on_uvloop_too() -> None:
     async def life() -> tuple[Event, Event]:
         async with running() as engine:
