@@ -61,9 +61,9 @@ class Checkout:
 
 
 @contextmanager
-def checkout(folder: Path, dlm: Path, rm: Path, threads: int) -> Iterator[Checkout]:
+def checkout(folder: Path, dlm: Path, rm: Path, threads: int, driver: str = DRIVER) -> Iterator[Checkout]:
     """Start the engine of the checkout in `folder`, and end it by closing its input."""
-    command = [sys.executable, "-c", DRIVER, str(dlm), str(rm), str(threads)]
+    command = [sys.executable, "-c", driver, str(dlm), str(rm), str(threads)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=folder, text=True, **pipes) as process:
         yield Checkout(process)

@@ -169,6 +169,7 @@ def recording(model: DiffusionModel, reward: RewardModel | None) -> Iterator[Rec
         if reward is not None:
             decoder = Decoder.of(reward.shape)
             stack.enter_context(_watched(reward, "read", _reward_read(decoder), recorder))
+            stack.enter_context(_watched(reward, "read_with_gradient", _reward_read(decoder, back=True), recorder))
             stack.enter_context(_watched(reward, "extend", _reward_extended(decoder), recorder))
         yield recorder
 
@@ -248,14 +249,13 @@ def _update(state: kernels.Guided, terms: Sequence[kernels.Term]) -> Callable[[F
     return add
 
 
-def _reward_read(decoder: Decoder) -> Note:
+def _reward_read(decoder: Decoder, *, back: bool = False) -> Note:
     def note(layout: PackedLayout, embeds: torch.Tensor) -> Callable[[Flops], None]:
         prefixes, lengths = [prefix.length for prefix in layout.prefixes], layout.lengths
-        backward = embeds.requires_grad
 
         def add(flops: Flops) -> None:
             flops.reward_forward += reward_forward(decoder, prefixes, lengths)
-            if backward:
+            if back:
                 flops.reward_backward += reward_backward(decoder, prefixes, lengths)
 
         return add

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def attend(
     heads, key_heads, size = q.shape[1], k.shape[1], q.shape[2]
     if q.shape[0] != rows.queries or k.shape != (rows.keys, key_heads, size) or v.shape != k.shape or heads % key_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} for {rows.queries} queries")
-    for x in (q, k, v, *(x for piece in pieces for x in piece)):
+    for x in (q, k, v, *chain.from_iterable(pieces)):
         if x.dtype != q.dtype or x.dtype not in DTYPES or x.device.type != "cpu":
             raise ValueError(f"one of {tuple(DTYPES)} on the CPU is wanted, not {x.dtype} on {x.device}")
     for keys, values in pieces:
@@ -128,33 +129,56 @@ def attend(
         if pieces[index][0].shape[1] != length:
             raise ValueError(f"piece {index} has {pieces[index][0].shape[1]} tokens, not {length}")
     layout = rows, pieces, causal, size**-0.5 if scale is None else scale
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return forward(q, k, v, *layout)[0]
+    if rows.overlap:
+        raise ValueError("rows that share keys have no gradient")
     out: Tensor = _Attend.apply(q, k, v, layout)  # type: ignore[no-untyped-call]
     return out
 
 
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Rows, pieces: Sequence[Piece], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` without its checks and without autograd; beside it what `gradient` reads, (queries, H) float32."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, log_sums = torch.empty_like(q), torch.empty(q.shape[:2])
+    arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
+    call("attention", ctypes.byref(arguments), out, log_sums)
+    return out, log_sums
+
+
+def gradient(
+    g: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Rows,
+    pieces: Sequence[Piece],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v (contiguous) from that of `forward`, g, and from what it returned."""
+    written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
+    call("attention_gradient", ctypes.byref(arguments), g.contiguous(), out, log_sums, *written)
+    return written
+
+
 class _Attend(torch.autograd.Function):
-    """`layout`: the last arguments of `Rows.arguments`."""
+    """`layout`: the last arguments of `forward`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: tuple[Any, ...]) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.empty_like(q)
-        log_sums = torch.empty(q.shape[:2]) if any(ctx.needs_input_grad[:3]) else None
-        rows, *others = layout
-        if log_sums is not None and rows.overlap:
-            raise ValueError("rows that share keys have no gradient")
-        arguments, _table = rows.arguments(q, k, v, *others)
-        call("attention", ctypes.byref(arguments), out, log_sums)
-        if log_sums is not None:
-            ctx.save_for_backward(q, k, v, out, log_sums)
-            ctx.layout = layout
+        out, log_sums = forward(q, k, v, *layout)
+        ctx.save_for_backward(out, log_sums, q, k, v)
+        ctx.layout = layout
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_sums = ctx.saved_tensors
-        written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        rows, *others = ctx.layout
-        arguments, _table = rows.arguments(q, k, v, *others)
-        call("attention_gradient", ctypes.byref(arguments), gradients[0].contiguous(), out, log_sums, *written)
-        return *written, None
+        (g,), (out, log_sums, q, k, v) = gradients, ctx.saved_tensors
+        return *gradient(g, out, log_sums, q, k, v, *ctx.layout), None

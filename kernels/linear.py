@@ -41,28 +41,41 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        out: Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    return _wide(x, weight, bias)
+
+
+def linear_gradient(g: Tensor, weight: Tensor) -> Tensor:
+    """The gradient (N, in) of x from that of `linear`, g (N, out)."""
+    if g.dtype == weight.dtype:
+        return torch.mm(g, weight)
+    out = g.new_zeros(len(g), weight.shape[1])
+    for block, wide in _widened(weight, g):
+        out.addmm_(g[:, block], wide)
     return out
 
 
+def _wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by blocks of the weight's rows."""
+    out = x.new_empty(len(x), len(weight))
+    for block, wide in _widened(weight, x):
+        torch.mm(x, wide.t(), out=out[:, block])
+    return out if bias is None else out.add_(bias)
+
+
 class _WideLinear(torch.autograd.Function):
-    """The product by blocks of the weight's rows, and its gradient with respect to x."""
+    """`_wide`, and its gradient with respect to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        out = x.new_empty(len(x), len(weight))
-        for block, wide in _widened(weight, x):
-            torch.mm(x, wide.t(), out=out[:, block])
-        return out if bias is None else out.add_(bias)
+        return _wide(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ((weight,), (g,)) = ctx.saved_tensors, gradients
-        out = g.new_zeros(len(g), weight.shape[1])
-        for block, wide in _widened(weight, g):
-            out.addmm_(g[:, block], wide)
-        return out, None, None
+        return linear_gradient(*gradients, *ctx.saved_tensors), None, None
 
 
 def _widened(weight: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:

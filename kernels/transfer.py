@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+ALIGNED = 16
+"""Bytes at which each of several tensors in one buffer begins: kernels are compiled for addresses that divide by it."""
 
 
 def upload(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
@@ -18,6 +22,41 @@ def upload(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = No
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def upload_all(things: Sequence[Any], device: torch.device | str) -> list[Any]:
+    """Tensors, dataclasses with tensors among their fields, and None, with all tensors that are on the host on the
+    device: in one copy, however many there are. On a CPU they are what they were."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return list(things)
+    held = [_tensors(thing) for thing in things]
+    distinct = list({id(x): x for each in held for x in each.values() if x.device.type == "cpu"}.values())
+    starts, size = [], 0
+    for x in distinct:
+        starts.append(size)
+        size += -(-x.nbytes // ALIGNED) * ALIGNED
+    together = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, x in zip(starts, distinct, strict=True):
+        together[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+    there = together.to(device, non_blocking=True)
+    sent = {
+        id(x): there[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        for start, x in zip(starts, distinct, strict=True)
+    }
+    found = []
+    for thing, tensors in zip(things, held, strict=True):
+        new = {name: sent.get(id(x), x) for name, x in tensors.items()}
+        found.append(new[""] if "" in new else dataclasses.replace(thing, **new) if new else thing)
+    return found
+
+
+def _tensors(thing: Any) -> dict[str, Tensor]:
+    """A dataclass's tensors by field; a tensor itself by the empty name."""
+    if isinstance(thing, Tensor):
+        return {"": thing}
+    named = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)} if thing is not None else {}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def download(tensors: Sequence[Tensor | None]) -> list[Any]:

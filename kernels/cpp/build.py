@@ -43,7 +43,7 @@ NATIVE_FLAGS = (
 COMPILE_SECONDS = 300
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # all that a pass takes; `enum Dtype` of tiles.h
-_KINDS = {int: ctypes.c_int64, float: ctypes.c_float, torch.dtype: ctypes.c_int32}  # all others are pointers
+_KINDS = {int: ctypes.c_int64, float: ctypes.c_float}  # all others are pointers
 
 
 def cache_folder() -> Path:
@@ -128,21 +128,10 @@ def runs() -> bool:
 
 def call(name: str, *arguments: Any) -> None:
     """Calls a function of the library: tensors go by address (None as a null pointer), integers as int64, floats as
-    float, dtypes as the library numbers them, what ctypes points to by its address. The first call of a function
-    declares its types, so that ctypes converts what all others pass."""
-    function = getattr(library(), name)
+    float, what ctypes points to by its address. The first call of a function declares its types, so that ctypes
+    converts what all others pass."""
+    function = getattr(_load(settings().cpp), name)
     if function.argtypes is None:
         function.argtypes = [_KINDS.get(type(value), ctypes.c_void_p) for value in arguments]
         function.restype = None
-    function(*map(_converted, arguments))
-
-
-def _converted(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return DTYPES[value] if isinstance(value, torch.dtype) else value
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's first element lies; None for None."""
-    return None if tensor is None else tensor.data_ptr()
+    function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])

@@ -142,7 +142,7 @@ void combine(const State* state, float* out) {
 }
 
 // exp((phi - maximum) / tau) of columns start .. start + columns, into out (rows, columns).
-void weights(const State* state, int64_t start, int64_t columns, void* out, int32_t dtype) {
+void weights(const State* state, int64_t start, int64_t columns, void* out, int64_t dtype) {
   const State& s = *state;
   typed(dtype, [&](auto zero) {
     each_tile(s, columns, [&](int64_t row, int64_t first, int64_t width) {
@@ -156,7 +156,7 @@ void weights(const State* state, int64_t start, int64_t columns, void* out, int3
 // The t-th Adam step on columns start .. start + columns: slope (rows, columns) of `dtype`, offset (rows,). It writes
 // those of gradient, phi, m and v that are not null.
 void step(const State* state, float* gradient, float* phi, float* m, float* v, int64_t t, const void* slope,
-          int32_t dtype, const float* offset, int64_t start, int64_t columns) {
+          int64_t dtype, const float* offset, int64_t start, int64_t columns) {
   const State& s = *state;
   const Plan plan{gradient, phi, m, v, t};
   typed(dtype, [&](auto zero) {

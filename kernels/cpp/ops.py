@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.adam import Trail
-from kernels.cpp.build import DTYPES, address, call, library, unavailable_reason
+from kernels.cpp.build import DTYPES, call, library, unavailable_reason
 from kernels.ops import RowParams
 from kernels.tiled import CompiledState
 
@@ -47,9 +47,9 @@ class CppState(CompiledState):
         columns = self._tau, self._top_p, self._eta, self._top_k, self._greedy
         held = self.logits, g1, g2, trail.phi, trail.m, trail.v, *columns, *self.tiles, *self.sums, self._top
         state = _State(
-            *map(address, held),
-            rows=self.rows,
-            vocab=self.vocab_size,
+            *[None if tensor is None else tensor.data_ptr() for tensor in held],
+            rows=self.logits.shape[0],
+            vocab=self.logits.shape[1],
             tiles=self.tiles.maximum.shape[1],
             row_stride=self.logits.stride(0),
             dtype=DTYPES[self.logits.dtype],
@@ -64,11 +64,11 @@ class CppState(CompiledState):
         self._call("combine", out)
 
     def _weights(self, start: int, out: Tensor) -> None:
-        self._call("weights", start, out.shape[1], out, out.dtype)
+        self._call("weights", start, out.shape[1], out, DTYPES[out.dtype])
 
     def _step(self, slope: Tensor, offset: Tensor, start: int, after: Trail) -> None:
         written = after.newest, after.phi, after.m, after.v
-        self._call("step", *written, self.updates + 1, slope, slope.dtype, offset, start, slope.shape[1])
+        self._call("step", *written, self.updates + 1, slope, DTYPES[slope.dtype], offset, start, slope.shape[1])
 
     def _draw_into(self, out: Tensor, keys: Tensor, rows: Tensor | None, never: int) -> None:
         self._call("draw", keys, rows, len(keys), never, out)

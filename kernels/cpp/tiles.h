@@ -100,7 +100,7 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };  // as kernels/cpp/build.py 
 
 // use(x) with x of the type in which tensors of a pass are stored.
 template <class Use>
-inline void typed(int32_t dtype, Use use) {
+inline void typed(int64_t dtype, Use use) {
   dtype == BFLOAT16 ? use(bfloat16()) : use(0.0f);
 }
 

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.transfer import upload
+from kernels.transfer import upload_all
 from server.diffusion.sampler import BoolArray, IntArray
 from server.guidance.prefixes import RewardContext
 from server.models.packing import PackedLayout
@@ -30,7 +29,8 @@ from server.rewards.reward_model import RewardModel
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One reward model, its context for each of B trajectories, and its weight in each one's objective, (B,)."""
+    """One reward model, its context for each of B trajectories, and its weight in each one's objective, (B,) float64,
+    on the host."""
 
     model: RewardModel
     contexts: tuple[RewardContext, ...]
@@ -40,13 +40,14 @@ class Objective:
 @dataclass(frozen=True, slots=True)
 class Responses:
     """The responses of B trajectories, packed one after another (R = sum of their lengths), of which N positions are
-    masked, one a row of the logits. All int64 but for `hidden`.
+    masked, one a row of the logits. All int64 but for `hidden`. Tensors are on the host until `assembled`.
 
     `committed` (R,) holds revealed tokens (anything where masked); `first` (R,) is the packed position at which the
     same response begins. `masked` (N,) is the packed position of each row, ascending, and `owner` (N,) its trajectory.
-    On the host: `places`, which are the same as `masked`, `ends`, where each answer ends among its own positions, and
-    `hidden` (R,), positions that are hidden from reward models whatever becomes of the masked ones: by revealed tokens,
-    or because they are past that end. `eos_token_id` and `pad_token_id` are the diffusion model's.
+    For good on the host: `tokens` and `places`, which are the same as `committed` and `masked`, `ends`, where each
+    answer ends among its own positions, and `hidden` (R,), positions that are hidden from reward models whatever
+    becomes of the masked ones: by revealed tokens, or because they are past that end. `eos_token_id` and `pad_token_id`
+    are the diffusion model's.
     """
 
     lengths: tuple[int, ...]
@@ -55,6 +56,7 @@ class Responses:
     first: Tensor
     masked: Tensor
     owner: Tensor
+    tokens: IntArray
     places: IntArray
     hidden: BoolArray
     eos_token_id: int
@@ -65,7 +67,6 @@ class Responses:
         cls,
         canvases: Sequence[IntArray],
         positions: Sequence[IntArray],
-        device: torch.device,
         *,
         ends: Sequence[int] | None = None,
         eos_token_id: int,
@@ -75,31 +76,30 @@ class Responses:
         which else are all of their responses."""
         lengths = [len(canvas) for canvas in canvases]
         bounds = tuple(map(min, lengths, ends or lengths))
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         counts = [len(masked) for masked in positions]
-        places = np.concatenate([start + masked for start, masked in zip(starts, positions, strict=True)])
-        hidden = []
-        for canvas, masked, end in zip(canvases, positions, bounds, strict=True):
-            revealed = np.ones(len(canvas), dtype=np.bool_)
-            revealed[masked] = False
-            ended = revealed & (canvas == eos_token_id)
-            past = np.arange(len(canvas)) >= end
-            hidden.append(past | (np.cumsum(ended) > ended) | (revealed & (canvas == pad_token_id)))
-
-        def there(values: IntArray) -> Tensor:
-            return upload(torch.from_numpy(values), device, torch.int64)
-
+        first = (np.cumsum(lengths) - lengths).repeat(lengths)
+        owner = np.arange(len(counts)).repeat(counts)
+        tokens = np.concatenate(canvases)
+        places = np.concatenate(positions) + (np.cumsum(lengths) - lengths)[owner]
+        revealed = np.ones(len(tokens), dtype=np.bool_)
+        revealed[places] = False
+        ended = (revealed & (tokens == eos_token_id)).cumsum()
+        before = np.concatenate([[0], ended])
+        hidden = (before[:-1] > before[first]) | (revealed & (tokens == pad_token_id))
+        hidden |= np.arange(len(tokens)) - first >= np.array(bounds).repeat(lengths)
+        committed, masked = torch.from_numpy(tokens.astype(np.int64, copy=False)), torch.from_numpy(places)
         return cls(
             tuple(lengths),
             bounds,
-            committed=there(np.concatenate(canvases)),
-            first=there(np.repeat(starts, lengths)),
-            masked=there(places),
-            owner=there(np.repeat(np.arange(len(counts)), counts)),
-            places=places,
-            hidden=np.concatenate(hidden),
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
+            committed,
+            torch.from_numpy(first),
+            masked,
+            torch.from_numpy(owner),
+            tokens,
+            places,
+            hidden,
+            eos_token_id,
+            pad_token_id,
         )
 
     def visible(self, tokens: Tensor) -> Tensor:
@@ -118,56 +118,100 @@ class Timings:
     reward_backward_seconds: float = 0.0
 
 
-class Assembly:
-    """Where every packed reward-model token of one objective comes from; fixed for a denoising step.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where every packed reward-model token of one objective comes from; fixed for some inner steps.
 
     The packed order is: for each trajectory what leads, its response from the first place that is not settled on less
     what is hidden for certain, then its suffix; S tokens. `response` (S,) is a token's place among the responses, -1
-    around them; `owner` (S,) its trajectory; `base` (S, D) holds what does not change; `rows` (n,) of the logits go to
+    around them; `position` (S,) its position; `owner` (S,) its trajectory; `known` (S,) its id where it is revealed, of
+    the diffusion vocabulary. The ids `fixed` of the reward vocabulary are at `around`. `rows` (n,) of the logits go to
     `place` (n,), the others are hidden for certain. `content` (S,) is false at the reward model's padding around the
-    responses; None where no row ends with any, and then where it stands makes no difference.
+    responses; None where no row ends with any, and then where it stands makes no difference. `weights` (B,) are the
+    objective's. Tensors are on the host until `assembled`.
     """
 
-    def __init__(self, objective: Objective, responses: Responses) -> None:
-        model, device = objective.model, responses.committed.device
-        self.objective = objective
-        response, position, fixed_ids = [], [], []
+    lengths: tuple[int, ...]
+    response: Tensor
+    position: Tensor
+    owner: Tensor
+    known: Tensor
+    fixed: Tensor
+    around: Tensor
+    rows: Tensor
+    place: Tensor
+    content: Tensor | None
+    weights: Tensor
+
+    @classmethod
+    def of(cls, objective: Objective, responses: Responses) -> Places:
+        """Of these responses, within the contexts of an objective."""
+        model = objective.model
+        response, position, fixed = [], [], []
         lengths: list[int] = []
         start = 0
         for length, end, context in zip(responses.lengths, responses.ends, objective.contexts, strict=True):
             lead, tail, settled = len(context.lead_ids), len(context.suffix_ids), context.settled
             own = start + settled + np.flatnonzero(~responses.hidden[start + settled : start + length])
-            response.append(np.concatenate([np.full(lead, -1), own, np.full(tail, -1)]))
+            response += [np.full(lead, -1), own, np.full(tail, -1)]
             first = context.start
             position += [np.arange(first - lead, first), first + own - start, first + end + np.arange(tail)]
-            fixed_ids += [*context.lead_ids, *context.suffix_ids]
+            fixed += [*context.lead_ids, *context.suffix_ids]
             lengths.append(lead + len(own) + tail)
             start += length
-        self.lengths = tuple(lengths)
-        places = np.concatenate(response)
+        places, ids = np.concatenate(response), np.array(fixed, dtype=np.int64)
+        outside = places < 0
         place_of = np.full(start, -1)
-        place_of[places[places >= 0]] = np.flatnonzero(places >= 0)
-
-        def there(values: npt.NDArray[np.generic]) -> Tensor:
-            return upload(torch.from_numpy(values), device)
-
-        self.response = there(places)
-        self.position = there(np.concatenate(position))
-        self.owner = there(np.repeat(np.arange(len(lengths)), lengths))
+        place_of[places[~outside]] = np.flatnonzero(~outside)
         place = place_of[responses.places]
-        self.rows, self.place = there(np.flatnonzero(place >= 0)), there(place[place >= 0])
-        self.base = model.table[responses.committed[self.response.clamp_min(0)]]
-        if fixed_ids:
-            fixed = model.own_embeddings(torch.tensor(fixed_ids, dtype=torch.long)).to(device)
-            self.base.index_copy_(0, there(np.flatnonzero(places < 0)), fixed)
-        self.content: Tensor | None = None
+        content = None
         if any(model.content(context.suffix_ids) < max(1, len(context.suffix_ids)) for context in objective.contexts):
             content = np.ones(len(places), dtype=np.bool_)
-            content[places < 0] = np.array(fixed_ids) != model.pad_token_id
-            self.content = there(content)
-        self.layout: PackedLayout | None = None
-        if model.reads_lengths_on_device:
-            self.layout = model.layout([context.prefix for context in objective.contexts], lengths, self.position)
+            content[outside] = ids != model.pad_token_id
+        return cls(
+            tuple(lengths),
+            response=torch.from_numpy(places),
+            position=torch.from_numpy(np.concatenate(position)),
+            owner=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
+            known=torch.from_numpy(responses.tokens[places.clip(0)]),
+            fixed=torch.from_numpy(ids),
+            around=torch.from_numpy(np.flatnonzero(outside)),
+            rows=torch.from_numpy(np.flatnonzero(place >= 0)),
+            place=torch.from_numpy(place[place >= 0]),
+            content=None if content is None else torch.from_numpy(content),
+            weights=objective.weights,
+        )
+
+
+class Assembly:
+    """What one objective reads in the inner steps: where its tokens come from, all on the device, and of them `base`
+    (S, D), what does not change. `layout` is there where it does not depend on what is hidden."""
+
+    def __init__(self, objective: Objective, places: Places, layout: PackedLayout | None) -> None:
+        model = objective.model
+        self.objective, self.places, self.layout = objective, places, layout
+        self.inside = places.response.clamp_min(0)
+        self.base = model.table[places.known]
+        if len(places.fixed):
+            self.base.index_copy_(0, places.around, model.own_embeddings(places.fixed).to(self.base.device))
+        self._found: tuple[Tensor, PackedLayout, Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls, objectives: Sequence[Objective], responses: Responses, device: torch.device
+    ) -> tuple[Responses, list[Assembly]]:
+        """Of all objectives, and the responses, on the device; in one upload."""
+        things: list[Places | PackedLayout | None] = []
+        for objective in objectives:
+            model, places, layout = objective.model, Places.of(objective, responses), None
+            if model.reads_lengths_on_device:
+                prefixes = [context.prefix for context in objective.contexts]
+                layout = PackedLayout.of(places.lengths, prefixes=prefixes, positions=places.position, causal=True)
+                if model.device != device:
+                    (layout,) = upload_all([layout], model.device)
+            things += [places, layout]
+        responses, *sent = upload_all([responses, *things], device)
+        return responses, [cls(*each) for each in zip(objectives, sent[::2], sent[1::2], strict=True)]
 
     def read(
         self, embeds: Tensor, tokens: Tensor, visible: Tensor, timings: Timings, *, gradient: bool
@@ -178,49 +222,49 @@ class Assembly:
         as. The gradient is zeros when not asked for. A row of which nothing is seen has the reward NaN; ValueError
         where that is known on the host.
         """
-        model, place = self.objective.model, self.response.clamp_min(0)
-        seen = (self.response < 0) | visible[place]
-        if self.content is not None:
-            seen = self._to_last_content(seen, model.padding[tokens[place]])
+        model, places = self.objective.model, self.places
+        seen = (places.response < 0) | visible[self.inside]
+        if places.content is not None:
+            seen = self._to_last_content(seen, places.content, model.padding[tokens[self.inside]])
         layout, taken, count = self._order(seen)
-        whole = self.base.index_copy(0, self.place, embeds.index_select(0, self.rows).to(self.base.dtype))
+        whole = self.base.index_copy(0, places.place, embeds.index_select(0, places.rows).to(self.base.dtype))
         x = whole.index_select(0, taken)
-        g, g_x = torch.zeros_like(embeds), None
+        g = torch.zeros_like(embeds)
         started = time.perf_counter()
-        if gradient and model.graphed_passes is not None and model.graphed_passes.takes(layout):
-            rewards, g_x = model.graphed_passes.run(layout, x)
+        if not gradient:
+            rewards = model.read(layout, x)
             forwarded = time.perf_counter()
         else:
-            with torch.enable_grad() if gradient else torch.no_grad():
-                rewards = model.read(layout, x.requires_grad_(gradient))
-                total = rewards.sum()
+            passes = model.graphed_passes
+            way = passes if passes is not None and passes.takes(layout) else model
+            rewards, back = way.read_with_gradient(layout, x)
             forwarded = time.perf_counter()
-            if gradient:
-                (g_x,) = torch.autograd.grad(total, [x])
-        if g_x is not None:
-            back = torch.zeros_like(whole).index_copy_(0, taken, g_x.to(whole.dtype))
-            g.index_copy_(0, self.rows, back.index_select(0, self.place).to(g.dtype))
+            g_whole = torch.zeros_like(whole).index_copy_(0, taken, back().to(whole.dtype))
+            g.index_copy_(0, places.rows, g_whole.index_select(0, places.place).to(g.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded
-        return torch.where(count > 0, rewards.detach(), torch.nan), g
+        return torch.where(count > 0, rewards, torch.nan), g
 
     def _order(self, seen: Tensor) -> tuple[PackedLayout, Tensor, Tensor]:
         """A pass in which some of the S tokens are `seen` (S,): its layout, which tokens it takes in which order, and
         how many of each row are seen (B,)."""
-        rows = len(self.lengths)
-        if self.layout is None:
+        model, places, rows = self.objective.model, self.places, len(self.places.lengths)
+        if self.layout is not None:
+            taken = torch.argsort(2 * places.owner + (~seen).long(), stable=True)
+            count = torch.zeros(rows, dtype=torch.int64, device=seen.device).index_add_(0, places.owner, seen.long())
+            position = places.position.index_select(0, taken)
+            return self.layout.hiding(count.clamp_min(1).to(model.device), position.to(model.device)), taken, count
+        if self._found is None or not self._found[0].equal(seen):  # most passes see what the one before saw
             taken = torch.nonzero(seen)[:, 0]
-            count = torch.bincount(self.owner[taken], minlength=rows)
+            count = torch.bincount(places.owner[taken], minlength=rows)
             prefixes = [context.prefix for context in self.objective.contexts]
-            return self.objective.model.layout(prefixes, count.tolist(), self.position[taken]), taken, count
-        taken = torch.argsort(2 * self.owner + (~seen).long(), stable=True)
-        count = torch.zeros(rows, dtype=torch.int64, device=seen.device).index_add_(0, self.owner, seen.long())
-        return self.layout.hiding(count.clamp_min(1), self.position.index_select(0, taken)), taken, count
+            self._found = seen, model.layout(prefixes, count.tolist(), places.position[taken]), taken, count
+        return self._found[1:]
 
-    def _to_last_content(self, seen: Tensor, padding: Tensor) -> Tensor:
+    def _to_last_content(self, seen: Tensor, around: Tensor, padding: Tensor) -> Tensor:
         """`seen` without what comes after a row's last seen token that is not the reward model's padding."""
-        content = seen & torch.where(self.response < 0, self.content, ~padding)  # type: ignore[arg-type]
+        content = seen & torch.where(self.places.response < 0, around, ~padding)
         index = torch.arange(len(seen), device=seen.device)
-        last = torch.full((len(self.lengths),), -1, dtype=torch.int64, device=seen.device)
-        last = last.scatter_reduce(0, self.owner, torch.where(content, index, -1), "amax")
-        return seen & (index <= last[self.owner])
+        last = torch.full((len(self.places.lengths),), -1, dtype=torch.int64, device=seen.device)
+        last = last.scatter_reduce(0, self.places.owner, torch.where(content, index, -1), "amax")
+        return seen & (index <= last[self.places.owner])

@@ -88,7 +88,7 @@ def steer(
     `methods` and `steps` are each trajectory's method and denoising step; `keys(inner)` gives the random keys (N, 4) of
     an inner step. With `read_after` the reward is read once more at the end, so `rewards` has M + 1 entries.
     """
-    assemblies = [Assembly(objective, responses) for objective in objectives]
+    responses, assemblies = Assembly.of(objectives, responses, state.logits.device)
     needs_draw = any(METHODS[method].draws for method in methods)
     steered_rewards: list[Tensor] = []
     first_w: Tensor | None = None
@@ -104,12 +104,11 @@ def steer(
         total = torch.zeros(len(methods), dtype=w.dtype, device=w.device)
         last = inner == gradient_steps
         for assembly in assemblies:
-            objective = assembly.objective
-            mixed = kernels.mix(state, objective.model.table, hard, w)
+            table, weight = assembly.objective.model.table, assembly.places.weights.to(w.dtype)
+            mixed = kernels.mix(state, table, hard, w)
             rewards, g = assembly.read(mixed.embeds, current, visible, timings, gradient=not last)
-            weight = objective.weights.to(w.dtype)
             total = total + weight * rewards.to(w.dtype)
-            terms.append(kernels.Term(g * weight[responses.owner][:, None], objective.model.table, mixed.soft))
+            terms.append(kernels.Term(g * weight[responses.owner][:, None], table, mixed.soft))
         steered_rewards.append(total)
         if not last:
             kernels.update(state, terms)

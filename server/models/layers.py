@@ -6,8 +6,8 @@ model reads every masked position in both directions and may be trained; a rewar
 and is differentiated with respect to its inputs alone. Parameter names are Llama's, which Dream's checkpoints and those
 of the reward models share. Shapes are packed: S tokens, width d, H heads and Hkv key heads of `size` channels.
 
-Where `kernels.blocks` runs (a CPU with the C++ library) and weights get no gradient, what lies between the products is
-one pass each; everywhere else it is the plain expression.
+The modules are the plain expressions: what training runs, and float64. A network that is frozen runs as `models.frozen`
+has it, where that can.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import blocks
 from kernels.linear import activation_dtype, linear
-from server.models.packing import Attention, PackedLayout
+from server.models.frozen import Frozen, adapted
+from server.models.packing import Attention, PackedLayout, attend
 from server.types import DecoderShape
 
 if TYPE_CHECKING:
@@ -75,23 +75,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether the passes of `kernels.blocks` take x. They keep nothing for the gradients of weights."""
-    return blocks.runs(x) and not (torch.is_grad_enabled() and weight.requires_grad)
-
-
 class Linear(nn.Linear):
     """A projection that takes activations wider than its weight (see `kernels.linear`)."""
 
     def forward(self, input: Tensor, runs: Sequence[Run] = ()) -> Tensor:  # noqa: A002  (the name that torch gives it)
         """(N, in) -> (N, out) in the input's dtype: one product for all rows, and for the rows of each of `runs` what
         its adapter adds to them."""
-        out = linear(input, self.weight, self.bias)
-        for adapter, rows in runs:
-            if (factors := adapter.get(self)) is not None:
-                down, up = factors
-                out[rows] += linear(linear(input[rows], down), up)
-        return out
+        return adapted(linear(input, self.weight, self.bias), input, ((self, slice(None)),), runs)
 
 
 class Embedding(nn.Embedding):
@@ -117,8 +107,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        if fused(x, self.weight):
-            return blocks.rms_norm(x, self.weight.to(x.dtype), self.eps)
         exact = x.to(compute_dtype(x.dtype))
         return functional.rms_norm(exact, self.weight.shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
 
@@ -178,46 +166,19 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(width, config.hidden, bias=variant.out_bias)
         self.q_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
         self.k_norm = RMSNorm(self.size, config.rms_norm_eps) if variant.head_norms else None
-        self.eps = config.rms_norm_eps
-        self._stacked: tuple[Tensor, Tensor | None] | None = None
 
-    def stack(self) -> None:
-        """Make q, k and v one product from now on. The projections become views, so there is no second copy."""
-        self._stacked = stacked(self.q_proj, self.k_proj, self.v_proj)
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run] = ()) -> Tensor:
+        """q (S, H, size) of x (S, d), normalised where the family does, and rotated."""
+        return self._turned(self.q_proj(x, runs), self.q_norm, cos, sin)
 
-    def heads(
-        self, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3), runs: Sequence[Run] = ()
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q (S, H, size), k and v (S, Hkv, size) of x (S, d); q and k normalised where the family does, and rotated.
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run] = ()) -> tuple[Tensor, Tensor]:
+        """k likewise and v, (S, Hkv, size)."""
+        values = self.v_proj(x, runs)
+        return self._turned(self.k_proj(x, runs), self.k_norm, cos, sin), values.view(len(x), -1, self.size)
 
-        `part` is which of the three are wanted, q alone or k and v alone; the others have no heads. Stacked projections
-        take no adapters (`runs`).
-        """
-        fast = fused(x, self.q_proj.weight) and self.size <= blocks.MAX_HEAD_SIZE
-        wanted = range(3)[part]
-        counts = [count if index in wanted else 0 for index, count in enumerate(self.counts)]
-        widths = [count * self.size for count in counts]
-        if self._stacked is not None:
-            weight, bias = self._stacked
-            first = 0 if 0 in wanted else self.counts[0] * self.size
-            rows = slice(first, first + sum(widths))
-            projected = linear(x, weight[rows], None if bias is None else bias[rows])
-            if fast:
-                of_q, of_k = (None if norm is None else norm.weight.to(x.dtype) for norm in (self.q_norm, self.k_norm))
-                return blocks.split_heads(projected, counts[0], counts[1], of_q, of_k, self.eps, cos, sin)
-            pieces = torch.split(projected, widths, dim=1)
-        else:
-            projections = enumerate((self.q_proj, self.k_proj, self.v_proj))
-            pieces = tuple(each(x, runs) if index in wanted else x.new_empty(len(x), 0) for index, each in projections)
-        turned = []
-        for piece, count, norm in zip(pieces[:2], counts[:2], (self.q_norm, self.k_norm), strict=True):
-            if fast:
-                of_head = None if norm is None else norm.weight.to(x.dtype)
-                turned.append(blocks.split_heads(piece, count, 0, of_head, None, self.eps, cos, sin)[0])
-            else:
-                heads = piece.view(len(x), count, self.size)
-                turned.append(rotate(heads if norm is None else norm(heads), cos, sin))
-        return turned[0], turned[1], pieces[2].view(len(x), counts[2], self.size)
+    def _turned(self, projected: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = projected.view(len(projected), -1, self.size)
+        return rotate(heads if norm is None else norm(heads), cos, sin)
 
 
 class MLP(nn.Module):
@@ -228,35 +189,11 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden, config.intermediate, bias=False)
         self.up_proj = Linear(config.hidden, config.intermediate, bias=False)
         self.down_proj = Linear(config.intermediate, config.hidden, bias=False)
-        self._stacked: Tensor | None = None
-
-    def stack(self) -> None:
-        """Make gate and up one product from now on. The projections become views, so there is no second copy."""
-        self._stacked, _ = stacked(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor, runs: Sequence[Run] = ()) -> Tensor:
-        """(N, d) -> (N, d). Stacked projections take no adapters (`runs`)."""
-        fast = fused(x, self.down_proj.weight)
-        if self._stacked is not None:
-            wide = linear(x, self._stacked)
-            if fast:
-                return linear(blocks.swiglu(wide), self.down_proj.weight)
-            gate, up = wide.chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x, runs), self.up_proj(x, runs)
-        fast = fast and not gate.requires_grad
-        out: Tensor = self.down_proj(blocks.swiglu_apart(gate, up) if fast else functional.silu(gate) * up, runs)
+        """(N, d) -> (N, d)."""
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x, runs)) * self.up_proj(x, runs), runs)
         return out
-
-
-def stacked(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weights (and biases) of frozen projections in one piece, of which the weights become views."""
-    weight = torch.cat([projection.weight.detach() for projection in projections])
-    parts = torch.split(weight, [len(each.weight) for each in projections])
-    for projection, part in zip(projections, parts, strict=True):
-        projection.weight.data = part
-    biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
-    return weight, torch.cat(biases) if biases else None
 
 
 class Block(nn.Module):
@@ -271,7 +208,8 @@ class Block(nn.Module):
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor, runs: Sequence[Run] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the stream x (S, d)."""
-        return self.self_attn.heads(self.input_layernorm(x), cos, sin, runs=runs)
+        normed = self.input_layernorm(x)
+        return self.self_attn.queries(normed, cos, sin, runs), *self.self_attn.keys(normed, cos, sin, runs)
 
     def close(self, x: Tensor, mixed: Tensor, runs: Sequence[Run] = ()) -> Tensor:
         """The block after its attention: x (N, d) and the heads' output (N, H, size) -> (N, d)."""
@@ -283,7 +221,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embeddings, blocks and final norm: a model without its head.
 
-    attention_backend: as `kernels.varlen.choose` gave it.
+    attention_backend: as `kernels.varlen.choose` gave it. frozen: the same as straight lines, once there are any.
     """
 
     def __init__(self, config: DecoderConfig, variant: Variant) -> None:
@@ -294,6 +232,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden, config.rms_norm_eps)
         self.rotary = RotaryTable(config.head_size, config.rope_theta, config.rope_scaling)
         self.attention_backend = "sdpa"
+        self.frozen: Frozen | None = None
+
+    def freeze(self, *, stack: bool) -> None:
+        """The weights stay as they are from now on. `stack`: see `Frozen`."""
+        self.requires_grad_(False).eval()
+        self.frozen = Frozen(self, stack=stack)
 
     def states(
         self,
@@ -306,7 +250,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Final-norm states (S, d), or (N, d) at packed indices `rows` (N,), of embeddings x (S, d) with rotations
         (S, head_size / 2) and the adapters of `runs`: without any, a function of tensors alone."""
-        last = len(self.layers) - 1
+        if self.frozen is not None and self.frozen.takes(x):
+            return self.frozen.states(x, cos, sin, attention, rows, runs)
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             mixed = attention(index, *block.heads(x, cos, sin, runs))
             if rows is not None and index == last and not runs:
@@ -317,20 +263,21 @@ class Decoder(nn.Module):
         out: Tensor = self.norm(x if rows is None or not runs else x[rows])
         return out
 
-    def last_states(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, layout: PackedLayout) -> Tensor:
+    def last_states(self, x: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token, of embeddings x (S, d). In the last block only that token
         has a query, an output projection and an MLP."""
+        if self.frozen is not None and self.frozen.takes(x):
+            return self.frozen.last_states(x, cos, sin, layout, backend)
         *before, block = self.blocks
         for index, each in enumerate(before):
-            x = each.close(x, attention(index, *each.heads(x, cos, sin)))
+            x = each.close(x, attend(layout, index, *each.heads(x, cos, sin), backend))
         if layout.hidden is not None:  # whatever a kernel leaves in the gradients of keys that nobody asked
             x = torch.where(layout.hidden[:, None], x.detach(), x)
         normed, lasts = block.input_layernorm(x), layout.lasts
         turned = cos.index_select(0, lasts), sin.index_select(0, lasts)
-        q, _, _ = block.self_attn.heads(normed.index_select(0, lasts), *turned, slice(0, 1))
-        _, k, v = block.self_attn.heads(normed, cos, sin, slice(1, 3))
-        x = block.close(x.index_select(0, lasts), attention(len(before), q, k, v, last=True))
-        out: Tensor = self.norm(x)
+        q = block.self_attn.queries(normed.index_select(0, lasts), *turned)
+        mixed = attend(layout, len(before), q, *block.self_attn.keys(normed, cos, sin), backend, last=True)
+        out: Tensor = self.norm(block.close(x.index_select(0, lasts), mixed))
         return out
 
     def keys_and_values(
@@ -338,10 +285,12 @@ class Decoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Rotated keys and values, (S, Hkv, size) each a layer, of embeddings x (S, d): what a prefix is made of. The
         last block ends with them."""
+        if self.frozen is not None and self.frozen.takes(x):
+            return self.frozen.keys_and_values(x, cos, sin, attention, runs)
         captured = []
         for index, block in enumerate(self.blocks):
             q, k, v = block.heads(x, cos, sin, runs)
             captured.append((k, v))
-            if index < len(self.layers) - 1:
+            if index < len(self.blocks) - 1:
                 x = block.close(x, attention(index, q, k, v), runs)
         return captured

@@ -80,6 +80,7 @@ def load_diffusion_model(
     load_weights(
         model, folder, dtype=dtype, device=device, ignored=model.ignored_weights, stored_name=model.stored_name
     )
+    model.model.freeze(stack=model.device.type == "cuda")  # a CPU's weights may be a mapped file, which processes share
     model.model.attention_backend = varlen.choose("auto", model.device, model.activation_dtype, model.shape.head_size)
     turns = [tokenizer.id_of(token) for token in END_OF_TURN_TOKENS]
     canvas = ConfigReader(generation, GENERATION).integer("max_new_tokens", DEFAULT_MAX_TOKENS)

@@ -321,3 +321,18 @@ def attend(
         return varlen.by_sequence(q, k, v, queries, keys, layout.causal, scale)
     spans = layout.last_spans if last else layout.spans
     return varlen.attend(backend, q.contiguous(), k, v, spans, causal=layout.causal, scale=scale)
+
+
+def attend_with_gradient(
+    layout: PackedLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, backend: str, *, last: bool = False
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """`attend`, and what turns the gradient of its result into those of q, k and v. No autograd around it."""
+    if backend == "cpp" and attention.runs():
+        pieces = [(link.keys[layer], link.values[layer]) for link in layout.links]
+        how = (layout.last_rows if last else layout.rows), pieces, layout.causal, q.shape[2] ** -0.5
+        out, log_sums = attention.forward(q, k, v, *how)
+        return out, lambda g: attention.gradient(g, out, log_sums, q, k, v, *how)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        mixed = attend(layout, layer, q, k, v, backend, last=last)
+    return mixed.detach(), lambda g: torch.autograd.grad(mixed, (q, k, v), g)

@@ -7,6 +7,7 @@ graph, with no autograd around it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -41,6 +42,11 @@ class GraphedPasses:
         """Whether `run` does: rows with hidden tokens, of no more tokens than a graph is worth."""
         return layout.visible is not None and self.recorded.takes(layout)
 
+    def read_with_gradient(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """`RewardModel.read_with_gradient` of rows that it `takes`: one launch, which has the gradient too."""
+        rewards, g = self.run(layout, embeds)
+        return rewards, lambda: g
+
     def run(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards (B,) and their sum's gradient (S, D) of rows that it `takes`; on the device and in the dtype of
         `embeds`, and the caller's."""
@@ -54,11 +60,8 @@ class GraphedPasses:
 
 def differentiate(model: RewardModel, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards (B,) and their sum's gradient (S, D) with respect to the embeddings, kernel by kernel."""
-    with torch.enable_grad():
-        x = embeds.detach().requires_grad_()
-        rewards = model.read(layout, x)
-        (g,) = torch.autograd.grad(rewards.sum(), [x])
-    return rewards.detach(), g
+    rewards, gradient = model.read_with_gradient(layout, embeds)
+    return rewards, gradient()
 
 
 def graph_where_possible(model: RewardModel) -> None:

@@ -10,7 +10,7 @@ Weights are frozen: the only gradient that ever flows is the one to the embeddin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import varlen
-from kernels.linear import activation_dtype
+from kernels.linear import activation_dtype, linear
 from kernels.transfer import upload
 from server.errors import ConfigurationError
 from server.hub import read_json, resolve_checkpoint
@@ -131,9 +131,29 @@ class RewardModel:
         They are in float32, or float64 for a float64 model, on the device of `embeds`. Differentiable with respect to
         `embeds` alone. ValueError when the shapes do not fit.
         """
-        last = self._trunk.last_states(layout, self._here(layout, embeds), self.attention_backend)
+        return self._rewards(layout, self._here(layout, embeds)).to(embeds.device)
+
+    def read_with_gradient(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The same rewards, detached, and what computes the gradient (S, D) of their sum, once, on the device and in
+        the dtype of `embeds`. Rewards are independent of each other, so it holds each row's own."""
+        x = self._here(layout, embeds)
+        found = self._trunk.last_states_and_gradient(layout, x, self.attention_backend)
+        if found is None:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                rewards = self._rewards(layout, x)
+                total = rewards.sum()
+            return rewards.detach().to(embeds.device), lambda: torch.autograd.grad(total, [x])[0].to(embeds)
+        last, back = found
+        head = self._network.score  # linear, as all are whose blocks our layers run
+        rewards = linear(last.to(self._reward_dtype), head.weight, head.bias)[:, 0]
+        g = head.weight.to(last.dtype).expand_as(last).contiguous()
+        return rewards.to(embeds.device), lambda: back(g).to(embeds)
+
+    def _rewards(self, layout: PackedLayout, x: Tensor) -> Tensor:
+        last = self._trunk.last_states(layout, x, self.attention_backend)
         rewards: Tensor = self._network.score(last.to(self._reward_dtype))
-        return rewards[:, 0].to(embeds.device)
+        return rewards[:, 0]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) of whole token sequences, each of one token at least; no gradient, order kept.

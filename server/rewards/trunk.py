@@ -9,6 +9,7 @@ Qwen3. Every other architecture runs as transformers has it (`Wrapped`): the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from server.models.layers import Decoder, DecoderConfig, Variant, compute_dtype
-from server.models.packing import Attention, PackedLayout, attend
+from server.models.packing import PackedLayout, attend
 from server.rewards.attention import Packed
 from server.types import DecoderShape
+
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Ways to scale rotations that depend on nothing but the position."""
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
@@ -41,7 +45,8 @@ class Trunk:
     """Our layers over a transformers base model's weights, differentiable with respect to the embeddings alone.
 
     Projections that read the same input are stacked, and the module's own weights become views of them: no second copy.
-    Rotations are the model's own, which knows every kind of scaled positions.
+    Rotations are the model's own, which knows every kind of scaled positions: a table of all positions, but for kinds
+    that depend on how long a sequence is.
     """
 
     written_out = True
@@ -62,25 +67,43 @@ class Trunk:
                 ),
             )
         self._decoder.load_state_dict(base.state_dict(), strict=True, assign=True)
-        self._decoder.requires_grad_(False).eval()
-        for block in self._decoder.blocks:
-            block.self_attn.stack()
-            block.mlp.stack()
-        self._rotary = base.rotary_emb
+        self._decoder.freeze(stack=True)
+        self._rotary, self._table = base.rotary_emb, None
+        weight = self._decoder.norm.weight
+        if base.rotary_emb.rope_type in FIXED_ROTATIONS:
+            every = torch.arange(config.max_position_embeddings, device=weight.device)
+            self._table = self._angles(every, self._decoder.embed_tokens.activation_dtype)
 
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""
-        return self._decoder.last_states(*self._inputs(layout, embeds, backend), layout)
+        return self._decoder.last_states(embeds, *self._rotations(layout, embeds), layout, backend)
+
+    def last_states_and_gradient(
+        self, layout: PackedLayout, embeds: Tensor, backend: str
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """The same, and what turns their gradient (B, d) into that of the embeddings (S, d); None where it takes
+        autograd."""
+        frozen = self._decoder.frozen
+        if frozen is None or not frozen.takes(embeds):
+            return None
+        return frozen.last_states_and_gradient(embeds, *self._rotations(layout, embeds), layout, backend)
 
     def keys_and_values(self, layout: PackedLayout, embeds: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (S, Hkv, size) of every layer; embeds (S, d)."""
-        return self._decoder.keys_and_values(*self._inputs(layout, embeds, backend))
+        attention = partial(attend, layout, backend=backend)
+        return self._decoder.keys_and_values(embeds, *self._rotations(layout, embeds), attention)
 
-    def _inputs(self, layout: PackedLayout, embeds: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Attention]:
-        """What both of the decoder's ways through it begin with: stream, cosines, sines (S, size / 2), attention."""
-        like = torch.empty(0, dtype=compute_dtype(embeds.dtype), device=embeds.device)
-        cos, sin = (table[0, :, : table.shape[-1] // 2] for table in self._rotary(like, layout.positions[None]))
-        return embeds, cos, sin, partial(attend, layout, backend=backend)
+    def _rotations(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (S, size / 2) of a layout's positions."""
+        if self._table is None:
+            return self._angles(layout.positions, embeds.dtype)
+        cos, sin = self._table
+        return cos.index_select(0, layout.positions), sin.index_select(0, layout.positions)
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=compute_dtype(dtype), device=positions.device)
+        cos, sin = (table[0].chunk(2, dim=-1)[0].contiguous() for table in self._rotary(like, positions[None]))
+        return cos, sin
 
 
 class Wrapped:
@@ -94,6 +117,9 @@ class Wrapped:
     def last_states(self, layout: PackedLayout, embeds: Tensor, backend: str) -> Tensor:
         """Final-norm states (B, d) of each row's last token; embeds (S, d)."""
         return self._run(Packed(layout, backend), embeds).index_select(0, layout.lasts)
+
+    def last_states_and_gradient(self, layout: PackedLayout, embeds: Tensor, backend: str) -> None:
+        """It takes autograd."""
 
     def keys_and_values(self, layout: PackedLayout, embeds: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (S, Hkv, size) of every layer; embeds (S, d)."""

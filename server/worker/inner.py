@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.transfer import upload
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
@@ -80,7 +79,6 @@ class InnerSteps:
         responses = Responses.of(
             [member.response for member in group.members],
             [member.positions for member in group.members],
-            group.device,
             ends=[member.trajectory.length for member in group.members],
             eos_token_id=self.info.eos_token_id,
             pad_token_id=self.info.pad_token_id,
@@ -113,7 +111,7 @@ class InnerSteps:
                 trajectory.contexts[name] = context
             self.timings.reward_forward_seconds += time.perf_counter() - started
         weights = [{w.model: w.weight for w in t.job.guidance.reward_models}[name] for t in trajectories]
-        return Objective(model, tuple(contexts), upload(torch.tensor(weights, dtype=torch.float64), group.device))
+        return Objective(model, tuple(contexts), torch.tensor(weights, dtype=torch.float64))
 
 
 def _read_as(guidance: GuidanceParams) -> str:

@@ -40,19 +40,20 @@ def dtype(request):
     return request.param
 
 
-def compare(fused, plain, x, unit=None):
-    """Values, and gradients along a random direction, against float64 on what x holds.
+def compare(fused, back, plain, x, unit=None, more=None):
+    """Values, and gradients along a random direction, against float64 on what x holds. `back` turns the gradient of the
+    values into that of x, to which the fused pass adds `more`.
 
     The gradient of a norm is a difference of two terms of the size of the direction over x's root mean square: a
     direction in such units makes both terms of order one, which is what the absolute tolerance is meant for.
     """
-    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-    out, expected = fused(ours), plain(exact)
-    along = (torch.randn_like(out) * (1.0 if unit is None else unit)).detach().to(x.dtype)
-    along = along.transpose(-1, -2).contiguous().transpose(-1, -2)  # gradients need not be contiguous
-    (gradient,) = torch.autograd.grad(out, [ours], along)
+    exact = x.double().requires_grad_()
+    out, expected = fused(x), plain(exact)
+    along = (torch.randn(out.shape) * (1.0 if unit is None else unit)).to(x.dtype)
     (reference,) = torch.autograd.grad(expected, [exact], along.double())
-    for got, truth in ((out, expected), (gradient, reference)):
+    if more is not None:
+        reference += more.double()
+    for got, truth in ((out, expected), (back(along), reference)):
         assert got.dtype == x.dtype
         if x.dtype == torch.float32:
             torch.testing.assert_close(got.double(), truth, **TOLERANCE)
@@ -64,23 +65,36 @@ def compare(fused, plain, x, unit=None):
 def test_rms_norm(rows, width, dtype):
     weight = torch.randn(width).to(dtype)
     x = (torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
-    compare(
-        lambda x: blocks.rms_norm(x, weight, EPSILON),
-        lambda x: rms(x, weight.double()),
-        x,
-        root_mean_square(x),
-    )
+    total, out, inverse = blocks.add_rms_norm(x, None, weight, EPSILON)
+    assert total is x
+    for more in (None, torch.randn(rows, width).to(dtype)):
+        compare(
+            lambda _: out,
+            lambda g, more=more: blocks.rms_norm_gradient(g, x, weight, inverse, more),
+            lambda x: rms(x, weight.double()),
+            x,
+            root_mean_square(x),
+            more,
+        )
+
+
+def test_what_is_added_before_a_norm_is_rounded_as_a_sum_is(dtype):
+    x, added, weight = torch.randn(9, 40).to(dtype), torch.randn(9, 40).to(dtype), torch.randn(40).to(dtype)
+    total, out, inverse = blocks.add_rms_norm(x, added, weight, EPSILON)
+    assert total.equal(x + added)
+    alone = blocks.add_rms_norm(x + added, None, weight, EPSILON)
+    assert out.equal(alone[1])
+    assert inverse.equal(alone[2])
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (9, 576)])
 def test_swiglu(rows, width, dtype):
     x = (torch.randn(rows, 2 * width) * 5).to(dtype)
     x[0, 0], x[-1, 0] = -120.0, 120.0  # exp must neither overflow nor turn into NaN
-    compare(blocks.swiglu, lambda x: functional.silu(x[:, :width]) * x[:, width:], x)
-    expected = functional.silu(x[:, :width].double()) * x[:, width:].double()
-    apart = blocks.swiglu_apart(x[:, :width].clone(), x[:, width:])
-    assert apart.equal(blocks.swiglu(x))
-    assert (apart.double() - expected).norm() <= 2**-8 * expected.norm()
+    plain = lambda x: functional.silu(x[:, :width]) * x[:, width:]  # noqa: E731
+    compare(blocks.swiglu, lambda g: blocks.swiglu_gradient(g, x), plain, x)
+    gate, up = (part.clone(memory_format=torch.contiguous_format) for part in x.chunk(2, dim=1))
+    assert blocks.swiglu_apart(gate, up).equal(blocks.swiglu(x))
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -89,6 +103,7 @@ def test_split_heads(heads, key_heads, size, normed, dtype):
     rows = 5
     angles = torch.randn(rows, size // 2, dtype=torch.float64)
     of_q, of_k = (torch.randn(size).to(dtype) if normed else None for _ in range(2))
+    how = of_q, of_k, EPSILON, angles.cos().float(), angles.sin().float()
 
     def plain(x):
         q, k, v = x.view(rows, -1, size).split([heads, key_heads, key_heads], dim=1)
@@ -96,12 +111,13 @@ def test_split_heads(heads, key_heads, size, normed, dtype):
             q, k = rms(q, of_q.double()), rms(k, of_k.double())
         return torch.cat((turn(q, angles.cos(), angles.sin()), turn(k, angles.cos(), angles.sin()), v), dim=1)
 
-    def fused(x):
-        cosines, sines = angles.cos().float(), angles.sin().float()
-        return torch.cat(blocks.split_heads(x, heads, key_heads, of_q, of_k, EPSILON, cosines, sines), dim=1)
+    def back(g):
+        parts = (part.contiguous() for part in g.split([heads, key_heads, key_heads], dim=1))
+        return blocks.split_heads_gradient(*parts, x, *how)
 
     x = torch.randn(rows, (heads + 2 * key_heads) * size).to(dtype)
-    compare(fused, plain, x, root_mean_square(x.view(rows, -1, size)) if normed else None)
+    unit = root_mean_square(x.view(rows, -1, size)) if normed else None
+    compare(lambda x: torch.cat(blocks.split_heads(x, heads, key_heads, *how), dim=1), back, plain, x, unit)
 
 
 def test_what_it_does_not_take(monkeypatch):

@@ -118,6 +118,11 @@ class Counted(Around):
         self.passes.append(len(rewards))
         return rewards
 
+    def read_with_gradient(self, *arguments: Any) -> Any:
+        rewards, gradient = self.model.read_with_gradient(*arguments)
+        self.passes.append(len(rewards))
+        return rewards, gradient
+
 
 def first_step(pair: Any, jobs: list[Job], savings: Savings) -> list[int]:
     """Rows of every pass of the reward model in a first step."""

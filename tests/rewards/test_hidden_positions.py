@@ -48,7 +48,7 @@ def both_ways(
     for backend, values in (("sdpa", embeds), ("reference", absurd)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "attention_backend", backend)
-            assert (one.assembly().layout is None) == (backend == "sdpa")  # the way follows the attention
+            assert (one.assembled()[1].layout is None) == (backend == "sdpa")  # the way follows the attention
             ways.append(one.read(values))
     return ways
 
@@ -106,9 +106,9 @@ def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None
     known = contexts(model, 2)
     one = Pass(model, known, canvases, positions)
     assert one.responses.hidden.reshape(2, 6).tolist() == [[False] * 3 + [True] * 3, [False] * 3 + [True] + [False] * 2]
-    assembly = one.assembly()
-    assert assembly.lengths == (3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids))
-    assert assembly.rows.tolist() == [0, 3, 4]
+    _, assembly = one.assembled()
+    assert assembly.places.lengths == (3 + len(known[0].suffix_ids), 5 + len(known[1].suffix_ids))
+    assert assembly.places.rows.tolist() == [0, 3, 4]
     assert_same(both_ways(model, known, canvases, positions))
 
 
@@ -141,17 +141,18 @@ def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
         spoilt[2:4] = torch.nan
         return spoilt
 
-    original = SelfAttention.heads
+    original, keys = SelfAttention.keys, []
 
-    def heads(self: SelfAttention, x: Tensor, cos: Tensor, sin: Tensor, part: slice = slice(0, 3), **more: Any) -> Any:
-        q, k, v = original(self, x, cos, sin, part, **more)
-        if part.start == 1:  # the last layer's keys and values alone
-            k.register_hook(spoil)
-        return q, k, v
+    def watched(self: SelfAttention, *arguments: Any) -> Any:
+        k, v = original(self, *arguments)
+        keys.append(k)
+        return k, v
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfAttention, "heads", heads)
-        (g,) = torch.autograd.grad(model.read(layout, x).sum(), [x])
+        patch.setattr(SelfAttention, "keys", watched)
+        rewards = model.read(layout, x)
+        keys[-1].register_hook(spoil)  # the last layer's
+        (g,) = torch.autograd.grad(rewards.sum(), [x])
     assert seen == [7]
     assert g.isfinite().all()
     assert not g[2:4].any()

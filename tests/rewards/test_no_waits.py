@@ -222,7 +222,7 @@ def steering(rewards: list[RewardModel], steps: int) -> Callable[[], Steered]:
     positions = [np.arange(2 * index, 12) for index in range(len(NAMES))]
     canvases[-1][2] = EOS  # revealed: all behind it is hidden
     canvases[1][1] = PAD
-    responses = Responses.of(canvases, positions, CPU, eos_token_id=EOS, pad_token_id=PAD)
+    responses = Responses.of(canvases, positions, eos_token_id=EOS, pad_token_id=PAD)
     count = len(responses.masked)
     ones = torch.ones(len(NAMES), dtype=torch.float64)
     objectives = [

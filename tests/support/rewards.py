@@ -107,15 +107,18 @@ class Pass:
         pad_token_id: int = PAD,
         device: torch.device = CPU,
     ) -> None:
-        self.responses = Responses.of(canvases, positions, device, eos_token_id=EOS, pad_token_id=pad_token_id)
+        self.responses = Responses.of(canvases, positions, eos_token_id=EOS, pad_token_id=pad_token_id)
         self.visible = self.responses.visible(self.responses.committed)
-        weights = torch.ones(len(canvases), dtype=torch.float64, device=device)
-        self.objective = Objective(model, tuple(known), weights)
+        self.objective = Objective(model, tuple(known), torch.ones(len(canvases), dtype=torch.float64))
+        self.device = device
 
-    def assembly(self) -> Assembly:
-        """As the attention that the model has now wants it."""
-        return Assembly(self.objective, self.responses)
+    def assembled(self) -> tuple[Responses, Assembly]:
+        """On the device, as the attention that the model has now wants it."""
+        responses, (assembly,) = Assembly.of([self.objective], self.responses, self.device)
+        return responses, assembly
 
     def read(self, embeds: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """Rewards (B,) and dr/de (N, D)."""
-        return self.assembly().read(embeds, self.responses.committed, self.visible, Timings(), gradient=gradient)
+        responses, assembly = self.assembled()
+        visible = self.visible.to(self.device)
+        return assembly.read(embeds, responses.committed, visible, Timings(), gradient=gradient)

@@ -44,7 +44,7 @@ class OneCanvas:
             eta=full * eta,
         )
         self.responses = Responses.of(
-            [response.numpy()], [self.rows.numpy()], response.device,
+            [response.numpy()], [self.rows.numpy()],
             eos_token_id=info.eos_token_id, pad_token_id=info.pad_token_id,
         )  # fmt: skip
         reward = pair.rewards["rm"]
