@@ -163,9 +163,11 @@ async def test_other_endpoints(tmp_path: Path, endpoint: str) -> None:
     field = {CHAT: "messages", "/v1/responses": "input"}[endpoint]
     body = {field: [{"role": "user", "content": "Hi"}], "guidance": "bon", "best_of": 1}
     asked = json.dumps({"custom_id": "a", "method": "POST", "url": endpoint, "body": body})
-    async with batching(tmp_path) as client:
+    engine = ScriptedEngine(at_once)
+    async with batching(tmp_path, engine) as client:
         batch = await ended(client, await begun(client, [asked], endpoint))
         (answer,) = await results(client, batch.output_file_id)
+    assert [job.priority for job in engine.jobs] == [1]
     assert answer["response"]["body"]["guidance"]["method"] == "bon"
 
 
@@ -243,13 +245,17 @@ async def test_what_is_no_file_for_a_batch_is_refused(tmp_path: Path) -> None:
         serving(batch_dir=str(tmp_path), api_key=KEYS, batch_file_bytes=2048) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/v1", headers=bearer(KEYS[0])) as client,
     ):
-        assert (await client.post("/files", **form(2048))).status_code == 200
+        kept = (await client.post("/files", **form(2048))).json()
+        head = await client.head(f"/files/{kept['id']}/content")
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "2048")
         for asked, status, param in (
             (form(2049), 413, "file"),
             (form(100_000), 413, None),
             (form(1, purpose="fine-tune"), 400, "purpose"),
             (form(1, **{"expires_after[seconds]": "3600"}), 400, "expires_after[seconds]"),
             ({"files": {"purpose": (None, "batch")}}, 400, "file"),
+            ({"files": [("file", ("a.jsonl", b"x"))] * 2, "data": {"purpose": "batch"}}, 400, None),
+            (form(1) | {"data": {"purpose": ["batch", "batch"]}}, 400, None),
             ({"json": {"purpose": "batch"}}, 415, None),
             ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, None),
             ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, None),

@@ -68,6 +68,7 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("max_key_requests", "0"), ("max_key_requests", "3"), ("max_key_trajectories", "3"),  # without a key: no effect
         ("spare_worker", "maybe"), ("lora", ["=x"]), ("lora", ["a=x", "a=y"]), ("max_loras", "0"), ("max_lora_rank", 0),
         ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"),
+        ("batch_dir", "/nowhere"), ("batch_file_bytes", "1"), ("batch_expire_seconds", "0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_its_key(key: str, value: object) -> None:
