@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
 
@@ -95,6 +96,7 @@ class Engine:
         self.adapters = Adapters(config.max_loras, self.replicas)
         self._dispatcher = Dispatcher(len(self.replicas))
         self._pending: dict[str, Pending] = {}
+        self._taken: Counter[int] = Counter()  # places, by the priority of what has them
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -165,7 +167,7 @@ class Engine:
         if self._nobody_will_come() or not any(replica.info for replica in self.replicas):
             wait = min(replica.backoff_seconds for replica in self.replicas)
             raise errors.NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
-        taken = self._taken(priority)
+        taken = self._taken[priority]
         if taken + jobs > self.config.max_queue:
             message = f"{taken} requests are in flight; the server takes {self.config.max_queue}"
             if priority:  # no place that others wait for is promised to a batch
@@ -173,10 +175,6 @@ class Engine:
             now = time.monotonic()
             wait = self._throughput.retry_after_seconds(taken, now, jobs, self.ends_seconds)
             raise errors.QueueFull(message, retry_after=wait)
-
-    def _taken(self, priority: int = 0) -> int:
-        """Places that this priority has taken."""
-        return sum(pending.priority == priority for pending in self._pending.values())
 
     def ends_seconds(self) -> list[float]:
         """In how many seconds each job that is computed, but for batches', will have done its steps, if they go on as
@@ -231,7 +229,8 @@ class Engine:
         steps = steps_of(work) if isinstance(work, Job) else 0
         pending = Pending(work.id, data, isinstance(work, Job), cost_of(work), steps, priority, request_id.get())
         self._pending[work.id] = pending
-        self._throughput.taken(self._taken(), self.config.max_queue, time.monotonic())
+        self._taken[priority] += 1
+        self._throughput.taken(self._taken[0], self.config.max_queue, time.monotonic())
         self._idle.clear()
         if deadline is not None:
             self._look_after(max(0.0, deadline - time.time()), pending)
@@ -295,6 +294,7 @@ class Engine:
 
     def _answer(self, pending: Pending, answer: Answer) -> None:
         del self._pending[pending.id]
+        self._taken[pending.priority] -= 1
         now = time.monotonic()
         if isinstance(answer, Failed):
             seconds = 0.0 if pending.begun_at is None else round(now - pending.begun_at, 3)
@@ -307,7 +307,7 @@ class Engine:
             logger.info("request %s ends without an answer", pending.id, extra=told)
         if not pending.priority:
             self._throughput.finished(now)
-        self._throughput.taken(self._taken(), self.config.max_queue, now)
+        self._throughput.taken(self._taken[0], self.config.max_queue, now)
         self._dispatcher.remove(pending)
         pending.close(answer)
         if not self._pending:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +35,7 @@ from tests.api.scripted_engine import (
     open_client,
     serving,
 )
+from tests.support.serving import Launch, golden_flags, wait_for
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -330,3 +333,40 @@ async def test_the_routes_are_documented(tmp_path: Path) -> None:
         for field, about in document["components"]["schemas"][name]["properties"].items():
             assert about.get("description"), f"{name}.{field}"
             assert field != "owner"
+
+
+GUIDED = {"max_tokens": 24, "best_of": 2, "guidance": {"method": "entrgi", "gradient_steps": 1}}
+
+
+@pytest.mark.slow
+def test_each_line_is_answered_once_though_the_server_is_killed_half_way(launch: Launch, tmp_path: Path) -> None:
+    flags = [*golden_flags("dream-tiny"), "--batch-dir", str(tmp_path), "--max-queue", "8"]
+    lines = [line(f"line-{index}", **GUIDED) for index in range(30)]
+    first = launch(*flags, model=None)
+    first.wait_ready()
+    with openai.OpenAI(base_url=f"{first.url}/v1", api_key="none") as client:
+        file = client.files.create(file=sent(lines), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        wait_for(lambda: counts(client.batches.retrieve(batch.id))[1] >= 3)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    (written,) = (tmp_path / "files").glob("*-output.jsonl")
+    before = {each["custom_id"]: each for each in map(json.loads, written.read_bytes().split(b"\n")[:-1])}
+    assert 3 <= len(before) < 30
+    second = launch(*flags, model=None)
+    second.wait_ready()
+    with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none") as client:
+        wait_for(lambda: client.batches.retrieve(batch.id).status == "completed")
+        batch = client.batches.retrieve(batch.id)
+        assert (counts(batch), batch.error_file_id) == ((30, 30, 0), None)
+        assert batch.output_file_id is not None
+        answers = parsed(client.files.content(batch.output_file_id).text)
+    assert sorted(each["custom_id"] for each in answers) == sorted(f"line-{index}" for index in range(30))
+    assert [each for each in answers if each["custom_id"] in before] == [*before.values()]
+    # A line can be reproduced: its seed was drawn, and is told.
+    (one,) = [each["response"]["body"] for each in answers if each["custom_id"] == "line-29"]
+    again = second.post("/v1/completions", {"prompt": "Hi", **GUIDED, "seed": one["guidance"]["seed"]}).json()
+    assert (again["choices"], again["guidance"]["rewards"]) == (one["choices"], one["guidance"]["rewards"])
+    assert second.metric("batch_lines_total", status="completed") == 30 - len(before)
+    assert second.metric("batches", status="completed") == 1
+    assert second.stop() == 0
