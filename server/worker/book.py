@@ -4,7 +4,8 @@ step. It counts tokens and never sees a tensor.
 First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
 one as room allows, so a job may run in parts. Strict order means no starvation: when the head of the queue does not
 fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
-than the budget, but not larger than what memory takes, runs alone.
+than the budget, but not larger than what memory takes, runs alone. Jobs of batches (priority above 0) leave a part of
+the budget free, so that others begin at once.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and
 cached tokens: the reward models' conversations, and what a block-causal diffusion model keeps. Rows of logits and
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from server.models.lora import Adapter
     from server.models.packing import Prefix
     from server.worker.trajectory import Trajectory
+
+BATCH_SHARE = 0.75  # of trajectories and tokens: past it no trajectory of a batch begins
 
 
 @dataclass(slots=True, eq=False)
@@ -128,9 +131,10 @@ class Book:
     def _fits(self, entry: Entry, begun: list[Entry]) -> bool:
         running = sum(each.holding for each in begun)
         held = sum(each.holding * each.cost.tokens for each in begun)
+        share = 1.0 if entry.job.priority <= 0 else BATCH_SHARE
         return not running or (
-            running < self.budget.trajectories
-            and held + entry.cost.tokens <= self.budget.tokens
+            running < share * self.budget.trajectories
+            and held + entry.cost.tokens <= share * self.budget.tokens
             and self._cache_fits(entry, begun)
         )
 

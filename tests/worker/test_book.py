@@ -130,6 +130,17 @@ def test_a_job_that_waits_for_the_cache_lets_those_finish_that_hold_it() -> None
     assert seen == ["slow0", "slow1", "urgent0", "urgent1"]
 
 
+def test_a_batch_leaves_room_for_others_to_begin_at_once() -> None:
+    book = Book(Budget(trajectories=4, tokens=120))
+    book.add(job("line", best_of=9, priority=1))
+    assert names(admit(book)) == ["line0", "line1", "line2"]
+    book.add(job("asked", best_of=2))
+    assert names(admit(book)) == ["asked0"]  # the other when any of them ends
+    wide = Book(Budget(tokens=120))
+    wide.add(job("line", tokens=40, best_of=3, priority=1))
+    assert names(admit(wide)) == ["line0", "line1"]  # 42 each, of 90
+
+
 @pytest.mark.parametrize(("values", "limit"), [({"tokens": 99}, "100"), ({"tokens": 60, "method": "aps"}, "50")])
 def test_what_can_never_run_is_refused_with_the_budget_it_exceeds(values: dict[str, Any], limit: str) -> None:
     book = Book(Budget(tokens=100, guided_rows=50))
