@@ -127,8 +127,9 @@ class Job:
     `conversation` is what the reward model reads before the response (for a raw prompt: that prompt as one user
     message). `suffix_ids` follow the canvas in the diffusion model's context (infilling); `response_suffix` is
     the same text behind the completion for the reward model, and `response_prefix` is text that stands at the end of
-    the prompt and begins the response for the reward model. `deadline` is in seconds of `time.time()`. Some steps of a
-    `timed` job are reported with what their parts took. `adapter` is the version of the LoRA adapter that the diffusion
+    the prompt and begins the response for the reward model. A lower `priority` goes first: what somebody waits for has
+    0, a line of a batch 1. `deadline` is in seconds of `time.time()`. Some steps of a `timed` job are reported with
+    what their parts took. `adapter` is the version of the LoRA adapter that the diffusion
     model runs with, None for the base alone.
     """
 
