@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from server.budget import Budget
+from server.budget import Budget, steered_rows
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
@@ -125,7 +125,8 @@ def predict(loaded: LoadedDiffusionModel, rewards: dict[str, RewardModel], case:
         (reward,) = rewards.values()
         cached = case.prompt + TEMPLATE_TOKENS
         passed = case.count * (case.canvas + TEMPLATE_TOKENS + math.ceil(cached * cached_share(reward)))
-        after = rows * footprint.guided_row + passed * footprint.reward_token
+        steered = steered_rows(rows, case.gradient_steps)
+        after = steered * footprint.guided_row + passed * footprint.reward_token
     step = max(tokens * footprint.token, after) + tokens * footprint.hidden
     return int(step + case.count * cached * footprint.cached_token) + FIXED_BYTES
 

@@ -17,7 +17,8 @@ class Budget:
     """Sizes that memory bounds: of what shares a denoising step, or of one trajectory alone.
 
     tokens: canvas tokens in one forward of the diffusion model; classifier-free guidance counts them twice.
-    guided_rows: rows of logits (masked positions) that are steered at once; each costs V numbers several times over.
+    guided_rows: rows of logits (masked positions) that are steered at once; each costs V numbers several times over
+        (`steered_rows`).
     trajectories: those that run at the same time.
     logit_rows: rows of logits, V numbers each, that are drawn from without guidance at once.
     reward_tokens: tokens in one pass of a reward model, forward and back. A token of the cached conversation counts for
@@ -32,6 +33,11 @@ class Budget:
     logit_rows: int = 16_384
     reward_tokens: int = 65_536
     cached_tokens: int = 1_048_576
+
+
+def steered_rows(rows: int, gradient_steps: int) -> int:
+    """What so many rows count as with M = `gradient_steps`: with more than 3 Adam's state takes a tensor more."""
+    return rows if gradient_steps <= 3 else (8 * rows + 4) // 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,8 @@ class Cost:
             # At most the block before and the current one are in a forward; all before them is cached.
             cached_tokens, grown_tokens = cached_tokens + prompt, grown_tokens + rows
             canvas, rows = block + min(block, rows), block if job.diffusion.blocks_from == "start" else min(block, rows)
-        steered = (rows * forwards, 0) if job.reads_rewards else (0, rows * forwards)
+        rows *= forwards
+        steered = (steered_rows(rows, job.guidance.gradient_steps), 0) if job.reads_rewards else (0, rows)
         return cls(canvas * forwards, *steered, reward_tokens, cached_tokens, grown_tokens)
 
     def check(self, largest: Budget) -> None:

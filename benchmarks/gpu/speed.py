@@ -24,12 +24,13 @@ from benchmarks.memory import Meter
 from benchmarks.reward_passes import Setup, measure_passes
 from benchmarks.workload import Pair, Workload, engine_runner, load, run_to_end
 from demo import bundled_model_path, bundled_reward_models
+from kernels.recording import recorder
 from server.errors import ConfigurationError
 from server.guidance.plain import PlainLoop
-from server.models.acceleration import accelerate, choose_attention
+from server.models.acceleration import accelerate, choose_attention, graph_trunk
 from server.models.loading import LoadedDiffusionModel
 from server.models.packing import PackedLayout
-from server.rewards.graphs import graph_passes
+from server.rewards.graphs import GraphedPasses, graph_passes
 from server.rewards.reward_model import RewardModel
 from server.worker.memory import Footprint, free_bytes
 
@@ -46,7 +47,6 @@ WAYS = {
     "plain, varlen": ("varlen", False, False),
     "compile": ("auto", True, False),
     "graphs": ("auto", False, True),
-    "compile + graphs": ("auto", True, True),
 }
 
 
@@ -132,13 +132,8 @@ def step(given: Given) -> Report:
 def _accelerated(loaded: LoadedDiffusionModel, reward: RewardModel, device: torch.device, graphs: bool) -> str:
     """Set graphs as the server does; what is in the way of them."""
     loaded.model.trunk, reward.graphed_passes = loaded.model.plain_trunk, None
-    try:
-        accelerate(loaded.model, models.CONTEXT, graphs=graphs)
-        if graphs:
-            graph_passes(reward)
-    except ConfigurationError as error:
-        return error.message
-    return ""
+    accelerate(loaded.model, models.CONTEXT)
+    return (graph_trunk(loaded.model) or graph_passes(reward)) if graphs else ""
 
 
 def _measured(loaded: LoadedDiffusionModel, reward: RewardModel, count: int, config: Any, shape: Any) -> Report:
@@ -212,7 +207,8 @@ def passes(given: Given) -> Report:
         return {"left_out": "there are no graphs on a CPU"}
     heads = setup.reward.hidden // setup.reward.heads
     backend = choose_attention("auto", given.device, getattr(torch, setup.dtype), heads)
-    return {"tables": {f"Milliseconds, {backend}": measure_passes(given.device, setup, graph_passes, backend)}}
+    rows = measure_passes(given.device, setup, lambda model: GraphedPasses(model, recorder(given.device)), backend)
+    return {"tables": {f"Milliseconds, {backend}": rows}}
 
 
 def trunk(given: Given) -> Report:
@@ -228,9 +224,12 @@ def trunk(given: Given) -> Report:
                 continue  # a compiler takes longer than all else
             model.trunk = model.plain_trunk
             try:
-                accelerate(model, models.CONTEXT, attention, compiled=compiled, graphs=graphs)
+                accelerate(model, models.CONTEXT, attention, compiled=compiled)
+                unfit = graph_trunk(model) if graphs else ""
             except ConfigurationError as error:
-                rows.append({"way": name, "attention": str(error)})
+                unfit = str(error)
+            if unfit:
+                rows.append({"way": name, "attention": unfit})
                 continue
             times = {batch: _milliseconds(model, lengths, given) for batch, lengths in BATCHES.items()}
             rows.append({"way": name, "attention": model.model.attention_backend} | times)

@@ -14,76 +14,71 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.recording import Recording
+from kernels.recording import Record
 from server.models.packing import EMPTY_PREFIX, PackedLayout
-from server.models.padding import Arena, Inputs, Shape, pad, shape_of
+from server.models.padding import Arena, Inputs, Shape, shape_of
 
-MOST_TOKENS = 4096
+MOST_TOKENS, MOST_CACHED = 2048, 4096
 """Own tokens of a pass, and cached ones. A larger pass keeps the GPU busy for longer than its launches take, so padding
 it would only cost."""
 
 MOST_GRAPHS = 48
 """The least recently used one goes first."""
 
-Pass = Callable[[Tensor, PackedLayout, Tensor], tuple[Tensor, ...]]
-"""Inputs' x, layout and rows -> what is computed of them."""
+Outputs = tuple[Tensor, ...]
 
-Record = Callable[[Callable[[], tuple[Tensor, ...]]], Callable[[], tuple[Tensor, ...]]]
-"""Makes a graph of a pass over inputs that stay where they are, and returns what replays it: `recorder()`; without a
-GPU, in tests, the pass itself will do."""
-
-
-def recorder() -> Record:
-    """`kernels.recording.Recording` with a memory pool that all its graphs share, on the current device."""
-    pool = torch.cuda.graph_pool_handle()
-    return lambda function: Recording(function, pool).replay
+Pass = Callable[[Tensor, PackedLayout], Outputs]
+"""Inputs' x and layout -> what is computed of them."""
 
 
 class Graphs:
-    """Records and replays one function, in the graphs that are `held`. What is returned is the caller's; nothing waits
-    for the device. `arena` holds the prefixes, where rows may have some."""
+    """Records and replays one function, in the graphs that are `held`; nothing waits for the device. `arena` holds the
+    prefixes, where rows may have some. A pass of more than `most_tokens` own tokens is not worth a graph, or has no
+    memory for one."""
 
-    def __init__(self, function: Pass, record: Record, arena: Arena | None = None) -> None:
+    def __init__(self, function: Pass, record: Record[Outputs], arena: Arena | None = None) -> None:
         self._function, self._record, self._arena = function, record, arena
-        self.held: OrderedDict[Shape, tuple[Inputs, Callable[[], tuple[Tensor, ...]]]] = OrderedDict()
+        self.most_tokens = MOST_TOKENS
+        self.held: OrderedDict[Shape, tuple[Inputs, Callable[[], Outputs]]] = OrderedDict()
 
     def takes(self, layout: PackedLayout) -> bool:
-        """Whether a pass over it is no larger than a graph is worth, its prefixes have a place, and it has no adapters,
-        which come and go."""
+        """Whether a pass over it is small enough, its prefixes have a place, and it has no adapters, which come and
+        go."""
         shape = shape_of(layout)
-        placed = not layout.adapters and not (layout.links and self._arena is None)
-        return placed and max(shape.tokens, shape.cached) <= MOST_TOKENS
+        placed = self._arena is not None and shape.cached <= self._arena.tokens and not any(layout.before)
+        return shape.tokens <= self.most_tokens and not layout.adapters and (placed or layout.gather is None)
 
-    def run(self, x: Tensor, layout: PackedLayout, rows: Tensor) -> tuple[Tensor, ...]:
-        """The function's results for a layout that it `takes`, with the bucket's padding at their ends."""
-        shape = shape_of(layout, len(rows))
-        cached = EMPTY_PREFIX
+    def run(self, x: Tensor, layout: PackedLayout) -> Outputs:
+        """The function's results for a layout that it `takes`, with the bucket's padding at their ends. The next run
+        may write over them."""
+        shape, cached = shape_of(layout), EMPTY_PREFIX
         if self._arena is not None and shape.cached:
             self._arena.hold(layout.links)
             cached = self._arena.prefix(shape.cached)
-        inputs = pad(x, layout, rows, shape, cached)
         if shape not in self.held:
             if len(self.held) >= MOST_GRAPHS:
                 self.held.popitem(last=False)
-            # From now on the graph reads the memory of these inputs. A layout remembers what it has worked out of its
-            # tensors, so each run gets a new one: else the graph would keep the first run's.
-            replay = self._record(lambda: self._function(inputs.x, replace(inputs.layout), inputs.rows))
-            self.held[shape] = inputs, replay
+            inputs = Inputs(shape, x, cached, layout.cu_q.device)
+            inputs.fill(x, layout)
+            # A layout remembers what it has worked out of its tensors, so each run gets a new one: else the graph would
+            # keep the first run's.
+            self.held[shape] = inputs, self._record(lambda: self._function(inputs.x, replace(inputs.layout)))
         self.held.move_to_end(shape)
-        memory, replay = self.held[shape]
-        memory.copy_(inputs)
-        return tuple(result.clone() for result in replay())  # the next graph may write over them
+        inputs, replay = self.held[shape]
+        inputs.fill(x, layout)
+        return replay()
 
 
 class GraphedTrunk:
-    """A `base.Trunk` as graphs."""
+    """A `base.Trunk` as graphs. A graph computes the states of all tokens, so that batches which differ in what is read
+    share it."""
 
-    def __init__(self, trunk: Callable[[Tensor, PackedLayout, Tensor | None], Tensor], record: Record) -> None:
+    def __init__(self, trunk: Callable[[Tensor, PackedLayout, Tensor | None], Tensor], record: Record[Outputs]) -> None:
         self._trunk = trunk
-        self.recorded = Graphs(lambda tokens, layout, rows: (trunk(tokens, layout, rows),), record)
+        self.recorded = Graphs(lambda tokens, layout: (trunk(tokens, layout, None),), record)
 
     def __call__(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None) -> Tensor:
         """See `base.Trunk`. A batch without rows, or larger than any graph, runs as it is."""
-        if rows is None or not len(rows) or not self.recorded.takes(layout):
+        if rows is None or torch.is_grad_enabled() or not self.recorded.takes(layout):
             return self._trunk(tokens, layout, rows)
-        return self.recorded.run(tokens, layout, rows)[0][: len(rows)]
+        return self.recorded.run(tokens, layout)[0].index_select(0, rows)

@@ -38,17 +38,27 @@ Attention = Callable[..., Tensor]
 """layer, q (S, H, d), k and v (S, Hkv, d) -> (S, H, d), for one layout: `attend` with layout and backend given."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Prefix:
-    """Cached keys and values of `length` tokens, (Hkv, own, d) each a layer; the keys carry their positions.
+    """Cached keys and values of `length` tokens in one tensor `both` (layers, 2, Hkv, own, d), None where nothing is
+    held; the keys carry their positions.
 
     With a `parent`, its tokens come first and are not held again: K answers to one conversation share the parent.
     """
 
     length: int
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
+    both: Tensor | None = None
     parent: Prefix | None = None
+
+    @cached_property
+    def keys(self) -> tuple[Tensor, ...]:
+        """(Hkv, own, d) a layer."""
+        return () if self.both is None else self.both[:, 0].unbind()
+
+    @cached_property
+    def values(self) -> tuple[Tensor, ...]:
+        """(Hkv, own, d) a layer."""
+        return () if self.both is None else self.both[:, 1].unbind()
 
     @property
     def own(self) -> int:
@@ -62,12 +72,8 @@ class Prefix:
 
     def joined(self) -> Prefix:
         """The same tokens held in one piece."""
-        links = self.chain()
-        if len(links) < 2:
-            return self
-        pieces = ([link.keys for link in links], [link.values for link in links])
-        keys, values = (tuple(torch.cat(layer, dim=1) for layer in zip(*each, strict=True)) for each in pieces)
-        return Prefix(self.length, keys, values)
+        pieces = [link.both for link in self.chain() if link.both is not None]
+        return self if len(pieces) < 2 else Prefix(self.length, torch.cat(pieces, dim=3))
 
 
 EMPTY_PREFIX = Prefix(0)
@@ -177,13 +183,30 @@ class PackedLayout:
         return self.cu_q[:-1] + self.visible - 1
 
     @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """0, 1, ... and the row of each token, (S,) int64."""
+        index = torch.arange(self.tokens, device=self.cu_q.device)
+        return index, torch.searchsorted(self.cu_q[1:].long(), index, right=True)
+
+    @cached_property
     def hidden(self) -> Tensor | None:
         """Which tokens (S,) come after the last one that counts; None where none can."""
         if self.visible is None:
             return None
-        index = torch.arange(self.tokens, device=self.cu_q.device)
-        row = torch.searchsorted(self.cu_q[1:].long(), index, right=True)
+        index, row = self.index
         return index > self.lasts.index_select(0, row)
+
+    @cached_property
+    def own_places(self) -> Tensor:
+        """Where among all keys each token's own is, (S,) int64, when no row sees tokens `before` it."""
+        index, row = self.index
+        return index + (self.cu_k - self.cu_q)[1:].index_select(0, row)
+
+    @cached_property
+    def cached_places(self) -> Tensor:
+        """`gather` for keys of links alone, (T,) int64: any of them stands for the own ones."""
+        assert self.gather is not None  # it is for `laid_out`
+        return self.gather.clamp(max=sum(link.own for link in self.links) - 1)
 
     @cached_property
     def spans(self) -> varlen.Spans:
@@ -221,9 +244,16 @@ class PackedLayout:
         """All keys and values (T, Hkv, d) of one layer, each row's in one piece; k and v (S, Hkv, d) are its own."""
         if self.gather is None:
             return k, v
-        cached = [(link.keys[layer].transpose(0, 1), link.values[layer].transpose(0, 1)) for link in self.links]
-        keys, values = zip(*cached, (k, v), strict=True)
-        return torch.cat(keys).index_select(0, self.gather), torch.cat(values).index_select(0, self.gather)
+        keys = self._laid_out([link.keys[layer] for link in self.links], k)
+        return keys, self._laid_out([link.values[layer] for link in self.links], v)
+
+    def _laid_out(self, cached: Sequence[Tensor], own: Tensor) -> Tensor:
+        pieces = [x.transpose(0, 1) for x in cached]
+        if self.gather is not None and (not pieces or any(self.before)):  # a token may count in several rows
+            return torch.cat([*pieces, own]).index_select(0, self.gather)
+        # Written over what was gathered in its places: so the way back is one gather, and no sum.
+        every = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return every.index_select(0, self.cached_places).index_copy_(0, self.own_places, own)
 
 
 def places(lengths: Sequence[int]) -> tuple[int, ...]:
@@ -237,21 +267,17 @@ def grown(
 ) -> tuple[Prefix, ...]:
     """B prefixes with `lengths` more tokens after them, B new ones; `captured` holds the keys and values (S, Hkv, d) of
     those tokens, one prefix's after another's, in every layer."""
-    split = [tuple(torch.split(x.transpose(0, 1), list(lengths), dim=1) for x in pair) for pair in captured]
+    every = torch.stack([x for pair in captured for x in pair])
+    every = every.view(len(captured), 2, *every.shape[1:]).transpose(2, 3)
     results = []
-    for row, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
-        # Copies: a slice would keep every other row alive.
-        keys, values = (
-            tuple(pair[index][row].clone(memory_format=torch.contiguous_format) for pair in split) for index in (0, 1)
-        )
-        parent, own = prefix, length
-        while parent.parent is not None and parent.own <= MERGED * own:
-            keys, values = (
-                tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
-                for old, new in ((parent.keys, keys), (parent.values, values))
-            )
+    for prefix, both in zip(prefixes, torch.split(every, list(lengths), dim=3), strict=True):
+        pieces, parent, own = [both], prefix, both.shape[3]
+        while parent.both is not None and parent.parent is not None and parent.own <= MERGED * own:
+            pieces.insert(0, parent.both)
             parent, own = parent.parent, own + parent.own
-        results.append(Prefix(prefix.length + length, keys, values, parent if parent.length else None))
+        # A copy also of one piece alone: a slice would keep every other row alive.
+        joined = torch.cat(pieces, dim=3) if len(pieces) > 1 else both.clone(memory_format=torch.contiguous_format)
+        results.append(Prefix(prefix.length + both.shape[3], joined, parent if parent.length else None))
     return tuple(results)
 
 

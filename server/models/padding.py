@@ -1,10 +1,10 @@
 """Packed layouts on a small number of shapes: what a CUDA graph, recorded once a shape, needs.
 
-Rows, tokens, keys, the longest row and the indices that are read are each rounded up (`kernels.recording`). The tokens
-too many are rows of their own after the real ones, with one token each at least: nothing real sees them, they see
-nothing real, and since every query has a key, their numbers are finite and their gradients their own. Keys too many
-belong to no row; they are copies of a cached one, whose gradient nobody takes. Indices too many read the first token
-again. So what is real comes out as without padding.
+Rows, tokens, keys and the longest row are each rounded up (`kernels.recording`). The tokens too many are rows of their
+own after the real ones, with one token each at least: nothing real sees them, they see nothing real, and since every
+query has a key, their numbers are finite and their gradients their own. What they hold is whatever an earlier pass
+left. Keys too many belong to no row; they are copies of a cached one, whose gradient nobody takes. So what is real
+comes out as without padding.
 
 Cached keys and values are in one fixed place, the `Arena`, since a graph cannot follow them from one conversation to
 the next.
@@ -17,10 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.recording import bucket, coarse_bucket
-from kernels.transfer import upload
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.types import DecoderShape
 
@@ -31,7 +29,7 @@ LEAST_LONGEST, LEAST_KEYS = 64, 256
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A bucket: B rows of S own tokens, `longest` at most; T keys (0 where no row has a prefix), `longest_keys` at most
-    a row; P cached tokens; N indices that are read; whether rows have hidden tokens."""
+    a row; P cached tokens; whether rows are causal, and whether they have hidden tokens."""
 
     rows: int
     tokens: int
@@ -39,7 +37,7 @@ class Shape:
     keys: int
     longest_keys: int
     cached: int
-    read: int
+    causal: bool
     hiding: bool
 
 
@@ -48,9 +46,9 @@ def cached_tokens(layout: PackedLayout) -> int:
     return sum(link.own for link in layout.links)
 
 
-def shape_of(layout: PackedLayout, read: int = 0) -> Shape:
-    """The bucket of a layout of which `read` indices are read: fine where a token too many runs through every layer,
-    coarse where it is an index, a copy or a bound."""
+def shape_of(layout: PackedLayout) -> Shape:
+    """The bucket of a layout: fine where a token too many runs through every layer, coarse where it is an index, a copy
+    or a bound."""
     real, tokens, longest = len(layout.lengths), layout.tokens, coarse_bucket(layout.longest, LEAST_LONGEST)
     count = coarse_bucket(real + 1)
     padded = bucket(tokens + count - real)
@@ -63,91 +61,82 @@ def shape_of(layout: PackedLayout, read: int = 0) -> Shape:
         keys = coarse_bucket(len(layout.gather) + padded - tokens, LEAST_KEYS)
         longest_keys = coarse_bucket(layout.longest_keys, LEAST_LONGEST)
         cached = coarse_bucket(cached_tokens(layout), LEAST_KEYS)
-    hiding = layout.visible is not None
-    return Shape(count, padded, longest, keys, longest_keys, cached, bucket(read) if read else 0, hiding)
+    return Shape(count, padded, longest, keys, longest_keys, cached, layout.causal, layout.visible is not None)
 
 
-@dataclass(frozen=True, slots=True)
 class Inputs:
-    """All that a pass over a layout reads beside weights: x (S,) tokens or (S, D) embeddings, the layout, and indices
-    (N,) int64 that are read."""
+    """The memory of a bucket, on one device: all that a pass reads beside weights. x (S, ...) are tokens or embeddings
+    like `x`; `cached` is where the tokens of all prefixes are (`Arena.prefix`)."""
 
-    x: Tensor
-    layout: PackedLayout
-    rows: Tensor
+    def __init__(self, shape: Shape, x: Tensor, cached: Prefix, device: torch.device) -> None:
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
-    def tensors(self) -> list[Tensor]:
-        """Those whose values differ from pass to pass."""
-        of = self.layout
-        every = (self.x, self.rows, of.positions, of.cu_q, of.cu_k, of.gather, of.visible)
-        return [x for x in every if x is not None]
+        edges = zeros(shape.rows + 1, torch.int32)
+        self.x = torch.zeros(shape.tokens, *x.shape[1:], dtype=x.dtype, device=device)
+        self.layout = PackedLayout(
+            lengths=(),
+            prefixes=(),
+            links=(cached,) if shape.cached else (),
+            causal=shape.causal,
+            positions=zeros(shape.tokens, torch.int64),
+            cu_q=edges,
+            cu_k=torch.zeros_like(edges) if shape.keys else edges,
+            gather=zeros(shape.keys, torch.int64) if shape.keys else None,
+            longest=shape.longest,
+            longest_keys=shape.longest_keys,
+            before=(),
+            visible=zeros(shape.rows, torch.int64) if shape.hiding else None,
+        )
+        self._edges: Tensor | None = None  # of the rows that are here
 
-    def copy_(self, other: Inputs) -> None:
-        """Take the values of other inputs of the same shape."""
-        for here, there in zip(self.tensors(), other.tensors(), strict=True):
-            here.copy_(there)
-
-
-def pad(x: Tensor, layout: PackedLayout, rows: Tensor, shape: Shape, cached: Prefix = EMPTY_PREFIX) -> Inputs:
-    """Inputs at the size of the bucket that holds them, on their device; `cached` is where the tokens of all prefixes
-    are (`Arena.prefix`)."""
-    device, real = layout.cu_q.device, len(layout.lengths)
-    surplus, count = shape.tokens - layout.tokens, shape.rows - real
-    each, more = divmod(surplus, count)
-    lengths = [each + 1] * more + [each] * (count - more)
-    ends = upload(torch.tensor(lengths).cumsum(0).int(), device)
-    gather, cu_k = layout.gather, layout.cu_k
-    cu_q = torch.cat([layout.cu_q, layout.tokens + ends])
-    if gather is None:
-        cu_k = cu_q
-    else:
-        own, keys = cached_tokens(layout), len(gather)
-        moved = torch.where(gather < own, gather, gather + (shape.cached - own))
-        fill = torch.arange(shape.cached + layout.tokens, shape.cached + shape.tokens, device=device)
-        gather = functional.pad(torch.cat([moved, fill]), (0, shape.keys - keys - surplus))
-        cu_k = torch.cat([cu_k, keys + ends])
-    visible = layout.visible
-    if visible is not None:
-        visible = torch.cat([visible, upload(torch.tensor(lengths), device)])
-    padded = PackedLayout(
-        lengths=(*layout.lengths, *lengths),
-        prefixes=(),
-        links=(cached,) if shape.cached else (),
-        causal=layout.causal,
-        positions=functional.pad(layout.positions, (0, surplus)),
-        cu_q=cu_q,
-        cu_k=cu_k,
-        gather=gather,
-        longest=shape.longest,
-        longest_keys=shape.longest_keys,
-        before=(0,) * shape.rows,
-        visible=visible,
-    )
-    x = functional.pad(x, (0,) * (2 * x.ndim - 1) + (surplus,))
-    return Inputs(x, padded, functional.pad(rows, (0, shape.read - len(rows))))
+    def fill(self, x: Tensor, layout: PackedLayout) -> None:
+        """Take a pass over a layout of this bucket. Passes of one denoising step differ in what their tokens are alone:
+        their rows are written once. Nothing is uploaded."""
+        here, real, tokens = self.layout, len(layout.lengths), layout.tokens
+        self.x[:tokens].copy_(x)
+        here.positions[:tokens].copy_(layout.positions)
+        if here.visible is not None and layout.visible is not None:
+            here.visible[:real].copy_(layout.visible)
+        if self._edges is layout.cu_q:
+            return
+        self._edges = layout.cu_q
+        surplus, count = len(here.positions) - tokens, len(here.cu_q) - 1 - real
+        each, more = divmod(surplus, count)
+        number = torch.arange(1, count + 1, dtype=torch.int32, device=here.cu_q.device)
+        ends = number * each + number.clamp(max=more)
+        here.cu_q[: real + 1].copy_(layout.cu_q)
+        torch.add(ends, tokens, out=here.cu_q[real + 1 :])
+        if here.visible is not None:
+            torch.add(number <= more, each, out=here.visible[real:])
+        if here.gather is not None and layout.gather is not None:
+            keys, own, room = len(layout.gather), cached_tokens(layout), cached_tokens(here)
+            here.cu_k[: real + 1].copy_(layout.cu_k)
+            torch.add(ends, keys, out=here.cu_k[real + 1 :])
+            here.gather[:keys].copy_(torch.where(layout.gather < own, layout.gather, layout.gather + (room - own)))
+            torch.arange(room + tokens, room + tokens + surplus, out=here.gather[keys : keys + surplus])
+            here.gather[keys + surplus :].zero_()
 
 
 class Arena:
-    """Room for the cached keys and values of `tokens` tokens, (Hkv, tokens, d) a layer each."""
+    """Room for the cached keys and values of `tokens` tokens in every layer."""
 
     def __init__(self, model: DecoderShape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        size = (2, model.layers, model.key_heads, tokens, model.head_size)
+        size = (model.layers, 2, tokens, model.key_heads, model.head_size)  # a token's heads lie together
         self._both = torch.zeros(size, dtype=dtype, device=device)
         self._held: Sequence[Prefix] = ()
         self.tokens = tokens
 
     def hold(self, links: Sequence[Prefix]) -> None:
-        """Copy the tokens of `links` here, one link after another, unless they are what was copied last."""
-        if links is self._held or not links:
-            return
-        self._held = ()
-        for which, place in zip(("keys", "values"), self._both, strict=True):
-            for layer, there in enumerate(place):
-                pieces = torch.cat([getattr(link, which)[layer] for link in links], dim=1)
-                there[:, : pieces.shape[1]].copy_(pieces)
+        """Copy the tokens of `links` here, one link after another, but for the first that are here already."""
+        start, same = 0, True
+        for index, link in enumerate(links):
+            same = same and index < len(self._held) and self._held[index] is link
+            if link.both is not None and not same:
+                self._both[:, :, start : start + link.own].copy_(link.both.transpose(2, 3))
+            start += link.own
         self._held = links
 
     def prefix(self, tokens: int) -> Prefix:
         """The first so many tokens, whatever they are."""
-        keys, values = (tuple(layer[:, :tokens] for layer in place) for place in self._both)
-        return Prefix(tokens, keys, values)
+        return Prefix(tokens, self._both[:, :, :tokens].transpose(2, 3)) if tokens else EMPTY_PREFIX

@@ -6,25 +6,19 @@ graph, with no autograd around it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from server.errors import ConfigurationError
-from server.models import graphs
-from server.models.acceleration import reason
-from server.models.graphs import Graphs, Record, recorder
+from kernels.recording import Record, recorder
+from kernels.trial import difference
+from server.models.acceleration import graphless, tried
+from server.models.graphs import MOST_CACHED, Graphs, Outputs
 from server.models.packing import EMPTY_PREFIX, PackedLayout
 from server.models.padding import Arena
 from server.rewards.reward_model import RewardModel
-
-logger = logging.getLogger(__name__)
-
-TOLERANCE = 0.05
-"""How far a trial run's rewards and gradients may be off in 16 bits, relative to their norm."""
 
 TRIAL_PREFIX, TRIAL_LENGTHS = 12, ((5, 8), (4, 6), (7, 7))
 """Tokens of the trial runs: of the cached prefix, and of the two rows in each."""
@@ -33,10 +27,10 @@ TRIAL_PREFIX, TRIAL_LENGTHS = 12, ((5, 8), (4, 6), (7, 7))
 class GraphedPasses:
     """Records and replays passes of one reward model; nothing waits for the device."""
 
-    def __init__(self, model: RewardModel, record: Record) -> None:
+    def __init__(self, model: RewardModel, record: Record[Outputs]) -> None:
         self._model = model
-        arena = Arena(model.shape, graphs.MOST_TOKENS, model.activation_dtype, model.device)
-        self.recorded = Graphs(lambda embeds, layout, _: differentiate(model, layout, embeds), record, arena)
+        arena = Arena(model.shape, MOST_CACHED, model.activation_dtype, model.device)
+        self.recorded = Graphs(lambda embeds, layout: differentiate(model, layout, embeds), record, arena)
 
     def takes(self, layout: PackedLayout) -> bool:
         """Whether `run` does: rows with hidden tokens, of no more tokens than a graph is worth."""
@@ -51,11 +45,10 @@ class GraphedPasses:
         """Rewards (B,) and their sum's gradient (S, D) of rows that it `takes`; on the device and in the dtype of
         `embeds`, and the caller's."""
         device = self._model.device
-        nothing = torch.empty(0, dtype=torch.int64, device=device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            rewards, g = self.recorded.run(embeds.to(device, self._model.activation_dtype), layout, nothing)
-        rewards, g = rewards[: len(layout.lengths)], g[: layout.tokens]
-        return rewards.to(embeds.device), g.to(embeds.device, embeds.dtype)
+            rewards, g = self.recorded.run(embeds, layout)
+            rewards, g = rewards[: len(layout.lengths)], g[: layout.tokens]
+            return rewards.to(embeds.device, copy=True), g.to(embeds.device, embeds.dtype, copy=True)
 
 
 def differentiate(model: RewardModel, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,41 +57,24 @@ def differentiate(model: RewardModel, layout: PackedLayout, embeds: Tensor) -> t
     return rewards, gradient()
 
 
-def graph_where_possible(model: RewardModel) -> None:
-    """`graph_passes` for a model that can have graphs; for another a warning that names it."""
-    if model.device.type == "cuda" and model.written_out:
-        graph_passes(model)
-        return
-    why = f"it is on {model.device}" if model.written_out else "transformers runs its architecture"
-    logger.warning("cuda_graphs: reward model %s runs without graphs: %s", model.name, why)
-
-
-def graph_passes(model: RewardModel) -> GraphedPasses:
-    """Let a model's passes, of our own layers, run as graphs from now on, after some have agreed with what they are
-    graphs of. Raises ConfigurationError where they cannot."""
-    if model.device.type != "cuda":
-        raise ConfigurationError(f"cuda_graphs: there are none on {model.device}")
-    if not model.reads_lengths_on_device:
-        raise ConfigurationError(
-            f"cuda_graphs: it needs the attention backend varlen; {model.name} has {model.attention_backend}"
-        )
-    with torch.cuda.device(model.device):
-        passes = GraphedPasses(model, recorder())
-        try:
-            off = worst_difference(model, passes)
-        except Exception as error:
-            raise ConfigurationError(f"cuda_graphs: {model.name} cannot be run so here: {reason(error)}") from error
-    if not off <= TOLERANCE:
-        raise ConfigurationError(f"cuda_graphs: a trial run of {model.name} was off by {off:.3g}")
-    model.graphed_passes = passes
-    return passes
+def graph_passes(model: RewardModel, record: Record[Outputs] | None = None) -> str:
+    """Let a model's passes run as graphs from now on, after some have agreed with what they are graphs of. Returns why
+    they do not, "" where they do. `record` is the device's `recorder` unless a test names another."""
+    if not model.written_out:
+        return "transformers runs its architecture"
+    if record is None and (unfit := graphless(model.device, model.attention_backend)):
+        return unfit
+    passes = GraphedPasses(model, record or recorder(model.device))
+    if not (unfit := tried(lambda: worst_difference(model, passes))):
+        model.graphed_passes = passes
+    return unfit
 
 
 @torch.no_grad()
 def worst_difference(model: RewardModel, passes: GraphedPasses) -> float:
     """Of small passes of one bucket, with and without a cached prefix: the largest difference of rewards or gradients
     from those computed kernel by kernel, relative to their norm."""
-    worst = 0.0
+    found, expected = list[Tensor](), list[Tensor]()
     prefix = model.prefill(range(TRIAL_PREFIX))
     trials = ((prefix, EMPTY_PREFIX), (EMPTY_PREFIX, prefix), (prefix, prefix))
     for seed, (prefixes, lengths) in enumerate(zip(trials, TRIAL_LENGTHS, strict=True)):
@@ -106,6 +82,6 @@ def worst_difference(model: RewardModel, passes: GraphedPasses) -> float:
         embeds = model.table[ids.to(model.table.device)]
         layout = model.layout(prefixes, lengths)
         layout = layout.hiding((torch.tensor(lengths) - 2).to(model.device), layout.positions)
-        for got, expected in zip(passes.run(layout, embeds), differentiate(model, layout, embeds), strict=True):
-            worst = max(worst, float((got.double() - expected.double()).norm() / expected.double().norm()))
-    return worst
+        found += passes.run(layout, embeds)
+        expected += differentiate(model, layout, embeds)
+    return difference(found, expected)

@@ -46,8 +46,8 @@ class WorkerSettings:
     ] = "auto"
     compile: Annotated[bool, says("torch.compile of the diffusion model's blocks; a minute or more at start")] = False
     cuda_graphs: Annotated[
-        bool, says("CUDA graphs of the diffusion model's blocks and the reward models' passes, for small batches")
-    ] = False
+        bool, says("CUDA graphs of both models' passes over small batches, on a GPU and where they can work")
+    ] = True
     attention: Annotated[
         Attention,
         says("what the model was trained for; auto: block_causal where the checkpoint says so, else full"),

@@ -30,13 +30,17 @@ RECOVERY_PARTS = 1000
 may have taken the memory and given it back. If it has not, one part in a thousand runs twice."""
 
 
+SHORTAGES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+"""What a RuntimeError says when memory ran out that is no torch.OutOfMemoryError: the driver's, as torch's
+AcceleratorError or Triton has it; cuBLAS's and cuDNN's; torch's on a CPU."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    if isinstance(error, MemoryError):
         return True
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # torch's own is a RuntimeError too, and says it in the same words.
+    return isinstance(error, RuntimeError) and any(shortage in str(error) for shortage in SHORTAGES)
 
 
 def out_of_memory(job_id: str) -> Failed:

@@ -66,6 +66,9 @@ Load = Callable[[WorkerConfig], "LoadedService"]
 def import_service() -> Load:
     """What loads the real service. It imports torch and the models' code, which takes seconds that a spare worker has
     spent before it is needed."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # The blocks of a step are a little smaller than those of the one before. Segments that grow leave no gaps.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     from server.worker.service import load
 
     return load

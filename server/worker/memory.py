@@ -7,26 +7,32 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
   peak, with width d, H heads and Hkv key heads of s channels and MLP width m; and 2 e d until the step ends.
 * A row of logits without guidance takes V (e + c / 2): the logits, and what a draw or a confidence needs of the row.
 * A guided row takes V (e + c f) + 8 c D: the logits, Adam's state and work space, and embeddings of the reward model's
-  width D. f is `STATE[backend]`, from docs/kernels.md: at most three (N, V) tensors are kept (two for M <= 3). Rows of
-  smaller M leave the inner steps early, but in the same memory: they take no less.
-* A token of its own in a guided pass of a reward model keeps the activations of every block until the backward pass:
-  layers e (3 d + 2 (H + 2 Hkv) s + 3 H s + 2 m) + 8 c d. Where the model does not run on our own layers
-  (`models.layers`) the modules keep about twice as much.
+  width D. f is `STATE[backend]`, from docs/kernels.md: two (N, V) tensors are kept up to M = 3, three with more, where
+  rows count for more (`budget.steered_rows`). Rows of smaller M leave the inner steps early, but in the same memory:
+  they take no less.
+* A token of its own in a guided pass of a reward model keeps of every block until the backward pass: the stream before
+  both norms; q, k and v before and after norms and rotations, and with what is before them in their row; what attention
+  made of them; gate and up; in c bytes each the norms' scales and the attention's log-sums. That is layers (e (2 d +
+  3 H s + 6 Hkv s + 2 m) + c (H + 2)). To that comes what one block has under way, e (3 m + 2 d + 2 H s), and 8 e d for
+  the embeddings and their gradient. Where the model does not run on our own layers (`models.frozen`) the modules keep
+  about three times as much.
 * A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
   trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
   own token.
 * A token that a block-causal diffusion model keeps takes 2 (layers + 2) Hkv s e: a layer's keys and values are laid out
   a row for the time of its attention, in two steps.
+* CUDA graphs hold what the largest of their passes takes, besides what other passes take (`graph_tokens`).
 
-The memory that is free after loading, times `fraction`, is divided so: for cached tokens (the larger kind) an eighth if
-there are reward models, half with a block-causal diffusion model; the rest for the forward, and, because forward and
-guidance never run at the same time, the same rest for guidance, less the hidden states that stay. Two reward-model
-tokens are provided for each guided row. The fraction that is left is a margin; what a CPU's allocator keeps
-(`keep_large_blocks`) comes out of it too. Two budgets come of it: `largest`, what memory takes in one piece, and
-`shared`, which is capped, because larger batches than `CAPS` make a step longer without making it cheaper. On a CPU
-they can even make it dearer: every inner step passes over phi several times, and once phi has outgrown the last cache
-each pass comes from memory. So there as many rows are steered at once as that cache holds of phi, c V bytes each, but
-at least `LEAST_STEERED`: with fewer the matrix products read the head and the embedding tables too often.
+The memory that is free after loading, times `fraction`, less the graphs', is divided so: for cached tokens (the larger
+kind) an eighth if there are reward models, half with a block-causal diffusion model; the rest for the forward, and,
+because forward and guidance never run at the same time, the same rest for guidance, less the hidden states that stay.
+Five reward-model tokens are provided for four guided rows: a fully masked answer and what its template adds. The
+fraction that is left is a margin; what a CPU's allocator keeps (`keep_large_blocks`) comes out of it too. Two budgets
+come of it: `largest`, what memory takes in one piece, and `shared`, which is capped, because larger batches than `CAPS`
+make a step longer without making it cheaper. On a CPU they can even make it dearer: every inner step passes over phi
+several times, and once phi has outgrown the last cache each pass comes from memory. So there as many rows are steered
+at once as that cache holds of phi, c V bytes each, but at least `LEAST_STEERED`: with fewer the matrix products read
+the head and the embedding tables too often.
 """
 
 from __future__ import annotations
@@ -43,16 +49,23 @@ import torch
 from kernels.dispatch import choose
 from server.budget import Budget
 from server.models.base import DiffusionModel
+from server.models.graphs import MOST_TOKENS
 from server.rewards.reward_model import RewardModel
 from server.types import DecoderShape
 from server.wire.stats import resident_bytes
 
-STATE = {"cpp": 3.5, "torch": 3.9, "triton": 3.9, "reference": 11.0}
-"""Peak (N, V) tensors of guidance beside the logits, by kernel backend."""
+STATE = {"cpp": 2.4, "torch": 2.8, "triton": 2.2, "reference": 11.0}
+"""Peak (N, V) tensors of guidance beside the logits for M <= 3, by kernel backend."""
+
+TOKENS_A_ROW = 5 / 4
+"""Reward-model tokens provided for a guided row."""
+
+GRAPH_SHARE = 1 / 8
+"""Of the memory for steps, at most so much is the graphs'."""
 
 CAPS = {
     "cpu": Budget(4_096, 2_048, 256, 4_096, 16_384, 262_144),
-    "cuda": Budget(16_384, 8_192, 256, 16_384, 65_536, 4_194_304),
+    "cuda": Budget(32_768, 16_384, 256, 16_384, 65_536, 4_194_304),
 }
 FIXED_BYTES = 64 << 20  # work space that does not grow with the batch
 LAST_CACHE_BYTES = 32 << 20  # where the system does not say
@@ -106,9 +119,16 @@ class Footprint:
             cached_share=1 / 2 if block_causal else 1 / 8 if rewards else 0.0,
         )
 
-    def budgets(self, free_bytes: float, fraction: float, device: str, *, context_length: int) -> tuple[Budget, Budget]:
-        """(shared, largest) for that much free memory."""
-        pool = max(0.0, free_bytes * fraction - FIXED_BYTES)
+    def graph_tokens(self, free_bytes: float, fraction: float) -> int:
+        """Own tokens of the largest pass for which graphs may hold memory."""
+        most = GRAPH_SHARE * max(0.0, free_bytes * fraction - FIXED_BYTES)
+        return min(MOST_TOKENS, int(most / max(self.token, self.reward_token)))
+
+    def budgets(
+        self, free_bytes: float, fraction: float, device: str, *, context_length: int, graph_tokens: int = 0
+    ) -> tuple[Budget, Budget]:
+        """(shared, largest) for that much free memory, of which graphs hold passes of `graph_tokens`."""
+        pool = max(0.0, free_bytes * fraction - FIXED_BYTES - graph_tokens * max(self.token, self.reward_token))
         rewards = self.reward_token > 0
         step = pool * (1 - self.cached_share)
         tokens = int(step / (self.token + self.hidden))
@@ -117,9 +137,9 @@ class Footprint:
             steered = max(LEAST_STEERED, int(last_cache_bytes() / self.phi_row))
             caps = replace(caps, guided_rows=min(caps.guided_rows, steered))
         guidance = step - min(tokens, max(caps.tokens, 2 * context_length)) * self.hidden
-        rows = int(guidance / (self.guided_row + 2 * self.reward_token)) if rewards else 0
+        rows = int(guidance / (self.guided_row + TOKENS_A_ROW * self.reward_token)) if rewards else 0
         cached = int((pool - step) / self.cached_token) if self.cached_token else 0
-        sizes = (tokens, rows, caps.trajectories, int(guidance / self.logit_row), 2 * rows, cached)
+        sizes = (tokens, rows, caps.trajectories, int(guidance / self.logit_row), int(TOKENS_A_ROW * rows), cached)
         largest = Budget(*(max(LEAST, size) for size in sizes))
         return Budget(*map(min, astuple(largest), astuple(caps))), largest
 
@@ -217,9 +237,14 @@ def _forward_token(shape: DecoderShape, e: int, c: int) -> float:
 
 def _own_token(reward: RewardModel) -> float:
     shape, (e, c) = reward.shape, _sizes(reward.activation_dtype)
-    queries, keys = shape.heads * shape.head_size, shape.key_heads * shape.head_size
-    block = 3 * shape.hidden + 2 * (queries + 2 * keys) + 3 * queries + 2 * shape.intermediate
-    return shape.layers * e * block * (1 if reward.written_out else 2) + 8.0 * c * shape.hidden
+    passing = e * (3 * shape.intermediate + 2 * shape.hidden + 2 * shape.heads * shape.head_size)
+    return float(kept_bytes(shape, e, c) * (1 if reward.written_out else 3) + passing + 8 * e * shape.hidden)
+
+
+def kept_bytes(shape: DecoderShape, e: int, c: int) -> int:
+    """What a pass of a reward model keeps of one own token in all of its blocks, see above."""
+    heads = (3 * shape.heads + 6 * shape.key_heads) * shape.head_size
+    return shape.layers * (e * (2 * shape.hidden + heads + 2 * shape.intermediate) + c * (shape.heads + 2))
 
 
 def _kept_token(shape: DecoderShape, e: int) -> float:

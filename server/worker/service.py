@@ -22,11 +22,12 @@ from kernels.linear import activation_dtype
 from kernels.settings import settings
 from server.budget import Budget
 from server.errors import ConfigurationError, quote
-from server.models.acceleration import accelerate, choose_attention
+from server.models.acceleration import accelerate, choose_attention, graph_trunk
+from server.models.graphs import GraphedTrunk
 from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_diffusion_model
 from server.models.lora import adapter_bytes, load_adapter
 from server.models.weights import checkpoint_dtype
-from server.rewards.graphs import graph_where_possible
+from server.rewards.graphs import GraphedPasses, graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
     DiffusionParams,
@@ -158,13 +159,7 @@ def load(config: WorkerConfig) -> LoadedService:
         raise ConfigurationError(
             "compile: cached prefixes cannot be compiled, and a block-causal model has them always"
         )
-    accelerate(
-        model.model,
-        model.info.context_length,
-        config.attention_backend,
-        compiled=config.compile,
-        graphs=config.cuda_graphs,
-    )
+    accelerate(model.model, model.info.context_length, config.attention_backend, compiled=config.compile)
     head_size, decoder = model.model.shape.head_size, model.model.model
     of = device, model.model.activation_dtype, head_size
     ways.append(attention_way(model.info.id, decoder.attention_backend, *of))
@@ -185,8 +180,8 @@ def load(config: WorkerConfig) -> LoadedService:
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
         ways.append(attention_way(reward.name, reward.attention_backend, *where))
-        if config.cuda_graphs:
-            graph_where_possible(reward)
+    if config.cuda_graphs and device.type == "cuda":
+        ways += _graph(config, model, reward_models.values())
     budget, largest = _budgets(config, model, reward_models.values(), device)
     runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
     warm_up(runner, model, reward_models)
@@ -226,6 +221,18 @@ def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable
                 raise RuntimeError(event.message)
 
 
+def _graph(config: WorkerConfig, model: LoadedDiffusionModel, reward_models: Iterable[RewardModel]) -> list[Way]:
+    """Let what can run as CUDA graphs run so from now on; what does, and why the others do not."""
+    unfit = {reward.name: graph_passes(reward) for reward in reward_models}
+    if config.compile:
+        unfit[model.info.id] = "it is compiled"
+    elif model.info.blocks_from:
+        unfit[model.info.id] = "its steps continue cached blocks"
+    else:
+        unfit[model.info.id] = graph_trunk(model.model)
+    return [Way("graphs", name, "off" if why else "on", why) for name, why in unfit.items()]
+
+
 def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionModel:
     """The model under its served name, with its context cut to `max_model_len`."""
     info = model.info
@@ -252,8 +259,15 @@ def _budgets(
     if device.type == "cpu":
         memory.keep_large_blocks(free * (1 - config.memory_fraction))
     footprint = memory.Footprint.of(model.model, reward_models, block_causal=model.info.blocks_from is not None)
+    runs = model.model.trunk, *(reward.graphed_passes for reward in reward_models)
+    graphed = [each.recorded for each in runs if isinstance(each, GraphedTrunk | GraphedPasses)]
+    held = footprint.graph_tokens(free, config.memory_fraction) if graphed else 0
+    for graphs in graphed:
+        graphs.most_tokens = held
     context = model.info.context_length
-    shared, largest = footprint.budgets(free, config.memory_fraction, device.type, context_length=context)
+    shared, largest = footprint.budgets(
+        free, config.memory_fraction, device.type, context_length=context, graph_tokens=held
+    )
     shared = replace(shared, trajectories=config.batch_trajectories)
     if config.batch_tokens:
         shared, largest = replace(shared, tokens=config.batch_tokens), replace(largest, tokens=config.batch_tokens)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
-from server.budget import Budget, Cost
+from server.budget import Budget, Cost, steered_rows
 from server.diffusion.schedule import Step
 from server.guidance.assembly import Timings
 from server.models.base import DiffusionModel
@@ -113,7 +113,7 @@ class Denoiser:
         decisions: list[Decision] = []
         for group in groups(batch, self.device, share_inner_steps=self.savings.share_inner_steps):
             limits = self.guided if group.rewards else self.unguided
-            for part in limits.parts(group.members, [self._size(member) for member in group.members]):
+            for part in limits.parts(group.members, [self._size(each, group) for each in group.members]):
                 with part:
                     decisions += self._decide(group.of(part.items), forward)
                 if part.lost:
@@ -164,7 +164,7 @@ class Denoiser:
                 )
             )
 
-    def _size(self, member: Member) -> tuple[int, ...]:
+    def _size(self, member: Member, group: Group) -> tuple[int, ...]:
         """What a member takes of its limits: rows of logits and, where its canvas is read, reward-model tokens."""
         trajectory = member.trajectory
         rows = len(member.rows) * (2 if trajectory.job.diffusion.cfg_scale else 1)
@@ -175,7 +175,7 @@ class Denoiser:
             context = trajectory.contexts[name]
             own = len(context.lead_ids) + len(member.response) + len(context.suffix_ids)
             most = max(most, own + math.ceil(context.prefix.length * self._cached_share[name]))
-        return rows, most
+        return steered_rows(rows, group.gradient_steps), most
 
     def _count(self, decisions: Sequence[Decision]) -> None:
         stats, spent = self.stats, self.spent

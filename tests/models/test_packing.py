@@ -44,10 +44,9 @@ def random(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 def chain(seed: int, key_heads: int, size: int, dtype: torch.dtype = torch.float64) -> list[Prefix]:
     """No prefix, one, and a longer one that continues it."""
-    one, two = ((key_heads, length, size) for length in (5, 3))
-    keys, values, more_keys, more_values = (x.to(dtype) for x in random(seed, one, one, two, two))
-    parent = Prefix(5, (keys,), (values,))
-    return [EMPTY_PREFIX, parent, Prefix(8, (more_keys,), (more_values,), parent)]
+    both, more = (x.to(dtype) for x in random(seed, *((1, 2, key_heads, length, size) for length in (5, 3))))
+    parent = Prefix(5, both)
+    return [EMPTY_PREFIX, parent, Prefix(8, more, parent)]
 
 
 def test_layout_numbers() -> None:

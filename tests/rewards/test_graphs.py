@@ -3,7 +3,7 @@ same function runs again on the same memory in place of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,11 +13,10 @@ from torch import Tensor
 from benchmarks.checkpoints import Shape
 from benchmarks.reward_passes import Setup, measure_passes
 from kernels import varlen
-from server.errors import ConfigurationError
 from server.models import graphs
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import shape_of
-from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, graph_where_possible, worst_difference
+from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, worst_difference
 from server.rewards.reward_model import RewardModel
 from server.rewards.trunk import Wrapped
 from tests.support.graphs import again
@@ -100,12 +99,39 @@ def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: Rewar
 
 def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_TOKENS", 256)
+    monkeypatch.setattr("server.rewards.graphs.MOST_CACHED", 256)
     passes = GraphedPasses(model, again)
     prefix = model.prefill(range(30, 290))
     assert passes.takes(rows_of(model, [EMPTY_PREFIX], [200], [60], 0)[0])
     assert not passes.takes(rows_of(model, [EMPTY_PREFIX] * 2, [200, 60], [60, 40], 0)[0])
     assert not passes.takes(rows_of(model, [prefix], [6], [6], 0)[0])  # cached tokens
     assert not passes.takes(model.layout([EMPTY_PREFIX], [60]))  # none hidden: nothing that the loop would ask for
+
+
+@pytest.fixture
+def _garbage() -> Iterator[None]:
+    """Memory that torch hands out holds NaN until it is written, as a graph's pool holds what other graphs left."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_garbage")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_graph_reads_nothing_but_its_inputs(dtype: torch.dtype, tolerance: float) -> None:
+    model = load_reward(dtype=dtype, attention="reference")
+    passes = GraphedPasses(model, again)
+    kept = []
+    for seed, lengths in enumerate(([7, 12, 5], [9, 3], [8, 30, 2], [7, 12, 5])):
+        prefix = model.prefill(range(30 + seed, 50))
+        embeds = embeddings(model, sum(lengths), seed).to(dtype)
+        layout = model.layout([prefix] * len(lengths), lengths)
+        layout = layout.hiding(torch.tensor(lengths) - 1, layout.positions)
+        kept.append((passes.run(layout, embeds), differentiate(model, layout, embeds)))
+    for got, expected in kept:  # whatever has been replayed since
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
@@ -127,15 +153,18 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     assert not unasked[1].any()
 
 
+def stale(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """A graph that does not see what was written into its inputs."""
+    result = function()
+    return lambda: result
+
+
 def test_the_trial_run_believes_what_is_right_and_nothing_else(model: RewardModel) -> None:
     assert worst_difference(model, GraphedPasses(model, again)) < 1e-9
-
-    def stale(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        """A graph that does not see what was written into its inputs."""
-        result = function()
-        return lambda: result
-
     assert worst_difference(model, GraphedPasses(model, stale)) > 0.05
+    poison = [torch.full((16,), torch.nan), torch.full((32, model.hidden_size), torch.nan)]
+    off = worst_difference(model, GraphedPasses(model, lambda function: lambda: (function(), tuple(poison))[1]))
+    assert not off <= 0.05
 
 
 def test_the_measurement_runs_both_ways() -> None:
@@ -145,18 +174,21 @@ def test_the_measurement_runs_both_ways() -> None:
     assert all(entry[way] > 0 for entry in figures for way in ("kernels", "graphs", "gain"))
 
 
-def test_where_there_are_none_is_refused_by_name(model: RewardModel) -> None:
-    with pytest.raises(ConfigurationError, match="cuda_graphs: there are none on cpu"):
-        graph_passes(model)
+def test_a_model_that_cannot_have_them_says_why_and_runs_without() -> None:
+    model = load_reward(attention="reference")
+    assert graph_passes(model) == "there are none on cpu"
 
+    def broken(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        raise RuntimeError("capture failed\nfor some reason")
 
-def test_a_model_that_cannot_have_them_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = load_reward(name="judge")
-    graph_where_possible(model)
+    assert graph_passes(model, broken) == "a trial run failed: capture failed; for some reason"
+    assert graph_passes(model, stale).startswith("a trial run was off by")
     model._trunk = Wrapped(model._network.model)
-    graph_where_possible(model)
-    assert [record.getMessage() for record in caplog.records] == [
-        "cuda_graphs: reward model judge runs without graphs: it is on cpu",
-        "cuda_graphs: reward model judge runs without graphs: transformers runs its architecture",
-    ]
+    assert graph_passes(model) == "transformers runs its architecture"
     assert model.graphed_passes is None
+
+
+def test_a_model_that_can_have_them_runs_so() -> None:
+    model = load_reward(attention="reference")
+    assert graph_passes(model, again) == ""
+    assert isinstance(model.graphed_passes, GraphedPasses)

@@ -57,7 +57,6 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
         ({"disable_savings": ("skip_nothing",)}, "disable_savings"),
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
         ({"attention_backend": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
-        ({"cuda_graphs": True}, "cuda_graphs: there are none on cpu"),
         ({"attention": "block_causal"}, "block_length: attention is block_causal, and neither the settings"),
         ({"attention": "block_causal", "model": DREAM}, "attention: block_causal is not implemented for dream"),
         ({"attention": "block_causal", "block_length": 4, "compile": True}, "compile: cached prefixes"),
