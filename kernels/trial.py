@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 0.05
-"""How far results in 16 bits may be off, relative to the norm: rounding makes a fifth of it at most, and what is wrong
+"""How far results in 16 bits may be off, relative to the norm: rounding makes a tenth of it, and what is wrong
 (a mask, a length, stale memory) several times as much."""
 
 

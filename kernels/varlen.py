@@ -151,7 +151,7 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
     for queries, keys, causal in _TRIALS:
         spans = Spans.of(queries, keys, device)
-        asked = torch.tensor(queries, device=device).repeat_interleave(torch.tensor(keys, device=device)) > 0
+        asked = torch.tensor(queries).repeat_interleave(torch.tensor(keys)).nonzero()[:, 0].to(device)
         shapes = [(sum(queries), 4, head_size)] * 2 + [(sum(keys), 2, head_size)] * 2
         q, g, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         try:
@@ -160,7 +160,7 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_size: int) 
                 with torch.enable_grad():
                     out = _IMPLEMENTATIONS[each](a, b, c, spans, causal, None)
                     of_q, *of_keys = torch.autograd.grad(out, leaves, g.to(kind))
-                found += [out.detach(), of_q, *(x[asked] for x in of_keys)]
+                found += [out.detach(), of_q, *(x.index_select(0, asked) for x in of_keys)]
         except (RuntimeError, ImportError, TypeError, ValueError) as error:
             return f"a trial run failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     off = difference(*results)
