@@ -182,7 +182,7 @@ def add_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, epsilon: float
     with torch.cuda.device_of(x):
         norm[(x.shape[0],)](
             x, x if added is None else added, weight, total, out, inverse, x.shape[1], epsilon,
-            ADDS=added is not None, **_width(x.shape[1]),
+            ADDS=added is not None, **norm_form(x.shape[1]),
         )  # fmt: skip
     return total, out, inverse
 
@@ -193,7 +193,7 @@ def rms_norm_gradient(g: Tensor, total: Tensor, weight: Tensor, inverse: Tensor,
     with torch.cuda.device_of(g):
         norm_gradient[(g.shape[0],)](
             g, total, weight, inverse, g if more is None else more, out, g.shape[1],
-            ADDS=more is not None, **_width(g.shape[1]),
+            ADDS=more is not None, **norm_form(g.shape[1]),
         )  # fmt: skip
     return out
 
@@ -231,7 +231,7 @@ def split_heads(
     with torch.cuda.device_of(x):
         split[(rows, triton.cdiv(heads + 2 * key_heads, HEADS))](
             x, *_weights(x, query_weight, key_weight), cosines, sines, q, k, v, heads, key_heads, epsilon,
-            **_forms(query_weight, key_weight, half),
+            **split_form(query_weight, key_weight, half),
         )  # fmt: skip
     return q, k, v
 
@@ -252,12 +252,12 @@ def split_heads_gradient(
     with torch.cuda.device_of(x):
         split_gradient[(x.shape[0], triton.cdiv(heads + 2 * key_heads, HEADS))](
             g_q.contiguous(), g_k.contiguous(), g_v.contiguous(), x, *_weights(x, query_weight, key_weight),
-            cosines, sines, out, heads, key_heads, epsilon, **_forms(query_weight, key_weight, cosines.shape[1]),
+            cosines, sines, out, heads, key_heads, epsilon, **split_form(query_weight, key_weight, cosines.shape[1]),
         )  # fmt: skip
     return out
 
 
-def _width(width: int) -> dict[str, int]:
+def norm_form(width: int) -> dict[str, int]:
     """How a norm's kernels are compiled: one program a row, which it holds in registers."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
@@ -268,7 +268,7 @@ def _weights(x: Tensor, *weights: Tensor | None) -> list[Tensor]:
     return [x if weight is None else weight for weight in weights]
 
 
-def _forms(query_weight: Tensor | None, key_weight: Tensor | None, half: int) -> dict[str, int | bool]:
+def split_form(query_weight: Tensor | None, key_weight: Tensor | None, half: int) -> dict[str, int | bool]:
     """How a split is compiled."""
     normed = query_weight is not None or key_weight is not None
     return {"NORMED": normed, "HALF": half, "HEADS": HEADS, "BLOCK": triton.next_power_of_2(half)}

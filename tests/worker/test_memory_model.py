@@ -7,15 +7,25 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
+from server.models.graphs import MOST_TOKENS
 from server.wire.config import WorkerConfig
 from server.worker import memory
-from server.worker.memory import CAPS, FIXED_BYTES, LAST_CACHE_BYTES, LEAST, Footprint, free_bytes, last_cache_bytes
+from server.worker.memory import (
+    CAPS,
+    FIXED_BYTES,
+    GRAPH_SHARE,
+    LAST_CACHE_BYTES,
+    LEAST,
+    Footprint,
+    free_bytes,
+    last_cache_bytes,
+)
 from server.worker.service import load
 from tests.support.models import CPU, GOLDEN, diffusion
 
@@ -81,6 +91,18 @@ def test_budgets_grow_with_memory_up_to_the_caps_and_never_exceed_it() -> None:
             assert taken + kept <= 0.8e9 * gigabytes
         before = shared
     assert before == CAPS["cuda"]
+
+
+def test_what_graphs_hold_is_left_out_of_the_budgets() -> None:
+    assert FOOTPRINT.graph_tokens(60e9, 0.8) == MOST_TOKENS
+    held = FOOTPRINT.graph_tokens(8e9, 0.8)
+    taken = held * FOOTPRINT.reward_token
+    assert 0.99 < taken / (GRAPH_SHARE * (0.8 * 8e9 - FIXED_BYTES)) <= 1
+    without, beside = (
+        FOOTPRINT.budgets(free, 0.8, "cuda", context_length=2048, graph_tokens=tokens)[1]
+        for free, tokens in ((8e9 - taken / 0.8, 0), (8e9, held))
+    )
+    assert all(abs(a - b) <= 1 for a, b in zip(astuple(beside), astuple(without), strict=True))
 
 
 def test_a_block_causal_model_has_half_of_the_memory_for_what_it_keeps() -> None:

@@ -12,6 +12,7 @@ import torch
 from server.errors import ConfigurationError
 from server.wire.config import WorkerConfig
 from server.worker.failures import is_out_of_memory
+from server.worker.loop import import_service
 from server.worker.savings import Savings
 from server.worker.service import default_threads, load, resolve_device, resolve_dtype
 from tests.support.kernels import choose_kernels
@@ -93,9 +94,30 @@ def test_workers_share_the_cores_but_one(workers: int, threads: int, monkeypatch
     assert default_threads(CPU, workers) == 0
 
 
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_has_said_something(
+    monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "max_split_size_mb:512")  # so that it is put back
+        if name != own:
+            monkeypatch.delenv(name)
+    import_service()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == {
+        None: "expandable_segments:True", "PYTORCH_ALLOC_CONF": "max_split_size_mb:512",
+    }.get(own)  # fmt: skip
+
+
 def test_memory_that_runs_out_is_recognised_by_what_torch_really_raises() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ):
+        assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("something else"))
+    assert not is_out_of_memory(ValueError("out of memory"))
