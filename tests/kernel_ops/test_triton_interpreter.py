@@ -31,8 +31,8 @@ def run(*arguments, **environment):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("files", "at_least"),
-    [(["test_accuracy.py"], 9), (["test_draw.py"], 7), (["test_update_exact.py"], 5)],
-    ids=["accuracy", "draw", "update"],
+    [(["test_accuracy.py"], 9), (["test_draw.py"], 7), (["test_update_exact.py"], 5), (["test_blocks.py"], 32)],
+    ids=["accuracy", "draw", "update", "blocks"],
 )
 def test_kernels_in_the_interpreter(files, at_least):
     warnings = "-W", "ignore::RuntimeWarning"
