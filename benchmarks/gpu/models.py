@@ -79,6 +79,7 @@ def diffusion_model(
     mask, eos = (texts.ids[SPECIAL[name]] for name in ("mask_token", "eos_token"))
     config = replace(config, mask_token_id=mask)
     model = made(lambda: family(config), device, dtype)
+    model.model.freeze(stack=device.type == "cuda")
     info = ModelInfo(
         id=family.family,
         family=family.family,
