@@ -332,14 +332,18 @@ def attend(
     `layer` is which layer's keys of the prefixes count; `scale` None is 1 / sqrt(d); `backend` is what
     `kernels.varlen.choose` gave.
     """
-    if backend == "cpp" and not attention.runs():
-        backend = "sdpa"
-    if backend == "cpp":
+    if backend == "cpp" and attention.runs():
         pieces = [(link.keys[layer], link.values[layer]) for link in layout.links]
         rows = layout.last_rows if last else layout.rows
         return attention.attend(q, k, v, rows, pieces, causal=layout.causal, scale=scale)
-    k, v = layout.laid_out(layer, k, v)
-    if backend == "sdpa":
+    return _over(layout, q, *layout.laid_out(layer, k, v), backend, scale, last)
+
+
+def _over(
+    layout: PackedLayout, q: Tensor, k: Tensor, v: Tensor, backend: str, scale: float | None, last: bool
+) -> Tensor:
+    """`attend` over keys and values (T, Hkv, d) that are laid out."""
+    if backend in ("sdpa", "cpp"):
         if layout.visible is not None:
             raise ValueError("only a variable-length attention reads the rows' lengths from the device")
         keys = [p.length + n + own for p, n, own in zip(layout.prefixes, layout.before, layout.lengths, strict=True)]
@@ -358,7 +362,15 @@ def attend_with_gradient(
         how = (layout.last_rows if last else layout.rows), pieces, layout.causal, q.shape[2] ** -0.5
         out, log_sums = attention.forward(q, k, v, *how)
         return out, lambda g: attention.gradient(g, out, log_sums, q, k, v, *how)
+    keys, values = layout.laid_out(layer, k, v)  # before autograd begins, so that k and v need not be kept
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        mixed = attend(layout, layer, q, k, v, backend, last=last)
-    return mixed.detach(), lambda g: torch.autograd.grad(mixed, (q, k, v), g)
+        a, b, c = leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
+        mixed = _over(layout, a, b, c, backend, None, last)
+
+    def back(g: Tensor) -> tuple[Tensor, ...]:
+        of_q, *of_keys = torch.autograd.grad(mixed, leaves, g)
+        if layout.gather is None:
+            return of_q, *of_keys
+        return of_q, *(x.index_select(0, layout.own_places) for x in of_keys)
+
+    return mixed.detach(), back

@@ -11,11 +11,10 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
   rows count for more (`budget.steered_rows`). Rows of smaller M leave the inner steps early, but in the same memory:
   they take no less.
 * A token of its own in a guided pass of a reward model keeps of every block until the backward pass: the stream before
-  both norms; q, k and v before and after norms and rotations, and with what is before them in their row; what attention
-  made of them; gate and up; in c bytes each the norms' scales and the attention's log-sums. That is layers (e (2 d +
-  3 H s + 6 Hkv s + 2 m) + c (H + 2)). To that comes what one block has under way, e (3 m + 2 d + 2 H s), and 8 e d for
-  the embeddings and their gradient. Where the model does not run on our own layers (`models.frozen`) the modules keep
-  about three times as much.
+  both norms; q, k and v as they were projected, and as attention reads them; what it made of them; gate and up; in c
+  bytes each the norms' scales and the attention's log-sums. That is layers (e (2 d + 3 H s + 4 Hkv s + 2 m) +
+  c (H + 2)). To that comes what one block has under way, e (3 m + 2 d + 2 H s), and 8 e d for the embeddings and their
+  gradient. Where the model does not run on our own layers (`models.frozen`) the modules keep about three times as much.
 * A token of a cached conversation takes 2 layers Hkv s e as long as the job runs, and the same again for each
   trajectory during the pass, because keys and values are laid out a row; so in a pass it counts as that share of an
   own token.
@@ -54,7 +53,7 @@ from server.rewards.reward_model import RewardModel
 from server.types import DecoderShape
 from server.wire.stats import resident_bytes
 
-STATE = {"cpp": 2.4, "torch": 2.8, "triton": 2.2, "reference": 11.0}
+STATE = {"cpp": 2.4, "torch": 2.8, "triton": 2.1, "reference": 11.0}
 """Peak (N, V) tensors of guidance beside the logits for M <= 3, by kernel backend."""
 
 TOKENS_A_ROW = 5 / 4
@@ -243,7 +242,7 @@ def _own_token(reward: RewardModel) -> float:
 
 def kept_bytes(shape: DecoderShape, e: int, c: int) -> int:
     """What a pass of a reward model keeps of one own token in all of its blocks, see above."""
-    heads = (3 * shape.heads + 6 * shape.key_heads) * shape.head_size
+    heads = (3 * shape.heads + 4 * shape.key_heads) * shape.head_size
     return shape.layers * (e * (2 * shape.hidden + heads + 2 * shape.intermediate) + c * (shape.heads + 2))
 
 
