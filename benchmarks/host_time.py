@@ -1,10 +1,10 @@
 """What the engine's own Python costs: `python -m benchmarks.host_time [DIR ...]` for this checkout, and for others.
 
 The bundled pair is small, so a step of it is little more than what the host does around its arithmetic; the same Python
-runs beside a GPU. Counted are calls of Python functions (`call` of `sys.setprofile`) in one step of the runner, with
-one request of K trajectories, guided with M = 3 and unguided; timed, in other runs, is the CPU time of its one
-thread. Both are medians over the steps of a run, of which the first also runs the conversation and the last also
-scores; of the times the least of some runs is taken.
+runs beside a GPU. Counted are the interpreter's calls, of functions in Python and of built-in ones (`call` and
+`c_call` of `sys.setprofile`), in one step of the runner, with one request of K trajectories, guided with M = 3 and
+unguided; timed, in other runs, is the CPU time of its one thread. Both are medians over the steps of a run, of which
+the first also runs the conversation and the last also scores; of the times the least of some runs is taken.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def counted(runner):
     calls = 0
     def note(frame, event, argument):
         nonlocal calls
-        calls += event == "call"
+        calls += event in ("call", "c_call")
     sys.setprofile(note)
     try:
         return step(runner)

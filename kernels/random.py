@@ -42,6 +42,13 @@ def row_keys(seed: Tensor, prompt: Tensor, trajectory: Tensor, step: Tensor, inn
     return torch.stack([seed, place, (prompt << 16) | trajectory, inner << 8], dim=-1)
 
 
+def at_inner(keys: Tensor, inner: int | Tensor) -> Tensor:
+    """The same keys (N, 4) at another inner step, one for all or one a row, (N,)."""
+    keys = keys.clone()
+    keys[:, 3] = inner << 8
+    return keys
+
+
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four 32-bit outputs (int64 tensors in [0, 2^32)) from a counter of four words and a key of two."""
     c0, c1, c2, c3 = counter

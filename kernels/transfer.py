@@ -32,18 +32,12 @@ def upload_all(things: Sequence[Any], device: torch.device | str) -> list[Any]:
         return list(things)
     held = [_tensors(thing) for thing in things]
     distinct = list({id(x): x for each in held for x in each.values() if x.device.type == "cpu"}.values())
-    starts, size = [], 0
-    for x in distinct:
-        starts.append(size)
-        size += -(-x.nbytes // ALIGNED) * ALIGNED
+    size = sum(map(_room, distinct))
     together = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for start, x in zip(starts, distinct, strict=True):
-        together[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-    there = together.to(device, non_blocking=True)
-    sent = {
-        id(x): there[start : start + x.nbytes].view(x.dtype).view(x.shape)
-        for start, x in zip(starts, distinct, strict=True)
-    }
+    for place, x in zip(_places(together, distinct), distinct, strict=True):
+        place.copy_(x)
+    there = _places(together.to(device, non_blocking=True), distinct)
+    sent = {id(x): place for x, place in zip(distinct, there, strict=True)}
     found = []
     for thing, tensors in zip(things, held, strict=True):
         new = {name: sent.get(id(x), x) for name, x in tensors.items()}
@@ -53,10 +47,21 @@ def upload_all(things: Sequence[Any], device: torch.device | str) -> list[Any]:
 
 def _tensors(thing: Any) -> dict[str, Tensor]:
     """A dataclass's tensors by field; a tensor itself by the empty name."""
-    if isinstance(thing, Tensor):
-        return {"": thing}
-    named = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)} if thing is not None else {}
+    if thing is None or isinstance(thing, Tensor):
+        return {} if thing is None else {"": thing}
+    named = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _room(x: Tensor) -> int:
+    """Bytes of a buffer that a tensor takes."""
+    return -(-x.nbytes // ALIGNED) * ALIGNED
+
+
+def _places(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The places in a buffer of bytes of tensors like these, one after another."""
+    pieces = buffer.split_with_sizes([_room(x) for x in tensors])
+    return [piece[: x.nbytes].view(x.dtype).view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
 
 
 def download(tensors: Sequence[Tensor | None]) -> list[Any]:

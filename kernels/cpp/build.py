@@ -134,4 +134,4 @@ def call(name: str, *arguments: Any) -> None:
     if function.argtypes is None:
         function.argtypes = [_KINDS.get(type(value), ctypes.c_void_p) for value in arguments]
         function.restype = None
-    function(*[value.data_ptr() if isinstance(value, Tensor) else value for value in arguments])
+    function(*[value.data_ptr() if type(value) is Tensor else value for value in arguments])

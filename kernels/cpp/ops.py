@@ -6,6 +6,7 @@ Float32 and bfloat16 logits on the CPU; arithmetic in float32, sums across tiles
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -40,22 +41,40 @@ class CppState(CompiledState):
             raise ValueError(f"the cpp backend takes CPU logits in {tuple(DTYPES)}, not {logits.dtype} {logits.device}")
         super().__init__(logits, params, updates)
 
+    def _prepare(self) -> None:
+        self._described: _State | None = None
+        super()._prepare()
+
+    def _refresh(self) -> None:
+        self._described = None
+        super()._refresh()
+
     def _call(self, name: str, *arguments: object) -> None:
-        """Calls a pass with the C structure for the state as it is now."""
+        """Calls a pass with the C structure for the state as it has been since the last update."""
+        if self._described is None:
+            self._described = self._describe()
+        call(name, ctypes.byref(self._described), *arguments)
+
+    def _describe(self) -> _State:
         trail = self.trail
         g1, g2, *_ = *trail.gradients, None, None
         columns = self._tau, self._top_p, self._eta, self._top_k, self._greedy
         held = self.logits, g1, g2, trail.phi, trail.m, trail.v, *columns, *self.tiles, *self.sums, self._top
-        state = _State(
+        return _State(
             *[None if tensor is None else tensor.data_ptr() for tensor in held],
-            rows=self.logits.shape[0],
-            vocab=self.logits.shape[1],
+            rows=self.rows,
+            vocab=self.vocab_size,
             tiles=self.tiles.maximum.shape[1],
             row_stride=self.logits.stride(0),
             dtype=DTYPES[self.logits.dtype],
             threads=torch.get_num_threads(),
         )
-        call(name, ctypes.byref(state), *arguments)
+
+    def _slabs(self) -> Iterator[tuple[int, int]]:
+        """Column ranges up to `slab_elements`: a pass takes any number of columns from a tile's first on."""
+        width = max(1, self.slab_elements // (self.rows * self.tile)) * self.tile
+        for start in range(0, self.vocab_size, width):
+            yield start, min(start + width, self.vocab_size)
 
     def _row_sums(self) -> None:
         self._call("row_sums")

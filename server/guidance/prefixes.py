@@ -42,14 +42,19 @@ class RewardContext:
 
     @classmethod
     def of(
-        cls, model: RewardModel, before: Sequence[int], after: Sequence[int], *, cached: bool = True
-    ) -> RewardContext:
-        """Around a response of which nothing is settled, between the template's tokens `before` and `after` it; with
-        `cached` the former are run now and kept."""
-        kept = len(before) if cached else 0
-        if not model.content(after):
-            kept = min(kept, max(0, model.content(before) - 1))
-        return cls(model.prefill(before[:kept]), tuple(after), tuple(before[kept:]), len(before), 0)
+        cls, model: RewardModel, around: Sequence[tuple[Sequence[int], Sequence[int]]], *, cached: bool = True
+    ) -> list[RewardContext]:
+        """Around responses of which nothing is settled, each between the template's tokens before and after it; with
+        `cached` the former are run now, all together, and kept."""
+        kept = []
+        for before, after in around:
+            count = len(before) if cached else 0
+            kept.append(count if model.content(after) else min(count, max(0, model.content(before) - 1)))
+        prefixes = model.prefill_all([before[:count] for (before, _), count in zip(around, kept, strict=True)])
+        return [
+            cls(prefix, tuple(after), tuple(before[count:]), len(before), 0)
+            for prefix, (before, after), count in zip(prefixes, around, kept, strict=True)
+        ]
 
 
 def grow(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import linear
-from kernels.transfer import upload
+from kernels.transfer import upload_all
 from server.diffusion.schedule import block_lengths
 from server.models.config import ConfigReader
 from server.models.layers import Decoder, DecoderConfig, Linear, RopeScaling, Variant
@@ -138,28 +138,44 @@ class DiffusionModel(nn.Module):
         return self.model.embed_tokens(tokens), cos, sin, partial(attend, layout, backend=self.model.attention_backend)
 
     @torch.no_grad()
-    def prefill(self, tokens: Sequence[int], block_length: int, adapter: Adapter | None = None) -> Prefix:
-        """Run a block-causal prompt once: the tokens of whole blocks, the last of which ends with them. Many blocks go
-        together, as many as have some `PREFILL_KEYS` keys, for an attention may lay out the keys of each block."""
-        prefix, lengths, keys = EMPTY_PREFIX, list[int](), 0
-        for length in block_lengths(len(tokens), len(tokens), block_length) if tokens else ():
-            lengths.append(length)
-            end = prefix.length + sum(lengths)
-            keys += end
-            if keys >= PREFILL_KEYS or end == len(tokens):
-                rows = len(lengths)
-                layout = PackedLayout.of(
-                    lengths,
-                    self.device,
-                    prefixes=(prefix,) * rows,
-                    before=places(lengths),
-                    adapters=(adapter,) * rows,
-                )
-                ids = upload(torch.tensor(tokens[prefix.length : end]), self.device)
-                captured = self.model.keys_and_values(*self._inputs(ids, layout), layout.runs)
-                (prefix,) = grown((prefix,), (len(ids),), captured)
-                lengths, keys = [], 0
-        return prefix.joined()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], adapters: Sequence[Adapter | None]
+    ) -> list[Prefix]:
+        """Run block-causal prompts once: of each the tokens of whole blocks of its length, the last of which ends with
+        them. Blocks of all prompts go together, as many as have some `PREFILL_KEYS` keys, for an attention may lay out
+        the keys of each block."""
+        prefixes = [EMPTY_PREFIX for _ in prompts]
+        left = [
+            list(block_lengths(len(ids), len(ids), n)) if ids else [] for ids, n in zip(prompts, lengths, strict=True)
+        ]
+        while any(left):
+            rows, keys = list[tuple[int, list[int]]](), 0
+            for index, blocks in enumerate(left):
+                taken, end = list[int](), prefixes[index].length
+                while blocks and keys < PREFILL_KEYS:
+                    taken.append(blocks.pop(0))
+                    end += taken[-1]
+                    keys += end
+                if taken:
+                    rows.append((index, taken))
+            layout = PackedLayout.of(
+                [length for _, taken in rows for length in taken],
+                prefixes=[prefixes[index] for index, taken in rows for _ in taken],
+                before=[place for _, taken in rows for place in places(taken)],
+                adapters=[adapters[index] for index, taken in rows for _ in taken],
+            )
+            done = [prefixes[index] for index, _ in rows]
+            counts = [sum(taken) for _, taken in rows]
+            ids = [
+                token
+                for (index, _), prefix, count in zip(rows, done, counts, strict=True)
+                for token in prompts[index][prefix.length : prefix.length + count]
+            ]
+            layout, tokens = upload_all([layout, torch.tensor(ids)], self.device)
+            captured = self.model.keys_and_values(*self._inputs(tokens, layout), layout.runs)
+            for (index, _), prefix in zip(rows, grown(done, counts, captured), strict=True):
+                prefixes[index] = prefix
+        return [prefix.joined() for prefix in prefixes]
 
     def hidden(self, tokens: Tensor, layout: PackedLayout, rows: Tensor | None = None) -> Tensor:
         """Final-norm hidden states (S, d) of tokens (S,) int64; with `rows` (N,) only those packed indices (N, d)."""

@@ -110,10 +110,21 @@ class RewardModel:
 
     def prefill(self, prefix_ids: Sequence[int]) -> Prefix:
         """Run the tokens (reward-vocabulary ids) in front of a response once; positions count from 0."""
-        if not prefix_ids:
-            return EMPTY_PREFIX
-        layout = self.layout((EMPTY_PREFIX,), (len(prefix_ids),))
-        return self.extend(layout, self.own_embeddings(torch.tensor(prefix_ids)))[0]
+        return self.prefill_all([prefix_ids])[0]
+
+    def prefill_all(self, sequences: Sequence[Sequence[int]]) -> list[Prefix]:
+        """The same for several, in one pass for every `SCORE_TOKENS` tokens; equal ones are one prefix."""
+        found = {(): EMPTY_PREFIX} | {tuple(ids): EMPTY_PREFIX for ids in sequences}
+        chunk: list[tuple[int, ...]] = []
+        distinct = [ids for ids in found if ids]
+        for place, ids in enumerate(distinct):
+            chunk.append(ids)
+            tokens = [token for each in chunk for token in each]
+            if place + 1 == len(distinct) or len(tokens) + len(distinct[place + 1]) > SCORE_TOKENS:
+                layout = self.layout((EMPTY_PREFIX,) * len(chunk), [len(each) for each in chunk])
+                found.update(zip(chunk, self.extend(layout, self.own_embeddings(torch.tensor(tokens))), strict=True))
+                chunk = []
+        return [found[tuple(ids)] for ids in sequences]
 
     def extend(self, layout: PackedLayout, embeds: Tensor) -> tuple[Prefix, ...]:
         """Each row's prefix with the row's own tokens, embeds (S, D), after it: B new prefixes, no gradient.

@@ -4,19 +4,21 @@ of the budgets, and what its reward models read around the response."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from server.budget import Cost
 from server.errors import InvalidRequest, quote
 from server.guidance.prefixes import RewardContext
 from server.models.loading import LoadedDiffusionModel
-from server.models.lora import Adapter
-from server.models.packing import Prefix
 from server.rewards.reward_model import RewardModel
 from server.text.template import split_at_response
 from server.types import Job
 from server.worker.memory import cached_share
 from server.worker.savings import Savings
+
+if TYPE_CHECKING:
+    from server.worker.book import Entry
 
 
 def named(name: str, reward_models: Mapping[str, RewardModel], param: str) -> RewardModel:
@@ -64,25 +66,32 @@ class Demand:
         grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
         return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)
 
-    def contexts(self, job: Job) -> dict[str, RewardContext]:
-        """What each reward model reads around the response of a job whose canvas it reads, by name; the conversation's
-        keys and values are computed here, once for all trajectories and steps."""
-        contexts: dict[str, RewardContext] = {}
-        if not job.reads_rewards:
-            return contexts
-        for weighted in job.guidance.reward_models:
-            model = self.reward_models[weighted.model]
-            before, after = split_at_response(
-                model.tokenizer, job.conversation, job.response_suffix, job.response_prefix
-            )
-            context = RewardContext.of(model, before, after, cached=self.savings.reward_prefix_cache)
-            contexts[weighted.model] = context
-        return contexts
+    def prepare(self, entries: Sequence[Entry]) -> None:
+        """Give jobs what stands in front of their responses, for all of their trajectories and steps: keys and values
+        of conversations in reward models, and of prompts where attention is block-causal; all jobs' in one pass."""
+        for entry, contexts in zip(entries, self.contexts([entry.job for entry in entries]), strict=True):
+            entry.contexts = contexts
+        kept = [entry for entry in entries if self.savings.block_cache and entry.job.diffusion.block_causal]
+        prompts = [entry.job.prompt_ids[: len(entry.job.prompt_ids) - entry.job.lead] for entry in kept]
+        lengths = [entry.job.diffusion.block_length or 1 for entry in kept]
+        prefixes = self.model.prefill(prompts, lengths, [entry.adapter for entry in kept]) if kept else []
+        for entry, prefix in zip(kept, prefixes, strict=True):
+            entry.prefix = prefix
 
-    def prefix(self, job: Job, adapter: Adapter | None = None) -> Prefix | None:
-        """Keys and values of the prompt's whole blocks where attention is block-causal, computed here, once for all
-        trajectories of the job; None otherwise."""
-        if not (job.diffusion.block_causal and self.savings.block_cache):
-            return None
-        whole = len(job.prompt_ids) - job.lead
-        return self.model.prefill(job.prompt_ids[:whole], job.diffusion.block_length or 1, adapter)
+    def contexts(self, jobs: Sequence[Job]) -> list[dict[str, RewardContext]]:
+        """What each reward model reads around the response of each job whose canvas it reads, by name."""
+        found: list[dict[str, RewardContext]] = [{} for _ in jobs]
+        for name, model in self.reward_models.items():
+            reads = [
+                (of, job)
+                for of, job in zip(found, jobs, strict=True)
+                if job.reads_rewards and any(weighted.model == name for weighted in job.guidance.reward_models)
+            ]
+            around = [
+                split_at_response(model.tokenizer, job.conversation, job.response_suffix, job.response_prefix)
+                for _, job in reads
+            ]
+            contexts = RewardContext.of(model, around, cached=self.savings.reward_prefix_cache)
+            for (of, _), context in zip(reads, contexts, strict=True):
+                of[name] = context
+        return found

@@ -10,11 +10,13 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import kernels
+from kernels.random import at_inner
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
@@ -27,12 +29,14 @@ from server.worker.pack import Group
 class Cohort:
     """Members of a group with the same M, when they are through with their inner steps; N rows.
 
-    `rows` are their rows among the whole group's. `rewards`, (members,) each, are those before each
-    inner step, and once more after the last where a member is traced; `first_w` (N,) is w at the first.
+    `keys` (N, 4) are their random keys at the first inner step, and `rows` their rows among the whole group's.
+    `rewards`, (members,) each, are those before each inner step, and once more after the last where a member is traced;
+    `first_w` (N,) is w at the first.
     """
 
     group: Group
     state: kernels.Guided
+    keys: Tensor
     rows: slice
     rewards: tuple[Tensor, ...] = ()
     first_w: Tensor | None = None
@@ -46,8 +50,9 @@ class InnerSteps:
         self.info, self.reward_models, self.grows = info, reward_models, grows
         self.timings = Timings()
 
-    def run(self, group: Group, state: kernels.Guided) -> list[Cohort]:
-        """Steer `state`, the rows of a guided group, and split it as members leave: cohorts, the smallest M first."""
+    def run(self, group: Group, state: kernels.Guided, keys: Tensor) -> list[Cohort]:
+        """Steer `state`, the rows of a guided group with random `keys` (N, 4), and split it as members leave: cohorts,
+        the smallest M first."""
         objectives = [self._objective(name, group) for name in group.rewards]
         cohorts: list[Cohort] = []
         staying, done = group, 0
@@ -55,7 +60,7 @@ class InnerSteps:
         first_w: Tensor | None = None
         by_steps = itertools.groupby(reversed(group.members), key=lambda member: member.step.gradient_steps)
         for leaving in [group.of(tuple(members)[::-1]) for _, members in by_steps]:
-            steered = self._steer(staying, state, objectives, range(done, leaving.gradient_steps))
+            steered = self._steer(staying, state, keys, objectives, range(done, leaving.gradient_steps))
             seen += steered.rewards
             first_w = steered.first_w if first_w is None else first_w
             done = leaving.gradient_steps
@@ -66,15 +71,23 @@ class InnerSteps:
             row, left = staying.count, state
             if row:
                 state, left = state.split(row, done)
+            keys, own = keys[:row], keys[row:]
             rewards = [reward[first : first + len(leaving.members)] for reward in seen]
             if any(member.trajectory.job.trace for member in leaving.members):
-                rewards += self._steer(leaving, left, after, range(done, done), reads=True).rewards
+                rewards += self._steer(leaving, left, own, after, range(done, done), reads=True).rewards
             rows = slice(row, row + leaving.count)
-            cohorts.append(Cohort(leaving, left, rows, tuple(rewards), None if first_w is None else first_w[rows]))
+            cohorts.append(Cohort(leaving, left, own, rows, tuple(rewards), None if first_w is None else first_w[rows]))
         return cohorts
 
     def _steer(
-        self, group: Group, state: kernels.Guided, objectives: list[Objective], steps: range, *, reads: bool = False
+        self,
+        group: Group,
+        state: kernels.Guided,
+        keys: Tensor,
+        objectives: list[Objective],
+        steps: range,
+        *,
+        reads: bool = False,
     ) -> Steered:
         responses = Responses.of(
             [member.response for member in group.members],
@@ -89,7 +102,7 @@ class InnerSteps:
             objectives,
             [_read_as(member.trajectory.job.guidance) for member in group.members],
             [member.step for member in group.members],
-            group.keys,
+            partial(at_inner, keys),
             steps.stop,
             first_step=steps.start,
             timings=self.timings,

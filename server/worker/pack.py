@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.random import INNER_ORIGIN, INNER_RANK, row_keys, uniform
-from kernels.transfer import upload
+from kernels.random import INNER_ORIGIN, INNER_RANK, at_inner, row_keys, uniform
+from kernels.transfer import upload, upload_all
 from server.diffusion.sampler import FloatArray, IntArray
 from server.diffusion.schedule import Step, block_lengths
 from server.models.lora import Adapter
@@ -94,32 +94,45 @@ class Forward:
     states: Tensor
     head: Callable[[Tensor], Tensor]
 
-    def logits(self, members: Sequence[Member]) -> Tensor:
-        """phi_0 (N, V) of these members' rows; members may share some of the U rows."""
-        rows = np.concatenate([member.rows for member in members])
-        distinct, places = np.unique(rows, return_inverse=True)
-        if len(distinct) == len(rows):
-            return self._distinct(rows)
-        return self._distinct(distinct)[self._there(places)]
+    def wanted(self, members: Sequence[Member]) -> Wanted:
+        """Which rows these members take, on the host; they may share some."""
+        rows, blind = np.concatenate([member.rows for member in members]), self.batch.blind
+        places = None
+        if len({member.rows[:1].tobytes() for member in members}) < len(members):
+            rows, inverse = np.unique(rows, return_inverse=True)
+            places = torch.from_numpy(inverse)
+        twins = np.flatnonzero(blind[rows] >= 0)
+        whole = np.concatenate([rows, blind[rows[twins]]]) if len(twins) else rows
+        every = len(whole) == len(self.states) and bool((whole == np.arange(len(whole))).all())
+        return Wanted(
+            None if every else torch.from_numpy(whole),
+            torch.from_numpy(twins) if len(twins) else None,
+            torch.from_numpy(self.batch.cfg_scale[rows[twins]]) if len(twins) else None,
+            places,
+        )
 
-    def _distinct(self, rows: IntArray) -> Tensor:
-        """With classifier-free guidance applied, in place: u + (c + 1) (l - u)."""
-        twins = np.flatnonzero(self.batch.blind[rows] >= 0)
-        if not len(twins):
-            return self._plain(rows)
-        logits = self._plain(np.concatenate([rows, self.batch.blind[rows[twins]]]))
-        where = self._there(twins)
-        scale = upload(torch.from_numpy(self.batch.cfg_scale[rows[twins]]), logits.device, logits.dtype)[:, None]
-        without = logits[len(rows) :]
-        guided = logits[where].sub_(without).mul_(scale.add_(1.0)).add_(without)
-        return logits[: len(rows)].index_copy_(0, where, guided)
+    def logits(self, wanted: Wanted) -> Tensor:
+        """phi_0 (N, V) of the rows that some members want; with classifier-free guidance applied, u + (c + 1) (l - u).
+        What is wanted is on the device."""
+        logits = self.head(self.states if wanted.rows is None else self.states[wanted.rows])
+        if wanted.twins is not None and wanted.scale is not None:
+            count = len(logits) - len(wanted.twins)
+            without, scale = logits[count:], wanted.scale.to(logits.dtype)[:, None]
+            guided = logits[wanted.twins].sub_(without).mul_(scale.add(1.0)).add_(without)
+            logits = logits[:count].index_copy_(0, wanted.twins, guided)
+        return logits if wanted.places is None else logits[wanted.places]
 
-    def _plain(self, rows: IntArray) -> Tensor:
-        whole = len(rows) == len(self.states) and bool((rows == np.arange(len(rows))).all())
-        return self.head(self.states if whole else self.states[self._there(rows)])
 
-    def _there(self, values: IntArray) -> Tensor:
-        return upload(torch.from_numpy(values), self.states.device)
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Of a forward's rows: which are wanted and after them their blind `twins`, (n + t,), None for all as they lie;
+    which of the n have one, (t,), and the `scale` of its guidance; and what row each of N takes of the n, where some
+    are shared."""
+
+    rows: Tensor | None
+    twins: Tensor | None
+    scale: Tensor | None
+    places: Tensor | None
 
 
 @dataclass(slots=True)
@@ -204,23 +217,26 @@ def pack(
             length = sum(each.blocks[:-1])
             finished.append((length, tuple(each.owners)))
             kept.append(start + np.arange(length))
+    layout = PackedLayout.of(
+        [length for *_, each in sequences for length in each.blocks],
+        prefixes=[each.prefix for *_, each in sequences for _ in each.blocks],
+        before=[place for *_, each in sequences for place in places(each.blocks)],
+        adapters=[each.adapter for *_, each in sequences for _ in each.blocks],
+    )
+    packed = torch.from_numpy(np.concatenate([tokens for tokens, _, _ in sequences]))
+    passing = Kept(torch.from_numpy(np.concatenate(kept))) if kept else None
+    packed, rows, layout, passing = upload_all([packed, torch.from_numpy(wanted), layout, passing], device)
     return Batch(
         members=tuple(
             Member(trajectory, step, positions, canvas.first_row + np.arange(len(positions)))
             for (trajectory, step), (positions, canvas) in zip(trajectories, placed, strict=True)
         ),
-        tokens=upload(torch.from_numpy(np.concatenate([tokens for tokens, _, _ in sequences])), device),
-        layout=PackedLayout.of(
-            [length for *_, each in sequences for length in each.blocks],
-            device,
-            prefixes=[each.prefix for *_, each in sequences for _ in each.blocks],
-            before=[place for *_, each in sequences for place in places(each.blocks)],
-            adapters=[each.adapter for *_, each in sequences for _ in each.blocks],
-        ),
-        rows=upload(torch.from_numpy(wanted.astype(np.int64)), device),
+        tokens=packed,
+        layout=layout,
+        rows=rows,
         blind=blind,
         cfg_scale=np.concatenate([np.full(len(each.rows), each.cfg_scale) for each in ordered]),
-        kept=Kept(upload(torch.from_numpy(np.concatenate(kept)), device)) if kept else None,
+        kept=passing,
         finished=tuple(finished),
     )
 
@@ -250,11 +266,11 @@ class Group:
 
     def repeat(self, values: Sequence[float | int | bool]) -> npt.NDArray[np.generic]:
         """One value a member -> one a row, (N,)."""
-        return np.repeat(np.asarray(values), [len(member.rows) for member in self.members])
+        return np.array(values).repeat([len(member.rows) for member in self.members])
 
-    def column(self, values: Sequence[float | int | bool], dtype: torch.dtype | None = None) -> Tensor:
+    def column(self, values: Sequence[float | int | bool]) -> Tensor:
         """One value a member -> one a row, (N,), on the device."""
-        return upload(torch.from_numpy(self.repeat(values)), self.device, dtype)
+        return upload(torch.from_numpy(self.repeat(values)), self.device)
 
     def candidates(self) -> IntArray | None:
         """Indices among the group's rows that this step may reveal, or None for all (no blocks)."""
@@ -262,41 +278,40 @@ class Group:
         chosen = np.concatenate([s + member.candidates for s, member in zip(starts, self.members, strict=False)])
         return None if len(chosen) == starts[-1] else chosen
 
-    def row_params(self, logits: Tensor) -> kernels.RowParams:
-        """Per-row parameters (N,); temperature 0 is argmax with softmax temperature 1."""
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    def row_params(self, dtype: torch.dtype, vocab_size: int) -> kernels.RowParams:
+        """Per-row parameters (N,), on the host, for logits of a dtype; temperature 0 is argmax with softmax temperature
+        1."""
         sampling = [member.trajectory.job.sampling for member in self.members]
-        vocab_size = logits.shape[-1]
+        etas = [member.trajectory.job.guidance.eta for member in self.members]
+        exact = dtype if dtype == torch.float64 else torch.float32
         return kernels.RowParams(
-            tau=self.column([s.temperature or 1.0 for s in sampling], dtype),
-            top_p=self.column([s.top_p for s in sampling], dtype),
-            top_k=self.column([min(s.top_k or vocab_size, vocab_size) for s in sampling], torch.long),
-            greedy=self.column([s.temperature == 0 for s in sampling], torch.bool),
-            eta=self.column([member.trajectory.job.guidance.eta for member in self.members], dtype),
+            tau=torch.from_numpy(self.repeat([s.temperature or 1.0 for s in sampling])).to(exact),
+            top_p=torch.from_numpy(self.repeat([s.top_p for s in sampling])).to(exact),
+            top_k=torch.from_numpy(self.repeat([min(s.top_k or vocab_size, vocab_size) for s in sampling])),
+            greedy=torch.from_numpy(self.repeat([s.temperature == 0 for s in sampling])),
+            eta=torch.from_numpy(self.repeat(etas)).to(exact),
         )
 
-    def keys(self, inner: int | list[int], subset: IntArray | None = None) -> Tensor:
-        """Random keys (n, 4) of the group's rows, or of some of them, for one inner step or one of each member."""
-        jobs = [member.trajectory.job for member in self.members]
-        columns = [
-            self.repeat([job.sampling.seed for job in jobs]),
-            self.repeat([job.prompt_index for job in jobs]),
-            self.repeat([member.trajectory.index for member in self.members]),
-            self.repeat([member.step.index for member in self.members]),
-            self.repeat(inner if isinstance(inner, list) else [inner] * len(jobs)),
-            np.concatenate([member.positions for member in self.members]),
+    def keys(self) -> Tensor:
+        """Random keys (N, 4) of its rows at the first inner step, on the host."""
+        who = [
+            (m.trajectory.job.sampling.seed, m.trajectory.job.prompt_index, m.trajectory.index, m.step.index, 0)
+            for m in self.members
         ]
-        if subset is not None:
-            columns = [column[subset] for column in columns]
-        return row_keys(*(upload(torch.from_numpy(column.astype(np.int64)), self.device) for column in columns))
+        columns = torch.from_numpy(np.array(who).T.repeat([len(member.rows) for member in self.members], axis=1))
+        seed, prompt, trajectory, step, inner = columns.unbind(0)
+        positions = torch.from_numpy(np.concatenate([member.positions for member in self.members]))
+        return row_keys(seed, prompt, trajectory, step, inner, positions)
 
-    def ranking_uniforms(self, candidates: IntArray | None) -> Tensor | None:
-        """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them."""
+    def ranking_uniforms(self, keys: Tensor, subset: Tensor | None) -> Tensor | None:
+        """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them: of its rows with these
+        keys (N, 4), or of some of them."""
         diffusion = [member.trajectory.job.diffusion for member in self.members]
         if not any(d.algorithm == "origin" or d.algorithm_temperature for d in diffusion):
             return None
-        inner = [INNER_ORIGIN if d.algorithm == "origin" else INNER_RANK for d in diffusion]
-        return uniform(self.keys(inner, candidates), 0)
+        inner = self.column([INNER_ORIGIN if d.algorithm == "origin" else INNER_RANK for d in diffusion])
+        keys = at_inner(keys, inner)
+        return uniform(keys if subset is None else keys[subset], 0)
 
 
 def groups(batch: Batch, device: torch.device, *, share_inner_steps: bool = True) -> Iterator[Group]:

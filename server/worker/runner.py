@@ -86,8 +86,7 @@ class Runner:
         """One pass: expire, admit, denoise every running trajectory by one step, retire. Returns what happened."""
         events: list[Event] = []
         self._expire(events)
-        while (admitted := self.book.admit()) is not None:
-            self._start(*admitted, events)
+        self._start(list(iter(self.book.admit, None)), events)
         self._denoise(events)
         for entry in self.book:
             with self._alone(entry, events):
@@ -109,20 +108,33 @@ class Runner:
                 self.book.drop(job.id)
                 events.append(Failed(job.id, "deadline", "the deadline passed while the request was queued", "timeout"))
 
-    def _start(self, entry: Entry, index: int, events: list[Event]) -> None:
-        job = entry.job
-        if entry.started_at is None:
-            self.begin(job.id)
-        with self._alone(entry, events):
-            if entry.started_at is None:
-                with Attempt(self.denoiser.ran_out) as attempt:
-                    entry.contexts, entry.prefix = self.demand.contexts(job), self.demand.prefix(job, entry.adapter)
-                if attempt.ran_out:
-                    entry.contexts, entry.prefix = self.demand.contexts(job), self.demand.prefix(job, entry.adapter)
+    def _start(self, admitted: Sequence[tuple[Entry, int]], events: list[Event]) -> None:
+        """Begin trajectories; the conversations of jobs that begin with them are run together."""
+        arriving = list(dict.fromkeys(entry for entry, _ in admitted if entry.started_at is None))
+        for entry in arriving:
+            self.begin(entry.job.id)
+        self._prepare(arriving, events)
+        for entry in arriving:
+            if entry.job.id in self.book:
                 entry.started_at = self.clock()
-                events.append(Started(job.id))
-            info, prepared = self.loaded.info, (entry.contexts, entry.prefix, entry.adapter)
-            entry.running[index] = Trajectory.start(job, index, info, *prepared)
+                events.append(Started(entry.job.id))
+        for entry, index in admitted:
+            if entry.job.id in self.book:
+                with self._alone(entry, events):
+                    prepared = entry.contexts, entry.prefix, entry.adapter
+                    entry.running[index] = Trajectory.start(entry.job, index, self.loaded.info, *prepared)
+
+    def _prepare(self, entries: Sequence[Entry], events: list[Event]) -> None:
+        """All at once; where that fails, one after another, which shows whose fault it is or takes less memory."""
+        try:
+            with Attempt(self.denoiser.ran_out) as attempt:
+                self.demand.prepare(entries)
+            apart = attempt.ran_out
+        except Exception:
+            apart = True
+        for entry in entries if apart else ():
+            with self._alone(entry, events):
+                self.demand.prepare([entry])
 
     def _denoise(self, events: list[Event]) -> None:
         batch = [

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from kernels.transfer import upload_all
 from server.budget import Budget, Cost, steered_rows
 from server.diffusion.schedule import Step
 from server.guidance.assembly import Timings
@@ -123,14 +124,17 @@ class Denoiser:
     def _decide(self, group: Group, forward: Forward) -> list[Decision]:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
-        phi_0 = forward.logits(group.members)
+        params = group.row_params(self.model.activation_dtype, self.model.vocab_size)
+        things = [forward.wanted(group.members), params, group.keys()]
+        wanted, params, keys = upload_all(things, self.device)
+        phi_0 = forward.logits(wanted)
         self.spent.forward += time.perf_counter() - started
-        state = kernels.begin(phi_0, group.row_params(phi_0), updates=group.gradient_steps)
+        state = kernels.begin(phi_0, params, updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
-        cohorts = [Cohort(group, state, slice(None))]
+        cohorts = [Cohort(group, state, keys, slice(None))]
         if group.rewards:
             started = time.perf_counter()
-            cohorts = self.inner_steps.run(group, state)
+            cohorts = self.inner_steps.run(group, state, keys)
             self.spent.guidance += time.perf_counter() - started
         decisions = []
         for cohort in cohorts:

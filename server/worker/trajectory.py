@@ -80,7 +80,7 @@ class Trajectory:
         diffusion = self.job.diffusion
         while self.cursor < len(self.steps):
             step = self.steps[self.cursor]
-            if diffusion.block_causal and np.isin(self.tokens[: step.start], self.stop_token_ids).any():
+            if diffusion.block_causal and self._stops_within(step.start):
                 self.cursor, self.length = len(self.steps), step.start
                 return None
             can_reveal = step.reveal > 0 or diffusion.algorithm == "origin" or not skip_empty
@@ -109,7 +109,10 @@ class Trajectory:
         stop token, is revealed up to that one. It never changes again, so neither do its reward and its counts."""
         if self.job.shows_canvas:
             return False
-        return bool(np.isin(self.tokens[: self.masked.argmax()], self.stop_token_ids).any())
+        return self._stops_within(int(self.masked.argmax()))
+
+    def _stops_within(self, count: int) -> bool:
+        return not set(self.stop_token_ids).isdisjoint(self.tokens[:count].tolist())
 
     def readers(self, step: Step) -> tuple[str, ...]:
         """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""

@@ -34,9 +34,9 @@ class Watched(Around):
         super().__init__(model)
         self.prompts, self.sizes, self.heads, self.short_at = 0, list[int](), 0, short_at
 
-    def prefill(self, *arguments: Any) -> Any:
-        self.prompts += 1
-        return self.model.prefill(*arguments)
+    def prefill(self, prompts: Any, *arguments: Any) -> Any:
+        self.prompts += len(prompts)
+        return self.model.prefill(prompts, *arguments)
 
     def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> Any:
         self.sizes.append(len(tokens))

@@ -250,7 +250,7 @@ class Shaken(Around):
 
 def step_from(pair: Any, model: Any, job: Job, index: int, step: int, taken: int, before: list[int]) -> tuple[Any, ...]:
     """What one step reveals from a given canvas, `taken` steps into the run."""
-    contexts = Runner(pair.loaded, pair.rewards).demand.contexts(job)
+    contexts = Runner(pair.loaded, pair.rewards).demand.contexts([job])[0]
     trajectory = Trajectory.start(job, index, pair.loaded.info, contexts)
     for position, token in enumerate(before):
         if token >= 0:

@@ -114,7 +114,7 @@ def test_what_revealed_tokens_hide_is_never_computed(model: RewardModel) -> None
 
 def test_a_row_of_which_nothing_is_seen_has_no_reward(model: RewardModel) -> None:
     """No template of ours ends with the response; one that did must not be given another row's reward."""
-    known = [RewardContext.of(model, (), ())] * 2
+    known = RewardContext.of(model, [((), ())] * 2)
     one = Pass(model, known, [np.array([PAD, PAD]), np.array([30, 41])], [np.array([0, 1]), np.array([1])])
     rewards, _ = one.read(embeddings(model, 3), gradient=False)
     assert rewards.isfinite().tolist() == [False, True]

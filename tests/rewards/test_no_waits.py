@@ -271,7 +271,7 @@ def test_a_pass_needs_no_values(way: str) -> None:
     one, or brought one from elsewhere, would fail."""
     meta = torch.device("meta")
     model = load_reward("dream", torch.bfloat16, attention="varlen", device=meta, vocab_fallback="zero")
-    context = RewardContext.of(model, range(20), (3, 4))
+    (context,) = RewardContext.of(model, [(range(20), (3, 4))])
     one = Pass(model, [context] * 3, [np.arange(20, 32)] * 3, [np.arange(2, 12)] * 3, device=meta)
     embeds = torch.empty(30, model.hidden_size, device=meta)
     if way == "graphs":

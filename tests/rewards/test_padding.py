@@ -80,7 +80,7 @@ def test_guidance_reads_the_same_place(
     canvases[5][0] = EOS
     positions = [np.arange(MASKED_FROM, 16) for _ in canvases]
     diffusion_pad = 8
-    context = RewardContext.of(ours, before, after, cached=cached)
+    (context,) = RewardContext.of(ours, [(before, after)], cached=cached)
     known = [context] * len(canvases)
     if grows:
         known = grow(ours, known, canvases, [MASKED_FROM] * len(canvases), EOS, diffusion_pad)

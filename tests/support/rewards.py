@@ -82,10 +82,9 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
 
 def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[RewardContext]:
     """What `count` trajectories of two conversations in turn have around their responses."""
-    of = []
-    for text in ("Hello", "Write about the licence."):
-        before, after = split_at_response(model.tokenizer, (Message("user", text),))
-        of.append(RewardContext.of(model, before, after, cached=cached))
+    texts = "Hello", "Write about the licence."
+    around = [split_at_response(model.tokenizer, (Message("user", text),)) for text in texts]
+    of = RewardContext.of(model, around, cached=cached)
     return [of[index % 2] for index in range(count)]
 
 

@@ -49,7 +49,7 @@ class OneCanvas:
         )  # fmt: skip
         reward = pair.rewards["rm"]
         self.before, self.after = split_at_response(reward.tokenizer, message)
-        context = RewardContext.of(reward, self.before, self.after)
+        (context,) = RewardContext.of(reward, [(self.before, self.after)])
         self.objective = Objective(reward, (context,), torch.ones(1, dtype=torch.float64))
 
     def steer(self, method: str, gradient_steps: int) -> tuple[Steered, Tensor, list[Tensor]]:

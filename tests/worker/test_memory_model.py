@@ -108,7 +108,7 @@ def test_what_graphs_hold_is_left_out_of_the_budgets() -> None:
 def test_a_block_causal_model_has_half_of_the_memory_for_what_it_keeps() -> None:
     model = diffusion("sdar").model
     footprint = Footprint.of(model, [], block_causal=True)
-    prefix = model.prefill(range(5, 45), 4)
+    (prefix,) = model.prefill([range(5, 45)], [4], [None])
     kept = prefix.both.nbytes if prefix.both is not None else 0
     assert kept < 40 * footprint.cached_token <= 2 * kept  # two layers more than it has, which are two
     shared, largest = footprint.budgets(1e6 + FIXED_BYTES, 1.0, "cuda", context_length=2048)

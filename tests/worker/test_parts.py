@@ -138,8 +138,8 @@ class Scarce(Around):
         super().__init__(REWARDS["rm"])
         self.most_ids, self.most_scores = most_ids, most_scores
 
-    def prefill(self, ids: Sequence[int]) -> Any:
-        return allocate() if len(ids) > self.most_ids else self.model.prefill(ids)
+    def prefill_all(self, sequences: Sequence[Sequence[int]]) -> Any:
+        return allocate() if sum(map(len, sequences)) > self.most_ids else self.model.prefill_all(sequences)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Any:
         return allocate() if len(sequences) > self.most_scores else self.model.score(sequences)

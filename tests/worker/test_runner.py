@@ -35,9 +35,10 @@ class Fragile(Around):
         if where == self.breaks and any(text[i : i + size] == self.poison for i in range(len(text))):
             raise self.error
 
-    def prefill(self, ids: Any) -> Any:
-        self._look("prefill", ids)
-        return REWARD.prefill(ids)
+    def prefill_all(self, sequences: Any) -> Any:
+        for ids in sequences:
+            self._look("prefill", ids)
+        return REWARD.prefill_all(sequences)
 
     def score(self, sequences: Any) -> torch.Tensor:
         for ids in sequences:
@@ -167,3 +168,22 @@ def test_begin_is_told_of_each_job_once_before_anything_is_computed() -> None:
     runner.begin = told.append
     endings(runner)
     assert sorted(told) == ["bad", "one", "three", "two"]
+
+
+def test_conversations_of_jobs_that_arrive_together_are_run_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equal ones once."""
+    passes: list[int] = []
+    extend = REWARD.extend
+
+    def counted(layout: Any, embeds: torch.Tensor) -> Any:
+        passes.append(len(layout.lengths))
+        return extend(layout, embeds)
+
+    monkeypatch.setattr(REWARD, "extend", counted)
+    jobs = [guided(f"job-{number}", number, f"Hi number {number % 14}") for number in range(16)]
+    runner = start(jobs)
+    runner.step()
+    assert passes == [14]
+    together, _ = endings(runner)
+    alone = {name: trajectories for job in jobs for name, trajectories in endings(start([job]))[0].items()}
+    assert together == alone
