@@ -32,6 +32,8 @@ def upload_all(things: Sequence[Any], device: torch.device | str) -> list[Any]:
         return list(things)
     held = [_tensors(thing) for thing in things]
     distinct = list({id(x): x for each in held for x in each.values() if x.device.type == "cpu"}.values())
+    if not distinct:
+        return list(things)
     size = sum(map(_room, distinct))
     together = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for place, x in zip(_places(together, distinct), distinct, strict=True):

@@ -278,12 +278,11 @@ class Group:
         chosen = np.concatenate([s + member.candidates for s, member in zip(starts, self.members, strict=False)])
         return None if len(chosen) == starts[-1] else chosen
 
-    def row_params(self, dtype: torch.dtype, vocab_size: int) -> kernels.RowParams:
-        """Per-row parameters (N,), on the host, for logits of a dtype; temperature 0 is argmax with softmax temperature
-        1."""
+    def row_params(self, logits: Tensor) -> kernels.RowParams:
+        """Per-row parameters (N,) of logits (N, V), on the host; temperature 0 is argmax with softmax temperature 1."""
         sampling = [member.trajectory.job.sampling for member in self.members]
         etas = [member.trajectory.job.guidance.eta for member in self.members]
-        exact = dtype if dtype == torch.float64 else torch.float32
+        vocab_size, exact = logits.shape[1], torch.float64 if logits.dtype == torch.float64 else torch.float32
         return kernels.RowParams(
             tau=torch.from_numpy(self.repeat([s.temperature or 1.0 for s in sampling])).to(exact),
             top_p=torch.from_numpy(self.repeat([s.top_p for s in sampling])).to(exact),

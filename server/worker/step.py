@@ -124,11 +124,10 @@ class Denoiser:
     def _decide(self, group: Group, forward: Forward) -> list[Decision]:
         """Logits, guidance, draws and choices of one part."""
         started = time.perf_counter()
-        params = group.row_params(self.model.activation_dtype, self.model.vocab_size)
-        things = [forward.wanted(group.members), params, group.keys()]
-        wanted, params, keys = upload_all(things, self.device)
+        (wanted,) = upload_all([forward.wanted(group.members)], self.device)
         phi_0 = forward.logits(wanted)
         self.spent.forward += time.perf_counter() - started
+        params, keys = upload_all([group.row_params(phi_0), group.keys()], self.device)
         state = kernels.begin(phi_0, params, updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
         cohorts = [Cohort(group, state, keys, slice(None))]
