@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kernels.transfer import upload
+from kernels.transfer import upload_all
 from server.diffusion.sampler import IntArray
-from server.models.packing import Prefix
+from server.models.packing import PackedLayout, Prefix
 from server.rewards.reward_model import RewardModel
 
 GROW_BY = 8
@@ -103,13 +103,20 @@ def grow(
         tokens.append(np.concatenate([np.full(lead, -1), canvases[index][new]]))
         lead_ids += context.lead_ids
     ids = np.concatenate(tokens)
-    embeds = model.table[upload(torch.from_numpy(ids.clip(0)), device)]
-    if lead_ids:
-        leads = model.own_embeddings(torch.tensor(lead_ids)).to(device)
-        embeds.index_copy_(0, upload(torch.from_numpy(np.flatnonzero(ids < 0)), device), leads)
-    layout = model.layout(
-        [contexts[index].prefix for index in rows], lengths, torch.from_numpy(np.concatenate(positions))
+    layout = PackedLayout.of(
+        lengths,
+        prefixes=[contexts[index].prefix for index in rows],
+        positions=torch.from_numpy(np.concatenate(positions)),
+        causal=True,
     )
+    if model.device != device:
+        (layout,) = upload_all([layout], model.device)
+    known, around = torch.from_numpy(ids.clip(0)), torch.from_numpy(np.flatnonzero(ids < 0))
+    leads = torch.tensor(lead_ids, dtype=torch.long)
+    known, around, leads, layout = upload_all([known, around, leads, layout], device)
+    embeds = model.table[known]
+    if lead_ids:
+        embeds.index_copy_(0, around, model.own_embeddings(leads).to(device))
     for index, prefix in zip(rows, model.extend(layout, embeds), strict=True):
         grown[index] = replace(grown[index], prefix=prefix)
     return grown
