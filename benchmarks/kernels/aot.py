@@ -138,6 +138,29 @@ def cases() -> Iterator[Case]:
     )
 
 
+def block_cases() -> Iterator[Case]:
+    """Every kernel of kernels.gpu.blocks, at the widths of Skywork's 1.7B and of Dream-7B."""
+    from kernels.gpu import blocks
+
+    weights, gradients = ("weight", "q_weight", "k_weight"), ("g", "g_q", "g_k", "g_v", "more")
+    pointers = ("x", "added", "total", "out", "q", "k", "v", *weights, *gradients)
+    numbers = (("heads", "i32"), ("key_heads", "i32"), ("epsilon", "fp32"))
+    for dtype in ("bf16", "fp16", "fp32"):
+        types, quick = (*((name, f"*{dtype}") for name in pointers), *numbers), dtype == "bf16"
+        for width in (2048, 3584):
+            form = blocks.norm_form(width)
+            constants, warps = {"ADDS": True, "BLOCK": form["BLOCK"]}, form["num_warps"]
+            yield Case(blocks.norm, f"norm {width} {dtype}", constants, warps, types=types, quick=quick)
+            yield Case(blocks.norm_gradient, f"norm_gradient {width} {dtype}", constants, warps, types=types)
+        tile = {"BLOCK": blocks.TILE}
+        yield Case(blocks.gate, f"gate {dtype}", tile, 4, types=types)
+        yield Case(blocks.gate_gradient, f"gate_gradient {dtype}", tile, 4, types=types, quick=quick)
+        for normed in (False, True):
+            constants, name = blocks.split_form(64, normed=normed), f"{'with norms ' * normed}{dtype}"
+            yield Case(blocks.split, f"split {name}", constants, 4, types=types)
+            yield Case(blocks.split_gradient, f"split_gradient {name}", constants, 4, types=types, quick=quick)
+
+
 def compile_case(case: Case, architecture: int) -> Compiled:
     """Compiles and disassembles; raises RuntimeError where the tools' output cannot be read."""
     import triton
@@ -215,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     columns = "{:<28} {:>5} {:>5} {:>6} {:>8} {:>6} {:>6} {:>8}  {}"
     print(columns.format("kernel", "arch", "regs", "stack", "shared", "tensor", "ld128", "seconds", "problems"))
-    for case in cases():
+    for case in (*cases(), *block_cases()):
         if options.quick and not case.quick:
             continue
         for architecture in options.arch:

@@ -231,7 +231,7 @@ def split_heads(
     with torch.cuda.device_of(x):
         split[(rows, triton.cdiv(heads + 2 * key_heads, HEADS))](
             x, *_weights(x, query_weight, key_weight), cosines, sines, q, k, v, heads, key_heads, epsilon,
-            **split_form(query_weight, key_weight, half),
+            **split_form(half, normed=query_weight is not None or key_weight is not None),
         )  # fmt: skip
     return q, k, v
 
@@ -252,7 +252,8 @@ def split_heads_gradient(
     with torch.cuda.device_of(x):
         split_gradient[(x.shape[0], triton.cdiv(heads + 2 * key_heads, HEADS))](
             g_q.contiguous(), g_k.contiguous(), g_v.contiguous(), x, *_weights(x, query_weight, key_weight),
-            cosines, sines, out, heads, key_heads, epsilon, **split_form(query_weight, key_weight, cosines.shape[1]),
+            cosines, sines, out, heads, key_heads, epsilon,
+            **split_form(cosines.shape[1], normed=query_weight is not None or key_weight is not None),
         )  # fmt: skip
     return out
 
@@ -268,7 +269,6 @@ def _weights(x: Tensor, *weights: Tensor | None) -> list[Tensor]:
     return [x if weight is None else weight for weight in weights]
 
 
-def split_form(query_weight: Tensor | None, key_weight: Tensor | None, half: int) -> dict[str, int | bool]:
-    """How a split is compiled."""
-    normed = query_weight is not None or key_weight is not None
+def split_form(half: int, *, normed: bool) -> dict[str, int | bool]:
+    """How a split is compiled, for heads of 2 `half` channels."""
     return {"NORMED": normed, "HALF": half, "HEADS": HEADS, "BLOCK": triton.next_power_of_2(half)}
