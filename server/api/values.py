@@ -146,7 +146,7 @@ class TextPart(Strict):
 
 def _content(value: object, kinds: Sequence[str] = ("text",), idle: Sequence[str] = ()) -> object:
     """Text parts joined by line breaks, as vLLM joins them; anything but text is refused. A part is of one of these
-    `kinds`; what is `idle` may stand in it if it is empty."""
+    `kinds`; what is `idle` may stand in it as null or an empty list."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -156,7 +156,7 @@ def _content(value: object, kinds: Sequence[str] = ("text",), idle: Sequence[str
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
             kind = f'{{"type": "{kinds[0]}", "text": string}}'
             raise invalid(f"must be a string or a list of {kind}; only text is understood")
-        if unknown := sorted(set(part) - {"type", "text"} - {name for name in idle if not part.get(name)}):
+        if unknown := sorted(set(part) - {"type", "text"} - {name for name in idle if part.get(name) in (None, [])}):
             raise invalid(f"holds {quote(unknown[0])} in part {index}; a text part has `type` and `text` only")
         texts.append(part["text"])
     if not texts:
