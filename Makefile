@@ -18,7 +18,7 @@ TRITON_VERSION := 3.7.1# what torch 2.13.0 pins
 CUDA_VENV ?= build/cuda
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence
+.PHONY: help setup serve test test-slow browser check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: $(DEV) ## Run the test suite, all but what takes long
 
 test-slow: $(DEV) ## Run the tests that take long: compilers, interpreters, thousands of generated cases
 	$(PYTEST) -n 2 -m slow $(ARGS)
+
+browser: $(DEV) ## Get Chromium for the slow tests of the playground, where the machine has none
+	@command -v chromium chromium-browser google-chrome >/dev/null || $(VENV)/bin/playwright install chromium
 
 check: $(DEV) ## Lint, formatting, types, who may import whom, and how heavy the house may be
 	$(VENV)/bin/ruff check

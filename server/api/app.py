@@ -13,7 +13,7 @@ from opentelemetry.trace import NoOpTracerProvider, TracerProvider
 
 from server import __version__
 from server.api import batches as batch_routes
-from server.api import errors, files, loras, openapi, ops, rewards, routes, telemetry
+from server.api import errors, files, loras, openapi, ops, rewards, routes, telemetry, web
 from server.api.batch_runner import Batches
 from server.api.frontend import Frontend
 from server.api.metrics import Metrics
@@ -85,15 +85,15 @@ def create_app(
     )
     app.state.frontend, app.state.batches = frontend, batches
     asked_for = [*([loras] if settings.allow_runtime_lora else ()), *([files, batch_routes] if batches else ())]
-    for each in (routes, rewards, ops, *asked_for):
+    for each in (routes, rewards, ops, web, *asked_for):
         app.include_router(each.router)
     if settings.api_docs:
-        app.include_router(ops.reference)
+        app.include_router(web.reference)
     errors.install(app)
     openapi.install(app, frontend)
 
     # Added last is outermost.
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, page_files=web.playground_files())
     if settings.cors_origins:
         app.add_middleware(
             Cors,

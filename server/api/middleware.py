@@ -118,13 +118,13 @@ class Guard:
     length two parties could read differently.
 
     Keys are kept as SHA-256 digests and compared in constant time, all of them each time. Without keys everybody may
-    come in.
+    come in. `page_files`, what the page at / loads, are open where it is.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, page_files: frozenset[str]) -> None:
         self.app = app
         self._digests = [_kept(key) for key in settings.api_key]
-        self._open_paths = ALWAYS_OPEN.union(settings.public_paths)
+        self._open_paths = ALWAYS_OPEN.union(settings.public_paths, page_files if "/" in settings.public_paths else ())
         self._max_body_bytes = settings.max_body_bytes
         self._larger = {} if settings.batch_dir is None else {FILES: settings.batch_file_bytes + FORM_BYTES}
 

@@ -1,14 +1,13 @@
-"""Routes for operators and tools: liveness, readiness, version, metrics, models, the playground page."""
+"""Routes for operators and tools: liveness, readiness, version, metrics, models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from fastapi import APIRouter, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from server import __version__
 from server.api.answers import Answer
@@ -22,11 +21,7 @@ from server.api.rules import Served
 from server.errors import EngineUnusable, NotReady, UnknownModel, quote
 from server.types import Algorithm, EngineInfo, ModelInfo, RewardModelInfo
 
-PAGES = Path(__file__).parent / "pages"
-
 router = APIRouter()
-reference = APIRouter()
-"""What the setting `api_docs` adds."""
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
@@ -160,29 +155,6 @@ async def version() -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     return Response(frontend_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
-
-
-@readable("/", response_class=HTMLResponse, responses=errors(503))
-async def playground() -> Response:
-    """A page to try the server on, complete in one file."""
-    return _page("playground.html")
-
-
-@reference.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
-async def docs() -> Response:
-    """The OpenAPI document as a page."""
-    return _page("docs.html")
-
-
-def _page(name: str) -> Response:
-    """One of our pages, which may load nothing from elsewhere and send nothing there."""
-    return HTMLResponse(
-        (PAGES / name).read_bytes(),
-        headers={
-            "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        },
-    )
 
 
 @readable("/v1/models", responses=success(ModelList, "All loaded models") | errors(503))

@@ -1,0 +1,27 @@
+// What all parts of the page use to make its elements.
+
+export const byId = (id) => document.getElementById(id);
+
+export function element(tag, className, ...content) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...content);
+  return node;
+}
+
+export function button(text, action) {
+  const node = element("button", "", text);
+  node.type = "button";
+  node.addEventListener("click", action);
+  return node;
+}
+
+// A reward with its sign, in the colour of good or bad.
+export function signed(reward, digits) {
+  return element("span", reward < 0 ? "bad" : "good", withSign(reward, digits));
+}
+
+export const withSign = (reward, digits) => (reward < 0 ? "−" : "+") + Math.abs(reward).toFixed(digits);
+
+// The letter by which a column is known, in the form and in the results.
+export const letter = (column) => "ABCD"[column];
