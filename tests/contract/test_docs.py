@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from clients.cli import parser
 from docs import tables
 from server.api.fields import ChatCompletionRequest, CompletionRequest
-from tests.support.serving import ROOT
+from tests.support.serving import ROOT, Launch
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
@@ -74,3 +76,22 @@ def test_client_commands_parse(document: str) -> None:
     assert len(found) > 3
     for call in found:
         parser().parse_args(shlex.split(call, comments=True))  # which exits where it cannot
+
+
+@pytest.mark.slow
+def test_the_cookbooks_requests_run_as_they_stand_and_give_one_text(launch: Launch) -> None:
+    """Those that need nothing but what is here; `make conformance` tries the other clients."""
+    server = launch(model=None)
+    server.wait_ready()
+    text = (ROOT / "docs" / "cookbook.md").read_text("utf-8").replace("http://127.0.0.1:8000", server.url)
+    recipes = dict(re.findall(r"^### (\S+)\n.*?^```\w+\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    ask = {"capture_output": True, "text": True, "timeout": 120, "check": True}
+    curl = json.loads(subprocess.run(recipes["curl"], shell=True, **ask).stdout)["choices"][0]
+    python = subprocess.run([sys.executable, "-c", recipes["openai-python"]], **ask).stdout
+    assert python.startswith(f"{curl['message']['content']}\n{curl['reward']} [[")
+
+
+def test_the_readmes_picture_is_small_and_loads_nothing() -> None:
+    picture = (ROOT / "docs" / "plots" / "steering.svg").read_text("utf-8")
+    assert len(picture.encode()) < 300_000
+    assert re.findall(r"https?://[^\"]+|href|url\(|@import|<script", picture) == ["http://www.w3.org/2000/svg"]
