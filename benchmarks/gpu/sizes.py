@@ -69,8 +69,9 @@ def lines() -> Iterator[str]:
             own = LENGTH + TEMPLATE_TOKENS + CONVERSATION * cached_share(reward)
             cells = []
             for total in GPUS.values():
-                free = total - CONTEXT_BYTES - weights
-                _, largest = footprint.budgets(max(0, free), FRACTION, "cuda", context_length=CONTEXT)
+                free = max(0, total - CONTEXT_BYTES - weights)
+                held = footprint.graph_tokens(free, FRACTION)
+                _, largest = footprint.budgets(free, FRACTION, "cuda", context_length=CONTEXT, graph_tokens=held)
                 count = int(min(largest.guided_rows / LENGTH, largest.reward_tokens / own))
                 cells.append(str(count) if count else "does not fit")
             yield f"| {name} | Skywork-Qwen3-{size} | {weights / 1e9:.1f} GB | {' | '.join(cells)} |"

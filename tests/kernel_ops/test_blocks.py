@@ -36,12 +36,21 @@ if INTERPRETED:
 ROUNDING = 2**-7 if INTERPRETED else 2**-8  # to bfloat16; the interpreter cuts off what does not fit
 
 
-@pytest.fixture(params=["interpreter"] if INTERPRETED else ["native", "baseline"], autouse=True)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_GPU = pytest.param("gpu", marks=[pytest.mark.gpu, NO_GPU])
+TARGETS = ["interpreter"] if INTERPRETED else ["native", "baseline", ON_GPU]
+
+
+@pytest.fixture(params=TARGETS, autouse=True)
 def target(request, monkeypatch):
-    """In C++ compiled for this processor and for every one of its architecture."""
+    """In C++ compiled for this processor and for every one of its architecture; a GPU's on tensors of a GPU."""
     torch.manual_seed(0)
-    if not INTERPRETED:
+    if request.param in ("native", "baseline"):
         choose_kernels(monkeypatch, CPP=request.param)
+    if request.param == "gpu":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -97,12 +106,12 @@ def test_what_is_added_before_a_norm_is_rounded_as_a_sum_is(dtype):
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (9, 576)])
-def test_swiglu(rows, width, dtype):
+def test_swiglu(rows, width, dtype, target):
     x = (torch.randn(rows, 2 * width) * 5).to(dtype)
     x[0, 0], x[-1, 0] = -120.0, 120.0  # exp must neither overflow nor turn into NaN
     plain = lambda x: functional.silu(x[:, :width]) * x[:, width:]  # noqa: E731
     compare(blocks.swiglu, lambda g: blocks.swiglu_gradient(g, x), plain, x)
-    if INTERPRETED:
+    if target in ("interpreter", "gpu"):  # there gate and up are always stacked
         return
     gate, up = (part.clone(memory_format=torch.contiguous_format) for part in x.chunk(2, dim=1))
     assert blocks.swiglu_apart(gate, up).equal(blocks.swiglu(x))
@@ -131,14 +140,15 @@ def test_split_heads(heads, key_heads, size, normed, dtype):
     compare(lambda x: torch.cat(blocks.split_heads(x, heads, key_heads, *how), dim=1), back, plain, x, unit)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="what a CPU takes")
-def test_what_it_does_not_take(monkeypatch):
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter is not asked")
+def test_what_it_does_not_take(monkeypatch, target):
     assert blocks.runs(torch.ones(2, 2))
     assert not blocks.runs(torch.ones(2, 2, dtype=torch.float64))
     assert blocks.runs(torch.ones(2, 2, dtype=torch.bfloat16))
-    assert not blocks.runs(torch.ones(2, 2, dtype=torch.float16))
+    assert blocks.runs(torch.ones(2, 2, dtype=torch.float16)) == (target == "gpu")
     assert not blocks.runs(torch.ones(0, 2))
     choose_kernels(monkeypatch, BACKEND="torch")
     assert not blocks.runs(torch.ones(2, 2))
+    one, angles = (torch.ones(1, width, device="cpu") for width in (2048, 1024))
     with pytest.raises(ValueError, match="heads of 2048 channels"):
-        blocks.split_heads(torch.ones(1, 2048), 1, 0, None, None, EPSILON, torch.ones(1, 1024), torch.ones(1, 1024))
+        blocks.split_heads(one, 1, 0, None, None, EPSILON, angles, angles)
