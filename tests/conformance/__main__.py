@@ -40,7 +40,8 @@ INSTALL_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Client:
-    """A folder of checks, the seconds it may take, and flags of the server it wants."""
+    """A folder of checks, the seconds it may take, and flags of the server it wants, in which `{out}` is the folder for
+    what it leaves."""
 
     name: str
     seconds: float = 600
@@ -51,7 +52,7 @@ class Client:
 # of each, and the document shows them, so no route has to be left out.
 SMALL = ("--max-model-len", "128", "--max-trajectories", "4", "--max-score-pairs", "8")
 CLIENTS = (
-    Client("openai"),
+    Client("openai", flags=("--batch-dir", "{out}")),
     Client("langchain"),
     Client("litellm"),
     Client("vercel"),
@@ -103,7 +104,8 @@ def outcome(client: Client, tell: Callable[[Row], None]) -> Row:
         if command[0] == sys.executable:
             _run(client, command, out, row, tell, {})
         else:
-            with served("--api-key", key, *client.flags, log=out / "server.log") as server:
+            flags = [flag.format(out=out) for flag in client.flags]
+            with served("--api-key", key, *flags, log=out / "server.log") as server:
                 _run(client, command, out, row, tell, facts(server.url, key))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         row.trouble = f"{type(error).__name__}: {error}"

@@ -1,8 +1,10 @@
-"""OpenAI's own client: sync, async, streams, errors, and this server's objects in `extra_body`."""
+"""OpenAI's own client: sync, async, streams, batches, errors, and this server's objects in `extra_body`."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 
 import openai
 import openai.types.responses
@@ -160,6 +162,38 @@ async def walking_away() -> None:
         except openai.APITimeoutError:
             return
     raise AssertionError("no timeout")
+
+
+@check
+def batches() -> None:
+    """files and batches: upload, create, poll, download, cancel"""
+    body = {"messages": MESSAGES, "max_tokens": 8, "seed": 1}
+
+    def begun(count: int) -> openai.types.Batch:
+        asked = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+        lines = [json.dumps({"custom_id": f"line-{number}", **asked}) for number in range(count)]
+        file = client.files.create(file=("requests.jsonl", "\n".join([*lines, "nonsense"]).encode()), purpose="batch")
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        return client.batches.create(input_file_id=file.id, **given)
+
+    def ended(batch: openai.types.Batch) -> openai.types.Batch:
+        while batch.status in ("validating", "in_progress", "finalizing", "cancelling"):
+            time.sleep(0.1)
+            batch = client.batches.retrieve(batch.id)
+        return batch
+
+    batch = ended(begun(3))
+    equal((batch.status, batch.request_counts.completed, batch.request_counts.failed), ("completed", 3, 1))
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    texts = {answer["response"]["body"]["choices"][0]["message"]["content"] for answer in answers}
+    equal(texts, {client.chat.completions.create(model=MODEL, **body).choices[0].message.content})
+    (error,) = client.files.content(batch.error_file_id).text.splitlines()
+    true("line 4" in json.loads(error)["response"]["body"]["error"]["message"], error)
+    many = begun(500)
+    equal(client.batches.cancel(many.id).status, "cancelling")
+    equal(ended(many).status, "cancelled")
+    equal({each.id for each in client.batches.list()}, {batch.id, many.id})
+    true(client.files.delete(batch.input_file_id).deleted)
 
 
 @check
