@@ -17,7 +17,7 @@ from .options import Message, Query
 STDIN = "-"
 _WANTED = (
     "wanted is text with one prompt on each line, or JSON lines (.jsonl): on each line an object with `prompt` "
-    "(a string) or `messages` (a list of objects with `role` and `content`)"
+    "(a string, or messages) or `messages` (a list of objects with `role` and `content`)"
 )
 
 
@@ -83,7 +83,7 @@ def read_text(source: str) -> str:
 
 
 class _Line(msgspec.Struct):
-    prompt: str | None = None
+    prompt: str | list[Message] | None = None
     messages: list[Message] | None = None
 
 

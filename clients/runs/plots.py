@@ -45,33 +45,26 @@ def _style(outcome: Outcome) -> dict[str, tuple[str, str]]:
 
 
 def compute(outcome: Outcome) -> str:
-    """Top@1 against operations and against seconds, both on logarithmic scales; points of one series, which differ in K
+    """Top@1 against operations and against seconds, both by powers of two; points of one series, which differ in K
     alone, are joined and bear their K."""
     style = _style(outcome)
+    panels = {"GFLOPs": "GFLOP of both networks a request", "seconds": "seconds a request"}
 
     def paint(axes: Sequence[Any]) -> None:
-        for panel, (measure, label) in zip(
-            axes, (("GFLOPs", "GFLOP of networks a request"), ("seconds", "seconds a request, as asked")), strict=True
-        ):
+        for panel, (measure, label) in zip(axes, panels.items(), strict=True):
             for series, (colour, marker) in style.items():
-                members = sorted(
-                    (
-                        each
-                        for each in outcome.settings
-                        if each.series == series and measure in outcome.measures.get(each.name, ())
-                    ),
-                    key=lambda each: each.best_of,
-                )
-                found = [outcome.measures[each.name] for each in members]
+                own = [each for each in outcome.settings if each.series == series]
+                own = [each for each in own if measure in outcome.measures.get(each.name, ())]
+                own.sort(key=lambda each: each.best_of)
+                found = [outcome.measures[each.name] for each in own]
                 x, y = [row[measure].mean for row in found], [row[HEADLINE] for row in found]
                 bars = [[at.mean - at.low for at in y], [at.high - at.mean for at in y]]
-                means = [at.mean for at in y]
-                panel.errorbar(
-                    x, means, yerr=bars, fmt=f"{marker}-", color=colour, label=series, elinewidth=1, capsize=2
-                )
-                for each, *at in zip(members, x, means, strict=True):
+                line = {"fmt": f"{marker}-", "color": colour, "elinewidth": 1, "capsize": 2}
+                panel.errorbar(x, [at.mean for at in y], yerr=bars, label=series, **line)
+                for each, *at in zip(own, x, (at.mean for at in y), strict=True):
                     panel.annotate(f"{each.best_of}", at, (4, 4), textcoords="offset points", color=colour)
-            panel.set_xscale("log")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
             panel.set_xlabel(label)
         axes[0].set_ylabel("reward of the answer (Top@1)")
         axes[1].legend(frameon=False, loc="lower right")

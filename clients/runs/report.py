@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -33,8 +34,8 @@ NOTES = (
     "the baseline, prompt by prompt; p is that of the paired permutation test after Holm's correction. GFLOPs are two "
     "operations for each parameter and token that a pass reads, and as many again for the way back through the reward "
     "model; passes are taken to read the prompt and the whole canvas, which charges guidance too much where the "
-    "server caches prompts. Seconds are those of one request as it was asked, beside others, so they depend on the "
-    "concurrency."
+    "server caches prompts. Seconds are those of one request with as many of its like beside it as were in flight; so "
+    "they compare, and divided by the concurrency they are what a request costs a busy server."
 )
 STYLE = """
 :root { color-scheme: light dark }
@@ -76,6 +77,19 @@ def paper_table(outcomes: Sequence[Outcome]) -> Rows:
                 for each in same
                 if each.name in outcome.measures
             ]
+    return rows
+
+
+def parts_table(outcome: Outcome) -> Rows:
+    """Top@1 of each setting in each part of the benchmark; the head alone where it has no parts."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for answer in outcome.answers:
+        by_setting = found.setdefault(answer.asked.prompt.subset, {})
+        by_setting.setdefault(answer.asked.setting.name, []).append(answer.rewards[0])
+    rows = [["part", "answers to each", *outcome.measures]]
+    for part, rewards in found.items() if len(found) > 1 else ():
+        means = (f"{fmean(rewards[name]):.2f}" if name in rewards else "" for name in outcome.measures)
+        rows.append([part, str(max(map(len, rewards.values()))), *means])
     return rows
 
 
@@ -150,6 +164,8 @@ def write(folder: Path, outcomes: Sequence[Outcome]) -> None:
             (folder / file).write_text(svg, encoding="utf-8")
             markdown.append(f"![{name}]({file})")
             html.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
+        if len(parts := parts_table(outcome)) > 1:
+            add(f"{outcome.title}: Top@1 by part", parts)
         add(f"{outcome.title}: answers side by side", examples_table(outcome), texts=True)
     say(NOTES)
     page = "\n".join(html)

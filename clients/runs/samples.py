@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ..arguments import add_option
 from ..errors import ClientError
 from ..terminal import console
+from ..types import ChatCompletion, Completion
 from . import sweep
 from .answers import completion_of
-from .engine import Journal, answer_all
-from .rows import pairs, samples, write_rows
+from .engine import Journal, Record, answer_all
+from .rows import Row, pairs, samples, write_rows
 from .sources import load
+from .sweep import Asked
 
 RGRL = {"gradient_steps": (1,), "eta": (0.5,), "steps": (128,), "temperature": (0.9,), "best_of": (4,)}
 """How the paper samples to train on (RGRL, arXiv 2602.05000)."""
@@ -61,16 +65,22 @@ def run(given: argparse.Namespace) -> int:
     asked = {one.request.custom_id: one for one in sweep.asked(own, settings, given.seeds, raw=given.raw, extra=extra)}
     with Journal(given.out.with_name(f"{given.out.name}.journal.jsonl")) as journal:
         answer_all([one.request for one in asked.values()], journal, servers, "samples")
-        records = [record for record in journal.records() if record.custom_id in asked]
-    refused = [record.refusal for record in records if record.refusal is not None]
-    if refused and len(refused) == len(records):
+
+    def found() -> Iterator[Record]:  # read anew each time: a journal may be larger than memory
+        return (record for record in journal.records() if record.custom_id in asked)
+
+    refused = [record.refusal for record in found() if record.refusal is not None]
+    if asked and len(refused) == len(asked):
         raise ClientError(f"all {len(refused)} requests were refused, the first with {refused[0]}")
-    answered = [(asked[record.custom_id], record) for record in records if record.refusal is None]
-    kept = (row for one, record in answered for row in samples(one, completion_of(record), given.keep))
-    told = f"{write_rows(given.out, kept)} rows in {given.out}"
+
+    def rows(of: Callable[[Asked, Completion | ChatCompletion], Iterable[Row]]) -> Iterator[Row]:
+        for record in found():
+            if record.refusal is None:
+                yield from of(asked[record.custom_id], completion_of(record))
+
+    told = f"{write_rows(given.out, rows(partial(samples, keep=given.keep)))} rows in {given.out}"
     if given.pairs is not None:
-        best_and_worst = (row for one, record in answered for row in pairs(one, completion_of(record)))
-        told += f", {write_rows(given.pairs, best_and_worst)} pairs in {given.pairs}"
+        told += f", {write_rows(given.pairs, rows(pairs))} pairs in {given.pairs}"
     if refused:
         told += f"; {len(refused)} requests were refused, the first with {refused[0]}"
     console(stderr=True).print(told)

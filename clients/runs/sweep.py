@@ -129,7 +129,10 @@ def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Seque
     found: dict[str, Setting] = {}
     for text in methods:
         method, _, own = text.partition("@")
-        own_lists = {**lists, **({"best-of": listed(int, own)} if own else {})}
+        try:
+            own_lists = {**lists, **({"best-of": listed(int, own)} if own else {})}
+        except ValueError:
+            raise ClientError(f"--method {text!r}: after @ numbers are wanted, as in {method}@4,8") from None
         for values in itertools.product(*own_lists.values()):
             guidance = {"method": method, "reward_model": default_reward}
             fields: dict[str, Any] = {"model": diffusion.id, "guidance": guidance}
@@ -174,13 +177,12 @@ def asked(
     raw: bool,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Asked]:
-    """Every numbered prompt under every setting with every seed, to which its number is added, in an order in which all
-    settings come along together. `extra` fields are those of no setting."""
+    """Every numbered prompt with every seed, to which its number is added, under one setting after the other: so a
+    request has its like beside it, and its seconds are its setting's. `extra` fields are those of no setting."""
     found = []
-    for number, prompt in prompts:
-        for seed, setting in itertools.product(seeds, settings):
-            fields = {**setting.fields, **(extra or {}), "seed": seed + number}
-            found.append(Asked(prompt, setting, seed + number, generation(prompt, fields, raw=raw)))
+    for setting, (number, prompt), seed in itertools.product(settings, prompts, seeds):
+        fields = {**setting.fields, **(extra or {}), "seed": seed + number}
+        found.append(Asked(prompt, setting, seed + number, generation(prompt, fields, raw=raw)))
     return found
 
 

@@ -59,6 +59,7 @@ CLIENTS = (
     Client("cohere"),
     Client("lm_eval", 900),
     Client("guidellm", 900),
+    Client("trl", 900),
     Client("schemathesis", 1800, SMALL),
     Client("golden", 1200),
 )

@@ -126,7 +126,8 @@ def test_eval_reads_the_three_benchmarks_and_a_judge(run: Run, server: Served, t
     markdown = (report / "report.md").read_text("utf-8")
     names = {path.name for path in report.iterdir()}
     assert {"reward-against-compute-0.svg", "rewards-1.svg", "reward-over-steps-2.svg"} <= names
-    for part in ("JudgeBench, rewards by rm: answers side by side", "review of a hotel.", "reward-over-steps-2.svg"):
+    wanted = ("JudgeBench, rewards by rm: answers side by side", "review of a hotel.", "reward-over-steps-2.svg")
+    for part in (*wanted, "| Factuality | 1 |", "| Precise IF | 1 |"):
         assert part in markdown
 
 

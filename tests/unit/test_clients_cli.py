@@ -107,8 +107,9 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 PROMPT_FILES = {
     "plain.txt": ("Hotel?\n\n Phone?\r\n", ["Hotel?", " Phone?"]),
     "objects.jsonl": (
-        f'{{"prompt": "Hotel?", "id": 1}}\n{{"messages": {json.dumps(MESSAGES)}}}\n',
-        ["Hotel?", MESSAGES],
+        f'{{"prompt": "Hotel?", "id": 1}}\n{{"messages": {json.dumps(MESSAGES)}}}\n'
+        f'{{"prompt": {json.dumps(MESSAGES)}}}\n',
+        ["Hotel?", MESSAGES, MESSAGES],
     ),
     "objects": ('{"prompt": "{"}', ["{"]),
 }

@@ -61,6 +61,8 @@ def test_methods_may_have_a_k_of_their_own_and_settings_of_one_series_differ_in_
     settings = sweep.settings_of(parsed("--reward-model rm,other"), ["bon@4,8", "entrgi"], SERVED)
     assert [setting.series for setting in settings[:4]] == ["bon by=rm", "bon by=other"] * 2
     assert [setting.best_of for setting in settings] == [4, 4, 8, 8, 4, 4]
+    with pytest.raises(ClientError, match="'bon@many': after @ numbers are wanted"):
+        grid("", "bon@many")
     with pytest.raises(ClientError, match="no reward model"):
         sweep.settings_of(parsed(""), ["bon"], [Model("dlm", {"defaults": {**DETAILS, "reward_model": None}})])
 
@@ -72,6 +74,9 @@ def test_a_prompts_seed_is_its_own_whatever_else_is_asked() -> None:
     assert [each.seed for each in whole] == [10, 20, 11, 21, 12, 22]
     last = sweep.asked([(2, prompts[2])], settings, (10, 20), raw=False)
     assert [each.request for each in last] == [each.request for each in whole[4:]]
+    two = sweep.settings_of(parsed(""), ["bon", "entrgi"], SERVED)
+    methods = [each.setting.method for each in sweep.asked(enumerate(prompts), two, (0,), raw=False)]
+    assert methods == ["bon"] * 3 + ["entrgi"] * 3
     raw = sweep.asked([(0, prompts[0])], settings, (0,), raw=True)[0].request
     assert (raw.url, raw.body["prompt"]) == ("/v1/completions", "Question 0?")
     with pytest.raises(ClientError, match=r"--raw .* prompt 7"):
