@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -188,9 +189,10 @@ async def _answer_all(requests: dict[str, Request], journal: Journal, servers: S
         task = progress.add_task(what, total=len(requests), completed=len(requests) - queue.qsize())
         run = _Run(queue, journal, lambda: progress.advance(task))
         try:
-            async with asyncio.TaskGroup() as group:
-                urls = [url for url in servers.urls for _ in range(servers.concurrency)]
-                workers = [group.create_task(run.work(servers, url, number)) for number, url in enumerate(urls)]
+            async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+                clients = [await stack.enter_async_context(servers.client(url)) for url in servers.urls]
+                places = enumerate(client for client in clients for _ in range(servers.concurrency))
+                workers = [group.create_task(run.work(client, number)) for number, client in places]
                 await queue.join()
                 for worker in workers:
                     worker.cancel()
@@ -208,22 +210,21 @@ class _Run:
         self.in_a_row: dict[int, int] = {}
         self.last_heard = time.monotonic()
 
-    async def work(self, servers: Servers, url: str, worker: int) -> None:
+    async def work(self, client: httpx.AsyncClient, worker: int) -> None:
         """Send one request after the other, until the task is cancelled."""
         self.in_a_row[worker] = 0
-        async with servers.client(url) as client:
-            while True:
-                asked = await self.queue.get()
-                try:
-                    wait = await self._ask(client, asked, url, worker)
-                finally:
-                    self.queue.task_done()
-                if wait is not None:
-                    await asyncio.sleep(wait)
+        while True:
+            asked = await self.queue.get()
+            try:
+                wait = await self._ask(client, asked, worker)
+            finally:
+                self.queue.task_done()
+            if wait is not None:
+                await asyncio.sleep(wait)
 
-    async def _ask(self, client: httpx.AsyncClient, asked: Request, url: str, worker: int) -> float | None:
+    async def _ask(self, client: httpx.AsyncClient, asked: Request, worker: int) -> float | None:
         """Have the request answered; or give it back and return the seconds to leave this server alone."""
-        started = time.perf_counter()
+        started, url = time.perf_counter(), str(client.base_url).rstrip("/")
         try:
             answer = await client.request(asked.method, asked.url, json=asked.body)
         except httpx.TransportError as error:

@@ -45,8 +45,8 @@ def _style(outcome: Outcome) -> dict[str, tuple[str, str]]:
 
 
 def compute(outcome: Outcome) -> str:
-    """Top@1 against operations and against seconds, both by powers of two; points of one series, which differ in K
-    alone, are joined and bear their K."""
+    """Top@1 against operations and against seconds; points of one series, which differ in K alone, are joined and bear
+    their K."""
     style = _style(outcome)
     panels = {"GFLOPs": "GFLOP of both networks a request", "seconds": "seconds a request"}
 
@@ -63,8 +63,7 @@ def compute(outcome: Outcome) -> str:
                 panel.errorbar(x, [at.mean for at in y], yerr=bars, label=series, **line)
                 for each, *at in zip(own, x, (at.mean for at in y), strict=True):
                     panel.annotate(f"{each.best_of}", at, (4, 4), textcoords="offset points", color=colour)
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter("{x:g}")
+            panel.set_xlim(left=0)
             panel.set_xlabel(label)
         axes[0].set_ylabel("reward of the answer (Top@1)")
         axes[1].legend(frameon=False, loc="lower right")
@@ -101,6 +100,6 @@ def steps(curves: Mapping[str, Sequence[float]]) -> str:
             panel.plot(range(1, len(values) + 1), values, color=COLOURS.get(name.partition(" ")[0], OTHER), label=name)
         panel.set_xlabel("denoising step")
         panel.set_ylabel("mean reward")
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return _draw(1, 3.4, paint)
+    return _draw(1, 3.0, paint)

@@ -126,13 +126,17 @@ class Study:
                 answer.values[judge.name] = [fmean(known)]
 
     def _curves(self, name: str, journal: Journal) -> dict[str, list[float]]:
-        """By setting the mean reward after each step, over the trajectories of the first prompts, which are asked again
-        with `trace`: that reads each step once more, so it is no part of the costs."""
+        """By setting the mean reward after each step, for the least K of each series, over the trajectories of the
+        first prompts, which are asked again with `trace`: that reads each step once more, so it is no part of the
+        costs."""
         few = {prompt.id for prompt in self.sets[name][: self.given.curves]}
-        first = [each for each in self.asked[name] if each.prompt.id in few]
+        least: dict[str, Setting] = {}  # the K of a series says nothing about one trajectory's steps
+        for each in sorted(self.settings, key=lambda each: each.best_of):
+            least.setdefault(each.series, each)
+        first = [one for one in self.asked[name] if one.prompt.id in few and one.setting in least.values()]
         if not first:
             return {}
-        traced = [(each.setting.name, traced_request(each)) for each in first]
+        traced = [(one.setting.name, traced_request(one)) for one in first]
         records = self._answered([one for _, one in traced], journal, self.servers, "rewards over steps")
         found: dict[str, list[list[float | None]]] = {}
         for setting, one in traced:
