@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -88,19 +89,20 @@ class Inputs:
             before=(),
             visible=zeros(shape.rows, torch.int64) if shape.hiding else None,
         )
-        self._edges: Tensor | None = None  # of the rows that are here
+        self._rows: tuple[object, ...] = ()  # the lengths of those that are here, and their prefixes
 
     def fill(self, x: Tensor, layout: PackedLayout) -> None:
-        """Take a pass over a layout of this bucket. Passes of one denoising step differ in what their tokens are alone:
-        their rows are written once. Nothing is uploaded."""
+        """Take a pass over a layout of this bucket. Where the rows lie is written only when the last pass had others:
+        most differ in what their tokens are, and in nothing else. Nothing is uploaded."""
         here, real, tokens = self.layout, len(layout.lengths), layout.tokens
         self.x[:tokens].copy_(x)
         here.positions[:tokens].copy_(layout.positions)
         if here.visible is not None and layout.visible is not None:
             here.visible[:real].copy_(layout.visible)
-        if self._edges is layout.cu_q:
+        rows = layout.lengths, [ref(prefix) for prefix in layout.prefixes]
+        if self._rows == rows:
             return
-        self._edges = layout.cu_q
+        self._rows = rows
         surplus, count = len(here.positions) - tokens, len(here.cu_q) - 1 - real
         each, more = divmod(surplus, count)
         number = torch.arange(1, count + 1, dtype=torch.int32, device=here.cu_q.device)
@@ -124,18 +126,18 @@ class Arena:
     def __init__(self, model: DecoderShape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         size = (model.layers, 2, tokens, model.key_heads, model.head_size)  # a token's heads lie together
         self._both = torch.zeros(size, dtype=dtype, device=device)
-        self._held: Sequence[Prefix] = ()
+        self._held: list[ref[Prefix]] = []
         self.tokens = tokens
 
     def hold(self, links: Sequence[Prefix]) -> None:
         """Copy the tokens of `links` here, one link after another, but for the first that are here already."""
         start, same = 0, True
         for index, link in enumerate(links):
-            same = same and index < len(self._held) and self._held[index] is link
+            same = same and index < len(self._held) and self._held[index]() is link
             if link.both is not None and not same:
                 self._both[:, :, start : start + link.own].copy_(link.both.transpose(2, 3))
             start += link.own
-        self._held = links
+        self._held = [ref(link) for link in links]
 
     def prefix(self, tokens: int) -> Prefix:
         """The first so many tokens, whatever they are."""
