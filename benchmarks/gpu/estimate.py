@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -88,15 +89,22 @@ def _weights(decoder: Decoder) -> float:
     return float(decoder.products(1, 1))
 
 
-def estimate(config: DecoderConfig, reward: DecoderShape, trajectories: int, launches: int = 300) -> Estimate:
-    """The mean over a run in which every step reveals one token of each trajectory."""
+def estimate(
+    config: DecoderConfig,
+    reward: DecoderShape,
+    trajectories: int,
+    launches: int = 300,
+    masked: Sequence[int] = range(1, LENGTH + 1),
+) -> Estimate:
+    """The mean over steps in which so many positions of each trajectory are masked: by default over a whole run, in
+    which every step reveals one token of each."""
     reached: dict[str, float] = {}
     limit: dict[str, float] = {}
-    for masked in range(1, LENGTH + 1):
-        for phase, (operations, moved) in work(config, reward, trajectories, masked).items():
+    for left in masked:
+        for phase, (operations, moved) in work(config, reward, trajectories, left).items():
             for seconds, flops, bandwidth in ((reached, *REACHED), (limit, 1.0, 1.0)):
                 spent = max(operations / (FLOPS * flops), moved / (BYTES * bandwidth))
-                seconds[phase] = seconds.get(phase, 0.0) + spent / LENGTH
+                seconds[phase] = seconds.get(phase, 0.0) + spent / len(masked)
     return Estimate(trajectories, reached, limit, launches * LAUNCH)
 
 

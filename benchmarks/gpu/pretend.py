@@ -214,8 +214,12 @@ class _Functions(TorchFunctionMode):
             self._pretend.tally.waits += 1
             return self._pretend.values(args[0]).tolist()
         if name == "copy_" and _away(args[1]) and not _away(args[0]):
-            return args[0].copy_(self._pretend.values(args[1]))
+            with unset_fake_temporarily():
+                return args[0].copy_(self._pretend.values(args[1]))
         given = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
+        if kwargs and kwargs.get("pin_memory"):  # for what is copied back
+            with unset_fake_temporarily():
+                return func(*args, **given)
         if not self._pretend.fake:
             args, given = tree_map(_there, tuple(args)), tree_map(_there, given)
         return func(*args, **given)

@@ -17,7 +17,7 @@ from server.api.app import create_app
 from server.cli import Server, http_config
 from server.front.engine import Engine
 from server.settings import load
-from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult
+from server.types import EngineInfo, Job, JobResult, ModelInfo, RewardModelInfo, TrajectoryResult, Way
 from server.wire.config import EngineConfig, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Progress, Scored, Started
 
@@ -28,6 +28,7 @@ INFO = EngineInfo(
     reward_models=(RewardModelInfo("rm", "qwen3", 128, 1.0, "unk", "float32", 500),),
     device="cpu",
     kernel_backend="torch",
+    ways=(Way("device", "", "cpu"), Way("attention", "rm", "sdpa", "it needs a CUDA device")),
 )
 
 Script = Callable[[Job], AsyncIterator[Event]]

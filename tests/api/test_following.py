@@ -110,6 +110,13 @@ async def test_a_key_has_no_more_in_flight_than_it_may(setting: dict[str, int], 
         await asyncio.gather(running[1], return_exceptions=True)
 
 
+async def test_how_the_work_is_done_and_why_not_better_is_exported() -> None:
+    async with open_client(make()) as client:
+        metrics = (await client.get("/metrics")).text
+    assert 'entrgi:execution_info{how="cpu",model="",part="device",why=""} 1.0' in metrics
+    assert 'entrgi:execution_info{how="sdpa",model="rm",part="attention",why="it needs a CUDA device"} 1.0' in metrics
+
+
 async def test_the_commit_is_named() -> None:
     async with open_client(make()) as client:
         named = (await client.get("/version")).json()["commit"]

@@ -189,7 +189,7 @@ def expressions() -> list[str]:
 
 
 def test_every_expression_names_exported_metrics(exported: set[str]) -> None:
-    assert {"entrgi:denoising_steps_total", "entrgi:batch_rows_sum", "entrgi:kernel_backend_info"} <= exported
+    assert {"entrgi:denoising_steps_total", "entrgi:batch_rows_sum", "entrgi:execution_info"} <= exported
     for expression in expressions():
         names = re.findall(r"entrgi:\w+", expression)
         assert names or "up{" in expression, expression

@@ -39,3 +39,12 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "make doctor" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_table_of_models_and_gpus_is_what_the_memory_model_says() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu.sizes import lines
+
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    assert [line for line in lines() if line not in text] == [], "run `python -m benchmarks.gpu.sizes`"
