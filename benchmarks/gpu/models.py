@@ -119,7 +119,7 @@ def reward_network(shape: DecoderShape, device: torch.device, dtype: torch.dtype
         return Qwen3ForSequenceClassification._from_config(config, dtype=dtype, attn_implementation=ATTENTION_NAME)
 
     built: Any = made(network, device, dtype)
-    built.score.to(torch.float32)
+    built.score.weight = nn.Parameter(built.score.weight.detach().float(), requires_grad=False)
     return built
 
 
