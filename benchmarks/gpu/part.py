@@ -36,6 +36,8 @@ class Given:
 def run_here(part: Part, given: Given, sending: Connection) -> None:
     """A part in this process, whose report goes into the pipe."""
     torch.set_num_threads(min(torch.get_num_threads(), 8))
+    if given.device.type == "cuda":
+        torch.cuda.set_device(given.device)  # kernels are launched on the current one, whatever their tensors are on
     report: Report
     try:
         module = importlib.import_module(f"benchmarks.gpu.{part.module}")

@@ -40,6 +40,8 @@ REWARDS = ("1.7B", "0.6B", "4B")
 TRAJECTORIES = (16, 4, 64)
 WARM_STEPS, STEPS = 3, 5
 BATCHES = {"1 x 228": [228], "4 x 200-260": [200, 220, 240, 260], "16 x 180-270": [180 + 6 * i for i in range(16)]}
+PEAKED = 5.0
+"""Times what logits of random weights are: they then spread about as a trained model's do."""
 MASKED = 128
 """How many rows of each sequence are masked."""
 WAYS = {
@@ -114,6 +116,7 @@ def step(given: Given) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         texts = models.Texts.of(Path(folder), config.vocab_size)
         loaded = models.diffusion_model(config, texts, given.device, dtype)
+        loaded.model.lm_head.weight.mul_(PEAKED)
         for name, shape in shapes.items():
             vocabulary = {"vocab_size": config.vocab_size} if given.tiny else {}
             reward = models.reward_model(shape, loaded, given.device, dtype, **vocabulary)
@@ -182,14 +185,16 @@ def waits(given: Given) -> Report:
             warnings.simplefilter("always")
             run_to_end(runner, work.jobs(pair, 1))
         steps = (runner.stats.denoising_steps - before) // work.best_of
-        at = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        at = Counter(
+            f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
+        )
         rows.append({"method": name, "steps": steps, "waits": at.total(), "where": dict(at) or ""})
     return {"tables": {"Waits of a job": rows}}
 
 
 @contextmanager
 def _synchronisations(device: torch.device) -> Iterator[None]:
-    """Have torch warn of each wait. To turn that on warns too, once a process."""
+    """Have torch warn of each wait meanwhile."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("warn")
     try:
