@@ -75,9 +75,8 @@ def pretended(layers: int | None = None, *, graphs: bool = True, fake: bool = Fa
         model = loaded.model
         model.model.attention_backend = reward.attention_backend = "varlen"
         pretend.tagged(model, "hidden", "diffusion model")
-        pretend.tagged(reward, "read", "reward forward")
+        pretend.tagged(reward, "read_with_gradient", "reward forward", back="reward backward")
         pretend.tagged(reward, "extend", "reward prefix")
-        pretend.tagged(torch.autograd, "grad", "reward backward")
         if graphs:
             model.trunk = GraphedTrunk(model.trunk, pretend.recorder())
             reward.graphed_passes = GraphedPasses(reward, pretend.recorder())

@@ -112,15 +112,24 @@ class Pretend:
         finally:
             self.phase = before
 
-    def tagged(self, owner: Any, name: str, phase: str) -> None:
-        """Let a method's kernels be those of a phase."""
+    def tagged(self, owner: Any, name: str, phase: str, *, back: str = "") -> None:
+        """Let a method's kernels be those of a phase; with `back` it returns a result and a function, whose kernels are
+        those of that one."""
         method = getattr(owner, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.during(phase):
-                return method(*args, **kwargs)
+                result = method(*args, **kwargs)
+            return (result[0], self._counting(result[1], back)) if back else result
 
         self._stack.enter_context(patch.object(owner, name, run))
+
+    def _counting(self, function: Callable[[], Any], phase: str) -> Callable[[], Any]:
+        def run() -> Any:
+            with self.during(phase):
+                return function()
+
+        return run
 
     def values(self, like: Tensor) -> Tensor:
         """Made-up values in ordinary memory."""

@@ -26,6 +26,7 @@ from benchmarks.workload import Pair, Workload, engine_runner, load, run_to_end
 from demo import bundled_model_path, bundled_reward_models
 from kernels.recording import recorder
 from server.errors import ConfigurationError
+from server.guidance.assembly import Assembly
 from server.guidance.plain import PlainLoop
 from server.models.acceleration import accelerate, choose_attention, graph_trunk
 from server.models.loading import LoadedDiffusionModel
@@ -96,9 +97,7 @@ class Clock:
 def by_phase(loaded: LoadedDiffusionModel, reward: RewardModel, clock: Clock) -> Iterator[None]:
     """Time the parts of a step meanwhile."""
     calls: list[tuple[Any, str, str]] = [(loaded.model, "hidden", "diffusion"), (loaded.model, "head", "diffusion")]
-    calls += [(reward, name, "reward") for name in ("read", "extend", "prefill")]
-    calls += [(torch.autograd, "grad", "reward")]
-    calls += [(reward.graphed_passes, "run", "reward")] if reward.graphed_passes is not None else []
+    calls += [(Assembly, "read", "reward"), (reward, "extend", "reward"), (reward, "prefill", "reward")]
     calls += [(kernels, name, "vocabulary") for name in ("begin", "draw", "mix", "update", "filtered_stats")]
     with ExitStack() as stack:
         for owner, name, phase in calls:
