@@ -29,6 +29,7 @@ from server.errors import ConfigurationError
 from server.guidance.assembly import Assembly
 from server.guidance.plain import PlainLoop
 from server.models.acceleration import accelerate, choose_attention, graph_trunk
+from server.models.graphs import GraphedTrunk
 from server.models.loading import LoadedDiffusionModel
 from server.models.packing import PackedLayout
 from server.rewards.graphs import GraphedPasses, graph_passes
@@ -141,7 +142,12 @@ def _measured(loaded: LoadedDiffusionModel, reward: RewardModel, count: int, con
     device = loaded.model.device
     footprint = Footprint.of(loaded.model, [reward])
     free = free_bytes(device)
-    budgets = footprint.budgets(free, FRACTION, device.type, context_length=models.CONTEXT)
+    runs = loaded.model.trunk, reward.graphed_passes
+    graphed = [each.recorded for each in runs if isinstance(each, GraphedTrunk | GraphedPasses)]
+    held = footprint.graph_tokens(free, FRACTION) if graphed else 0
+    for graphs in graphed:
+        graphs.most_tokens = held
+    budgets = footprint.budgets(free, FRACTION, device.type, context_length=models.CONTEXT, graph_tokens=held)
     pair = Pair(loaded, reward, PlainLoop(loaded.model, loaded.tokenizer, loaded.info, {}), budgets)
     runner, meter, clock = engine_runner(pair), Meter(device), Clock(device)
     work = Workload(prompts=max(1, count // 4), best_of=min(4, count), max_tokens=LENGTH, steps=LENGTH)
