@@ -15,11 +15,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -27,6 +28,7 @@ from rich.console import Console
 from benchmarks.gpu.models import DREAM, REWARDS, Texts, diffusion_model, reward_model
 from benchmarks.gpu.pretend import DEVICE, MEMORY, Pretend, Tally
 from benchmarks.report import CaseResult, Figure, show
+from kernels import varlen
 from server.models.graphs import GraphedTrunk
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.graphs import GraphedPasses
@@ -67,13 +69,18 @@ class Setup:
 @contextmanager
 def pretended(layers: int | None = None, *, graphs: bool = True, fake: bool = False) -> Iterator[Setup]:
     """The pair on a pretended GPU, each with so many layers, or with its own number of them."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), Pretend(fake=fake) as pretend:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(torch.no_grad())
+        pretend = stack.enter_context(Pretend(fake=fake))
         texts = Texts.of(Path(folder), DREAM.vocab_size)
         config, shape = DREAM, REWARDS["1.7B"]
+        # Its trial run compares values.
+        stack.enter_context(patch.object(varlen, "choose", lambda *_: "varlen"))
         loaded = diffusion_model(replace(config, layers=layers or config.layers), texts, DEVICE)
         reward = reward_model(replace(shape, layers=layers or shape.layers), loaded, DEVICE)
         model = loaded.model
-        model.model.attention_backend = reward.attention_backend = "varlen"
+        model.model.attention_backend = "varlen"
         pretend.tagged(model, "hidden", "diffusion model")
         pretend.tagged(reward, "read_with_gradient", "reward forward", back="reward backward")
         pretend.tagged(reward, "extend", "reward prefix")
