@@ -15,6 +15,7 @@ from server.api import build
 from server.types import Job
 from server.wire.messages import Event, Failed, Started
 from tests.api.scripted_engine import (
+    INFO,
     KEYS,
     ScriptedEngine,
     at_once,
@@ -111,7 +112,9 @@ async def test_a_key_has_no_more_in_flight_than_it_may(setting: dict[str, int], 
 
 
 async def test_how_the_work_is_done_and_why_not_better_is_exported() -> None:
-    async with open_client(make()) as client:
+    engine = ScriptedEngine(at_once)
+    engine.replicas[0].info, engine.replicas[0].ready = INFO, True
+    async with open_client(make(engine)) as client:
         metrics = (await client.get("/metrics")).text
     assert 'entrgi:execution_info{how="cpu",model="",part="device",why=""} 1.0' in metrics
     assert 'entrgi:execution_info{how="sdpa",model="rm",part="attention",why="it needs a CUDA device"} 1.0' in metrics

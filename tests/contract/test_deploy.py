@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.metrics import Metrics
 from server.settings import SETTINGS, Settings
-from tests.api.scripted_engine import ScriptedEngine, at_once
+from tests.api.scripted_engine import INFO, ScriptedEngine, at_once
 from tests.support.serving import ROOT
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
@@ -171,7 +171,9 @@ def test_healthcheck_follows_the_status_and_fails_when_nobody_listens(monkeypatc
 @pytest.fixture(scope="module")
 def exported() -> set[str]:
     """The names of all samples that a scrape can hold, each metric having been used once."""
-    metrics = Metrics(ScriptedEngine(at_once))
+    engine = ScriptedEngine(at_once)
+    engine.replicas[0].info, engine.replicas[0].ready = INFO, True
+    metrics = Metrics(engine)
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             child: Any = metric.labels(*("x" for _ in metric._labelnames))
