@@ -67,12 +67,12 @@ class Setup:
 
 
 @contextmanager
-def pretended(layers: int | None = None, *, graphs: bool = True, fake: bool = False) -> Iterator[Setup]:
-    """The pair on a pretended GPU, each with so many layers, or with its own number of them."""
+def pretended(layers: int | None = None, *, graphs: bool = True, **how: bool) -> Iterator[Setup]:
+    """The pair on a GPU that is pretended so (`Pretend`), each with so many layers, or with its own number of them."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(torch.no_grad())
-        pretend = stack.enter_context(Pretend(fake=fake))
+        pretend = stack.enter_context(Pretend(**how))
         texts = Texts.of(Path(folder), DREAM.vocab_size)
         config, shape = DREAM, REWARDS["1.7B"]
         # Its trial run compares values.

@@ -43,8 +43,7 @@ def fits(layers: int | None) -> list[str]:
 def host_milliseconds(layers: int | None) -> float:
     """Of the engine's thread, for one guided step of four trajectories in which graphs cost nothing. What pretends the
     GPU is part of it, so the engine takes less."""
-    with pretended(layers) as setup:
-        setup.pretend.counts = False
+    with pretended(layers, counts=False) as setup:
         for job in jobs(setup, 4):
             setup.runner.add(job, now=0.0)
         seconds = []

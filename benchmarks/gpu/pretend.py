@@ -8,6 +8,7 @@ waited for the device nowhere else. Triton kernels are not run but noted, with w
 
 With `fake` tensors are torch's fake ones instead, which are on `cuda:0` and `cpu` as far as torch is concerned: it
 refuses to mix the two. Autograd needs the device itself, so a gradient is then a tensor like what it belongs to.
+Without `counts` operators are not counted, and a graph's replay costs nothing: what is left is the host's own time.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from kernels.settings import has_triton
 
@@ -64,8 +65,8 @@ class Tally:
 class Pretend:
     """The pretended device. Use it as a context; `tally` is of all that happened since it was last replaced."""
 
-    def __init__(self, *, fake: bool = False) -> None:
-        self.fake, self.counts = fake, True
+    def __init__(self, *, fake: bool = False, counts: bool = True) -> None:
+        self.fake, self.counts = fake, counts
         self.tally = Tally()
         self.variants: set[tuple[Any, ...]] = set()
         self.phase = "rest"
@@ -82,8 +83,7 @@ class Pretend:
         self.tally.outside += not self._in_graph
 
     def recorder(self) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-        """In place of `models.graphs.recorder`: a replay runs the function again, as one launch, or, when nothing is
-        counted, costs nothing."""
+        """In place of `kernels.recording.recorder`: a replay runs the function again, as one launch."""
 
         def record(function: Callable[[], Any]) -> Callable[[], Any]:
             outputs: list[Any] = []
@@ -184,7 +184,8 @@ class Pretend:
             self._stack.enter_context(patch.object(torch.autograd, "grad", _like_inputs))
             self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(_Functions(self))
-        self._stack.enter_context(_Operators(self))
+        if self.counts:
+            self._stack.enter_context(_Operators(self))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,6 +223,8 @@ class _Functions(TorchFunctionMode):
         if name == "tolist" and _away(args[0]):  # the rewards of an answer
             self._pretend.tally.waits += 1
             return self._pretend.values(args[0]).tolist()
+        if name == "numpy" and isinstance(args[0], FakeTensor) and not _away(args[0]):
+            return self._pretend.values(args[0]).numpy()
         if name == "copy_" and _away(args[1]) and not _away(args[0]):
             with unset_fake_temporarily():
                 return args[0].copy_(self._pretend.values(args[1]))
@@ -230,7 +233,7 @@ class _Functions(TorchFunctionMode):
             with unset_fake_temporarily():
                 return func(*args, **given)
         if not self._pretend.fake:
-            args, given = tree_map(_there, tuple(args)), tree_map(_there, given)
+            args, given = map(_there, args), {key: _there(value) for key, value in given.items()}
         return func(*args, **given)
 
 
@@ -259,7 +262,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in FREE or not self._pretend.counts:
+        if name in FREE:
             return out
         given, results = (
             [leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in ((args, kwargs), out)
