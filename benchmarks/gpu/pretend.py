@@ -163,6 +163,7 @@ class Pretend:
             "current_device": lambda: 0,
             "set_device": lambda device: None,
             "device": lambda device: nullcontext(),
+            "device_of": lambda tensor: nullcontext(),
             "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (9, 0),
             "mem_get_info": lambda device=None: (MEMORY, MEMORY),
