@@ -21,9 +21,10 @@ async function connect() {
   try {
     page.served = await models(key());
     byId("served").textContent = `${page.served.model.id} · ${page.served.model.family}`;
-    byId("go").disabled = false;
     say("");
-    if (first) fill(fromLink());
+    if (!first) return;
+    byId("go").disabled = byId("link").disabled = false;
+    fill(fromLink());
   } catch (error) {
     byId("served").textContent = "not connected";
     say(error.message);
