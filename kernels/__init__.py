@@ -38,6 +38,7 @@ __all__ = [
     "draw",
     "filtered_stats",
     "mix",
+    "mix_into",
     "update",
 ]
 
@@ -88,6 +89,15 @@ def mix(state: Guided, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed:
     if tokens.shape != (state.rows,) or w.shape != (state.rows,):
         raise ValueError(f"tokens and w must be ({state.rows},), not {tuple(tokens.shape)} and {tuple(w.shape)}")
     return state._mix(table.detach(), tokens, w)
+
+
+@torch.no_grad()
+def mix_into(state: Guided, table: Tensor, tokens: Tensor, w: Tensor, out: Tensor, place: Tensor) -> Tensor:
+    """`mix`, whose embeds go where the reward model reads them: row i to out[place[i]], in the dtype of `out` (S, D).
+    Places (N,) int64 differ, but for -1: what the last row of `out` then holds is nobody's. Returns soft (N, D)."""
+    if place.shape != (state.rows,) or out.shape[1:] != table.shape[1:]:
+        raise ValueError(f"place must be ({state.rows},), and out of the table's width")
+    return state._mix_into(table.detach(), tokens, w, out, place)
 
 
 @torch.no_grad()

@@ -139,5 +139,10 @@ class Guided(ABC):
     @abstractmethod
     def _mix(self, table: Tensor, tokens: Tensor, w: Tensor) -> Mixed: ...
 
+    def _mix_into(self, table: Tensor, tokens: Tensor, w: Tensor, out: Tensor, place: Tensor) -> Tensor:
+        mixed = self._mix(table, tokens, w)
+        out[place] = mixed.embeds.to(out.dtype)
+        return mixed.soft
+
     @abstractmethod
     def _update(self, terms: Sequence[Term]) -> None: ...

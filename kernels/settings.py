@@ -1,6 +1,6 @@
 """What the environment asks for and what this machine can do: all that decides which implementation runs.
 
-Four environment variables change a choice, for tests and experiments on any machine:
+Three environment variables change a choice, for tests and experiments on any machine:
 
 * `KERNELS_BACKEND` names a backend of `kernels.BACKENDS` for all logits that it can take. "reference" and "torch" turn
   the C++ passes of attention and decoder blocks off as well.
@@ -8,8 +8,6 @@ Four environment variables change a choice, for tests and experiments on any mac
   Unset, its flags tell. Torch computes these products on every processor, only slowly without the instructions.
 * `KERNELS_CPP` says what the C++ passes are compiled for: "native" (this processor; the default), "baseline" (every
   processor of its architecture) or "off" (as if there were no compiler).
-* `KERNELS_FUSED`, 1 or 0 (the default), says whether an update on a GPU is one fused kernel where it can be, or a
-  library product and an elementwise kernel, which no measurement has beaten yet.
 
 Nothing is ever chosen by a timing: the same machine and environment give the same tokens at every start.
 """
@@ -23,12 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("reference", "torch", "cpp", "triton")
+BACKENDS = ("reference", "torch", "cpp", "triton", "fused")
 _KNOWN = {
     "KERNELS_BACKEND": ("", *BACKENDS),
     "KERNELS_BFLOAT16": ("", "0", "1"),
     "KERNELS_CPP": ("", "native", "baseline", "off"),
-    "KERNELS_FUSED": ("", "0", "1"),
 }
 
 
@@ -39,7 +36,6 @@ class Settings:
     backend: str | None
     bfloat16: bool  # whether the processor multiplies bfloat16 matrices natively
     cpp: str  # "native", "baseline" or "off"
-    fused: bool
 
     @property
     def plain(self) -> bool:
@@ -64,9 +60,9 @@ def _read() -> Settings:
     for (name, known), value in zip(_KNOWN.items(), values, strict=True):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; known: {', '.join(known[1:])}")
-    backend, bfloat16, cpp, fused = values
+    backend, bfloat16, cpp = values
     native = bfloat16 == "1" if bfloat16 else not {"avx512_bf16", "amx_bf16"}.isdisjoint(" ".join(processor()).split())
-    return Settings(backend or None, native, cpp or "native", fused == "1")
+    return Settings(backend or None, native, cpp or "native")
 
 
 @functools.cache
@@ -82,9 +78,22 @@ def processor() -> tuple[str, ...]:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether triton can be imported (it is not imported here) and has something to run on."""
+    """Whether triton can be imported (it is not imported here), has something to run on, and has not failed there."""
     on = torch.cuda.is_available() or interpreted()
-    return on and importlib.util.find_spec("triton") is not None
+    return on and not _trouble and importlib.util.find_spec("triton") is not None
+
+
+_trouble = ""
+
+
+def triton_trouble(found: str | None = None) -> str:
+    """Why triton does not run here although it could be imported, once `dispatch.try_triton` has found out; after that
+    nothing chooses it."""
+    global _trouble
+    if found is not None:
+        _trouble = found
+        has_triton.cache_clear()
+    return _trouble
 
 
 def interpreted() -> bool:

@@ -176,7 +176,7 @@ class TiledState(Guided):
         soft = torch.zeros(self.rows, table.shape[1], dtype=self.dtype, device=table.device)
         for start, stop, weights in self._buffers(self._product_dtype(table)):
             self._weights(start, weights)
-            self._accumulate(soft, weights, table[start:stop])
+            self._product(soft, weights, table[start:stop], add=True)
         soft /= self.sums.s_tau.to(self.dtype)[:, None]
         hard = table[tokens].to(self.dtype)
         return Mixed(embeds=torch.addcmul(soft, w.to(self.dtype)[:, None], hard.sub_(soft)), soft=soft)
@@ -188,23 +188,16 @@ class TiledState(Guided):
         narrow = table.dtype == torch.bfloat16 or table.is_cuda
         return table.dtype if native and narrow and self.dtype == torch.float32 else self.dtype
 
-    def _accumulate(self, total: Tensor, weights: Tensor, table: Tensor) -> None:
-        """total (N, D) += weights (N, columns) @ table (columns, D)."""
-        if weights.dtype == self.dtype:
-            total.addmm_(weights, table.to(self.dtype))
+    def _product(self, out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+        """out = a @ b, or out += a @ b, of factors in the dtype that `_product_dtype` says for b; a product of 16-bit
+        ones is summed in float32, and on a CPU rounded to 16 bits."""
+        b = b.to(a.dtype)
+        if out.is_cuda and out.dtype != a.dtype:
+            torch.addmm(out, a, b, out_dtype=out.dtype, beta=float(add), out=out)
+        elif out.dtype == a.dtype:
+            out.addmm_(a, b) if add else torch.mm(a, b, out=out)
         else:
-            total += _narrow_product(weights, table)
-
-    def _slope(self, gs: Sequence[Tensor], tables: Sequence[Tensor], out: Tensor) -> Tensor:
-        """The sum of g @ table.T, (N, columns); `out` has room for it."""
-        if out.dtype == self.dtype:
-            for index, (g, table) in enumerate(zip(gs, tables, strict=True)):
-                out.addmm_(g, table.to(self.dtype).T, beta=1.0 if index else 0.0)
-            return out
-        if out.device.type == "cpu" and len(gs) == 1:
-            return torch.mm(gs[0].to(out.dtype), tables[0].T, out=out)
-        products = (_narrow_product(g.to(out.dtype), table.T).float() for g, table in zip(gs, tables, strict=True))
-        return sum(products, start=torch.zeros((), device=out.device))
+            out.add_(torch.mm(a, b)) if add else out.copy_(torch.mm(a, b))
 
     def _update(self, terms: Sequence[Term]) -> None:
         after = self._next_trail()
@@ -212,10 +205,13 @@ class TiledState(Guided):
         offset = torch.zeros_like(self.params.tau)
         for term, g in zip(terms, gs, strict=True):
             offset += (g * term.soft.to(self.dtype)).sum(-1)
-        dtypes = {self._product_dtype(term.table) for term in terms}
-        for start, stop, slope in self._buffers(dtypes.pop() if len(dtypes) == 1 else self.dtype):
-            tables = [term.table[start:stop] for term in terms]
-            self._step(self._slope(gs, tables, slope), offset, start, after)
+        gs = [g.to(self._product_dtype(term.table)) for g, term in zip(gs, terms, strict=True)]
+        # On a CPU a product of 16-bit factors is of 16 bits; several are summed in the compute dtype.
+        rounded = len(gs) == 1 and gs[0].device.type == "cpu"
+        for start, stop, slope in self._buffers(gs[0].dtype if rounded else self.dtype):
+            for index, (g, term) in enumerate(zip(gs, terms, strict=True)):
+                self._product(slope, g, term.table[start:stop].T, add=index > 0)
+            self._step(slope, offset, start, after)
         self._follow(after)
 
     def _next_trail(self) -> Trail:
@@ -275,8 +271,3 @@ class CompiledState(TiledState):
     @abstractmethod
     def _filtered_into(self, out: Tensor, tokens: Tensor, rows: Tensor | None) -> None:
         """Fills out (3, n) in the order of `FilteredStats`."""
-
-
-def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit factors, summed in float32: returned so on a GPU, rounded to the factors' dtype on a CPU."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)

@@ -3,7 +3,7 @@
 python -m benchmarks.kernels                                              # N=128 V=32768 D=256 M=3 float32
 python -m benchmarks.kernels --vocab 151936 --hidden 1024 --repeats 2
 python -m benchmarks.kernels --device cuda --dtype bfloat16 --rows 2048 --vocab 151936 --hidden 2048
-KERNELS_FUSED=1 python -m benchmarks.kernels --device cuda                # with the fused update
+python -m benchmarks.kernels --device cuda --backends fused triton        # products in our kernels, or the library's
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     backends = options.backends
     if backends is None:
-        wanted = ("cpp", "torch") if device.type == "cpu" else ("triton", "torch")
+        wanted = ("cpp", "torch") if device.type == "cpu" else ("fused", "triton", "torch")
         backends = [name for name in wanted if name in kernels.available_backends()]
     shape = compare.Shape(
         options.rows, options.vocab, options.hidden, options.gradient_steps, DTYPES[options.dtype], device

@@ -1,10 +1,12 @@
 """Compiles every Triton kernel for NVIDIA targets without a GPU, and reports what the assembler made of it.
 
-    python -m benchmarks.kernels.aot [--quick] [--arch 80 90 100]
+    python -m benchmarks.kernels.aot [--quick] [--arch 80 89 90 100]
 
-Triton's wheel brings ptxas and cuobjdump, so registers, spills, shared memory and tensor-core instructions are facts
-of the compiled code, known on any machine. A kernel that spills to the stack, passes a limit or misses its tensor
-cores fails the program (exit status 1). Prints a table, then one JSON line. Not under TRITON_INTERPRET.
+Only the triton that torch pins (`PINNED`) says what a server will run; another one is refused unless `--any-triton` is
+given, since compilers differ in registers and spills. Triton's wheel brings ptxas and cuobjdump, so registers, spills,
+shared memory and tensor-core instructions are facts of the compiled code, known on any machine. A kernel that spills to
+the stack, passes a limit or misses its tensor cores fails the program (exit status 1). Prints a table, then one JSON
+line. Not under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -21,19 +23,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-ARCHITECTURES = (80, 90, 100)
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one block may use
+PINNED = "3.7.1"  # what torch 2.13.0, the version in requirements.lock, depends on
+ARCHITECTURES = (80, 89, 90, 100)
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what one block may use
 REGISTERS = 255  # a thread; the architecture's own limit, above which the assembler spills
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORE = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-_ALIGNED = ("hidden", "table_stride", "vocab", "row_stride", "width")  # multiples of 16 for every published model
+_ALIGNED = ("hidden", "table_stride", "vocab", "row_stride", "width", "first", "part_width")
+"""Multiples of 16 for every published model, as addresses are unless a kernel does not rely on it."""
 _TYPES = {
     **dict.fromkeys(("row_s_1", "row_s_tau"), "*fp64"),
-    **dict.fromkeys(("top_k", "keys", "index", "tokens", "argmax"), "*i64"),
-    **dict.fromkeys(("logits", "table", "g"), "*bf16"),
+    **dict.fromkeys(("top_k", "keys", "index", "tokens", "argmax", "place"), "*i64"),
+    **dict.fromkeys(("scratch", "arrived"), "*i32"),
+    **dict.fromkeys(("logits", "table", "g", "weights", "narrow", "embeds"), "*bf16"),
     **dict.fromkeys(("rows", "plane", "vocab", "row_stride", "tile_count", "first", "width", "blocks"), "i32"),
-    **dict.fromkeys(("count", "hidden", "table_stride", "drawn", "never"), "i32"),
-    **dict.fromkeys(("m_correction", "v_correction"), "fp32"),
+    **dict.fromkeys(("count", "hidden", "table_stride", "drawn", "never", "part_width"), "i32"),
+    **dict.fromkeys(("m_correction", "v_correction", "steep"), "fp32"),
     "greedy": "*u8",
 }  # everything else is a pointer to float32
 
@@ -68,74 +73,47 @@ class Compiled:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel in every form in which kernels.gpu.ops launches it."""
-    from kernels.gpu import draw, mix, row_stats, update
-    from kernels.gpu.ops import DEPTH, ROWS, STAGES, WARPS, WIDTH, pieces
+    """Every kernel in every form in which kernels.gpu.ops and kernels.gpu.fused launch it."""
+    from kernels.gpu import draw, kept, mix, row_stats, update
+    from kernels.gpu.fused import DEPTH, GROUP, ROWS, STAGES, WARPS, parts
+    from kernels.gpu.ops import SEARCH, WIDTH
 
+    blocks = {"BM": ROWS, "BN": WIDTH, "BK": DEPTH, "UPCAST": False}
     for dtype in ("bf16", "fp16", "fp32"):
-        constants = {"KIND": 0, "TILE": 128, "TILES": 32}
-        yield Case(
-            row_stats.row_sums,
-            f"row_sums {dtype}",
-            constants,
-            8,
-            types=(("logits", "*" + dtype),),
-            quick=dtype == "bf16",
-        )
+        types = (("logits", "*" + dtype),)
+        constants = {"KIND": 0, "TILE": WIDTH, "TILES": 32}
+        yield Case(row_stats.row_sums, f"row_sums {dtype}", constants, 8, types=types, quick=dtype == "bf16")
     for kind in range(4):
         heavy = kind == 2  # two gradients to follow: the form with the most arithmetic
-        tile = {"KIND": kind, "TILE": 128}
-        yield Case(row_stats.combine, f"combine kind {kind}", {**tile, "BLOCK": 1024}, 4, quick=heavy)
-        yield Case(
-            draw.draw,
-            f"draw kind {kind}",
-            {**tile, "HAS_INDEX": kind == 3, "TILES": 128, "BLOCK": 1024},
-            8,
-            quick=heavy,
-        )
-        statistics = {"KIND": kind, "HAS_INDEX": kind == 3, "BLOCK": 1024}
-        yield Case(draw.filtered_stats, f"filtered_stats kind {kind}", statistics, 8, quick=heavy)
-        yield Case(
-            mix.weights,
-            f"weights kind {kind}",
-            {"KIND": kind, "BLOCK": 4096},
-            8,
-            types=(("out", "*bf16"),),
-            quick=heavy,
-        )
+        for soft in (False, True):
+            constants = {"KIND": kind, "SOFT": soft, "TILE": WIDTH, "BLOCK": 1024}
+            name = f"combine kind {kind}" + " soft" * soft
+            yield Case(row_stats.combine, name, constants, 4, quick=heavy and soft)
+        constants = {"KIND": kind, "HAS_INDEX": kind == 3}
+        tile = {"TILE": WIDTH, "TILES": 128, "BLOCK": 1024}
+        yield Case(draw.draw, f"draw kind {kind}", {**constants, **tile}, 8, quick=heavy)
+        yield Case(kept.draw_kept, f"draw_kept kind {kind}", {**constants, **SEARCH}, 8, quick=heavy)
+        constants |= {"TILE": WIDTH, **SEARCH}
+        yield Case(kept.filtered_stats, f"filtered_stats kind {kind}", constants, 8, quick=heavy)
+        constants = {"KIND": kind, "BLOCK": 4096}
+        yield Case(mix.weights, f"weights kind {kind}", constants, 8, types=(("out", "*bf16"),), quick=heavy)
         for write in (1, 0 if kind < 2 else 2):
-            constants = {"KIND": kind, "WRITE": write}
-            yield Case(
-                update.step, f"step kind {kind} write {write}", {**constants, "TILE": 128, "TILES": 16}, 8, quick=heavy
-            )
+            constants, name = {"KIND": kind, "WRITE": write}, f"kind {kind} write {write}"
+            yield Case(update.step, f"step {name}", {**constants, "TILE": WIDTH, "TILES": 16}, 8, quick=heavy)
             if kind == 3:
                 continue
-            blocks = {"BM": ROWS, "BN": WIDTH, "BK": DEPTH, "GROUP": 16, "UPCAST": False}
-            yield Case(
-                update.fused_step,
-                f"fused_step kind {kind} write {write}",
-                {**constants, **blocks, "SUB": pieces(kind, write)},
-                WARPS,
-                STAGES,
-                tensor_cores=True,
-                quick=kind in (0, 2),
-            )
+            constants |= {**blocks, "SOFT": write != 1, "GROUP": GROUP}
+            quick = kind in (0, 2)
+            yield Case(update.fused_step, f"fused_step {name}", constants, WARPS, STAGES, True, quick=quick)
+    yield Case(update.slopes, "slopes", {"BLOCK": 1024}, 4, types=(("g", "*fp32"),))
+    for placed in (False, True):
+        constants = {**blocks, "PLACED": placed, "PARTS": parts(151_936, 2048)[0]}
+        types = (("embeds", "*bf16" if placed else "*fp32"),)
+        name = "fused_mix" + " placed" * placed
+        yield Case(mix.fused_mix, name, constants, WARPS, STAGES, True, types=types, quick=placed)
     for dtype in ("bf16", "fp32"):
-        yield Case(mix.mix, f"mix {dtype}", {"BLOCK": 1024}, 4, types=(("table", "*" + dtype),), quick=dtype == "bf16")
-    # Triton makes an integer argument of 1 a constant: one row, and a vocabulary within one tile.
-    one = {"KIND": 0, "TILE": 128, "TILES": 32, "plane": 1, "tile_count": 1}
-    yield Case(row_stats.row_sums, "row_sums N=1", one, 8)
-    yield Case(row_stats.combine, "combine N=1", {**one, "rows": 1, "BLOCK": 1024, "TILES": None}, 4, quick=True)
-    yield Case(draw.draw, "draw N=1", {**one, "HAS_INDEX": False, "TILES": 128, "BLOCK": 1024, "plane": None}, 8)
-    yield Case(
-        update.fused_step,
-        "fused_step N=1",
-        {"KIND": 0, "WRITE": 0, "UPCAST": False, "plane": 1, "tile_count": 1, "count": 1}
-        | {"BM": ROWS, "BN": WIDTH, "BK": DEPTH, "GROUP": 16, "SUB": pieces(0, 0)},
-        WARPS,
-        STAGES,
-        tensor_cores=True,
-    )
+        types = (("table", "*" + dtype),)
+        yield Case(mix.mix, f"mix {dtype}", {"PLACED": True, "BLOCK": 1024}, 4, types=types, quick=dtype == "bf16")
 
 
 def block_cases() -> Iterator[Case]:
@@ -167,11 +145,11 @@ def compile_case(case: Case, architecture: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {name: value for name, value in case.constants.items() if value is not None}
-    names = case.kernel.arg_names
+    constants, names = case.constants, case.kernel.arg_names
     types = {name: dict(case.types).get(name, _TYPES.get(name, "*fp32")) for name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [n for n in names if n not in constants and (types[n].startswith("*") or n in _ALIGNED)]
+    specialised = [p.name for p in case.kernel.params if p.name not in constants and not p.do_not_specialize]
+    aligned = [name for name in specialised if types[name].startswith("*") or name in _ALIGNED]
     source = ASTSource(
         fn=case.kernel,
         signature=signature,
@@ -229,12 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status."""
     parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU and report resources.")
     parser.add_argument("--quick", action="store_true", help="only a representative subset")
+    parser.add_argument("--any-triton", action="store_true", help=f"take a triton that is not {PINNED}")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns about its changing default
+    import triton
+
+    if triton.__version__ != PINNED and not options.any_triton:
+        print(f"triton {triton.__version__} is not the {PINNED} that torch pins: see --any-triton", file=sys.stderr)
+        return 2
     results = []
     columns = "{:<28} {:>5} {:>5} {:>6} {:>8} {:>6} {:>6} {:>8}  {}"
     print(columns.format("kernel", "arch", "regs", "stack", "shared", "tensor", "ld128", "seconds", "problems"))
@@ -258,8 +242,6 @@ def main(arguments: list[str] | None = None) -> int:
                 ),
                 flush=True,
             )
-    import triton
-
     print(json.dumps({"triton": triton.__version__, "kernels": [asdict(r) for r in results]}))
     return 1 if any(r.problems for r in results) else 0
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
 from benchmarks.kernels import measure, research
+from kernels import roofline
 from kernels.random import INNER_FINAL, row_keys
 
 TAU, TOP_P, ETA = 0.7, 0.95, 0.5  # the paper's settings
@@ -141,6 +143,40 @@ def measure_backend(problem: Problem, backend: str, repeats: int) -> Measured:
     result.seconds["step"] = timed(lambda: our_step(problem, backend))
     result.peak_bytes = measure.peak_bytes(lambda: our_step(problem, backend), device)
     return result
+
+
+def inner_seconds(problem: Problem, backend: str, repeats: int) -> float:
+    """Time of an inner step's two products and what goes with them, a mix and an update, in the mean of three."""
+    device, w = problem.shape.device, torch.full_like(problem.params.tau, 0.5)
+    tokens = torch.zeros_like(problem.position)
+
+    def steps(count: int) -> None:
+        state = kernels.begin(problem.logits, problem.params, backend=backend, updates=3)
+        for g in problem.gs[:count]:
+            soft = kernels.mix(state, problem.table, tokens, w).soft
+            kernels.update(state, [kernels.Term(g, problem.table, soft)])
+
+    opening = measure.seconds(lambda: steps(0), device, repeats)
+    return max(measure.seconds(lambda: steps(3), device, repeats) - opening, 0.0) / 3
+
+
+def products(shape: Shape, repeats: int) -> dict[str, Any]:
+    """Seconds of an inner step with fused and with library products on this GPU beside the estimate by which `kernels:
+    auto` chooses, and which of the two is right here: fused where it takes at most `MARGIN` more. `shape` has three
+    gradient steps."""
+    problem = Problem(shape)
+    measured = {name: inner_seconds(problem, backend, repeats) for name, backend in roofline.BACKENDS.items()}
+    capability = torch.cuda.get_device_capability(shape.device)
+    expected = roofline.estimate(capability, shape.vocab_size, [shape.hidden], shape.rows)
+    found = roofline.Estimate(**measured)
+    return {
+        "shape": {"N": shape.rows, "V": shape.vocab_size, "D": shape.hidden},
+        "measured": measured,
+        "estimated": expected._asdict(),
+        "auto_takes": expected.takes,
+        "right_here": found.takes,
+        "agrees": expected.takes == found.takes,
+    }
 
 
 def bytes_moved(shape: Shape) -> dict[str, int]:

@@ -1,11 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""What the kernels share: how phi is read, Adam's closed form, tile sums, keyed random numbers.
+"""What the kernels share: how they are compiled, how phi is read, Adam's closed form, tile sums, keyed random numbers.
 
 `KIND` says how phi is described (kernels.adam.Trail): 0 the logits, 1 logits and g_1, 2 logits, g_1 and g_2, 3 phi
 itself. Pointers that a kind does not use are never read. Row numbers are int64: N V passes 2^31 at N = 14,000.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,6 +21,22 @@ from kernels.ops import BETA_1, BETA_2, EPSILON
 EPS: tl.constexpr = tl.constexpr(EPSILON)
 M2: tl.constexpr = tl.constexpr(adam.coefficients(2, BETA_1))
 V2: tl.constexpr = tl.constexpr(adam.coefficients(2, BETA_2))
+
+REACH: tl.constexpr = tl.constexpr(1.01)
+"""No Adam step is longer than this many eta: |m_hat| / sqrt(v_hat) is below 1.006 up to the third (Cauchy-Schwarz)."""
+
+COUNTS = {"rows", "plane", "count", "drawn", "blocks", "never"}
+COLUMNS = {"tau", "eta", "top_p", "top_k", "greedy", "row_maximum", "row_s_1", "row_s_tau", "entropy_tau", "argmax"}
+INDICES = {"keys", "index", "tokens", "place", "w", "offset", "sums"}
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` for what is launched. Triton compiles a kernel anew for each set of arguments that are 1, or
+    multiples of 16; what differs from batch to batch (the number of rows, and where a row's parameters begin in memory)
+    gives no such hints, so that all forms are known when the server starts. V, D and strides, which a model fixes, do,
+    and make loads wide."""
+    varying = (COUNTS | COLUMNS | INDICES) & inspect.signature(function).parameters.keys()
+    return triton.jit(do_not_specialize=sorted(varying))(function)
 
 
 @triton.jit
@@ -48,6 +68,19 @@ def load_phi(source, columns, mask, KIND: tl.constexpr):
             b = tl.load(g2 + at, mask=mask, other=0.0).to(tl.float32)
             x = x + eta * direction_2(a, b)
     return tl.where(mask, x, -float("inf"))
+
+
+@triton.jit
+def block(source, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """The ids from `start` on, and phi there."""
+    columns = start + tl.arange(0, BLOCK).to(tl.int64)
+    return columns, load_phi(source, columns, columns < source[6], KIND)
+
+
+@triton.jit
+def value_at(source, column, KIND: tl.constexpr):
+    """phi at one place, as a scalar."""
+    return tl.sum(block(source, column, KIND, 1)[1], 0)
 
 
 @triton.jit

@@ -4,18 +4,21 @@
     row_sums:  tiles[:, n, j] = (max, sum e^d, sum d e^d at temperature 1 and at tau) over tile j of phi[n]
     combine:   lse, entropy, argmax and the tiles' shares of the mass from them   (kernels.tiled.combine in torch)
 
+After a fused update `combine` also adds up the weights that it wrote (`SOFT`). They are relative to the most that phi
+can have become, so that they were known before its maximum was. Rows that can move by more than `steep` temperatures,
+where such weights could be too small for their dtype, have them written anew here, relative to the maximum.
+
 Replaces two softmaxes, two entropies and an argmax over (N, V): phi is read once and nothing of that size is written.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from kernels.gpu.common import load_phi, store_tiles, tile_sums
+from kernels.gpu.common import kernel, load_phi, store_tiles, tile_sums
 
 
-@triton.jit
+@kernel
 def row_sums(
     logits, g1, g2, phi, tau, eta, tiles,
     plane, vocab, row_stride, tile_count,
@@ -31,13 +34,14 @@ def row_sums(
     store_tiles(tiles, plane, row * tile_count + tile, tile < tile_count, sums)
 
 
-@triton.jit
+@kernel
 def combine(
-    logits, g1, g2, phi, tau, eta, tiles, row_maximum, row_s_1, row_s_tau, mass, stats, argmax,
-    rows, plane, vocab, row_stride, tile_count,
-    KIND: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, g1, g2, phi, tau, eta, tiles, row_maximum, row_s_1, row_s_tau, mass, stats, argmax, weights, written, sums,
+    rows, plane, vocab, row_stride, tile_count, steep,
+    KIND: tl.constexpr, SOFT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,). `stats` is (4, N): lse_1, lse_tau, entropy_1, entropy_tau; sums run in float64."""
+    """Grid (N,). `stats` is (4, N): lse_1, lse_tau, entropy_1, entropy_tau; sums run in float64. With `SOFT` the
+    `weights` (N, V) and their sums `written` (N, T) by tile are there, and `sums` (N,) gets those of rows."""
     row = tl.program_id(0).to(tl.int64)
     base = tiles + row * tile_count
     inverse_tau = 1.0 / tl.load(tau + row)
@@ -90,3 +94,18 @@ def combine(
     x = load_phi(source, columns, columns < vocab, KIND)
     place = tl.min(tl.where(x == maximum, columns, vocab - 1), 0)
     tl.store(argmax + row, place.to(tl.int64))
+
+    if SOFT:
+        total = tl.zeros([BLOCK], tl.float32)
+        if tl.load(eta + row) * inverse_tau > steep:
+            for start in range(0, vocab, BLOCK):
+                there = start + tl.arange(0, BLOCK).to(tl.int64)
+                phi_there = load_phi(source, there, there < vocab, KIND)
+                weight = tl.exp((phi_there - maximum) * inverse_tau).to(weights.dtype.element_ty)
+                tl.store(weights + row * vocab + there, weight, mask=there < vocab)
+                total += weight.to(tl.float32)
+        else:
+            for start in range(0, tile_count, BLOCK):
+                j = start + tl.arange(0, BLOCK)
+                total += tl.load(written + row * tile_count + j, mask=j < tile_count, other=0.0)
+        tl.store(sums + row, tl.sum(total, 0))

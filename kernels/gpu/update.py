@@ -5,10 +5,12 @@
     phi  = phi + eta m_hat / (sqrt(v_hat) + eps)
 
 Two kernels share that epilogue. `step` reads slope from a slab that a library product wrote; `fused_step` computes it
-in tensor-core tiles and never writes it. Both leave the sums from which the next step's statistics, draw and
-normaliser follow, so the next forward needs no pass of its own. `WRITE`: 0 the gradient (phi follows from it), 1 phi,
-2 phi and both moments (kernels.adam.Plan). The accumulator of a 128 x 128 tile leaves no registers for an epilogue of
-the same size, so `fused_step` runs it on `SUB` column pieces of the tile, one after the other.
+in tensor-core tiles and never writes it. Both leave the sums from which the next step's statistics (both entropies
+among them), draw and normaliser follow; `fused_step` also the weights exp((phi - r) / tau) that the next mix multiplies
+(`SOFT`), r being the most that phi can be. So the next forward needs no pass of its own. `WRITE`: 0 the gradient (phi
+follows from it), 1 phi, 2 phi and both moments (kernels.adam.Plan). The accumulator of a 128 x 128 tile leaves no
+registers for an epilogue of the same size, so `fused_step` runs it on eight column pieces of the tile, one after the
+other.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels import adam
-from kernels.gpu.common import EPS, direction_1, direction_2, load_phi, store_tiles, tile_sums
+from kernels.gpu.common import EPS, REACH, direction_1, direction_2, kernel, load_phi, store_tiles, tile_sums
 from kernels.ops import BETA_1, BETA_2
 
 B1: tl.constexpr = tl.constexpr(BETA_1)
@@ -68,7 +70,7 @@ def _epilogue(
     return x
 
 
-@triton.jit
+@kernel
 def step(
     slope, offset, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
     tau, eta, row_maximum, row_s_tau, tiles,
@@ -125,17 +127,17 @@ def _merge(one, two, inverse_tau):
     )
 
 
-@triton.jit
+@kernel
 def fused_step(
     g, table, offset, logits, g1, g2, phi, m, v, g_out, phi_out, m_out, v_out,
-    tau, eta, row_maximum, row_s_tau, tiles,
+    tau, eta, row_maximum, row_s_tau, tiles, weights, written,
     plane, count, hidden, table_stride, vocab, row_stride, tile_count, m_correction, v_correction,
-    KIND: tl.constexpr, WRITE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    KIND: tl.constexpr, WRITE: tl.constexpr, SOFT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BM) cdiv(V, BN),): g (N, D), table (V, D), one 16-bit or float32 dtype; BN is the tile width,
-    `SUB` 4 or 8, `plane` = N T. For the updates that keep gradients (`KIND` 0 to 2): with moments the epilogue spills.
+    `plane` = N T. For the updates that keep gradients (`KIND` 0 to 2): with moments the epilogue spills.
+    With `SOFT`, `weights` (N, V) and their sums by tile, `written` (N, T) float32.
 
     `GROUP` row blocks share a column block while it is in L2, so the table streams from memory once.
     """
@@ -172,20 +174,39 @@ def fused_step(
     total = tl.load(row_s_tau + row, mask=here, other=1.0)
     scale = (1.0 / (own_tau * total.to(tl.float32)))[:, None]
 
-    if SUB == 4:
-        pieces = _quarters(accumulator, BM, BN)
-    else:
-        left, right = _halves(accumulator, BM, BN)
-        pieces = _quarters(left, BM, BN // 2) + _quarters(right, BM, BN // 2)
+    left, right = _halves(accumulator, BM, BN)
+    pieces = _quarters(left, BM, BN // 2) + _quarters(right, BM, BN // 2)
     source = logits, g1, g2, phi, row[:, None], row_stride, vocab, own_eta
     none = tl.zeros([BM], tl.float32)
     sums = tl.full([BM], -float("inf"), tl.float32), none, none, none, none
-    for piece in tl.static_range(SUB):
-        columns = (tile * BN + piece * (BN // SUB) + tl.arange(0, BN // SUB)).to(tl.int64)[None, :]
+    total_written = none
+    for piece in tl.static_range(8):
+        columns = (tile * BN + piece * (BN // 8) + tl.arange(0, BN // 8)).to(tl.int64)[None, :]
         mask = here[:, None] & (columns < vocab)
         x = _epilogue(
             pieces[piece], mean, source, columns, mask, m, v, (g_out, phi_out, m_out, v_out), own_tau[:, None],
             highest, scale, m_correction, v_correction, KIND, WRITE,
         )  # fmt: skip
-        sums = _merge(sums, tile_sums(tl.where(mask, x, -float("inf")), inverse_tau[:, None]), inverse_tau)
+        x = tl.where(mask, x, -float("inf"))
+        if SOFT:
+            weight = tl.exp((x - highest - own_eta * REACH) * inverse_tau[:, None]).to(weights.dtype.element_ty)
+            tl.store(weights + row[:, None] * vocab + columns, weight, mask=mask)
+            total_written += tl.sum(weight.to(tl.float32), 1)
+        sums = _merge(sums, tile_sums(x, inverse_tau[:, None]), inverse_tau)
+    if SOFT:
+        tl.store(written + row * tile_count + tile, total_written, mask=here)
     store_tiles(tiles, plane, row * tile_count + tile, here, sums)
+
+
+@kernel
+def slopes(g, soft, narrow, offset, hidden, BLOCK: tl.constexpr):
+    """Grid (N,): g (N, D) float32 in the dtype of `narrow` (N, D), and offset (N,) = dot(that, soft)."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, hidden, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        at = row * hidden + k
+        a = tl.load(g + at, mask=k < hidden, other=0.0).to(narrow.dtype.element_ty)
+        tl.store(narrow + at, a, mask=k < hidden)
+        total += a.to(tl.float32) * tl.load(soft + at, mask=k < hidden, other=0.0)
+    tl.store(offset + row, tl.sum(total, 0))

@@ -53,7 +53,7 @@ from server.rewards.reward_model import RewardModel
 from server.types import DecoderShape
 from server.wire.stats import resident_bytes
 
-STATE = {"cpp": 2.4, "torch": 2.8, "triton": 2.1, "reference": 11.0}
+STATE = {"cpp": 2.4, "torch": 2.8, "triton": 2.3, "fused": 2.7, "reference": 11.0}
 """Peak (N, V) tensors of guidance beside the logits for M <= 3, by kernel backend."""
 
 TOKENS_A_ROW = 5 / 4

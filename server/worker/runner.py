@@ -37,7 +37,8 @@ TIMED_STEPS = 16  # of a job, about: each makes four spans
 
 
 class Runner:
-    """The jobs and the models of one device. `begin` is called with a job's id before anything is computed for it."""
+    """The jobs and the models of one device. `begin` is called with a job's id before anything is computed for it.
+    `backend` is that of `kernels`, chosen by device and dtype where it is None."""
 
     def __init__(
         self,
@@ -47,13 +48,14 @@ class Runner:
         budget: Budget | None = None,
         largest: Budget | None = None,
         savings: Savings | None = None,
+        backend: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.loaded = loaded
         self.reward_models = dict(reward_models)
         self.book = Book(budget or Budget(), largest)
         self.savings = savings or Savings()
-        self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget)
+        self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget, backend)
         self.demand = Demand(loaded, self.reward_models, self.savings)
         self.clock = clock
         self.adapters: dict[str, Adapter] = {}  # by version

@@ -55,7 +55,9 @@ class Denoiser:
         reward_models: Mapping[str, RewardModel],
         savings: Savings | None = None,
         budget: Budget | None = None,
+        backend: str | None = None,
     ) -> None:
+        self.backend = backend
         self.model, self.info, self.reward_models = model, info, reward_models
         self.savings = savings or Savings()
         self.device = model.device
@@ -128,7 +130,7 @@ class Denoiser:
         phi_0 = forward.logits(wanted)
         self.spent.forward += time.perf_counter() - started
         params, keys = upload_all([group.row_params(phi_0), group.keys()], self.device)
-        state = kernels.begin(phi_0, params, updates=group.gradient_steps)
+        state = kernels.begin(phi_0, params, backend=self.backend, updates=group.gradient_steps)
         ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
         cohorts = [Cohort(group, state, keys, slice(None))]
         if group.rewards:

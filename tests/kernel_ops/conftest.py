@@ -30,7 +30,11 @@ class Implementation:
 
     @property
     def interpreted(self) -> bool:
-        return self.backend == "triton" and self.device == "cpu"
+        return self.on_triton and self.device == "cpu"
+
+    @property
+    def on_triton(self) -> bool:
+        return self.backend in ("triton", "fused")
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -46,7 +50,7 @@ class Implementation:
 
 def _implementations() -> list[object]:
     if INTERPRETED:
-        return [pytest.param(Implementation("triton", "cpu"), id="triton-interpreter")]
+        return [pytest.param(Implementation(name, "cpu"), id=f"{name}-interpreter") for name in ("triton", "fused")]
     found = [pytest.param(Implementation("torch", "cpu"), id="torch-cpu")]
     if "cpp" in kernels.available_backends():
         found.append(pytest.param(Implementation("cpp", "cpu"), id="cpp-cpu"))
@@ -54,7 +58,7 @@ def _implementations() -> list[object]:
     if torch.cuda.is_available():
         found += [
             pytest.param(Implementation(backend, "cuda"), id=f"{backend}-cuda", marks=pytest.mark.gpu)
-            for backend in ("torch", "triton")
+            for backend in ("torch", "triton", "fused")
         ]
     return found
 

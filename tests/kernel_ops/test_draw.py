@@ -178,6 +178,34 @@ def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k
         assert allowed[1 if never is not None else 0 :].all()  # the first row's may be the best other token
 
 
+def test_the_kept_set_ends_at_exactly_one_id(implementation):
+    """Of thousands of ids, by the definition: the last kept one has its probability, the next one none. Rows are
+    smooth, nearly constant, full of equal values, or of 16 bits; mass ends what is kept, or the count, or both."""
+    v = 2 * 2048 + 9
+    filters = ((0.9, None), (1.0, 3), (0.5, 30), (1.0, 3000), (0.999, None), (0.2, 3000))
+    kinds = ("flat", "peaked", "tied", "bf16-tied", "constant", "far")
+    rows = {kind: row_of(kind, v) for kind in kinds[:4]}
+    rows |= {"constant": rows["flat"] * 1e-4 + 7, "far": rows["peaked"] * 4 - 300}
+    chosen = [(kind, each) for index, kind in enumerate(kinds) for each in filters[index % 2 :: 2]]
+    params = parameters(len(chosen), v, implementation.device, 0.8)
+    ends = []
+    for index, (kind, (top_p, top_k)) in enumerate(chosen):
+        params.top_p[index], params.top_k[index] = top_p, top_k or v
+        expected = filtered(rows[kind].float(), 0.8, top_p, top_k or v)
+        ranked = rows[kind].float().sort(descending=True, stable=True).indices
+        count = int((expected > 0).sum())
+        ends.append((int(ranked[count - 1]), int(ranked[count]), expected))
+    logits = torch.stack([rows[kind].float() for kind, _ in chosen]).to(implementation.device)
+    state = kernels.begin(logits, params, backend=implementation.backend)
+    last, dropped = (torch.tensor([each[k] for each in ends], device=implementation.device) for k in (0, 1))
+    stats = kernels.filtered_stats(state, last)
+    probability = torch.tensor([float(expected[end]) for end, _, expected in ends])
+    torch.testing.assert_close(stats.token_probability.cpu(), probability, rtol=1e-4, atol=0)
+    assert (kernels.filtered_stats(state, dropped).token_probability == 0).all()
+    entropy = torch.stack([torch.special.entr(expected).sum() for *_, expected in ends])
+    torch.testing.assert_close(-stats.neg_entropy.cpu().double(), entropy, rtol=1e-4, atol=1e-5)
+
+
 def test_equal_values_are_ranked_by_id(implementation):
     """All values equal: top_k 3 keeps ids 0, 1, 2; top_p just below a half keeps the lower half (the last crosses)."""
     n, v = (3, 300) if implementation.interpreted else (2000, 1030)

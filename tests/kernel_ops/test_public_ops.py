@@ -52,6 +52,7 @@ def test_what_does_not_fit_is_refused(case):
         ("tokens", lambda: kernels.filtered_stats(state, case.tokens[:2])),
         ("table", lambda: kernels.mix(state, case.table[:10], case.tokens, case.w)),
         ("tokens and w", lambda: kernels.mix(state, case.table, case.tokens, case.w[:1])),
+        ("place", lambda: kernels.mix_into(state, case.table, case.tokens, case.w, g, case.tokens[:2])),
         ("at least one term", lambda: kernels.update(state, [])),
         ("a term", lambda: kernels.update(state, [kernels.Term(g[:2], case.table, g)])),
     ):
@@ -82,7 +83,7 @@ def test_the_environment_names_a_backend(make_case, monkeypatch):
     with pytest.raises(ValueError, match="KERNELS_BACKEND is 'cuda'"):
         kernels.begin(case.logits, case.params)
     choose_kernels(monkeypatch, BACKEND="")
-    for name, known in (("BFLOAT16", "0, 1"), ("CPP", "native, baseline, off"), ("FUSED", "0, 1")):
+    for name, known in (("BFLOAT16", "0, 1"), ("CPP", "native, baseline, off")):
         with monkeypatch.context() as patch:
             choose_kernels(patch, **{name: "int8"})
             with pytest.raises(ValueError, match=f"KERNELS_{name} is 'int8'; known: {known}"):
