@@ -29,6 +29,7 @@ from benchmarks.gpu.models import DREAM, REWARDS, Texts, diffusion_model, reward
 from benchmarks.gpu.pretend import DEVICE, MEMORY, Pretend, Tally
 from benchmarks.report import CaseResult, Figure, show
 from kernels import varlen
+from kernels.dispatch import choose_products
 from server.models.graphs import GraphedTrunk
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.graphs import GraphedPasses
@@ -90,7 +91,10 @@ def pretended(layers: int | None = None, *, graphs: bool = True, **how: bool) ->
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         footprint = Footprint.of(model, [reward])
         budget, largest = footprint.budgets(MEMORY - 1.3 * weights, 0.8, "cuda", context_length=config.context_length)
-        yield Setup(pretend, loaded, reward, Runner(loaded, {"rm": reward}, budget=budget, largest=largest))
+        of = model.activation_dtype, model.vocab_size, [reward.table.shape[1]], budget.guided_rows
+        kernels = choose_products("auto", model.device, *of)
+        runner = Runner(loaded, {"rm": reward}, budget=budget, largest=largest, backend=kernels.backend)
+        yield Setup(pretend, loaded, reward, runner)
 
 
 def jobs(setup: Setup, trajectories: int, **other: Any) -> Iterator[Job]:

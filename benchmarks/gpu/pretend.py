@@ -283,7 +283,8 @@ def _specialised(parameter: Any, value: Any) -> tuple[Any, ...]:
         return ("constant", value)
     if isinstance(value, Tensor):
         aligned = value.storage_offset() * value.element_size() % 16 == 0
-        return (value.dtype, aligned and not parameter.do_not_specialize_on_alignment)
+        hinted = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        return (value.dtype, aligned and hinted)
     if isinstance(value, bool) or value is None or not isinstance(value, int):
         return (type(value).__name__,)
     width = "i32" if -(2**31) <= value < 2**31 else "i64"

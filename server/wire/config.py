@@ -48,6 +48,10 @@ class WorkerSettings:
     cuda_graphs: Annotated[
         bool, says("CUDA graphs of both models' passes over small batches, on a GPU and where they can work")
     ] = True
+    kernels: Annotated[
+        Literal["auto", "fused", "library"],
+        says("products with the vocabulary on a GPU: in our Triton kernels, or the library's; auto: by estimate"),
+    ] = "auto"
     attention: Annotated[
         Attention,
         says("what the model was trained for; auto: block_causal where the checkpoint says so, else full"),

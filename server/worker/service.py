@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-import kernels
 from kernels import varlen
+from kernels.dispatch import Products, choose_products, try_triton
 from kernels.linear import activation_dtype
 from kernels.settings import settings
+from kernels.warm_up import warm_up as warm_up_kernels
 from server.budget import Budget
 from server.errors import ConfigurationError, quote
 from server.models.acceleration import accelerate, choose_attention, graph_trunk
@@ -143,6 +144,7 @@ def load(config: WorkerConfig) -> LoadedService:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
+    trouble = try_triton(device)
     reward_device = device
     if config.reward_device is not None:
         reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
@@ -183,14 +185,17 @@ def load(config: WorkerConfig) -> LoadedService:
     if config.cuda_graphs and device.type == "cuda":
         ways += _graph(config, model, reward_models.values())
     budget, largest = _budgets(config, model, reward_models.values(), device)
-    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings)
+    products = _products(config, model, reward_models.values(), budget)
+    ways.append(Way("kernels", "", products.backend, trouble))
+    logger.info("kernels: %s%s", products.backend, f" ({products.why})" if products.why else "")
+    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, backend=products.backend)
     warm_up(runner, model, reward_models)
     runner.denoiser.stats = RunnerStats()  # nobody asked for the warm-up
     info = EngineInfo(
         model=model.info,
         reward_models=tuple(reward.info for reward in reward_models.values()),
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
-        kernel_backend=kernels.default_backend(),
+        kernel_backend=products.backend,
         largest=largest,
         ways=tuple(ways),
     )
@@ -201,11 +206,14 @@ def load(config: WorkerConfig) -> LoadedService:
     return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device, config.max_lora_rank)
 
 
-def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Iterable[str]) -> None:
-    """Run one small job through the runner for each reward model, guided by it; without any, an unguided one.
+def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Collection[str]) -> None:
+    """Have all forms of Triton's kernels compiled, where they are what runs, and one small job run through the runner
+    for each reward model, guided by it; without any, an unguided one.
 
     Raises RuntimeError when a job fails.
     """
+    of, tables = model.model, [runner.reward_models[name].table for name in reward_models]
+    warm_up_kernels(runner.denoiser.backend, of.activation_dtype, of.vocab_size, of.device, tables)
     conversation = (Message("user", "Hello"),)
     tokenizer = model.tokenizer
     prompt = tokenizer.render_chat(conversation) if tokenizer.has_chat_template else tokenizer.encode("Hello")
@@ -245,6 +253,26 @@ def _fit(model: LoadedDiffusionModel, config: WorkerConfig) -> LoadedDiffusionMo
     if config.served_model_name is not None:
         info = replace(info, id=config.served_model_name)
     return replace(model, info=info)
+
+
+def _products(
+    config: WorkerConfig, model: LoadedDiffusionModel, reward_models: Collection[RewardModel], budget: Budget
+) -> Products:
+    """How the products with the vocabulary are computed: as the setting says or, for "auto", by what they would take
+    for as many rows as may be steered at once. Raises ConfigurationError for what cannot run here."""
+    diffusion = model.model
+    widths = [reward.table.shape[1] for reward in reward_models]
+    try:
+        return choose_products(
+            config.kernels,
+            diffusion.device,
+            diffusion.activation_dtype,
+            vocab_size=diffusion.vocab_size,
+            widths=widths,
+            rows=budget.guided_rows,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"kernels: {error}") from error
 
 
 def _budgets(

@@ -152,7 +152,7 @@ def test_help_says_every_key_and_default() -> None:
 
 
 def test_users_need_not_read_too_many_settings() -> None:
-    assert len(SETTINGS) <= 53
+    assert len(SETTINGS) <= 54
 
 
 def test_a_misspelt_flag_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +170,7 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
     """Every setting that a process declares arrives with its value, and those under another name as what they mean."""
     given = {
         "device": "cpu", "reward_device": "cpu", "dtype": "float64", "attention_backend": "sdpa", "compile": True,
-        "cuda_graphs": False, "attention": "block_causal", "block_length": 8, "max_model_len": 99,
+        "cuda_graphs": False, "kernels": "library", "attention": "block_causal", "block_length": 8, "max_model_len": 99,
         "vocab_fallback": "zero", "threads": 3, "data_parallel": 2,
         "batch_tokens": 99, "batch_trajectories": 5, "memory_fraction": 0.5, "plugins": ("a", "b"),
         "log_level": "ERROR", "log_format": "json", "max_queue": 7, "watchdog_seconds": 9.0, "spare_worker": False,

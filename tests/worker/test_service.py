@@ -57,6 +57,7 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"disable_savings": ("skip_nothing",)}, "disable_savings"),
         ({"attention_backend": "varlen"}, "attention_backend: varlen cannot run here: it needs a CUDA device"),
+        ({"kernels": "fused"}, "kernels: 'fused' cannot run here: it needs a CUDA device, triton and 16-bit weights"),
         ({"attention_backend": "fast"}, "attention_backend: 'fast' is not one of auto, varlen, cpp, sdpa"),
         ({"attention": "block_causal"}, "block_length: attention is block_causal, and neither the settings"),
         ({"attention": "block_causal", "model": DREAM}, "attention: block_causal is not implemented for dream"),
