@@ -124,11 +124,11 @@ class Places:
 
     The packed order is: for each trajectory what leads, its response from the first place that is not settled on less
     what is hidden for certain, then its suffix; S tokens. `response` (S,) is a token's place among the responses, -1
-    around them; `position` (S,) its position; `owner` (S,) its trajectory; `known` (S,) its id where it is revealed, of
-    the diffusion vocabulary. The ids `fixed` of the reward vocabulary are at `around`. `rows` (n,) of the logits go to
-    `place` (n,), the others are hidden for certain. `content` (S,) is false at the reward model's padding around the
-    responses; None where no row ends with any, and then where it stands makes no difference. `weights` (B,) are the
-    objective's. Tensors are on the host until `assembled`.
+    around them; `position` (S,) its position; `owner` (S,) its trajectory; `known` (S + 1,) its id where it is
+    revealed, of the diffusion vocabulary. The ids `fixed` of the reward vocabulary are at `around`. The rows of the
+    logits go to `place` (N,), those that are hidden for certain to -1, a last token that nobody reads. `content` (S,)
+    is false at the reward model's padding around the responses; None where no row ends with any, and then where it
+    stands makes no difference. `weights` (B,) are the objective's. Tensors are on the host until `assembled`.
     """
 
     lengths: tuple[int, ...]
@@ -138,7 +138,6 @@ class Places:
     known: Tensor
     fixed: Tensor
     around: Tensor
-    rows: Tensor
     place: Tensor
     content: Tensor | None
     weights: Tensor
@@ -163,7 +162,6 @@ class Places:
         outside = places < 0
         place_of = np.full(start, -1)
         place_of[places[~outside]] = np.flatnonzero(~outside)
-        place = place_of[responses.places]
         content = None
         if any(model.content(context.suffix_ids) < max(1, len(context.suffix_ids)) for context in objective.contexts):
             content = np.ones(len(places), dtype=np.bool_)
@@ -173,11 +171,10 @@ class Places:
             response=torch.from_numpy(places),
             position=torch.from_numpy(np.concatenate(position)),
             owner=torch.from_numpy(np.arange(len(lengths)).repeat(lengths)),
-            known=torch.from_numpy(responses.tokens[places.clip(0)]),
+            known=torch.from_numpy(responses.tokens[np.append(places.clip(0), 0)]),
             fixed=torch.from_numpy(ids),
             around=torch.from_numpy(np.flatnonzero(outside)),
-            rows=torch.from_numpy(np.flatnonzero(place >= 0)),
-            place=torch.from_numpy(place[place >= 0]),
+            place=torch.from_numpy(place_of[responses.places]),
             content=None if content is None else torch.from_numpy(content),
             weights=objective.weights,
         )
@@ -185,7 +182,7 @@ class Places:
 
 class Assembly:
     """What one objective reads in the inner steps: where its tokens come from, all on the device, and of them `base`
-    (S, D), what does not change. `layout` is there where it does not depend on what is hidden."""
+    (S + 1, D), what does not change. `layout` is there where it does not depend on what is hidden."""
 
     def __init__(self, objective: Objective, places: Places, layout: PackedLayout | None) -> None:
         model = objective.model
@@ -214,9 +211,9 @@ class Assembly:
         return responses, [cls(*each) for each in zip(objectives, sent[::2], sent[1::2], strict=True)]
 
     def read(
-        self, embeds: Tensor, tokens: Tensor, visible: Tensor, timings: Timings, *, gradient: bool
+        self, whole: Tensor, tokens: Tensor, visible: Tensor, timings: Timings, *, gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """Unweighted rewards (B,) and dr/de (N, D) with masked positions entering as `embeds` (N, D).
+        """Unweighted rewards (B,) and dr/de (N, D) of `whole` (S + 1, D): `base` with the masked positions' embeddings.
 
         `visible` (R,) bool hides response positions; `tokens` (R,) int64 are the diffusion-model ids that they count
         as. The gradient is zeros when not asked for. A row of which nothing is seen has the reward NaN; ValueError
@@ -227,9 +224,8 @@ class Assembly:
         if places.content is not None:
             seen = self._to_last_content(seen, places.content, model.padding[tokens[self.inside]])
         layout, taken, count = self._order(seen)
-        whole = self.base.index_copy(0, places.place, embeds.index_select(0, places.rows).to(self.base.dtype))
         x = whole.index_select(0, taken)
-        g = torch.zeros_like(embeds)
+        g_whole = torch.zeros_like(whole)
         started = time.perf_counter()
         if not gradient:
             rewards = model.read(layout, x)
@@ -239,11 +235,10 @@ class Assembly:
             way = passes if passes is not None and passes.takes(layout) else model
             rewards, back = way.read_with_gradient(layout, x)
             forwarded = time.perf_counter()
-            g_whole = torch.zeros_like(whole).index_copy_(0, taken, back().to(whole.dtype))
-            g.index_copy_(0, places.rows, g_whole.index_select(0, places.place).to(g.dtype))
+            g_whole.index_copy_(0, taken, back().to(whole.dtype))
         timings.reward_forward_seconds += forwarded - started
         timings.reward_backward_seconds += time.perf_counter() - forwarded
-        return torch.where(count > 0, rewards, torch.nan), g
+        return torch.where(count > 0, rewards, torch.nan), g_whole[places.place]
 
     def _order(self, seen: Tensor) -> tuple[PackedLayout, Tensor, Tensor]:
         """A pass in which some of the S tokens are `seen` (S,): its layout, which tokens it takes in which order, and

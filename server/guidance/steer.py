@@ -105,10 +105,11 @@ def steer(
         last = inner == gradient_steps
         for assembly in assemblies:
             table, weight = assembly.objective.model.table, assembly.places.weights.to(w.dtype)
-            mixed = kernels.mix(state, table, hard, w)
-            rewards, g = assembly.read(mixed.embeds, current, visible, timings, gradient=not last)
+            whole = assembly.base.clone()
+            soft = kernels.mix_into(state, table, hard, w, whole, assembly.places.place)
+            rewards, g = assembly.read(whole, current, visible, timings, gradient=not last)
             total = total + weight * rewards.to(w.dtype)
-            terms.append(kernels.Term(g * weight[responses.owner][:, None], table, mixed.soft))
+            terms.append(kernels.Term(g * weight[responses.owner][:, None], table, soft))
         steered_rewards.append(total)
         if not last:
             kernels.update(state, terms)

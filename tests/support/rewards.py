@@ -119,5 +119,7 @@ class Pass:
     def read(self, embeds: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """Rewards (B,) and dr/de (N, D)."""
         responses, assembly = self.assembled()
-        visible = self.visible.to(self.device)
-        return assembly.read(embeds, responses.committed, visible, Timings(), gradient=gradient)
+        visible, place, whole = self.visible.to(self.device), assembly.places.place, assembly.base.clone()
+        whole[place] = embeds.to(whole.dtype)
+        rewards, g = assembly.read(whole, responses.committed, visible, Timings(), gradient=gradient)
+        return rewards, g.to(embeds.dtype)
