@@ -187,7 +187,11 @@ class Assembly:
     def __init__(self, objective: Objective, places: Places, layout: PackedLayout | None) -> None:
         model = objective.model
         self.objective, self.places, self.layout = objective, places, layout
-        self.inside = places.response.clamp_min(0)
+        self.outside, self.inside = places.response < 0, places.response.clamp_min(0)
+        self.first, self.second = (
+            2 * places.owner,
+            2 * places.owner + 1,
+        )  # a row's seen tokens go before its hidden ones
         self.base = model.table[places.known]
         if len(places.fixed):
             self.base.index_copy_(0, places.around, model.own_embeddings(places.fixed).to(self.base.device))
@@ -220,7 +224,7 @@ class Assembly:
         where that is known on the host.
         """
         model, places = self.objective.model, self.places
-        seen = (places.response < 0) | visible[self.inside]
+        seen = self.outside | visible[self.inside]
         if places.content is not None:
             seen = self._to_last_content(seen, places.content, model.padding[tokens[self.inside]])
         layout, taken, count = self._order(seen)
@@ -245,7 +249,7 @@ class Assembly:
         how many of each row are seen (B,)."""
         model, places, rows = self.objective.model, self.places, len(self.places.lengths)
         if self.layout is not None:
-            taken = torch.argsort(2 * places.owner + (~seen).long(), stable=True)
+            taken = torch.argsort(torch.where(seen, self.first, self.second), stable=True)
             count = torch.zeros(rows, dtype=torch.int64, device=seen.device).index_add_(0, places.owner, seen.long())
             position = places.position.index_select(0, taken)
             return self.layout.hiding(count.clamp_min(1).to(model.device), position.to(model.device)), taken, count
@@ -258,7 +262,7 @@ class Assembly:
 
     def _to_last_content(self, seen: Tensor, around: Tensor, padding: Tensor) -> Tensor:
         """`seen` without what comes after a row's last seen token that is not the reward model's padding."""
-        content = seen & torch.where(self.places.response < 0, around, ~padding)
+        content = seen & torch.where(self.outside, around, ~padding)
         index = torch.arange(len(seen), device=seen.device)
         last = torch.full((len(self.places.lengths),), -1, dtype=torch.int64, device=seen.device)
         last = last.scatter_reduce(0, self.places.owner, torch.where(content, index, -1), "amax")

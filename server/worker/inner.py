@@ -10,13 +10,11 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import kernels
-from kernels.random import at_inner
 from server.guidance.assembly import Objective, Responses, Timings
 from server.guidance.prefixes import grow
 from server.guidance.steer import Steered, steer
@@ -29,7 +27,7 @@ from server.worker.pack import Group
 class Cohort:
     """Members of a group with the same M, when they are through with their inner steps; N rows.
 
-    `keys` (N, 4) are their random keys at the first inner step, and `rows` their rows among the whole group's.
+    `keys` (M + 2, N, 4) are their random keys (`Group.keys`), and `rows` their rows among the whole group's.
     `rewards`, (members,) each, are those before each inner step, and once more after the last where a member is traced;
     `first_w` (N,) is w at the first.
     """
@@ -51,7 +49,7 @@ class InnerSteps:
         self.timings = Timings()
 
     def run(self, group: Group, state: kernels.Guided, keys: Tensor) -> list[Cohort]:
-        """Steer `state`, the rows of a guided group with random `keys` (N, 4), and split it as members leave: cohorts,
+        """Steer `state`, the rows of a guided group with its random `keys`, and split it as members leave: cohorts,
         the smallest M first."""
         objectives = [self._objective(name, group) for name in group.rewards]
         cohorts: list[Cohort] = []
@@ -71,7 +69,7 @@ class InnerSteps:
             row, left = staying.count, state
             if row:
                 state, left = state.split(row, done)
-            keys, own = keys[:row], keys[row:]
+            keys, own = keys[:, :row], keys[:, row:]
             rewards = [reward[first : first + len(leaving.members)] for reward in seen]
             if any(member.trajectory.job.trace for member in leaving.members):
                 rewards += self._steer(leaving, left, own, after, range(done, done), reads=True).rewards
@@ -102,7 +100,7 @@ class InnerSteps:
             objectives,
             [_read_as(member.trajectory.job.guidance) for member in group.members],
             [member.step for member in group.members],
-            partial(at_inner, keys),
+            keys.__getitem__,
             steps.stop,
             first_step=steps.start,
             timings=self.timings,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.random import INNER_ORIGIN, INNER_RANK, at_inner, row_keys, uniform
+from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, at_inner, row_keys, uniform
 from kernels.transfer import upload, upload_all
 from server.diffusion.sampler import FloatArray, IntArray
 from server.diffusion.schedule import Step, block_lengths
@@ -292,7 +292,7 @@ class Group:
         )
 
     def keys(self) -> Tensor:
-        """Random keys (N, 4) of its rows at the first inner step, on the host."""
+        """Random keys (M + 2, N, 4) of its rows, on the host: at each inner step, after them, and of the final draw."""
         who = [
             (m.trajectory.job.sampling.seed, m.trajectory.job.prompt_index, m.trajectory.index, m.step.index, 0)
             for m in self.members
@@ -300,11 +300,12 @@ class Group:
         columns = torch.from_numpy(np.array(who).T.repeat([len(member.rows) for member in self.members], axis=1))
         seed, prompt, trajectory, step, inner = columns.unbind(0)
         positions = torch.from_numpy(np.concatenate([member.positions for member in self.members]))
-        return row_keys(seed, prompt, trajectory, step, inner, positions)
+        first = row_keys(seed, prompt, trajectory, step, inner, positions)
+        return torch.stack([at_inner(first, when) for when in (*range(self.gradient_steps + 1), INNER_FINAL)])
 
     def ranking_uniforms(self, keys: Tensor, subset: Tensor | None) -> Tensor | None:
-        """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them: of its rows with these
-        keys (N, 4), or of some of them."""
+        """Uniforms (n,) for `origin` and `algorithm_temperature`, where any member needs them: of its rows with the
+        `keys` (N, 4), of any inner step, or of some of them."""
         diffusion = [member.trajectory.job.diffusion for member in self.members]
         if not any(d.algorithm == "origin" or d.algorithm_temperature for d in diffusion):
             return None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.random import INNER_FINAL, at_inner
 from kernels.transfer import download, upload
 from server.diffusion.sampler import FloatArray, IntArray, reveal
 from server.diffusion.schedule import Step
@@ -107,10 +106,9 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> li
     group, state = cohort.group, cohort.state
     candidates = group.candidates()
     subset = None if candidates is None else upload(torch.from_numpy(candidates), group.device)
-    keys = at_inner(cohort.keys, INNER_FINAL)
-    drawn = kernels.draw(state, _of(keys, subset), rows=subset, never=info.mask_token_id)
+    drawn = kernels.draw(state, _of(cohort.keys[-1], subset), rows=subset, never=info.mask_token_id)
     ranked = confidence(group, state, base, drawn, subset)
-    wanted = drawn, ranked, group.ranking_uniforms(cohort.keys, subset), entropy, cohort.first_w, *cohort.rewards
+    wanted = drawn, ranked, group.ranking_uniforms(cohort.keys[0], subset), entropy, cohort.first_w, *cohort.rewards
     tokens, confidences, uniforms, entropies, w, *rewards = download(wanted)
     decisions = []
     stop = row = 0
