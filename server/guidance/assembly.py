@@ -188,10 +188,8 @@ class Assembly:
         model = objective.model
         self.objective, self.places, self.layout = objective, places, layout
         self.outside, self.inside = places.response < 0, places.response.clamp_min(0)
-        self.first, self.second = (
-            2 * places.owner,
-            2 * places.owner + 1,
-        )  # a row's seen tokens go before its hidden ones
+        # What orders tokens where some are hidden: a row's seen ones first.
+        self.first, self.second = 2 * places.owner, 2 * places.owner + 1
         self.base = model.table[places.known]
         if len(places.fixed):
             self.base.index_copy_(0, places.around, model.own_embeddings(places.fixed).to(self.base.device))
