@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from kernels import varlen
 from kernels.cpp.build import library
+from kernels.dispatch import try_triton
 from server.errors import ConfigurationError
 from server.hub import ALLOWED_FILES
 from server.wire.config import WorkerConfig
@@ -67,7 +68,7 @@ def diagnose(config: WorkerConfig) -> Iterator[Finding]:
     yield Finding("torch", built)
     yield _compiler(device)
     if device.type == "cuda":
-        yield _triton()
+        yield _triton(device)
         dtype = resolve_dtype(config.dtype, device)
         why = varlen.unavailable("varlen", device, dtype, USUAL_HEAD_SIZE)
         advice = f"{why}: attention is computed row by row, and there are no CUDA graphs" if why else ""
@@ -93,11 +94,13 @@ def _compiler(device: torch.device) -> Finding:
     return Finding("compiler", compiler or "none", advice)
 
 
-def _triton() -> Finding:
+def _triton(device: torch.device) -> Finding:
+    """Its version, and whether one kernel compiles and runs."""
     try:
-        return Finding("triton", importlib.metadata.version("triton"))
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return Finding("triton", "none", "install torch's CUDA build, which brings it: plain torch kernels run instead")
+    return Finding("triton", version, try_triton(device))
 
 
 def _models(config: WorkerConfig, device: torch.device) -> Iterator[Finding]:

@@ -7,8 +7,10 @@ import torch
 import kernels as ours
 from benchmarks.gpu.part import Given, Report
 from benchmarks.kernels.__main__ import report
-from benchmarks.kernels.compare import Shape
+from benchmarks.kernels.compare import Shape, products
+from kernels.roofline import BACKENDS
 
+KINDS = ("measured", "estimated")
 SHAPES = (
     (2048, 152_064, 2048),  # Dream, sixteen trajectories, a reward model of 1.7B
     (512, 152_064, 2048),
@@ -35,4 +37,9 @@ def kernels(given: Given) -> Report:
             row |= {"step of products": f"{each['product_share_of_step']:.0%}", "peak (N, V)": each["peak_tensors"]}
             results.append(row)
         tables[f"N = {rows}, V = {vocab_size}, D = {hidden}, M = 3"] = results
+        if cuda and "fused" in names:
+            chosen = products(shape, repeats=10)
+            row = {f"{name} ms, {kind}": 1e3 * chosen[kind][name] for name in BACKENDS for kind in KINDS}
+            row |= {"auto takes": chosen["auto_takes"], "right here": chosen["right_here"]}
+            tables[f"N = {rows}: products of an inner step, fused or the library's"] = [row]
     return {"tables": tables}
