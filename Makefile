@@ -12,7 +12,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 UV_VERSION := 0.13.9
 # For `make gpu-evidence`: an interpreter that has torch's CUDA build. By default that is the environment's own where it
-# has one; else a second environment is made, of 2.6 GB.
+# has one; else a second environment is made, of 5 GB.
 CUDA_PY ?=
 TRITON_VERSION := 3.7.1# what torch 2.13.0 pins
 CUDA_VENV ?= build/cuda
