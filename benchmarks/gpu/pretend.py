@@ -224,8 +224,9 @@ class _Functions(TorchFunctionMode):
         if name == "tolist" and _away(args[0]):  # the rewards of an answer
             self._pretend.tally.waits += 1
             return self._pretend.values(args[0]).tolist()
-        if name == "numpy" and isinstance(args[0], FakeTensor) and not _away(args[0]):
-            return self._pretend.values(args[0]).numpy()
+        if name == "numpy" and not _away(args[0]):
+            with unset_fake_temporarily():
+                return (self._pretend.values(args[0]) if isinstance(args[0], FakeTensor) else args[0]).numpy()
         if name == "copy_" and _away(args[1]) and not _away(args[0]):
             with unset_fake_temporarily():
                 return args[0].copy_(self._pretend.values(args[1]))

@@ -17,10 +17,12 @@ KEY = "the-key-of-this-test"
 
 
 @pytest.mark.parametrize(
-    ("client", "flags"), [("openai", ()), pytest.param("schemathesis", SMALL, marks=pytest.mark.slow)]
+    ("client", "flags"),
+    [("openai", ("--batch-dir", "{out}")), pytest.param("schemathesis", SMALL, marks=pytest.mark.slow)],
 )
 def test_a_client_finds_nothing_wrong(client: str, flags: tuple[str, ...], launch: Launch, tmp_path: Path) -> None:
-    served = launch("--api-key", KEY, *flags, model=None)  # the bundled models, as conformance has them
+    given = [flag.format(out=tmp_path) for flag in flags]
+    served = launch("--api-key", KEY, *given, model=None)  # the bundled models, as conformance has them
     served.wait_ready()
     told = {"PYTHONPATH": str(CONFORMANCE / "shared"), "CONFORMANCE_OUT": str(tmp_path), "CONFORMANCE_SHORT": "1"}
     done = subprocess.run(
