@@ -55,7 +55,7 @@ function fromLink() {
   if (!location.hash) return {};
   try {
     const settings = JSON.parse(decodeURIComponent(location.hash.slice(1)));
-    if (Array.isArray(settings.columns)) return settings;
+    if (settings.columns.length && settings.columns.every((each) => each && typeof each === "object")) return settings;
     throw new TypeError("no columns");
   } catch {
     say("The settings in this link cannot be read: it was cut off or changed.");
@@ -113,6 +113,7 @@ async function follow(run) {
 
 function outcome(run) {
   if (run.error) return run.error;
+  if (!run.report) return "the stream ended before its answer";
   const { reward } = run.report.choice;
   return reward === null ? "done, without a reward" : `reward ${withSign(reward, 2)}`;
 }
