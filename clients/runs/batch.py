@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -30,6 +31,7 @@ def run(given: argparse.Namespace) -> int:
     requests = requests_of(given.input)
     wanted = {each.custom_id for each in requests}
     with Journal(given.output) as journal:
+        _check_same(journal, {each.custom_id: each for each in requests})
         answer_all(requests, journal, sweep.servers_of(given), "requests")
         statuses = Counter(each.response.status_code for each in journal.records() if each.custom_id in wanted)
     failed = {status: count for status, count in sorted(statuses.items()) if status >= 400}
@@ -39,9 +41,19 @@ def run(given: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
+def _check_same(journal: Journal, requests: Mapping[str, Request]) -> None:
+    """Raises ClientError where the journal has an answer to another request under an id of these."""
+    for record in journal.records():
+        if record.request != requests.get(record.custom_id, record.request):
+            raise ClientError(
+                f"{journal.path} has an answer to another request named {record.custom_id!r}; name another file"
+            )
+
+
 def requests_of(source: str) -> list[Request]:
     """The requests of a file. Raises ClientError, which names the line, where one is not of OpenAI's batch format, has
-    an id for the second time or asks for a stream."""
+    an id for the second time, asks for a stream, or is no POST to a path, so that the API key goes to no other server
+    than the command line's."""
     found: dict[str, Request] = {}
     for number, line in enumerate(read_text(source).split("\n"), 1):
         if not line.strip():
@@ -52,6 +64,10 @@ def requests_of(source: str) -> list[Request]:
             raise ClientError(f"{source}, line {number}, is no request of OpenAI's batch format: {error}") from None
         if each.custom_id in found:
             raise ClientError(f"{source}, line {number}: custom_id {each.custom_id!r} stands on a line before it")
+        if each.method != "POST" or not each.url.startswith("/") or each.url.startswith("//"):
+            raise ClientError(
+                f"{source}, line {number}: wanted are the method POST and a url that is a path, as /v1/..."
+            )
         if each.body.get("stream"):
             raise ClientError(f"{source}, line {number}: `stream` has no place in a batch")
         found[each.custom_id] = each

@@ -97,9 +97,13 @@ class Record:
         return f"{self.response.status_code}: {message}"
 
 
+HEAD = b'{"id":"batch_req_'
+"""How a line of the journal begins, by which one that a kill cut short is told from a line of another file."""
+
+
 class Journal:
-    """A file of records. Opening it takes out a last line that a kill cut short. Raises ClientError where the file
-    cannot be opened or holds something else."""
+    """A file of records. Opening it takes out a last line that a kill cut short, if it begins as a record does. Raises
+    ClientError where the file cannot be opened or holds something else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -112,6 +116,8 @@ class Journal:
                     if line.endswith(b"\n"):
                         self.done.add(_decode(line, _Named, path, number).custom_id)
                         whole += len(line)
+                    elif not (line.startswith(HEAD) or HEAD.startswith(line)):
+                        raise _foreign(path, number, "it is neither whole nor the beginning of an answer")
             os.truncate(path, whole)
             self._file = path.open("ab", buffering=0)  # a line is one write, and a kill loses none that was written
         except OSError as error:
@@ -143,9 +149,13 @@ def _decode(line: bytes, kind: type[Any], path: Path, number: int) -> Any:
     try:
         return msgspec.json.decode(line, type=kind)
     except msgspec.DecodeError as error:  # ValidationError is one
-        raise ClientError(
-            f"{path}, line {number}, is not of a journal of answers ({error}); name another file, to begin one"
-        ) from None
+        raise _foreign(path, number, error) from None
+
+
+def _foreign(path: Path, number: int, why: object) -> ClientError:
+    return ClientError(
+        f"{path}, line {number}, is not of a journal of answers ({why}); name another file, to begin one"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from clients.cli import main
 from clients.errors import AuthenticationFailed, ClientError, ConnectionFailed
 from clients.runs import engine
+from clients.runs.batch import requests_of
 from clients.runs.engine import Journal, Request, Servers, answer_all, request
 from tests.support.serving import ROOT
 
@@ -93,7 +96,9 @@ def test_a_journal_that_was_cut_anywhere_is_gone_on_from(tmp_path: Path) -> None
         assert path.read_bytes().startswith(whole[: whole.rfind(b"\n", 0, cut) + 1])
 
 
-@pytest.mark.parametrize("content", [b"Hotel?\n", b'{"prompt": "Hotel?"}\n'])
+@pytest.mark.parametrize(
+    "content", [b"Hotel?\n", b'{"prompt": "Hotel?"}\n', b"{}", b'{"custom_id":"a","url":"/v1/score","body":{}}']
+)
 def test_another_file_is_not_taken_for_a_journal(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_bytes(content)
     with pytest.raises(ClientError, match=r"prompts\.jsonl, line 1,.*name another file"):
@@ -101,6 +106,33 @@ def test_another_file_is_not_taken_for_a_journal(content: bytes, tmp_path: Path)
     assert (tmp_path / "prompts.jsonl").read_bytes() == content
     with pytest.raises(ClientError, match=r"absent.* cannot be written"):
         Journal(tmp_path / "absent" / "runs.jsonl")
+
+
+def test_a_batch_takes_no_answer_to_another_request_of_the_same_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    same = Request("a", "/v1", {"number": 1.0})
+    run(out, Network(), requests=[same, Request("left out of the file", "/v1", {"number": 2})])
+    for line, status in ((same, 0), (Request("a", "/v1", {"number": 3}), 1)):
+        asked.write_bytes(msgspec.json.encode(line))
+        before = out.read_bytes()
+        assert main(["batch", str(asked), str(out), "--url", "http://nobody.invalid"]) == status
+        assert out.read_bytes() == before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has an answer to another request named 'a'; name another file" in said
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"url": "http://elsewhere/v1"}, {"url": "//elsewhere/v1"}, {"url": "v1"}, {"method": "GET"}]
+)
+def test_a_batch_sends_its_key_to_the_named_servers_alone(wrong: dict[str, str], tmp_path: Path) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1", "body": {}}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    assert requests_of(str(tmp_path / "in.jsonl")) == [Request("a", "/v1", {})]
+    (tmp_path / "in.jsonl").write_text(f"\n{json.dumps(line | wrong)}")
+    with pytest.raises(ClientError, match=r"in\.jsonl, line 2: wanted are the method POST and a url that is a path"):
+        requests_of(str(tmp_path / "in.jsonl"))
 
 
 def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
