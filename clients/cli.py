@@ -32,8 +32,8 @@ from .types import GuidanceReport, StepTrace
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 1 after an error that is printed."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
         return int(options.run(options))
     except ClientError as error:
         console(stderr=True).print(f"error: {printable(str(error))}", style="red")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..arguments import add_option
 from . import report, study, sweep
-from .rows import pairs, write_rows
+from .rows import PAIRS, pairs, write_rows
 from .sources import BENCHMARKS, load
 
 METHODS = ("none", "bon@4,8,16,32", "expectation", "aps", "entrgi")
@@ -56,12 +56,13 @@ def evaluate(given: argparse.Namespace) -> int:
 def _run(given: argparse.Namespace, sources: list[str]) -> int:
     sets = {_name(source): load(source) for source in sources}
     outcomes = study.Study(given, sets, given.method or given.methods).run()
-    if given.pairs is not None:
-        answers = (answer for outcome in outcomes for answer in outcome.answers)
-        write_rows(given.pairs, (pair for answer in answers for pair in pairs(answer.asked, answer.completion)))
     if given.report is not None:
         report.write(given.report, outcomes)
     report.show(outcomes)
+    if given.pairs is not None:
+        answers = (answer for outcome in outcomes for answer in outcome.answers)
+        rows = (pair for answer in answers for pair in pairs(answer.asked, answer.completion))
+        write_rows(given.pairs, rows, PAIRS, raw=given.raw)
     return 0
 
 

@@ -6,20 +6,26 @@ and `completion`, or `chosen` and `rejected`, tells where it comes from; trainer
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..errors import ClientError
 from ..types import ChatCompletion, Completion
 from .sweep import Asked
 
 GROUP = 1000
 """Rows that are written to a parquet file at a time."""
+
+ORIGIN = ("prompt_id", "seed", "setting", "settings")
+SAMPLES = ("prompt", "completion", "reward", "rewards", "trajectory", "finish_reason", "token_ids", "step_map", *ORIGIN)
+PAIRS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected", *ORIGIN)
+"""The columns of `samples` and `pairs`."""
 
 Row = dict[str, Any]
 
@@ -70,14 +76,25 @@ def _origin(asked: Asked) -> Row:
     }
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as the ending of `path` says, .jsonl or .parquet, and put the file in its place when it is whole;
-    their number. Raises ClientError for another ending."""
+def data_file(text: str) -> Path:
+    """A path at which `write_rows` can write. Raises ArgumentTypeError, and ModuleNotFoundError where parquet is wanted
+    and pyarrow is absent, so that a command ends before it has asked anything."""
+    path = Path(text)
     if path.suffix not in (".jsonl", ".parquet"):
-        raise ClientError(f"{path}: wanted is a file that ends in .jsonl or .parquet")
+        raise argparse.ArgumentTypeError(f"{path}: wanted is a file that ends in .jsonl or .parquet")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+    if path.suffix == ".parquet":
+        import_module("pyarrow.parquet")
+    return path
+
+
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str], *, raw: bool) -> int:
+    """Write rows of these columns as the ending of `path` says, .jsonl or .parquet, and put the file in its place when
+    it is whole; their number. With `raw` prompts are texts, and else a chat's messages."""
     part = path.with_name(f"{path.name}.part")
     if path.suffix == ".parquet":
-        count = _write_parquet(part, iter(rows))
+        count = _write_parquet(part, iter(rows), columns, raw)
     else:
         with part.open("wb") as file:
             count = sum(file.write(msgspec.json.encode(row) + b"\n") > 0 for row in rows)
@@ -85,12 +102,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     return count
 
 
-def _write_parquet(path: Path, rows: Iterator[Row]) -> int:
+def _write_parquet(path: Path, rows: Iterator[Row], columns: Sequence[str], raw: bool) -> int:
     import pyarrow
     from pyarrow import parquet
 
     turns = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()}))
-    kinds = {
+    texts = dict.fromkeys(("prompt", "completion", "chosen", "rejected"), pyarrow.string() if raw else turns)
+    kinds = texts | {
         "reward": pyarrow.float64(),
         "rewards": pyarrow.list_(pyarrow.float64()),
         "score_chosen": pyarrow.float64(),
@@ -100,12 +118,8 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> int:
         "step_map": pyarrow.list_(pyarrow.int32()),
         "seed": pyarrow.int64(),
     }
-    first = next(rows, None)
-    if first is None:
-        raise ClientError(f"{path}: there are no rows to write")
-    plain = {name: turns if isinstance(value, list) else pyarrow.string() for name, value in first.items()}
-    schema = pyarrow.schema({name: kinds.get(name, kind) for name, kind in plain.items()})
-    rows, count = itertools.chain((first,), rows), 0
+    schema = pyarrow.schema({name: kinds.get(name, pyarrow.string()) for name in columns})
+    count = 0
     with parquet.ParquetWriter(path, schema) as writer:
         while group := list(itertools.islice(rows, GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))

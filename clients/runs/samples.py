@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 from ..arguments import add_option
 from ..errors import ClientError
@@ -14,7 +13,7 @@ from ..types import ChatCompletion, Completion
 from . import sweep
 from .answers import completion_of
 from .engine import Journal, Record, answer_all
-from .rows import Row, pairs, samples, write_rows
+from .rows import PAIRS, SAMPLES, Row, data_file, pairs, samples, write_rows
 from .sources import load
 from .sweep import Asked
 
@@ -28,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wanted = "one prompt on each line, JSON lines with `prompt` or `messages`, or a table; - is standard input"
     parser.add_argument("--prompts", required=True, metavar="FILE", help=wanted)
     text = "the data, .jsonl or .parquet; the journal from which the same command goes on lies beside it"
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=text)
-    text = "a file for the best and the worst text of each prompt, as chosen and rejected"
-    add_option(parser, "--pairs", text, "none", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=data_file, required=True, metavar="FILE", help=text)
+    text = "a file for the best and the worst text of each prompt, as chosen and rejected; .jsonl or .parquet"
+    add_option(parser, "--pairs", text, "none", type=data_file, metavar="FILE")
     add_option(parser, "--method", "how rewards steer", default="entrgi")
     text = "texts of each prompt that become rows, the best first"
     add_option(parser, "--keep", text, type=sweep.positive, default=1)
@@ -78,9 +77,10 @@ def run(given: argparse.Namespace) -> int:
             if record.refusal is None:
                 yield from of(asked[record.custom_id], completion_of(record))
 
-    told = f"{write_rows(given.out, rows(partial(samples, keep=given.keep)))} rows in {given.out}"
+    count = write_rows(given.out, rows(partial(samples, keep=given.keep)), SAMPLES, raw=given.raw)
+    told = f"{count} rows in {given.out}"
     if given.pairs is not None:
-        told += f", {write_rows(given.pairs, rows(pairs))} pairs in {given.pairs}"
+        told += f", {write_rows(given.pairs, rows(pairs), PAIRS, raw=given.raw)} pairs in {given.pairs}"
     if refused:
         told += f"; {len(refused)} requests were refused, the first with {refused[0]}"
     console(stderr=True).print(told)

@@ -16,6 +16,7 @@ from ..types import Scores
 from .answers import Answer, by_prompt, completion_of, found_in, read
 from .engine import Journal, Record, Request, Servers, answer_all, request
 from .judge import Judge
+from .rows import data_file
 from .sources import Prompt
 from .statistics import Difference, Interval, differences, interval
 from .sweep import Asked, Setting, asked, models_of, servers_of, settings_of
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a folder for the report: Markdown, HTML, plots and JSON"
     add_option(parser, "--report", text, "none", type=Path, metavar="FOLDER")
     text = "a file for each answer's best and worst text in TRL's columns, .jsonl or .parquet"
-    add_option(parser, "--pairs", text, "none", type=Path, metavar="FILE")
+    add_option(parser, "--pairs", text, "none", type=data_file, metavar="FILE")
     text = "the setting that the others are compared with, by its name in the table"
     add_option(parser, "--baseline", text, "the first with method bon, or else the first")
     text = "a served reward model that takes no part and scores all texts; repeatable"

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from clients.runs import samples, sweep
 from clients.runs.answers import by_prompt, completion_of, distinct, read
 from clients.runs.engine import Record, Response
 from clients.runs.judge import Judge
-from clients.runs.rows import pairs, write_rows
+from clients.runs.rows import PAIRS, SAMPLES, pairs, write_rows
 from clients.runs.rows import samples as sample_rows
 from clients.runs.sources import BENCHMARKS, Prompt, load
 from clients.runs.statistics import differences, interval
@@ -166,11 +167,33 @@ def test_rows_are_trls_and_tell_where_they_come_from(tmp_path: Path) -> None:
     assert (pair["score_chosen"], pair["score_rejected"]) == (2.0, 1.0)
     same, equal = answered([1.0, 1.0], ["A hotel.", "A hotel."])
     assert list(pairs(same, completion_of(equal))) == []
-    assert write_rows(tmp_path / "data.parquet", rows) == write_rows(tmp_path / "data.jsonl", rows) == 2
+    for name in ("data.parquet", "data.jsonl"):
+        assert write_rows(tmp_path / name, rows, SAMPLES, raw=False) == 2
     read_back = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
     assert parquet.read_table(tmp_path / "data.parquet").to_pylist() == read_back == rows
-    with pytest.raises(ClientError, match=r"data\.csv: wanted"):
-        write_rows(tmp_path / "data.csv", rows)
+    for found, name in (([pair], "pairs.parquet"), ([], "none.parquet")):
+        assert write_rows(tmp_path / name, found, PAIRS, raw=False) == len(found)
+        assert parquet.read_table(tmp_path / name).to_pylist() == found
+    assert parquet.read_schema(tmp_path / "none.parquet") == parquet.read_schema(tmp_path / "pairs.parquet")
+
+
+@pytest.mark.parametrize("command", ["sample --out", "sample --out d.jsonl --pairs", "compare --out j.jsonl --pairs"])
+@pytest.mark.parametrize(("name", "told"), [("d.csv", "ends in .jsonl or .parquet"), ("no/d.jsonl", "no folder no")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_asked(
+    command: str, name: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), name, "--prompts", "p.txt"])
+    assert f"argument {command.split()[-1]}: {name}: " in (said := " ".join(capsys.readouterr().err.split()))
+    assert told in said
+
+
+def test_parquet_without_pyarrow_is_refused_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert main(["sample", "--prompts", "absent.txt", "--out", "d.parquet"]) == 1
+    assert "is not installed: pip install 'entrgi-client[eval]'" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("wrong", ["4/4", "-1/4", "1"])
