@@ -26,7 +26,7 @@ router = APIRouter()
 PATH = "/v1/batches"
 WINDOW_SECONDS = 86_400
 
-Endpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/score"]
+Endpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 Status = Literal[
     "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
 ]  # fmt: skip

@@ -18,11 +18,10 @@ from server.api.answers import Answer
 from server.api.batches import Batch, Endpoint
 from server.api.body import SMALL_BYTES, parse
 from server.api.errors import envelope, unexpected, validate
-from server.api.fields import ChatCompletionRequest, CompletionRequest, ScoreRequest
+from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.frontend import Frontend
 from server.api.lines import Line, Results, custom_id_of
 from server.api.responses import ResponsesRequest
-from server.api.rewards import score
 from server.api.routes import chat_completions, completions, respond
 from server.errors import BodyTooLarge, Draining, InvalidRequest, QueueFull, RequestError, Unavailable
 from server.log import request_id
@@ -33,7 +32,6 @@ ENDPOINTS: dict[Endpoint, tuple[type[BaseModel], Handler]] = {
     "/v1/completions": (CompletionRequest, completions),
     "/v1/chat/completions": (ChatCompletionRequest, chat_completions),
     "/v1/responses": (ResponsesRequest, respond),
-    "/v1/score": (ScoreRequest, score),
 }
 
 

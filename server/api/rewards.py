@@ -198,6 +198,6 @@ async def _rewards(
     deadline = None if timeout is None else time.time() + timeout
     note(model=name)
     with frontend.shares.taken():
-        scored = await frontend.engine.score(name, pairs, deadline=deadline, priority=frontend.priority)
+        scored = await frontend.engine.score(name, pairs, deadline=deadline)
     note(tokens=scored.tokens)
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

@@ -204,12 +204,11 @@ class Engine:
         items: Sequence[tuple[tuple[Message, ...], str]],
         *,
         deadline: float | None = None,
-        priority: int = 0,
     ) -> Scored:
         """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
         does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
         request = Score(f"score-{request_id.get()}-{next(self._score_ids)}", reward_model, list(items))
-        stream = self._enqueue(request, deadline, priority)
+        stream = self._enqueue(request, deadline, priority=0)
         try:
             answer = await anext(stream)
         finally:

@@ -69,7 +69,7 @@ class ScriptedEngine(Engine):
         self.jobs.append(job)
         return Scripted(self, job)
 
-    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None, priority: int = 0) -> Scored:
+    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
         raise RuntimeError("scoring broke in /secret/place")
 
 
