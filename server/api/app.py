@@ -98,7 +98,7 @@ def create_app(
         app.add_middleware(
             Cors,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", *(["DELETE"] if batches else [])],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "traceparent", "tracestate"],
             expose_headers=["X-Request-Id", "Retry-After", "x-should-retry"],
         )

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Coroutine
 from contextvars import Context
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 PRIORITY = 1  # interactive requests have 0, and lower numbers go first
 SWEEP_SECONDS = 60.0
 MAX_UNFINISHED = 32  # batches of one key
+MAX_LINES = 50_000  # of one batch, as OpenAI's
 FILE_FIELDS = ("output_file_id", "error_file_id")
 GIVEN_UP: dict[Status, tuple[str, str]] = {
     "cancelled": ("batch_cancelled", "the batch was cancelled before this line was answered"),
@@ -53,6 +55,7 @@ class Batches:
         self._places = asyncio.Semaphore(max(1, frontend.settings.max_queue // 4))
         self._limits: dict[str, asyncio.Timeout] = {}  # of the batches whose lines are being answered
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: set[str] = set()  # batches that have a task
 
     @property
     def unfinished(self) -> list[Batch]:
@@ -69,14 +72,16 @@ class Batches:
         self._lock = lock(self._folder)
         self.files = Files(self._folder / "files", self._frontend.settings.batch_expire_seconds)
         self.kept = Store(self._folder / "batches", Batch)
-        self.files.clear(name for batch in self.unfinished for name in batch.own_files)
+        if not self.kept.unread:  # whose results they may be
+            self.files.clear(name for batch in self.unfinished for name in batch.own_files)
 
     def start(self) -> None:
         """Go on with all that is unfinished."""
-        # Made here, so that it has the tokenizer that is loaded by now.
-        self._frontend, self._started = replace(self._frontend, priority=PRIORITY), True
+        # Made here, so that it has the tokenizer that is loaded by now. Nobody waits for a line: it has no deadline.
+        settings = replace(self._frontend.settings, request_timeout=None)
+        self._frontend, self._started = replace(self._frontend, priority=PRIORITY, settings=settings), True
         for batch in self.unfinished:
-            self._task(self._to_its_end(batch))
+            self._go_on(batch)
         self._task(self._sweep())
         self._show()
 
@@ -94,8 +99,7 @@ class Batches:
         if held >= MAX_UNFINISHED:
             raise QueueFull(f"{held} batches are unfinished; one may have {MAX_UNFINISHED}", retry_after=60.0)
         await self._keep(batch)
-        if self._started:
-            self._task(self._to_its_end(batch))
+        self._go_on(batch)
 
     async def cancel(self, batch: Batch) -> None:
         """Stop answering a batch."""
@@ -105,6 +109,7 @@ class Batches:
         limit = self._limits.get(batch.id)
         if limit is not None and not limit.expired():
             limit.reschedule(asyncio.get_running_loop().time())
+        self._go_on(batch)  # which a full disk may have stopped
 
     async def _keep(self, batch: Batch) -> None:
         await self.kept.put(batch)
@@ -114,6 +119,11 @@ class Batches:
         held = Counter(batch.status for batch in self.kept)
         for status in get_args(Status):
             self._frontend.metrics.batches.labels(status).set(held[status])
+
+    def _go_on(self, batch: Batch) -> None:
+        if self._started and batch.status in UNFINISHED and batch.id not in self._running:
+            self._running.add(batch.id)
+            self._task(self._to_its_end(batch))
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         """Do this in a context of its own, which is no request's."""
@@ -125,13 +135,17 @@ class Batches:
         """Remove what has expired, ever again."""
         expire = self._frontend.settings.batch_expire_seconds
         while True:
-            now, inputs = time.time(), self.inputs
-            for kept in self.files:
-                if kept.expires_at <= now and kept.id not in inputs:
-                    await self.files.remove(kept)
-            for batch in self.kept:
-                if batch.status not in UNFINISHED and batch.created_at + WINDOW_SECONDS + expire <= now:
-                    await self.kept.remove(batch)
+            try:
+                now = time.time()
+                for kept in self.files:
+                    if kept.expires_at <= now and kept.id not in self.inputs:
+                        await self.files.remove(kept)
+                for batch in self.kept:
+                    if batch.status not in UNFINISHED and batch.created_at + WINDOW_SECONDS + expire <= now:
+                        await self.kept.remove(batch)
+            except OSError as error:  # the next sweep goes on
+                unexpected(error)
+            self._show()
             await asyncio.sleep(min(SWEEP_SECONDS, expire))
 
     async def _to_its_end(self, batch: Batch) -> None:
@@ -144,19 +158,23 @@ class Batches:
                 logger.info("%s is %s", batch.id, ended, extra=dict(batch.request_counts))
         except Exception as error:  # a full disk, as a rule: what is there is right, and the next start goes on with it
             unexpected(error)
-            logger.error("%s stands still until the server is started again", batch.id)
+            logger.error("%s stands still until it is cancelled or the server is started again", batch.id)
+        finally:
+            self._running.discard(batch.id)
 
     async def _answered(self, batch: Batch) -> Status | None:
         """Answer a batch's lines and make its files ready; the status that it ends in, or None when some lines are left
         to the server's successor."""
         path, most = self.files.content(batch.input_file_id), self._frontend.settings.max_body_bytes
+        if not path.exists():
+            return _failed(batch, "input_file_gone", "the file is not there")
         if not batch.request_counts.total:
-            total = await asyncio.to_thread(lambda: sum(1 for _ in lines_of(path, most)))
-            batch.request_counts = Counts(total=total)
+            total = await asyncio.to_thread(lambda: sum(1 for _ in islice(lines_of(path, most), MAX_LINES + 1)))
             if not total:
-                problem = Problem(code="empty_file", message="the file has no lines", param="input_file_id")
-                batch.errors = Problems(data=[problem])
-                return "failed"
+                return _failed(batch, "empty_file", "the file has no lines")
+            if total > MAX_LINES:
+                return _failed(batch, "too_many_lines", f"a batch has at most {MAX_LINES} lines")
+            batch.request_counts = Counts(total=total)
             if batch.status == "validating":  # still
                 batch.move("in_progress")
             await self._keep(batch)
@@ -192,14 +210,15 @@ class Batches:
         return "cancelled" if batch.status == "cancelling" else None
 
     async def _all_lines(self, batch: Batch, results: Results) -> None:
-        most = self._frontend.settings.max_body_bytes
+        lines = lines_of(self.files.content(batch.input_file_id), self._frontend.settings.max_body_bytes)
+        left = (line for line in lines if line[0] not in results.numbers)
         try:
             async with asyncio.TaskGroup() as group:
-                for number, data in lines_of(self.files.content(batch.input_file_id), most):
-                    if number not in results.numbers:
-                        await self._places.acquire()
-                        task = group.create_task(answer_line(self._frontend, batch, number, data, results))
-                        task.add_done_callback(lambda _: self._places.release())
+                # Blank lines and those that are done may be many, so none is read in the event loop.
+                while line := await asyncio.to_thread(lambda: next(left, None)):
+                    await self._places.acquire()
+                    task = group.create_task(answer_line(self._frontend, batch, *line, results))
+                    task.add_done_callback(lambda _: self._places.release())
         except* Draining:
             logger.info("%s goes on after the next start", batch.id)
 
@@ -212,3 +231,8 @@ class Batches:
                 setattr(batch, field, identity)
             else:
                 self.files.content(identity).unlink()
+
+
+def _failed(batch: Batch, code: str, message: str) -> Status:
+    batch.errors = Problems(data=[Problem(code=code, message=message, param="input_file_id")])
+    return "failed"

@@ -41,10 +41,14 @@ class Files(Store[FileObject]):
         return self.folder / f"{identity}.jsonl"
 
     async def receive(self, source: BinaryIO, filename: str) -> FileObject:
-        """Keep a new file of what `source` holds."""
+        """Keep a new file of what `source` holds. Raises OSError, and then nothing of it is left."""
         identity = new_id("file-")
-        await asyncio.to_thread(_copy, source, self.content(identity))
-        return await self.add(identity, filename, "batch", key_holder.get())
+        try:
+            await asyncio.to_thread(_copy, source, self.content(identity))
+            return await self.add(identity, filename, "batch", key_holder.get())
+        except OSError:
+            self.content(identity).unlink(missing_ok=True)
+            raise
 
     async def add(self, identity: str, filename: str, purpose: Purpose, owner: str | None) -> FileObject:
         """Keep a file whose content is there."""
@@ -63,7 +67,7 @@ class Files(Store[FileObject]):
 
     def clear(self, needed: Iterable[str]) -> None:
         """Remove contents without a file that a crash has left, but for those of the ids that are `needed`."""
-        known = {*needed}
+        known = {*needed, *self.unread}
         for path in self.folder.glob("*.jsonl"):
             if path.stem not in self and path.stem not in known:
                 path.unlink()

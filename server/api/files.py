@@ -97,7 +97,8 @@ async def create_file(request: Request) -> Response:
         if upload.size > most:
             raise BodyTooLarge(f"`file` takes more than {most} bytes (batch_file_bytes)", "file")
         validate(Upload, fields)
-        kept = await files.receive(upload.file, (upload.filename or "")[:MAX_NAME])
+        name = (upload.filename or "").encode("utf-8", "replace").decode()  # what is no text becomes question marks
+        kept = await files.receive(upload.file, name[:MAX_NAME])
     finally:
         await form.close()
     return JSONResponse(kept.model_dump())

@@ -62,7 +62,7 @@ class Results:
     def __init__(self, prefix: str, answers: Path, errors: Path) -> None:
         self._prefix, self._paths = prefix, (answers, errors)
         self._lock = Lock()
-        self._names: dict[str, int] = {}  # custom id -> the first line that has it
+        self._names: dict[str, int] = {}  # custom id -> the line to which it belongs
         self.numbers: set[int] = set()
         self.counts = [0, 0]
         for failed, path in enumerate(self._paths):
@@ -90,14 +90,13 @@ class Results:
         self.add(((number, _named(data), error) for number, data in lines), failed=True)
 
     def first(self, name: str, number: int) -> int:
-        """The first line of this custom id, as far as is known; `number` is one of them."""
-        self._names[name] = min(number, self._names.get(name, number))
-        return self._names[name]
+        """The line to which this custom id belongs: `number`, unless another came first."""
+        return self._names.setdefault(name, number)
 
     def _count(self, number: int, name: str | None, failed: int) -> None:
         self.numbers.add(number)
         self.counts[failed] += 1
-        if name is not None:
+        if name is not None and not failed:  # a line may have failed because the name is another's
             self.first(name, number)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import secrets
 import time
@@ -33,6 +34,7 @@ class Kept(Answer):
 
 
 Kind = TypeVar("Kind", bound=Kept)
+logger = logging.getLogger(__name__)
 
 
 class Listed(Answer):
@@ -59,14 +61,25 @@ class Page(BaseModel):
 
 
 class Store(Generic[Kind]):
-    """The objects of one kind in `folder`. All methods belong to the event loop's thread."""
+    """The objects of one kind in `folder`; `unread` are the ids of those that cannot be read, which stay as they are.
+    All methods belong to the event loop's thread."""
 
     def __init__(self, folder: Path, kind: type[Kind]) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self._name = folder, kind.model_fields["object"].default
-        read = (kind.model_validate_json(path.read_bytes()) for path in folder.glob("*.json"))
-        self._kept = {each.id: each for each in sorted(read, key=lambda each: (each.created_at, each.id))}
+        self.unread: set[str] = set()
+        for part in folder.glob("*.part"):  # of a write that did not come to its end
+            part.unlink()
+        self._kept = {each.id: each for each in sorted(self._read(kind), key=lambda each: (each.created_at, each.id))}
         self._writing = asyncio.Lock()
+
+    def _read(self, kind: type[Kind]) -> Iterator[Kind]:
+        for path in self.folder.glob("*.json"):
+            try:
+                yield kind.model_validate_json(path.read_bytes())
+            except ValueError as error:
+                self.unread.add(path.stem)
+                logger.error("%s is not a whole %s and is left out", path, self._name, exc_info=error)
 
     def __iter__(self) -> Iterator[Kind]:
         """All objects, whoever's they are, oldest first. They may be removed meanwhile."""
@@ -99,17 +112,24 @@ class Store(Generic[Kind]):
         return {"object": "list", "data": data, "has_more": len(wanted) > len(data), **ends}
 
     async def put(self, value: Kind) -> None:
-        """Keep the object as it is by now; it is on disk when this returns."""
-        async with self._writing:
-            self._kept[value.id] = value
-            data = json.dumps(value.model_dump(mode="json") | {"owner": value.owner}).encode()
-            await asyncio.to_thread(write_whole, self.folder / f"{value.id}.json", data)
+        """Keep the object as it is by now. It is there at once, and on disk when this returns; a new one that cannot be
+        written is forgotten. Raises OSError."""
+        new = value.id not in self._kept
+        self._kept[value.id] = value
+        try:
+            async with self._writing:
+                data = json.dumps(value.model_dump(mode="json") | {"owner": value.owner}).encode()
+                await asyncio.to_thread(write_whole, self.folder / f"{value.id}.json", data)
+        except OSError:
+            if new:
+                self._kept.pop(value.id, None)
+            raise
 
     async def remove(self, value: Kind) -> None:
-        """Forget the object."""
-        async with self._writing:
-            if self._kept.pop(value.id, None):
-                await asyncio.to_thread((self.folder / f"{value.id}.json").unlink)
+        """Forget the object, which is not there from this moment on. Raises OSError."""
+        if self._kept.pop(value.id, None):
+            async with self._writing:
+                await asyncio.to_thread((self.folder / f"{value.id}.json").unlink, missing_ok=True)
 
 
 def new_id(prefix: str) -> str:

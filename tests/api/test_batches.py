@@ -1,29 +1,20 @@
-"""Files and batches, asked by OpenAI's own client over HTTP: their life, whose they are, what is refused, and that they
-outlive the server."""
+"""Files and batches, asked by OpenAI's own client over HTTP: their life, whose they are, what is refused."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from openai.types import Batch
 
-from server.api.lines import Results
-from server.api.store import lock
-from server.errors import ConfigurationError, Draining, QueueFull
-from server.front.engine import Engine
+from server.errors import Draining, QueueFull
 from server.types import Job
 from server.wire.messages import Event, Failed
+from tests.api.batch_client import CHAT, batching, begun, counts, ended, line, results, sent, until, why_failed
 from tests.api.scripted_engine import (
     KEYS,
     ScriptedEngine,
@@ -35,60 +26,6 @@ from tests.api.scripted_engine import (
     open_client,
     serving,
 )
-from tests.support.serving import Launch, golden_flags, wait_for
-
-CHAT = "/v1/chat/completions"
-ENDED = ("completed", "failed", "expired", "cancelled")
-Lines = list[dict[str, Any]]
-
-
-def line(name: str, url: str = "/v1/completions", **body: Any) -> str:
-    return json.dumps({"custom_id": name, "method": "POST", "url": url, "body": {"prompt": "Hi"} | body})
-
-
-def sent(lines: list[str]) -> tuple[str, bytes]:
-    return "requests.jsonl", "\n".join(lines).encode()
-
-
-@asynccontextmanager
-async def batching(folder: Path, engine: Engine | None = None, **settings: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    """A client of a server that keeps its batches in this folder."""
-    async with (
-        serving(engine, batch_dir=str(folder), api_key=KEYS, **settings) as port,
-        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEYS[0], max_retries=0) as client,
-    ):
-        yield client
-
-
-async def begun(client: openai.AsyncOpenAI, lines: list[str], endpoint: Any = "/v1/completions") -> Batch:
-    file = await client.files.create(file=sent(lines), purpose="batch")
-    return await client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
-
-
-async def until(client: openai.AsyncOpenAI, batch: Batch, reached: Callable[[Batch], bool]) -> Batch:
-    async with asyncio.timeout(60):
-        while not reached(batch):
-            await asyncio.sleep(0.01)
-            batch = await client.batches.retrieve(batch.id)
-    return batch
-
-
-async def ended(client: openai.AsyncOpenAI, batch: Batch) -> Batch:
-    return await until(client, batch, lambda each: each.status in ENDED)
-
-
-async def results(client: openai.AsyncOpenAI, identity: str | None) -> Lines:
-    """The lines of a file; none where there is no file."""
-    return parsed((await client.files.content(identity)).text) if identity else []
-
-
-def parsed(text: str) -> Lines:
-    return [json.loads(each) for each in text.splitlines()]
-
-
-def counts(batch: Batch) -> tuple[int, int, int]:
-    assert batch.request_counts is not None
-    return batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed
 
 
 async def test_a_batch_from_its_file_to_its_answers(tmp_path: Path) -> None:
@@ -196,27 +133,17 @@ async def test_a_cancelled_batch_keeps_what_was_answered(tmp_path: Path) -> None
             await client.batches.cancel(batch.id)
 
 
-async def test_a_server_that_stops_leaves_lines_to_the_next_and_those_past_their_time_are_given_up(
-    tmp_path: Path,
-) -> None:
-    async with batching(tmp_path, ScriptedEngine(never)) as client:
-        first, late = [await begun(client, [line("a"), line("b")]) for _ in range(2)]
-        await until(client, late, lambda each: each.status == "in_progress")
-    record = tmp_path / "batches" / f"{late.id}.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"expires_at": int(time.time())}))
+async def test_a_file_without_lines_and_one_with_too_many_fail_their_batches(tmp_path: Path) -> None:
     async with batching(tmp_path) as client:
-        assert (await ended(client, first)).status == "completed"
-        late = await ended(client, late)
-        assert (late.status, counts(late)) == ("expired", (2, 0, 2))
-        assert {each["error"]["code"] for each in await results(client, late.error_file_id)} == {"batch_expired"}
+        assert await why_failed(client, await begun(client, ["", " "])) == ("empty_file", "input_file_id")
+        assert await why_failed(client, await begun(client, ["1"] * 50_001)) == ("too_many_lines", "input_file_id")
 
 
-async def test_an_empty_file_fails_its_batch(tmp_path: Path) -> None:
-    async with batching(tmp_path) as client:
-        batch = await ended(client, await begun(client, ["", " "]))
-        assert batch.errors is not None
-        assert batch.errors.data is not None
-        assert (batch.status, batch.errors.data[0].param) == ("failed", "input_file_id")
+async def test_a_line_has_no_deadline_but_its_own(tmp_path: Path) -> None:
+    engine = ScriptedEngine(at_once)
+    async with batching(tmp_path, engine, request_timeout=60) as client:
+        await ended(client, await begun(client, [line("a"), line("b", timeout=30)]))
+    assert sorted(job.deadline is None for job in engine.jobs) == [False, True]
 
 
 async def test_another_key_neither_sees_nor_uses_what_is_not_its_own(tmp_path: Path) -> None:
@@ -279,17 +206,6 @@ async def test_what_is_no_file_for_a_batch_is_refused(tmp_path: Path) -> None:
         assert len((await client.get("/files")).json()["data"]) == len([*(tmp_path / "files").glob("*.jsonl")]) == 1
 
 
-async def test_files_expire_unless_a_batch_reads_them(tmp_path: Path) -> None:
-    async with batching(tmp_path, ScriptedEngine(never), batch_expire_seconds=1) as client:
-        batch = await begun(client, [line("a")])
-        unused = await client.files.create(file=sent([line("b")]), purpose="batch")
-        listed = {batch.input_file_id, unused.id}
-        while listed != {batch.input_file_id}:
-            await asyncio.sleep(0.05)
-            listed = {each.id async for each in client.files.list()}
-        assert [path.stem for path in (tmp_path / "files").glob("*.json")] == [batch.input_file_id]
-
-
 async def test_a_line_waits_for_room_and_a_draining_server_answers_none(tmp_path: Path) -> None:
     engine = ScriptedEngine(at_once, refuse=QueueFull("no room", retry_after=0.01))
     async with batching(tmp_path, engine) as client:
@@ -299,31 +215,16 @@ async def test_a_line_waits_for_room_and_a_draining_server_answers_none(tmp_path
         assert counts(await ended(client, batch)) == (1, 1, 0)
 
 
-def test_what_a_crash_left_of_a_result_is_not_a_result(tmp_path: Path) -> None:
-    paths = tmp_path / "answers", tmp_path / "errors"
-    made = Results("batch_req_0", *paths)
-    made.add([(1, "a", {"response": {}}), (2, "b", {"response": {}})], failed=False)
-    made.add([(2, "b", {"error": {}}), (3, None, {"error": {}})], failed=True)  # the second line is done already
-    whole = paths[0].read_bytes()
-    for torn in (whole[:-1], whole[:-20], whole + b"\0" * 10, whole + whole[:20]):
-        paths[0].write_bytes(torn)
-        again = Results("batch_req_0", *paths)
-        kept = 1 if len(torn) < len(whole) else 2
-        assert (again.counts, len(again.numbers)) == ([kept, 1], kept + 1)
-        again.add([(9, "c", {"response": {}})], failed=False)
-        assert [each["custom_id"] for each in parsed(paths[0].read_text())] == [*"ab"[:kept], "c"]
-
-
-async def test_a_folder_is_one_servers(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(ConfigurationError, match="another server"):
-        lock(tmp_path)
-    lock(tmp_path).close()
-
-
 async def test_without_the_setting_there_are_no_such_routes() -> None:
     async with open_client(make()) as client:
         for path in ("/v1/files", "/v1/batches"):
             check_envelope(await client.get(path), 404)
+
+
+async def test_pages_of_named_origins_may_remove_files(tmp_path: Path) -> None:
+    asked = {"origin": "http://page", "access-control-request-method": "DELETE"}
+    async with open_client(make(batch_dir=str(tmp_path), cors_origins=["http://page"])) as client:
+        assert (await client.options("/v1/files/file-0", headers=asked)).status_code == 200
 
 
 async def test_the_routes_are_documented(tmp_path: Path) -> None:
@@ -333,40 +234,3 @@ async def test_the_routes_are_documented(tmp_path: Path) -> None:
         for field, about in document["components"]["schemas"][name]["properties"].items():
             assert about.get("description"), f"{name}.{field}"
             assert field != "owner"
-
-
-GUIDED = {"max_tokens": 24, "best_of": 2, "guidance": {"method": "entrgi", "gradient_steps": 1}}
-
-
-@pytest.mark.slow
-def test_each_line_is_answered_once_though_the_server_is_killed_half_way(launch: Launch, tmp_path: Path) -> None:
-    flags = [*golden_flags("dream-tiny"), "--batch-dir", str(tmp_path), "--max-queue", "8"]
-    lines = [line(f"line-{index}", **GUIDED) for index in range(30)]
-    first = launch(*flags, model=None)
-    first.wait_ready()
-    with openai.OpenAI(base_url=f"{first.url}/v1", api_key="none") as client:
-        file = client.files.create(file=sent(lines), purpose="batch")
-        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-        wait_for(lambda: counts(client.batches.retrieve(batch.id))[1] >= 3)
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.process.wait()
-    (written,) = (tmp_path / "files").glob("*-output.jsonl")
-    before = {each["custom_id"]: each for each in map(json.loads, written.read_bytes().split(b"\n")[:-1])}
-    assert 3 <= len(before) < 30
-    second = launch(*flags, model=None)
-    second.wait_ready()
-    with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none") as client:
-        wait_for(lambda: client.batches.retrieve(batch.id).status == "completed")
-        batch = client.batches.retrieve(batch.id)
-        assert (counts(batch), batch.error_file_id) == ((30, 30, 0), None)
-        assert batch.output_file_id is not None
-        answers = parsed(client.files.content(batch.output_file_id).text)
-    assert sorted(each["custom_id"] for each in answers) == sorted(f"line-{index}" for index in range(30))
-    assert [each for each in answers if each["custom_id"] in before] == [*before.values()]
-    # A line can be reproduced: its seed was drawn, and is told.
-    (one,) = [each["response"]["body"] for each in answers if each["custom_id"] == "line-29"]
-    again = second.post("/v1/completions", {"prompt": "Hi", **GUIDED, "seed": one["guidance"]["seed"]}).json()
-    assert (again["choices"], again["guidance"]["rewards"]) == (one["choices"], one["guidance"]["rewards"])
-    assert second.metric("batch_lines_total", status="completed") == 30 - len(before)
-    assert second.metric("batches", status="completed") == 1
-    assert second.stop() == 0
