@@ -122,6 +122,9 @@ def _last_kept(
             high = least_open
             passes += 1
 
+        # Pivots tell -0 from 0 and comparisons of floats do not: both are 0 from here on.
+        low = tl.where(low == -1, 0, low)
+        high = tl.where(high == -1, 0, high)
         bottom = _asvalue_at(low)
         top = _asvalue_at(high)
         seen = tl.full([], 0, tl.int32)

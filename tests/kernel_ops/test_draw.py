@@ -180,13 +180,16 @@ def test_hard_filters_fall_back_to_the_kept_ids(implementation, make_case, top_k
 
 def test_the_kept_set_ends_at_exactly_one_id(implementation):
     """Of thousands of ids, by the definition: the last kept one has its probability, the next one none. Rows are
-    smooth, nearly constant, full of equal values, or of 16 bits; mass ends what is kept, or the count, or both."""
+    smooth, nearly constant, full of equal values or of zeros of both signs, or of 16 bits; mass ends what is kept, or
+    the count, or both."""
     v = 2 * 2048 + 9
     filters = ((0.9, None), (1.0, 3), (0.5, 30), (1.0, 3000), (0.999, None), (0.2, 3000))
     kinds = ("flat", "peaked", "tied", "bf16-tied", "constant", "far")
     rows = {kind: row_of(kind, v) for kind in kinds[:4]}
     rows |= {"constant": rows["flat"] * 1e-4 + 7, "far": rows["peaked"] * 4 - 300}
+    rows["zeros"] = (rows["flat"] * 4 + 0.3).round()  # most values, each with its own sign
     chosen = [(kind, each) for index, kind in enumerate(kinds) for each in filters[index % 2 :: 2]]
+    chosen.append(("zeros", (1.0, 3000)))
     params = parameters(len(chosen), v, implementation.device, 0.8)
     ends = []
     for index, (kind, (top_p, top_k)) in enumerate(chosen):
