@@ -14,8 +14,9 @@ line as a wheel 0 and 140, what a machine lacks and how work is done on it (the 
 and 140, comparing, sampling and batches from the command line 0 and 800, files and batches 1,120 and 570, frozen
 networks without modules, uploads in one copy and joint prefills 470 and 90 (200 of a step), a GPU's passes of decoder
 blocks and graphs that are on where they can be 420 and 190, a playground to compare on 50 and 270, fused kernels, their
-choice and warm-up, and a search in few passes 660 and 220 (10). Fourteen settings came with them: five of adapters, two
-of attention, two of keys, one of /docs, three of batches, one of kernels.
+choice and warm-up, and a search in few passes 660 and 220 (10), two devices at once, and what goes wrong while passes
+are prepared, 30 and 40. Fourteen settings came with them: five of adapters, two of attention, two of keys, one of
+/docs, three of batches, one of kernels.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def measures(followed: Followed) -> list[Measure]:
     read = {path: serving[path] for path in followed.files}
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
-        Measure("lines of serving code", sum(serving.values()), 21_360),
-        Measure("lines of tests", sum(tests.values()), 21_690),
+        Measure("lines of serving code", sum(serving.values()), 21_390),
+        Measure("lines of tests", sum(tests.values()), 21_730),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
         Measure("lines of serving code's median file", median(serving.values()), 135),

@@ -109,11 +109,13 @@ def grow(
         positions=torch.from_numpy(np.concatenate(positions)),
         causal=True,
     )
-    if model.device != device:
-        (layout,) = upload_all([layout], model.device)
     known, around = torch.from_numpy(ids.clip(0)), torch.from_numpy(np.flatnonzero(ids < 0))
-    leads = torch.tensor(lead_ids, dtype=torch.long)
-    known, around, leads, layout = upload_all([known, around, leads, layout], device)
+    things = [known, around, torch.tensor(lead_ids, dtype=torch.long)]
+    if model.device == device:
+        known, around, leads, layout = upload_all([*things, layout], device)
+    else:
+        known, around, leads = upload_all(things, device)
+        (layout,) = upload_all([layout], model.device)
     embeds = model.table[known]
     if lead_ids:
         embeds.index_copy_(0, around, model.own_embeddings(leads).to(device))

@@ -46,7 +46,7 @@ class Trunk:
 
     Projections that read the same input are stacked, and the module's own weights become views of them: no second copy.
     Rotations are the model's own, which knows every kind of scaled positions: a table of all positions, but for kinds
-    that depend on how long a sequence is.
+    that depend on how long a sequence is, and for rows longer than the model was made for.
     """
 
     written_out = True
@@ -95,7 +95,7 @@ class Trunk:
 
     def _rotations(self, layout: PackedLayout, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (S, size / 2) of a layout's positions."""
-        if self._table is None:
+        if self._table is None or layout.longest_keys > len(self._table[0]):
             return self._angles(layout.positions, embeds.dtype)
         cos, sin = self._table
         return cos.index_select(0, layout.positions), sin.index_select(0, layout.positions)

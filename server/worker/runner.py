@@ -7,10 +7,11 @@ job alone; what goes wrong in the step that many share fails all that take part 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from server.worker.reveal import Decision
 from server.worker.savings import Savings
 from server.worker.step import Denoiser
 from server.worker.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
 
 TIMED_STEPS = 16  # of a job, about: each makes four spans
 
@@ -128,12 +131,16 @@ class Runner:
 
     def _prepare(self, entries: Sequence[Entry], events: list[Event]) -> None:
         """All at once; where that fails, one after another, which shows whose fault it is or takes less memory."""
+        alone = self._alone(entries[0], events) if len(entries) == 1 else nullcontext()
         try:
-            with Attempt(self.denoiser.ran_out) as attempt:
+            with alone, Attempt(self.denoiser.ran_out) as attempt:
                 self.demand.prepare(entries)
             apart = attempt.ran_out
         except Exception:
+            logger.warning("preparing %d jobs together failed; one after another", len(entries), exc_info=True)
             apart = True
+        for entry in entries if apart else ():
+            entry.contexts = {}
         for entry in entries if apart else ():
             with self._alone(entry, events):
                 self.demand.prepare([entry])

@@ -166,6 +166,13 @@ def test_scores_of_answers_to_one_long_prompt(pair: tuple[RewardModel, Any]) -> 
     torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=0, atol=1e-10)
 
 
+def test_a_row_longer_than_the_model_was_made_for_is_scored_all_the_same(pair: tuple[RewardModel, Any]) -> None:
+    """As a final answer may be, whose text can take more tokens than the canvas had."""
+    ours, stock = pair
+    sequences = random_ids(ours.info.context_length + 5, 7, seed=9)
+    torch.testing.assert_close(ours.score(sequences), stock_rewards(stock, sequences), rtol=0, atol=1e-9)
+
+
 def test_float32_is_close_to_stock(checkpoint: Path) -> None:
     sequences = random_ids(7, 19, 12, seed=9)
     ours, stock = load(checkpoint, torch.float32), load_stock(checkpoint, torch.float32)

@@ -162,6 +162,12 @@ def test_a_step_that_raises_ends_those_that_took_part_and_keeps_the_pass_s_other
     assert runner.stats.out_of_memory == 0
 
 
+def test_what_fails_is_prepared_apart_only_where_there_are_others(caplog: pytest.LogCaptureFixture) -> None:
+    for others, told in ([], 0), (innocents(), 1):
+        endings(start([guided("bad", 7, POISON), *others], Fragile("prefill", ValueError("broken"))))
+        assert sum("together failed" in record.getMessage() for record in caplog.records) == told
+
+
 def test_begin_is_told_of_each_job_once_before_anything_is_computed() -> None:
     told: list[str] = []
     runner = start([guided("bad", 7, POISON), *innocents()], Fragile("prefill", ValueError("broken")))
