@@ -91,7 +91,8 @@ def try_triton(device: torch.device) -> str:
     column = torch.ones(2, device=device)
     params = RowParams(column, column, column.long(), column > 1, column)
     try:
-        float(state_class("triton")(torch.zeros(2, 2, device=device), params, None).stats.lse_1.sum())
+        with torch.cuda.device(device):
+            float(state_class("triton")(torch.zeros(2, 2, device=device), params, None).stats.lse_1.sum())
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return triton_trouble("triton does not run here: " + "; ".join(lines[:2]))

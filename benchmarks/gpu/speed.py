@@ -34,7 +34,7 @@ from server.models.loading import LoadedDiffusionModel
 from server.models.packing import PackedLayout
 from server.rewards.graphs import GraphedPasses, graph_passes
 from server.rewards.reward_model import RewardModel
-from server.worker.memory import Footprint, free_bytes
+from server.worker.memory import Footprint, cached_share, free_bytes
 
 FRACTION = 0.8
 """`memory_fraction`'s default."""
@@ -144,6 +144,8 @@ def _measured(loaded: LoadedDiffusionModel, reward: RewardModel, count: int, con
     free = free_bytes(device)
     runs = loaded.model.trunk, reward.graphed_passes
     graphed = [each.recorded for each in runs if isinstance(each, GraphedTrunk | GraphedPasses)]
+    if reward.graphed_passes is not None:
+        reward.graphed_passes.recorded.key_share = cached_share(reward)
     held = footprint.graph_tokens(free, FRACTION) if graphed else 0
     for graphs in graphed:
         graphs.most_tokens = held

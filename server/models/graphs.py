@@ -34,11 +34,11 @@ Pass = Callable[[Tensor, PackedLayout], Outputs]
 class Graphs:
     """Records and replays one function, in the graphs that are `held`; nothing waits for the device. `arena` holds the
     prefixes, where rows may have some. A pass of more than `most_tokens` own tokens is not worth a graph, or has no
-    memory for one."""
+    memory for one; keys and values that are laid out for its rows count as `key_share` of an own token each."""
 
     def __init__(self, function: Pass, record: Record[Outputs], arena: Arena | None = None) -> None:
         self._function, self._record, self._arena = function, record, arena
-        self.most_tokens = MOST_TOKENS
+        self.most_tokens, self.key_share = MOST_TOKENS, 0.0
         self.held: OrderedDict[Shape, tuple[Inputs, Callable[[], Outputs]]] = OrderedDict()
 
     def takes(self, layout: PackedLayout) -> bool:
@@ -46,7 +46,8 @@ class Graphs:
         go."""
         shape = shape_of(layout)
         placed = self._arena is not None and shape.cached <= self._arena.tokens and not any(layout.before)
-        return shape.tokens <= self.most_tokens and not layout.adapters and (placed or layout.gather is None)
+        size = shape.tokens + self.key_share * max(0, shape.keys - shape.tokens)
+        return size <= self.most_tokens and not layout.adapters and (placed or layout.gather is None)
 
     def run(self, x: Tensor, layout: PackedLayout) -> Outputs:
         """The function's results for a layout that it `takes`, with the bucket's padding at their ends. The next run

@@ -102,7 +102,7 @@ class Inputs:
         rows = layout.lengths, [ref(prefix) for prefix in layout.prefixes]
         if self._rows == rows:
             return
-        self._rows = rows
+        self._rows = ()  # until all is written
         surplus, count = len(here.positions) - tokens, len(here.cu_q) - 1 - real
         each, more = divmod(surplus, count)
         number = torch.arange(1, count + 1, dtype=torch.int32, device=here.cu_q.device)
@@ -118,6 +118,7 @@ class Inputs:
             here.gather[:keys].copy_(torch.where(layout.gather < own, layout.gather, layout.gather + (room - own)))
             torch.arange(room + tokens, room + tokens + surplus, out=here.gather[keys : keys + surplus])
             here.gather[keys + surplus :].zero_()
+        self._rows = rows
 
 
 class Arena:
@@ -132,8 +133,9 @@ class Arena:
     def hold(self, links: Sequence[Prefix]) -> None:
         """Copy the tokens of `links` here, one link after another, but for the first that are here already."""
         start, same = 0, True
+        held, self._held = self._held, []
         for index, link in enumerate(links):
-            same = same and index < len(self._held) and self._held[index]() is link
+            same = same and index < len(held) and held[index]() is link
             if link.both is not None and not same:
                 self._both[:, :, start : start + link.own].copy_(link.both.transpose(2, 3))
             start += link.own

@@ -95,13 +95,22 @@ class Footprint:
     cached_share: float
 
     @classmethod
-    def of(cls, model: DiffusionModel, rewards: Iterable[RewardModel], *, block_causal: bool = False) -> Footprint:
-        """Of a diffusion model and reward models, of which each figure is the largest one's. `cached_share` is how much
-        of the memory is for cached tokens."""
+    def of(
+        cls,
+        model: DiffusionModel,
+        rewards: Iterable[RewardModel],
+        *,
+        block_causal: bool = False,
+        kernels: str = "auto",
+    ) -> Footprint:
+        """Of a diffusion model and reward models, of which each figure is the largest one's. `kernels` is the setting.
+        `cached_share` is how much of the memory is for cached tokens."""
         rewards = list(rewards)
         e, c = _sizes(model.activation_dtype)
         vocabulary = model.vocab_size
         backend = choose(model.device, model.activation_dtype)
+        if backend == "triton" and kernels != "library" and rewards and e == 2:
+            backend = "fused"  # takes more, and how many rows there are decides whether it is taken
         widest = max((reward.shape.hidden for reward in rewards), default=0)
         return cls(
             token=_forward_token(model.shape, e, c),

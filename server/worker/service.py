@@ -144,10 +144,10 @@ def load(config: WorkerConfig) -> LoadedService:
         torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the current device, whatever their tensors are on
-    trouble = try_triton(device)
     reward_device = device
     if config.reward_device is not None:
         reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
+    trouble = try_triton(device) or try_triton(reward_device)
     own = checkpoint_dtype(checkpoint_folder(config.model)) if config.dtype == "auto" else None
     dtype = resolve_dtype(config.dtype, device, own)
     if activation_dtype(dtype, device) != dtype:
@@ -286,7 +286,11 @@ def _budgets(
     free = max(0, free - config.adapters * adapter_bytes(model.model, config.max_lora_rank))
     if device.type == "cpu":
         memory.keep_large_blocks(free * (1 - config.memory_fraction))
-    footprint = memory.Footprint.of(model.model, reward_models, block_causal=model.info.blocks_from is not None)
+    block_causal = model.info.blocks_from is not None
+    footprint = memory.Footprint.of(model.model, reward_models, block_causal=block_causal, kernels=config.kernels)
+    for reward in reward_models:
+        if reward.graphed_passes is not None:
+            reward.graphed_passes.recorded.key_share = memory.cached_share(reward)
     runs = model.model.trunk, *(reward.graphed_passes for reward in reward_models)
     graphed = [each.recorded for each in runs if isinstance(each, GraphedTrunk | GraphedPasses)]
     held = footprint.graph_tokens(free, config.memory_fraction) if graphed else 0

@@ -4,6 +4,7 @@ same function runs again on the same memory in place of a graph."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,26 @@ def test_passes_of_a_step_share_what_is_cached_and_read_what_is_new(model: Rewar
         seen.append(got[0])
     assert len(passes.recorded.held) == 1
     assert len({tuple(rewards.tolist()) for rewards in seen}) == 3
+
+
+def test_inputs_that_were_filled_in_part_are_filled_again(model: RewardModel) -> None:
+    prefix, passes = model.prefill(range(30, 50)), GraphedPasses(model, again)
+    for lengths in [7, 5], [4, 8]:
+        layout, embeds = rows_of(model, [prefix] * 2, lengths, [3, 4], 0)
+        with pytest.raises(RuntimeError):
+            passes.run(replace(layout, cu_k=layout.cu_k[:2]), embeds)
+        assert_same(passes.run(layout, embeds), differentiate(model, layout, embeds))
+    assert len(passes.recorded.held) == 1
+
+
+def test_keys_that_are_laid_out_count_as_a_share_of_a_token(model: RewardModel) -> None:
+    passes, prefix = GraphedPasses(model, again), model.prefill(range(30, 290))
+    layout, _ = rows_of(model, [prefix] * 6, [40] * 6, [40] * 6, 0)
+    assert passes.takes(layout)  # 240 own tokens, and 1,560 keys before them
+    passes.recorded.key_share = 0.9
+    assert passes.takes(layout)
+    passes.recorded.most_tokens = 1024
+    assert not passes.takes(layout)
 
 
 def test_what_is_too_large_or_hides_nothing_is_not_taken(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
