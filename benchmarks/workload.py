@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.flops import Flops, recording
 from benchmarks.machine import Stopwatch
+from kernels.dispatch import choose_products
 from server.budget import Budget
 from server.guidance.plain import PlainLoop, PlainReward
 from server.models.loading import LoadedDiffusionModel
@@ -200,10 +201,14 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
 
 
 def engine_runner(pair: Pair, savings: Savings | None = None) -> Runner:
-    """A runner over the pair, within the budgets that a server would have."""
+    """A runner over the pair, within the budgets and with the kernels that a server would have."""
     shared, largest = pair.budgets
     rewards = {} if pair.reward is None else {"rm": pair.reward}
-    return Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings)
+    model, widths = pair.loaded.model, [reward.table.shape[1] for reward in rewards.values()]
+    products = choose_products(
+        "auto", model.device, model.activation_dtype, model.vocab_size, widths, shared.guided_rows
+    )
+    return Runner(pair.loaded, rewards, budget=shared, largest=largest, savings=savings, backend=products.backend)
 
 
 def run_to_end(runner: Runner, jobs: Sequence[Job]) -> dict[str, JobResult]:

@@ -12,12 +12,13 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import DryRunError, HfHubHTTPError
 
 from kernels import varlen
 from kernels.cpp.build import library
@@ -73,7 +74,14 @@ def diagnose(config: WorkerConfig) -> Iterator[Finding]:
         why = varlen.unavailable("varlen", device, dtype, USUAL_HEAD_SIZE)
         advice = f"{why}: attention is computed row by row, and there are no CUDA graphs" if why else ""
         yield Finding("attention", "sdpa" if why else "varlen", advice)
-    yield from _models(config, device)
+    reward_device = device
+    if config.reward_device is not None:
+        try:
+            reward_device = resolve_device(config.reward_device, config.rank, setting="reward_device")
+        except ConfigurationError as error:
+            yield Finding("device", config.reward_device, error.message)
+            return
+    yield from _models(config, device, reward_device)
 
 
 def _driver() -> Finding:
@@ -103,42 +111,56 @@ def _triton(device: torch.device) -> Finding:
     return Finding("triton", version, try_triton(device))
 
 
-def _models(config: WorkerConfig, device: torch.device) -> Iterator[Finding]:
+def _models(config: WorkerConfig, device: torch.device, reward_device: torch.device) -> Iterator[Finding]:
     """Weights against memory, what must be fetched against the disk, and whether the hub can be had where it must."""
-    weights = missing = 0
-    for name in (config.model, *config.reward_models.values()):
+    missing, weights = 0, {device: 0, reward_device: 0}
+    for name, where in ((config.model, device), *((name, reward_device) for name in config.reward_models.values())):
         try:
             checkpoint = checkpoint_of(name)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             yield Finding("hub", name, f"{reason}: check the name, the network, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE")
             continue
-        weights, missing = weights + checkpoint.weights, missing + checkpoint.missing
+        weights[where] += checkpoint.weights
+        missing += checkpoint.missing
         yield Finding("model", f"{name}: {_gb(checkpoint.weights)} of weights, {_gb(checkpoint.missing)} to fetch")
     cache = Path(constants.HF_HUB_CACHE)
     disk = shutil.disk_usage(next(each for each in (cache, *cache.parents) if each.exists())).free
     advice = "free some, or set HF_HOME to a larger disk" if missing > disk else ""
     yield Finding("disk", f"{_gb(disk)} free at {cache}, {_gb(missing)} needed", advice)
-    free = memory.free_bytes(device)
     advice = "take smaller models, a larger device, or `reward_device`; `dtype: bfloat16` halves float32 weights"
-    found = (
-        f"{_gb(free)} free on {device}, {_gb(weights)} for weights; of the rest {config.memory_fraction:.0%} is used"
-    )
-    yield Finding("memory", found, advice if weights >= free else "")
+    for where, held in weights.items():
+        free = memory.free_bytes(where)
+        found = (
+            f"{_gb(free)} free on {where}, {_gb(held)} for weights; of the rest {config.memory_fraction:.0%} is used"
+        )
+        yield Finding("memory", found, advice if held >= free else "")
 
 
 def checkpoint_of(name: str) -> Checkpoint:
-    """Of a local folder or a hub id, perhaps with `@revision`. Raises what huggingface_hub raises, where it must ask
-    the hub and cannot."""
+    """Of a local folder or a hub id, perhaps with `@revision`: without the hub, of what was fetched before. Raises what
+    huggingface_hub raises where nothing was."""
     if (folder := Path(name).expanduser()).is_dir():
-        return Checkpoint(sum(path.stat().st_size for path in folder.glob("*.safetensors")), 0)
+        return _of_folder(folder)
     repository, _, revision = name.partition("@")
-    planned = huggingface_hub.snapshot_download(
-        repository, revision=revision or None, allow_patterns=ALLOWED_FILES, ignore_patterns=["*/*"], dry_run=True
+    snapshot = partial(
+        huggingface_hub.snapshot_download,
+        repository,
+        revision=revision or None,
+        allow_patterns=ALLOWED_FILES,
+        ignore_patterns=["*/*"],
     )
+    try:
+        planned = snapshot(dry_run=True)
+    except DryRunError:
+        return _of_folder(Path(snapshot(local_files_only=True)))
     sizes = [(each, each.file_size or 0) for each in planned]
     weights = sum(size for each, size in sizes if each.filename.endswith(".safetensors"))
     return Checkpoint(weights, sum(size for each, size in sizes if each.will_download))
+
+
+def _of_folder(folder: Path) -> Checkpoint:
+    return Checkpoint(sum(path.stat().st_size for path in folder.glob("*.safetensors")), 0)
 
 
 def _gb(size: int) -> str:

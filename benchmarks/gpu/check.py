@@ -16,9 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
+import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +49,13 @@ PRELOADED = ["benchmarks.gpu.correct", "benchmarks.gpu.speed"]
 
 
 def run(part: Part, given: Given) -> Report:
-    """A part in a process of its own, which a lost device ends with it."""
+    """A part in a process of its own, which a lost device ends with it; what it has started is ended, too."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=run_here, args=(part, given, sending))
     process.start()
+    assert process.pid is not None
     sending.close()
     report: Report
     try:
@@ -59,8 +63,11 @@ def run(part: Part, given: Given) -> Report:
     except EOFError:
         process.join()
         report = {"wrong": [f"its process ended with status {process.exitcode}"]}
-    process.kill()
-    process.join()
+    finally:
+        process.kill()  # which leads no group before it has begun
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -34,7 +35,8 @@ class Given:
 
 
 def run_here(part: Part, given: Given, sending: Connection) -> None:
-    """A part in this process, whose report goes into the pipe."""
+    """A part in this process, which leads a group with whatever it starts; the report goes into the pipe."""
+    os.setsid()
     torch.set_num_threads(min(torch.get_num_threads(), 8))
     if given.device.type == "cuda":
         torch.cuda.set_device(given.device)  # kernels are launched on the current one, whatever their tensors are on

@@ -98,8 +98,8 @@ class Clock:
 def by_phase(loaded: LoadedDiffusionModel, reward: RewardModel, clock: Clock) -> Iterator[None]:
     """Time the parts of a step meanwhile."""
     calls: list[tuple[Any, str, str]] = [(loaded.model, "hidden", "diffusion"), (loaded.model, "head", "diffusion")]
-    calls += [(Assembly, "read", "reward"), (reward, "extend", "reward"), (reward, "prefill", "reward")]
-    calls += [(kernels, name, "vocabulary") for name in ("begin", "draw", "mix", "update", "filtered_stats")]
+    calls += [(Assembly, "read", "reward"), (reward, "extend", "reward"), (reward, "prefill_all", "reward")]
+    calls += [(kernels, name, "vocabulary") for name in ("begin", "draw", "mix_into", "update", "filtered_stats")]
     with ExitStack() as stack:
         for owner, name, phase in calls:
             stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), phase)))
