@@ -139,9 +139,11 @@ class Runner:
         except Exception:
             logger.warning("preparing %d jobs together failed; one after another", len(entries), exc_info=True)
             apart = True
-        for entry in entries if apart else ():
+        if not apart:
+            return
+        for entry in entries:
             entry.contexts = {}
-        for entry in entries if apart else ():
+        for entry in entries:
             with self._alone(entry, events):
                 self.demand.prepare([entry])
 
