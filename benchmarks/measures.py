@@ -154,17 +154,17 @@ def measures(followed: Followed) -> list[Measure]:
     read = {path: serving[path] for path in followed.files}
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
-        Measure("lines of serving code", sum(serving.values()), 21_410),
-        Measure("lines of tests", sum(tests.values()), 21_760),
+        Measure("lines of serving code", sum(serving.values()), 23_900),
+        Measure("lines of tests", sum(tests.values()), 24_500),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
-        Measure("lines of serving code's median file", median(serving.values()), 135),
+        Measure("lines of serving code's median file", median(serving.values()), 140),
         Measure("files of serving code", len(serving)),
-        Measure("settings", len(SETTINGS), 54),
+        Measure("settings", len(SETTINGS), 56),
         Measure("frames from Runner.step to an operation of kernels", len(followed.to_operation), 9),
         Measure("frames from Runner.step to the deepest function of kernels", len(followed.inside)),
         Measure("files that a guided step runs through, without networks and kernels", len(step)),
-        Measure("lines of these files", sum(step.values()), 2_910),
+        Measure("lines of these files", sum(step.values()), 3_150),
         Measure("files that a guided step runs through, with both", len(read)),
         Measure("lines of all these files", sum(read.values())),
         Measure("lines of the functions that run in them", followed.function_lines),

@@ -20,6 +20,7 @@ from torch import Tensor
 INNER_FINAL = 255  # the draw that may be revealed (algorithm.md, section 1.4)
 INNER_RANK = 254  # the Gumbel noise of `algorithm_temperature`
 INNER_ORIGIN = 253  # the independent reveals of `origin`
+INNER_RESAMPLE = 252  # the one uniform of a resampling, of trajectory 0 and position 0 (algorithm.md, section 5)
 
 MAX_REJECTIONS = 64  # rejected draws before a row falls back to the inverse CDF over the kept ids, with round 64
 

@@ -19,6 +19,8 @@ Schedule = Literal["linear", "even"]
 Confidence = Literal["base", "guided"]
 FinishReason = Literal["stop", "length"]
 Attention = Literal["auto", "full", "block_causal"]
+ResampleBy = Literal["reward", "confidence"]
+Potential = Literal["difference", "max"]
 BlocksFrom = Literal["prompt_end", "start"]
 """Where block-causal attention counts its blocks from: the prompt's end (BD3LM), or position 0 (SDAR)."""
 
@@ -85,16 +87,31 @@ class DiffusionParams:
 
 @dataclass(frozen=True, slots=True)
 class WeightedReward:
-    """A loaded reward model's name and its weight in the objective."""
+    """The name of a loaded reward model or of a scorer, and its weight in the objective."""
 
     model: str
     weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class Resampling:
+    """The K trajectories of a job as particles (algorithm.md, section 5): after every `every` steps, better ones are
+    copied over worse ones. A particle's weight is exp(`strength` x score), the score being the reward of what it would
+    say now, or, by "confidence", the log probability of the tokens that it has revealed. With the potential "max" the
+    best reward so far counts. They are resampled when the effective sample size is below `threshold` x K."""
+
+    by: ResampleBy = "reward"
+    every: int = 8
+    strength: float = 1.0
+    potential: Potential = "difference"
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
 class GuidanceParams:
-    """How the logits are steered (algorithm.md, section 2). `method` is a name in `methods.METHODS`; `reward_models` is
-    empty only for plain `none`. Raises ValueError for an unknown method."""
+    """How the logits are steered (algorithm.md, section 2), and by what. `method` is a name in `methods.METHODS`.
+    `reward_models` have gradients, which steer; `scorers` have none, and are heard with them for final rewards and for
+    resampling. Both are empty only where nothing is rewarded. Raises ValueError for an unknown method."""
 
     method: str = "none"
     reward_models: tuple[WeightedReward, ...] = ()
@@ -104,10 +121,17 @@ class GuidanceParams:
     start: float = 0.0
     stop: float = 1.0
     every: int = 1
+    scorers: tuple[WeightedReward, ...] = ()
+    resample: Resampling | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"there is no guidance method {self.method!r}")
+
+    @property
+    def rewards(self) -> tuple[WeightedReward, ...]:
+        """All terms of the reward, those without a gradient last."""
+        return self.reward_models + self.scorers
 
     @property
     def uses_gradient(self) -> bool:
@@ -192,12 +216,19 @@ class StepTrace:
     """The reward of the estimate before the gradient steps"""
     reward_after: float | None = None
     """The same after them"""
+    reward_estimate: float | None = None
+    """Where the trajectories met after it: the reward of the text as it would be now, or the log probability so far"""
+    log_weight: float | None = None
+    """There: the logarithm of its weight, before it was normalised"""
+    ancestor: int | None = None
+    """There: the trajectory whose copy it went on as; its own index where nothing was copied"""
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryResult:
     """A finished trajectory. `token_ids` has all L canvas tokens; `completion_tokens` counts those before the end
-    of the text; `rewards` maps each reward model's name to its value and `reward` is their weighted sum. `step_map` has
+    of the text; `rewards` maps the name of each reward model and scorer to its value and `reward` is their weighted
+    sum; a scorer that did not answer before the deadline has None, and then there is no sum. `step_map` has
     the step at which each of the L tokens was revealed, -1 where none was, if the job asks for it. `model_calls` and
     `reward_calls` count the passes of the diffusion model and of reward models that its denoising steps asked for; what
     it shared with equal canvases is counted too, and final scores are not."""
@@ -209,7 +240,7 @@ class TrajectoryResult:
     completion_tokens: int
     stop_reason: str | None = None
     reward: float | None = None
-    rewards: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, float | None] = field(default_factory=dict)
     step_map: tuple[int, ...] = ()
     model_calls: int = 0
     reward_calls: int = 0
@@ -218,13 +249,19 @@ class TrajectoryResult:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """All K trajectories in index order, and the indices of the n best, best first."""
+    """All K trajectories in index order, and the indices of the n best, best first.
+
+    Of a job that resamples, `resampled` has a row for each time that trajectories were copied: the number of steps
+    taken, and each trajectory's ancestor; `weights` are the normalised weights of the K, None where a final score is
+    missing. Other jobs have neither."""
 
     trajectories: tuple[TrajectoryResult, ...]
     chosen: tuple[int, ...]
     steps: int
     queue_ms: float
     generation_ms: float
+    resampled: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    weights: tuple[float, ...] | None = None
 
     @property
     def model_calls(self) -> int:

@@ -206,7 +206,7 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
         terms = (WeightedReward(asked.reward_model),)
     elif not terms and asked.method != "none":
         terms = (WeightedReward(info.reward_models[0].id),)
-    own = {each.name: getattr(asked, each.name) for each in fields(GuidanceParams)}
+    own = {each.name: getattr(asked, each.name) for each in fields(GuidanceParams) if hasattr(asked, each.name)}
     return GuidanceParams(**own | {"reward_models": terms})
 
 

@@ -179,7 +179,8 @@ class _Record:
             metrics.guided_requests.labels(method, "+".join(names)).inc()
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():
-                metrics.observe_reward(name, method, reward)
+                if reward is not None:
+                    metrics.observe_reward(name, method, reward)
 
 
 def _account(records: Sequence[_Record]) -> dict[str, object]:

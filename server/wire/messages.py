@@ -65,6 +65,16 @@ class Score(_Wire, frozen=True):
     items: list[tuple[tuple[Message, ...], str]]
 
 
+class Judged(_Wire, frozen=True):
+    """What the outside scorers said of the texts of an Ask: by scorer, one score a text. None in place of all of them
+    says that none will come before the job's deadline. A job that is not here any more, or does not wait for this, is
+    ignored."""
+
+    job_id: str
+    step: int
+    scores: dict[str, list[float]] | None
+
+
 class SetAdapters(_Wire, frozen=True):
     """Have exactly these adapters, by version, from their folders. AdaptersSet answers it."""
 
@@ -132,13 +142,24 @@ class Progress(_About, frozen=True):
 
 class Canvas(_About, frozen=True):
     """A trajectory's L response tokens after a step, -1 where masked; entropy in nats by position, None where
-    revealed; the reward that guidance last saw. Only for jobs with `stream_canvas`."""
+    revealed; the reward that guidance last saw. `ancestor` is the trajectory whose copy it is since the last meeting
+    after which it was copied, None where there was none. Only for jobs with `stream_canvas`."""
 
     trajectory: int
     step: int
     token_ids: list[int]
     entropy: list[float | None] | None = None
     reward: float | None = None
+    ancestor: int | None = None
+
+
+class Ask(_About, frozen=True):
+    """Outside scores are wanted: of a job's K texts, in index order, as a reward would read them (with the response's
+    prefix and suffix), at the meeting after `step` steps, or at the end (`step` -1). Judged answers it; until then the
+    job is parked and holds nothing of the budgets."""
+
+    step: int
+    texts: list[str]
 
 
 class Timed(_About, frozen=True):
@@ -184,12 +205,13 @@ class Scored(_About, frozen=True):
     tokens: int
 
 
-ToWorker: TypeAlias = Configure | Submit | Cancel | Score | SetAdapters | Shutdown
+ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Judged | SetAdapters | Shutdown
 Event: TypeAlias = (
     Begun
     | Started
     | Progress
     | Canvas
+    | Ask
     | Timed
     | Finished
     | Failed

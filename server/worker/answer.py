@@ -40,7 +40,7 @@ def answer(
             model_calls=trajectory.taken * (2 if job.diffusion.cfg_scale else 1),
             reward_calls=trajectory.reward_calls,
             reward=math.fsum(each.weight * reward[each.model] for each in weighted) if weighted else None,
-            rewards=reward,
+            rewards=dict[str, float | None](reward),
             trace=tuple(trajectory.trace),
         )
         for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True)
