@@ -22,7 +22,8 @@ def normalised(log_weights: Sequence[float]) -> FloatArray:
     if not np.isfinite(logs).all():
         raise ValueError(f"the particles' log weights are not all finite: {logs.tolist()}")
     weights: FloatArray = np.exp(logs - logs.max())
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def effective_share(weights: FloatArray) -> float:
