@@ -28,7 +28,7 @@ from server.types import (
     SamplingParams,
     WeightedReward,
 )
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from server.wire.messages import Failed, Finished
 from server.wire.stats import RunnerStats
 from server.worker import service
@@ -186,7 +186,7 @@ def load(dlm: Path, rm: Path | None, dtype: torch.dtype, device: torch.device) -
 
     config = WorkerConfig(
         str(dlm),
-        {} if rm is None else {"rm": str(rm)},
+        () if rm is None else (RewardSource("rm", str(rm)),),
         device=str(device),
         dtype=NAMES[dtype],
         threads=torch.get_num_threads(),

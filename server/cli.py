@@ -40,7 +40,7 @@ from server.settings import (
     named_models,
     unknown_variables,
 )
-from server.wire.config import EngineConfig, FrontSettings, WorkerConfig, WorkerSettings
+from server.wire.config import EngineConfig, FrontSettings, RewardSource, WorkerConfig, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +162,14 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 def engine_config(settings: Settings) -> EngineConfig:
     """The engine's plain values. Without a model the bundled one is served, and without any model named at all the
     bundled reward models too."""
-    model, rewards = settings.model, named_models(settings.reward_model)
+    model, rewards = settings.model, settings.reward_model
     name = settings.served_model_name[0] if settings.served_model_name else None
     if model is None:
         from demo import BUNDLED_NAME, bundled_model_path, bundled_reward_models
 
         model, name = str(bundled_model_path()), name or BUNDLED_NAME
         if not rewards:
-            rewards = {name: str(path) for name, path in bundled_reward_models().items()}
+            rewards = tuple(RewardSource(name, str(path)) for name, path in bundled_reward_models().items())
     # A new version of an adapter is loaded while the old one is there.
     places = settings.max_loras + 1 if settings.allow_runtime_lora else len(settings.lora)
     worker = WorkerConfig(model, rewards, name, adapters=places, **settings.of(WorkerSettings))

@@ -114,7 +114,7 @@ def _triton(device: torch.device) -> Finding:
 def _models(config: WorkerConfig, device: torch.device, reward_device: torch.device) -> Iterator[Finding]:
     """Weights against memory, what must be fetched against the disk, and whether the hub can be had where it must."""
     missing, weights = 0, {device: 0, reward_device: 0}
-    for name, where in ((config.model, device), *((name, reward_device) for name in config.reward_models.values())):
+    for name, where in ((config.model, device), *((each.path, reward_device) for each in config.reward_models)):
         try:
             checkpoint = checkpoint_of(name)
         except (HfHubHTTPError, OSError, ValueError) as error:

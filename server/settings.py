@@ -1,7 +1,8 @@
 """All settings of the server, read once at start-up: flags > environment (`ENTRGI_*`) > YAML file > defaults.
 
 The same key has one spelling in all three places: `--max-queue`, `ENTRGI_MAX_QUEUE` and `max_queue:`. Lists are
-repeated flags, comma-separated or JSON environment values, and YAML lists. A bad value is refused with its key.
+repeated flags, comma-separated or JSON environment values, and YAML lists. Where its items are objects, a flag or an
+environment value is JSON. A bad value is refused with its key.
 Only the composition root (`server.cli`) and the HTTP application read this; the engine and its workers get the plain
 objects of `server.wire.config`, whose settings `Settings` inherits.
 """
@@ -22,7 +23,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from server.wire.config import FrontSettings, WorkerSettings, says
+from server.wire.config import NAME, FrontSettings, RewardSource, WorkerSettings, says
 
 ENV_PREFIX = "ENTRGI_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
@@ -31,7 +32,6 @@ HASHED = "sha256:"
 KEY_FILE = "file:"
 """Or as this and the path of a file of keys, one a line; blank lines and those that begin with # are skipped."""
 KERNEL_CACHE_VARIABLE = "ENTRGI_CACHE_DIR"  # read by kernels, which knows nothing of these settings
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 
 
 class SettingsError(ValueError):
@@ -48,7 +48,11 @@ class Settings(WorkerSettings, FrontSettings):
         says("diffusion model: local folder, hub id or ID@REVISION; none: the bundled one"),
     ] = None
     reward_model: Annotated[
-        tuple[str, ...], says("reward model as NAME=PATH_OR_ID or PATH_OR_ID; repeatable, the first is the default")
+        tuple[RewardSource, ...],
+        says(
+            "reward model as NAME=PATH_OR_ID, PATH_OR_ID, or an object of path and perhaps name, label, output, input; "
+            "repeatable, the first is the default"
+        ),
     ] = ()
     served_model_name: Annotated[
         tuple[Annotated[str, Meta(pattern=NAME)], ...],
@@ -151,6 +155,12 @@ class Setting:
         return get_origin(self.kind) is tuple
 
     @property
+    def holds_objects(self) -> bool:
+        """Whether it is a list of objects."""
+        of = get_args(self.kind)[0] if self.is_list else None
+        return isinstance(of, type) and issubclass(of, msgspec.Struct)
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The words that it takes, where it takes only some."""
         of = get_args(self.kind)[0] if self.is_list else self.kind
@@ -207,7 +217,9 @@ def _checked(key: str, value: object) -> object:
     if setting is None:
         raise ValueError(f"is not a setting{meant(key, SETTINGS)}")
     if setting.is_list:
-        value = _items(value, key in _LISTED_IN_A_FLAG)
+        value = _items(value, setting, key in _LISTED_IN_A_FLAG)
+    if key == "reward_model" and isinstance(value, list):
+        value = [_reward_source(item) for item in value]
     if key == "root_path" and isinstance(value, str):
         value = value.rstrip("/")
     try:
@@ -215,19 +227,25 @@ def _checked(key: str, value: object) -> object:
     except msgspec.ValidationError as error:
         expected = f"one of {', '.join(setting.choices)}" if setting.choices else setting.description
         raise ValueError(f"{error}; the setting is: {expected}") from None
-    if key in ("reward_model", "lora"):
+    if key == "lora":
         named_models(made)
+    if key == "reward_model":
+        _check_names(source.name for source in made)
     for each in made if key == "api_key" else ():
         _check_key(each)
     return made
 
 
-def _items(value: object, split_each: bool) -> object:
-    """A list as a source gives it: JSON or comma-separated in one string, or items already."""
+def _items(value: object, setting: Setting, split_each: bool) -> object:
+    """A list as a source gives it: JSON or comma-separated in one string, or items already, of which objects may be
+    JSON."""
     if isinstance(value, str):
         if value.lstrip().startswith("["):
             return json.loads(value)
-        return [item.strip() for item in value.split(",") if item.strip()]
+        objects = setting.holds_objects and value.lstrip().startswith("{")
+        value = [value] if objects else [item.strip() for item in value.split(",") if item.strip()]
+    if setting.holds_objects and isinstance(value, list):
+        return [json.loads(item) if isinstance(item, str) and item.lstrip().startswith("{") else item for item in value]
     if split_each and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return list(dict.fromkeys(name.strip() for item in value for name in item.split(",") if name.strip()))
     return value
@@ -288,18 +306,42 @@ def _check_loras(settings: Settings) -> None:
 
 def named_models(values: Iterable[str]) -> dict[str, str]:
     """`NAME=PATH_OR_ID` items as name -> path or id, in order. Raises ValueError for a bad or repeated name."""
-    named: dict[str, str] = {}
-    for value in values:
-        name, separator, source = value.partition("=")
-        if not separator:
-            source = value
-            name = Path(value).name if Path(value).is_dir() else value
-        if not re.fullmatch(NAME, name) or not source:
-            raise ValueError("must be NAME=PATH_OR_ID, the name of letters, digits and . _ / -")
-        if name in named:
+    pairs = [_name_and_source(value) for value in values]
+    _check_names(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _name_and_source(value: str) -> tuple[str, str]:
+    name, separator, source = value.partition("=")
+    if not separator:
+        name, source = _own_name(value), value
+    if not re.fullmatch(NAME, name) or not source:
+        raise ValueError("must be NAME=PATH_OR_ID, the name of letters, digits and . _ / -")
+    return name, source
+
+
+def _own_name(source: str) -> str:
+    """What a model is called that is given no name."""
+    return Path(source).name if Path(source).is_dir() else source
+
+
+def _reward_source(item: object) -> object:
+    """An item of `reward_model` as an object with a name, as far as it can be one."""
+    if isinstance(item, str):
+        name, path = _name_and_source(item)
+        return {"name": name, "path": path}
+    if isinstance(item, dict) and isinstance(item.get("path"), str):
+        return {"name": _own_name(item["path"])} | item
+    return item
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse a name that is there twice. Raises ValueError."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
             raise ValueError(f"two models are named {name}; give them names, as in NAME=PATH_OR_ID")
-        named[name] = source
-    return named
+        seen.add(name)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,10 @@ FinishReason = Literal["stop", "length"]
 Attention = Literal["auto", "full", "block_causal"]
 ResampleBy = Literal["reward", "confidence"]
 Potential = Literal["difference", "max"]
+RewardOutput = Literal["logit", "log_softmax"]
+"""Of a classifier's label: its logit, or log p(label), p being the softmax over all labels."""
+RewardInput = Literal["response", "pair"]
+"""What an encoder reads: the response alone, or what it answers and the response."""
 BlocksFrom = Literal["prompt_end", "start"]
 """Where block-causal attention counts its blocks from: the prompt's end (BD3LM), or position 0 (SDAR)."""
 
@@ -299,15 +303,21 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class RewardModelInfo:
-    """A loaded reward model: its name, context length and the share of the diffusion vocabulary that it knows."""
+    """A loaded reward model: its name, its context length and, where it has a gradient, the share of the diffusion
+    vocabulary that it knows. The reward is the `output` of the label named `label`, None where there is one label. What
+    has no gradient is an encoder, and reads its `input`; the others read the conversation in their chat template."""
 
     id: str
     family: str
     context_length: int
-    vocab_coverage: float
-    vocab_fallback: Literal["unk", "zero"]
+    vocab_coverage: float | None
+    vocab_fallback: Literal["unk", "zero"] | None
     dtype: str
     parameters: int
+    gradient: bool = True
+    label: str | None = None
+    output: RewardOutput = "logit"
+    input: RewardInput | None = None
 
 
 @dataclass(frozen=True, slots=True)

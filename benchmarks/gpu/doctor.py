@@ -7,12 +7,12 @@ import torch
 from benchmarks.gpu.part import Given, Report
 from demo import bundled_model_path, bundled_reward_models
 from server.doctor import diagnose
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 
 
 def device(given: Given) -> Report:
     """What `make doctor` finds, and the device's properties. What is in the way is told; nothing of it is a result."""
-    rewards = {name: str(path) for name, path in bundled_reward_models().items()}
+    rewards = tuple(RewardSource(name, str(path)) for name, path in bundled_reward_models().items())
     lines = [str(finding) for finding in diagnose(WorkerConfig(str(bundled_model_path()), rewards))]
     if given.device.type == "cuda":
         of = torch.cuda.get_device_properties(given.device)

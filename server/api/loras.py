@@ -16,7 +16,7 @@ from server.api.ops import Model, models_of
 from server.api.rules import Strict
 from server.api.values import Text
 from server.errors import InvalidRequest, quote
-from server.settings import NAME
+from server.wire.config import NAME
 
 router = APIRouter()
 

@@ -28,8 +28,9 @@ from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, grown
 from server.rewards.network import check_config, check_tokens, load_network
 from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, map_vocabulary
+from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
-from server.types import RewardModelInfo
+from server.types import Message, RewardModelInfo
 
 if TYPE_CHECKING:
     from server.rewards.graphs import GraphedPasses
@@ -165,6 +166,10 @@ class RewardModel:
         last = self._trunk.last_states(layout, x, self.attention_backend)
         rewards: Tensor = self._network.score(last.to(self._reward_dtype))
         return rewards[:, 0]
+
+    def sequence(self, conversation: Sequence[Message], response: str) -> list[int]:
+        """Ids of the whole conversation, in the chat template, with `response` as its last turn."""
+        return conversation_ids(self.tokenizer, conversation, response)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) of whole token sequences, each of one token at least; no gradient, order kept.

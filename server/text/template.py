@@ -80,6 +80,14 @@ def conversation_ids(tokenizer: Tokenizer, conversation: Sequence[Message], resp
     return chat_ids(tokenizer, [*conversation, Message("assistant", response)], add_generation_prompt=False)
 
 
+def query_text(conversation: Sequence[Message]) -> str:
+    """What a response answers, for a scorer that takes two texts and no conversation: the message, where there is one
+    alone, else all of them, each as `role: content` on a line of its own."""
+    if len(conversation) == 1:
+        return conversation[0].content
+    return "\n".join(f"{message.role}: {message.content}" for message in conversation)
+
+
 def split_at_response(
     tokenizer: Tokenizer, conversation: Sequence[Message], response_suffix: str = "", response_prefix: str = ""
 ) -> tuple[list[int], list[int]]:

@@ -11,10 +11,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
-from server.types import Attention
+from server.types import Attention, RewardInput, RewardOutput
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
+"""What a model, a reward model or an adapter may be called."""
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
 
 
@@ -25,6 +27,17 @@ def says(description: str, **bounds: Any) -> Meta:
 
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps|xpu(:\d{1,3})?)$")]
 AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
+class RewardSource(Struct, frozen=True, forbid_unknown_fields=True):
+    """A reward model as the settings name it. `path` is a local folder or a hub id, which `@REVISION` pins. `label` is
+    the name of a classifier's label, or its number; `input` is for encoders."""
+
+    name: Annotated[str, Meta(pattern=NAME)]
+    path: Annotated[str, Meta(pattern=r"\S")]
+    label: int | str | None = None
+    output: RewardOutput = "logit"
+    input: RewardInput | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +103,14 @@ class WorkerSettings:
 class WorkerConfig(WorkerSettings):
     """What one worker process needs to load the models and run; it crosses the wire as the first message.
 
-    `model` and the values of `reward_models` (name -> model, in order: the first is the default) are local folders or
-    hub ids, which `@REVISION` pins. Of `data_parallel` workers this one is number `rank`: on a GPU it takes the device
+    `model` is a local folder or a hub id, which `@REVISION` pins. Of `reward_models` the first is the default. Of
+    `data_parallel` workers this one is number `rank`: on a GPU it takes the device
     `rank` places after the named one, on a CPU its share of the threads. `adapters` is for how many LoRA adapters
     memory is set aside. `disable_savings` names fields of `savings.Savings` to do without, for measurements.
     """
 
     model: str
-    reward_models: dict[str, str] = field(default_factory=dict)
+    reward_models: tuple[RewardSource, ...] = ()
     served_model_name: str | None = None
     rank: int = 0
     adapters: int = 0

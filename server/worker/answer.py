@@ -9,7 +9,6 @@ from server.guidance.best_of import choose
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
 from server.text.response import FinishedText, finish_text
-from server.text.template import conversation_ids
 from server.types import Job, JobResult, TrajectoryResult
 from server.worker.book import Entry
 from server.worker.trajectory import Trajectory
@@ -76,7 +75,7 @@ def _final_rewards(
     whole = [job.response_prefix + text + job.response_suffix for text in texts]
     for weighted in job.guidance.reward_models:
         model = reward_models[weighted.model]
-        sequences = [conversation_ids(model.tokenizer, job.conversation, text) for text in whole]
+        sequences = [model.sequence(job.conversation, text) for text in whole]
         packs = [[sequence] for sequence in sequences] if one_by_one else [sequences]
         scores = [score for pack in packs for score in model.score(pack).tolist()]
         for reward, score in zip(rewards, scores, strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from server.budget import Cost
 from server.errors import InvalidRequest, quote
 from server.guidance.prefixes import RewardContext
 from server.models.loading import LoadedDiffusionModel
 from server.rewards.reward_model import RewardModel
+from server.rewards.text_reward import TextReward
 from server.text.template import split_at_response
 from server.types import Job
 from server.worker.memory import cached_share
@@ -20,8 +21,10 @@ from server.worker.savings import Savings
 if TYPE_CHECKING:
     from server.worker.book import Entry
 
+Reward = TypeVar("Reward", bound=TextReward)
 
-def named(name: str, reward_models: Mapping[str, RewardModel], param: str) -> RewardModel:
+
+def named(name: str, reward_models: Mapping[str, Reward], param: str) -> Reward:
     """The reward model of a name. Raises InvalidRequest, which blames `param`, where there is none."""
     if name not in reward_models:
         loaded = ", ".join(sorted(reward_models)) or "none"

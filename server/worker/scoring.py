@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from server.errors import InvalidRequest
-from server.rewards.reward_model import RewardModel
-from server.text.template import conversation_ids
+from server.rewards.text_reward import TextReward
 from server.wire.messages import Event, Score, Scored
 from server.worker.demand import named
 from server.worker.failures import failed, free_memory
@@ -35,7 +34,7 @@ class Scorer:
     """The queue of items to be scored, first come, first served. `step_tokens` bounds the tokens of one step;
     a longer item goes alone."""
 
-    def __init__(self, reward_models: Mapping[str, RewardModel], step_tokens: int) -> None:
+    def __init__(self, reward_models: Mapping[str, TextReward], step_tokens: int) -> None:
         self._reward_models = reward_models
         self._step_tokens = step_tokens
         self._requests: dict[str, _Request] = {}  # by id, in order of arrival
@@ -93,7 +92,7 @@ class Scorer:
             request.read_ahead = None
             return ids
         model = self._reward_models[request.message.reward_model]
-        ids = conversation_ids(model.tokenizer, *request.message.items[index])
+        ids = model.sequence(*request.message.items[index])
         if len(ids) > model.info.context_length:
             raise InvalidRequest(
                 f"item {index} takes {len(ids)} tokens; the context of the reward model is {model.info.context_length}",

@@ -166,9 +166,9 @@ def load(config: WorkerConfig) -> LoadedService:
     of = device, model.model.activation_dtype, head_size
     ways.append(attention_way(model.info.id, decoder.attention_backend, *of))
     reward_models = {
-        name: load_reward_model(
-            name,
-            path,
+        source.name: load_reward_model(
+            source.name,
+            source.path,
             diffusion_tokenizer=model.tokenizer,
             diffusion_vocab_size=model.model.vocab_size,
             dtype=dtype,
@@ -176,7 +176,7 @@ def load(config: WorkerConfig) -> LoadedService:
             vocab_fallback=config.vocab_fallback,
             table_device=device,
         )
-        for name, path in config.reward_models.items()
+        for source in config.reward_models
     }
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size

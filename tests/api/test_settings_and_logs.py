@@ -11,13 +11,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import log
 from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
 from server.cli import engine_config, main, parser
-from server.settings import SETTINGS, SettingsError, load, named_models, unknown_variables
-from server.wire.config import FrontSettings, WorkerSettings
+from server.settings import SETTINGS, SettingsError, load, unknown_variables
+from server.wire.config import FrontSettings, RewardSource, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
 from tests.api.scripted_engine import unloaded
 
@@ -35,7 +36,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
     monkeypatch.setenv("ENTRGI_MAX_QUEUE", "12")
     settings = load({"port": "1003"}, file)
     assert (settings.port, settings.max_queue, settings.host) == (1003, 12, "0.0.0.0")
-    assert settings.reward_model == ("a=x", "b=y")
+    assert settings.reward_model == (RewardSource("a", "x"), RewardSource("b", "y"))
     assert settings.max_trajectories == 128
     monkeypatch.setenv("ENTRGI_CONFIG", str(file))
     assert load({}).host == "0.0.0.0"
@@ -48,13 +49,29 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ENTRGI_CORS_ORIGINS", "")
     settings = load({})
     assert settings.api_key == ("key-number-one", "key-number-two")
-    assert named_models(settings.reward_model) == {"a": "x", "org/name": "org/name"}
+    assert settings.reward_model == (RewardSource("a", "x"), RewardSource("org/name", "org/name"))
     assert settings.served_model_name == ("x", "y")
     assert settings.cors_origins == ()
     for text, value in (("true", True), ("False", False), ("1", True), ("0", False)):
         monkeypatch.setenv("ENTRGI_SPARE_WORKER", text)
         assert load({}).spare_worker is value
     assert load({"served_model_name": ["a,b", "c", "a"]}).served_model_name == ("a", "b", "c")
+
+
+def test_a_reward_model_is_a_short_form_or_an_object_in_every_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"path": "org/six", "label": "2", "output": "log_softmax"}
+    expected = RewardSource("org/six", "org/six", "2", "log_softmax"), RewardSource("b", "y", input="pair")
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({"reward_model": [told, {"name": "b", "path": "y", "input": "pair"}]}))
+    assert load({}, file).reward_model == expected
+    told_as_json = json.dumps(told)
+    flags = {"reward_model": [told_as_json, "b=y"]}
+    assert load(flags).reward_model == (expected[0], RewardSource("b", "y"))
+    for text in (told_as_json, f"[{told_as_json}]"):
+        monkeypatch.setenv("ENTRGI_REWARD_MODEL", text)
+        assert load({}).reward_model == expected[:1]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +84,11 @@ def test_lists_and_switches_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
         ("log_level", "LOUD"), ("no_such_key", "1"), ("stream_comment_seconds", "nan"), ("public_paths", "/v1/models"),
         ("max_key_requests", "0"), ("max_key_requests", "3"), ("max_key_trajectories", "3"),  # without a key: no effect
         ("spare_worker", "maybe"), ("lora", ["=x"]), ("lora", ["a=x", "a=y"]), ("max_loras", "0"), ("max_lora_rank", 0),
-        ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"),
+        ("idle_connection_seconds", "inf"), ("reward_model", "[1]"), ("reward_model", "[a"), ("reward_model", "{a"),
+        ("reward_model", {"path": "x"}), ("reward_model", [{"name": "a"}]), ("reward_model", ['{"path": 3}']),
+        ("reward_model", [{"path": "x", "lable": 1}]), ("reward_model", [{"path": "x", "output": "p"}]),
+        ("reward_model", [{"path": "x", "name": "a b"}]), ("reward_model", [{"path": "x"}, "x"]),
+        ("reward_model", [{"path": "x", "label": True}]), ("reward_model", [{"path": "x", "input": "prompt"}]),
         ("batch_dir", "/nowhere"), ("batch_file_bytes", "1"), ("batch_expire_seconds", "0"),
     ],
 )  # fmt: skip
@@ -182,7 +203,7 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
     declared = {each.name for part in (WorkerSettings, FrontSettings) for each in fields(part)}
     assert given == {name: both[name] for name in declared}
     assert (config.worker.model, config.worker.served_model_name) == ("org/dlm", "mine")
-    assert list(config.worker.reward_models.items()) == [("a", "x"), ("b", "y")]
+    assert config.worker.reward_models == (RewardSource("a", "x"), RewardSource("b", "y"))
     assert engine_config(load({"model": "org/dlm"})).worker.served_model_name is None
     adapted = engine_config(load({"lora": ["p=/x", "q=/y"], "max_loras": 3}))
     assert (adapted.loras, adapted.worker.adapters) == ({"p": "/x", "q": "/y"}, 2)

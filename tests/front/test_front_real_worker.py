@@ -19,7 +19,7 @@ import pytest_asyncio
 
 from server.methods import METHODS
 from server.types import Job, Message
-from server.wire.config import EngineConfig, WorkerConfig
+from server.wire.config import EngineConfig, RewardSource, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Progress, Started
 from tests.faults.faulty_worker import COMMAND, Fault
 from tests.front.scripted import Driven, running, until
@@ -28,7 +28,7 @@ from tests.support.jobs import make_job
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
 WORKER = WorkerConfig(
     str(GOLDEN / "dlm"),
-    reward_models={"rm": str(GOLDEN / "rm")},
+    reward_models=(RewardSource("rm", str(GOLDEN / "rm")),),
     dtype="float64",
     device="cpu",
     threads=1,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from server.errors import ConfigurationError, InvalidRequest
-from server.text.template import conversation_ids, open_chat_ids, split_at_response
+from server.text.template import conversation_ids, open_chat_ids, query_text, split_at_response
 from server.text.tokenizer import Tokenizer
 from server.types import Message
 
@@ -194,3 +194,10 @@ def test_spaces_that_a_special_token_takes_with_it(tmp_path: Path) -> None:
     whole = "<|im_start|>user\na<|im_end|><|im_start|>user\nb<|im_end|><|im_start|>assistant\n"
     assert plain == tokenizer.encode(whole)
     assert [index for index in cut if index != tokenizer.id_of("<")] == plain
+
+
+def test_the_query_of_a_pair_is_the_message_or_all_turns_by_role() -> None:
+    question = Message("user", "Two\nlines")
+    assert query_text([question]) == "Two\nlines"
+    turns = Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"), question
+    assert query_text(turns) == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: Two\nlines"

@@ -25,7 +25,7 @@ from server.models.packing import PackedLayout
 from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses
 from server.types import JobResult
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from server.worker import inner
 from server.worker.service import LoadedService, load
 from tests.support.jobs import finish, make_job
@@ -34,11 +34,14 @@ from tests.support.models import GOLDEN, diffusion, reward
 
 FILES = GOLDEN / "llada-tiny"
 CONFIG = WorkerConfig(
-    str(FILES / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(FILES / "rm")}, vocab_fallback="zero"
+    str(FILES / "dlm"),
+    device="cpu",
+    dtype="float64",
+    reward_models=(RewardSource("rm", str(FILES / "rm")),),
+    vocab_fallback="zero",
 )
-BUNDLED = replace(
-    CONFIG, model=str(bundled_model_path()), reward_models={"rm": str(next(iter(bundled_reward_models().values())))}
-)
+BUNDLED_REWARD = RewardSource("rm", str(next(iter(bundled_reward_models().values()))))
+BUNDLED = replace(CONFIG, model=str(bundled_model_path()), reward_models=(BUNDLED_REWARD,))
 
 
 def gpu(test: Any) -> Any:

@@ -11,10 +11,10 @@ import pytest
 
 from demo import bundled_model_path, bundled_reward_models
 from server.doctor import checkpoint_of, diagnose
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from tests.support.serving import ROOT
 
-REWARDS = {name: str(path) for name, path in bundled_reward_models().items()}
+REWARDS = tuple(RewardSource(name, str(path)) for name, path in bundled_reward_models().items())
 CONFIG = WorkerConfig(str(bundled_model_path()), REWARDS, device="cpu")
 
 

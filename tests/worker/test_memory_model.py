@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.checkpoints import Shape, write_dream, write_llada, write_reward
 from server.models.graphs import MOST_TOKENS
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from server.worker import memory
 from server.worker.memory import (
     CAPS,
@@ -157,7 +157,8 @@ def test_settings_win_over_what_is_computed_and_the_worker_reports_what_one_requ
 ) -> None:
     monkeypatch.setattr(memory, "last_cache_bytes", lambda: 1 << 30)
     files = GOLDEN / "llada-tiny"
-    config = WorkerConfig(str(files / "dlm"), device="cpu", dtype="float64", reward_models={"rm": str(files / "rm")})
+    source = RewardSource("rm", str(files / "rm"))
+    config = WorkerConfig(str(files / "dlm"), device="cpu", dtype="float64", reward_models=(source,))
     computed = load(config)
     assert computed.runner.book.budget == CAPS["cpu"]  # so small a model fits in any memory
     assert computed.info.largest.tokens > CAPS["cpu"].tokens

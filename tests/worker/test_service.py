@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.errors import ConfigurationError
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from server.worker.failures import is_out_of_memory
 from server.worker.loop import import_service
 from server.worker.savings import Savings
@@ -38,7 +38,8 @@ def test_a_service_without_reward_models_warms_up_unguided() -> None:
 
 def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_name() -> None:
     off = ("skip_empty_steps", "head_on_masked_rows")
-    service = load(replace(CONFIG, reward_models={"z": RM, "a": RM}, vocab_fallback="zero", disable_savings=off))
+    sources = RewardSource("z", RM), RewardSource("a", RM)
+    service = load(replace(CONFIG, reward_models=sources, vocab_fallback="zero", disable_savings=off))
     assert [info.id for info in service.info.reward_models] == ["z", "a"]
     assert {info.vocab_fallback for info in service.info.reward_models} == {"zero"}
     assert service.runner.savings == replace(Savings(), skip_empty_steps=False, head_on_masked_rows=False)
@@ -50,7 +51,7 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
         ({"model": "/nonexistent/checkpoint"}, "model"),
         ({"model": str(FILES)}, "config.json"),
         ({"model": RM}, "Qwen3ForSequenceClassification"),
-        ({"reward_models": {"rm": str(FILES / "dlm")}}, "rm"),
+        ({"reward_models": (RewardSource("rm", str(FILES / "dlm")),)}, "rm"),
         ({"device": "toaster"}, "device: 'toaster' cannot be used"),
         ({"device": "cuda", "rank": 99}, "device: 'cuda' cannot be used by worker 99"),
         ({"reward_device": "cuda:99"}, "reward_device: 'cuda:99' cannot be used"),

@@ -1,0 +1,24 @@
+"""What final rewards, resampling and `/v1/score` need of a reward: its value on texts, with a gradient or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from server.types import Message, RewardModelInfo
+
+
+class TextReward(Protocol):
+    """A loaded reward: a `RewardModel`, or an encoder."""
+
+    @property
+    def info(self) -> RewardModelInfo:
+        """Its name, its context length and what else is known of it."""
+
+    def sequence(self, conversation: Sequence[Message], response: str) -> list[int]:
+        """Token ids of a whole conversation that ends with `response`, as `score` takes them."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Rewards (B,) of token sequences, in order; no gradient."""
