@@ -192,6 +192,10 @@ class Job:
         shown = self.return_token_ids or self.return_step_map or self.stream_canvas or self.trace
         return shown or self.sampling.ignore_eos
 
+    def whole(self, text: str) -> str:
+        """A response's text as rewards read it."""
+        return self.response_prefix + text + self.response_suffix
+
     @property
     def lead(self) -> int:
         """How many prompt tokens are in the block in which the response begins."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+
+from server.types import WeightedReward
 
 
-def choose(rewards: Sequence[float | None], n: int, *, ranked: bool) -> tuple[int, ...]:
-    """Indices of the n answers, best first when `ranked` (equal rewards: the lower index), else in order."""
-    indices = range(len(rewards))
-    if not ranked:
-        return tuple(indices)[:n]
-    return tuple(sorted(indices, key=lambda index: (-(rewards[index] or 0.0), index))[:n])
+def total_reward(rewards: Sequence[WeightedReward], values: Mapping[str, float | None]) -> float | None:
+    """The weighted sum of `values`, by name of the reward; None where one is missing or there is none."""
+    known = [each.weight * value for each in rewards if (value := values[each.model]) is not None]
+    return math.fsum(known) if rewards and len(known) == len(rewards) else None
+
+
+def choose(scores: Sequence[float | None], n: int, *, ranked: bool) -> tuple[int, ...]:
+    """Indices of the n answers: when `ranked` by score, best first (equal scores: the lower index; one that has none
+    comes last), else in order."""
+    order = list(range(len(scores)))
+    if ranked:
+        order.sort(key=lambda index: -math.inf if (score := scores[index]) is None else score, reverse=True)
+    return tuple(order[:n])

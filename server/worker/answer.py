@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from server.guidance.best_of import choose
+from server.guidance.best_of import choose, total_reward
 from server.models.loading import LoadedDiffusionModel
-from server.rewards.reward_model import RewardModel
 from server.text.response import FinishedText, finish_text
-from server.types import Job, JobResult, TrajectoryResult
+from server.types import JobResult, TrajectoryResult
 from server.worker.book import Entry
 from server.worker.trajectory import Trajectory
 
 
-def answer(
-    entry: Entry,
-    loaded: LoadedDiffusionModel,
-    reward_models: Mapping[str, RewardModel],
-    now: float,
-    *,
-    one_by_one: bool = False,
-) -> JobResult:
-    """The result of a job; `one_by_one` reads its final rewards in more passes, which takes less memory."""
-    job, weighted = entry.job, entry.job.guidance.reward_models
-    trajectories = [entry.finished[index] for index in range(job.sampling.best_of)]
-    texts = [_text(trajectory, loaded, entry.stopped) for trajectory in trajectories]
-    rewards = _final_rewards(job, [text.text for text in texts], reward_models, one_by_one)
+def answer(entry: Entry, texts: Sequence[FinishedText], now: float) -> JobResult:
+    """The result of a job with the final texts of its K trajectories, whose rewards the entry has."""
+    job, trajectories = entry.job, [entry.finished[index] for index in range(entry.job.sampling.best_of)]
     results = [
         TrajectoryResult(
             index=trajectory.index,
@@ -38,11 +26,11 @@ def answer(
             step_map=tuple(trajectory.step_map[: trajectory.length].tolist()) if job.return_step_map else (),
             model_calls=trajectory.taken * (2 if job.diffusion.cfg_scale else 1),
             reward_calls=trajectory.reward_calls,
-            reward=math.fsum(each.weight * reward[each.model] for each in weighted) if weighted else None,
-            rewards=dict[str, float | None](reward),
+            reward=total_reward(job.guidance.rewards, reward),
+            rewards=dict(reward),
             trace=tuple(trajectory.trace),
         )
-        for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True)
+        for trajectory, text, reward in zip(trajectories, texts, entry.rewards or (), strict=True)
     ]
     taken = max(trajectory.taken for trajectory in trajectories)
     started_at = now if entry.started_at is None else entry.started_at
@@ -55,7 +43,7 @@ def answer(
     )
 
 
-def _text(trajectory: Trajectory, loaded: LoadedDiffusionModel, stopped: str | None) -> FinishedText:
+def final_text(trajectory: Trajectory, loaded: LoadedDiffusionModel, stopped: str | None) -> FinishedText:
     """The text of a canvas; of one that a deadline cut, the part before its first masked position."""
     sampling = trajectory.job.sampling
     length = trajectory.length
@@ -65,19 +53,3 @@ def _text(trajectory: Trajectory, loaded: LoadedDiffusionModel, stopped: str | N
     if stopped and text.finish_reason == "length" and known < length:
         return FinishedText(text.text, "length", stopped, text.completion_tokens)
     return text
-
-
-def _final_rewards(
-    job: Job, texts: Sequence[str], reward_models: Mapping[str, RewardModel], one_by_one: bool
-) -> list[dict[str, float]]:
-    """R on the text of every trajectory (algorithm.md, end of section 2), by reward model."""
-    rewards: list[dict[str, float]] = [{} for _ in texts]
-    whole = [job.response_prefix + text + job.response_suffix for text in texts]
-    for weighted in job.guidance.reward_models:
-        model = reward_models[weighted.model]
-        sequences = [model.sequence(job.conversation, text) for text in whole]
-        packs = [[sequence] for sequence in sequences] if one_by_one else [sequences]
-        scores = [score for pack in packs for score in model.score(pack).tolist()]
-        for reward, score in zip(rewards, scores, strict=True):
-            reward[weighted.model] = float(score)
-    return rewards

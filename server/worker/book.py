@@ -37,7 +37,9 @@ class Entry:
     Trajectories below `admitted` have been given a share of the budget, and hold it until they are `finished`; the
     runner keeps them, by index, in `running` and then in `finished`. `contexts` is what its reward models read around
     the response, by name, `adapter` what the diffusion model runs with, `prefix` what a block-causal one keeps of the
-    prompt, and `stopped` why it ends early (its deadline).
+    prompt, and `stopped` why it ends early (its deadline). `rewards` are those of the K texts that were read last, by
+    name, until they have been used. While outside scorers are `asked` for theirs, after so many steps or at the end
+    (-1), it is parked: it takes part in nothing until they are `heard`.
     """
 
     job: Job
@@ -51,6 +53,14 @@ class Entry:
     contexts: dict[str, RewardContext] = field(default_factory=dict)
     prefix: Prefix | None = None
     stopped: str | None = None
+    rewards: list[dict[str, float | None]] | None = None
+    asked: int | None = None
+    heard: dict[str, list[float]] | None = None
+
+    def park(self, step: int) -> None:
+        """Take part in nothing until the outside scorers that are asked after so many steps have answered, and hold
+        nothing of the models meanwhile."""
+        self.asked, self.contexts, self.prefix = step, {}, None
 
     @property
     def waiting(self) -> int:
@@ -77,6 +87,10 @@ class Book:
         self.budget = budget
         self.largest = largest or budget
         self._entries: dict[str, Entry] = {}  # by job id, in the order of the queue
+
+    def get(self, job_id: str) -> Entry | None:
+        """The entry of a job, if it is here."""
+        return self._entries.get(job_id)
 
     def __iter__(self) -> Iterator[Entry]:
         """All entries, in the order of the queue. They may be dropped meanwhile."""

@@ -37,6 +37,7 @@ from server.wire.messages import (
     Finished,
     FrameTooLarge,
     Heartbeat,
+    Judged,
     Ready,
     Score,
     Scored,
@@ -115,6 +116,9 @@ class Loop:
         if isinstance(message, Cancel):
             runner.cancel(message.id)
             scorer.cancel(message.id)
+            return []
+        if isinstance(message, Judged):
+            runner.judged(message)
             return []
         if isinstance(message, SetAdapters):
             return [self._service.set_adapters(message.folders)]

@@ -22,12 +22,13 @@ from server.models.loading import LoadedDiffusionModel
 from server.models.lora import Adapter
 from server.rewards.reward_model import RewardModel
 from server.types import Job
-from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started, Timed
+from server.wire.messages import Ask, Canvas, Event, Failed, Finished, Judged, Progress, Started, Timed
 from server.wire.stats import RunnerStats, resident_bytes
-from server.worker.answer import answer
+from server.worker.answer import answer, final_text
 from server.worker.book import Book, Entry
 from server.worker.demand import Demand
 from server.worker.failures import Attempt, failed, is_out_of_memory, out_of_memory
+from server.worker.judge import Judge
 from server.worker.memory import held_bytes
 from server.worker.reveal import Decision
 from server.worker.savings import Savings
@@ -60,14 +61,15 @@ class Runner:
         self.savings = savings or Savings()
         self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget, backend)
         self.demand = Demand(loaded, self.reward_models, self.savings)
+        self.judge = Judge(self.reward_models, self.denoiser.ran_out)
         self.clock = clock
         self.adapters: dict[str, Adapter] = {}  # by version
         self.begin: Callable[[str], None] = lambda job_id: None
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
-        return len(self.book) > 0
+        """Whether `step` has anything to do: not where all that is here waits for outside scorers."""
+        return any(entry.asked is None for entry in self.book)
 
     @property
     def stats(self) -> RunnerStats:
@@ -87,6 +89,15 @@ class Runner:
         """Forget a job before the next denoising step; no event follows. Returns whether it was known."""
         return self.book.drop(job_id)
 
+    def judged(self, message: Judged) -> None:
+        """Go on with the job that has asked for these scores; any other is left as it is."""
+        entry = self.book.get(message.job_id)
+        if entry is None or entry.asked != message.step:
+            return
+        entry.asked, entry.heard = None, message.scores
+        if message.scores is None:
+            entry.stopped = "deadline"
+
     def step(self) -> list[Event]:
         """One pass: expire, admit, denoise every running trajectory by one step, retire. Returns what happened."""
         events: list[Event] = []
@@ -105,7 +116,7 @@ class Runner:
         now = self.clock()
         for entry in self.book:
             job = entry.job
-            if job.deadline is None or now < job.deadline:
+            if job.deadline is None or now < job.deadline or entry.asked is not None:
                 continue
             if entry.admitted:
                 entry.stopped = "deadline"
@@ -205,6 +216,8 @@ class Runner:
     def _retire(self, entry: Entry, events: list[Event]) -> None:
         """Move finished trajectories out; when all K are there, score and answer."""
         job = entry.job
+        if entry.asked is not None:
+            return
         for index, trajectory in list(entry.running.items()):
             final = self.savings.leave_when_final and trajectory.final
             if entry.stopped or final or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
@@ -217,12 +230,27 @@ class Runner:
                 entry.finished[index] = Trajectory.start(job, index, self.loaded.info)
         if len(entry.finished) < job.sampling.best_of:
             return
-        with Attempt(self.denoiser.ran_out) as attempt:
-            result = answer(entry, self.loaded, self.reward_models, self.clock())
-        if attempt.ran_out:
-            result = answer(entry, self.loaded, self.reward_models, self.clock(), one_by_one=True)
-        self.book.drop(job.id)
-        events.append(Finished(job.id, result))
+        texts = [final_text(entry.finished[index], self.loaded, entry.stopped) for index in range(job.sampling.best_of)]
+        if self._judge(entry, -1, [text.text for text in texts], events):
+            self.book.drop(job.id)
+            events.append(Finished(job.id, answer(entry, texts, self.clock())))
+
+    def _judge(self, entry: Entry, step: int, texts: Sequence[str], events: list[Event]) -> bool:
+        """Have the texts of all K trajectories rewarded. Returns whether all of `entry.rewards` is there; else outside
+        scorers have been asked for the rest, and until they answer the entry is parked."""
+        outside = self.judge.outside(entry.job)
+        if entry.rewards is None:
+            whole = [entry.job.whole(text) for text in texts]
+            entry.rewards = self.judge.rewards(entry.job, whole)
+            if outside and not entry.stopped:
+                entry.park(step)
+                events.append(Ask(entry.job.id, step, whole))
+                return False
+        if entry.heard is not None:
+            for name in outside:
+                for reward, score in zip(entry.rewards, entry.heard[name], strict=True):
+                    reward[name] = score
+        return True
 
     # -- what one job needs --------------------------------------------------------------------------------------
 
