@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.api.fields import CompletionRequest, Diffusion, Guidance, Templated
+from server.api.fields import CompletionRequest, Diffusion, Guidance, Resample, Templated
 from server.api.rules import Only, Strict
 from server.api.unsupported import UNSUPPORTED
 from server.methods import METHODS
@@ -74,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "request": partial(fields, CompletionRequest),
     "messages": partial(fields, Templated),
     "guidance": partial(fields, Guidance),
+    "resample": partial(fields, Resample),
     "diffusion": partial(fields, Diffusion),
     "methods": methods,
     "refused": refused,

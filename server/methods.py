@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.errors import ConfigurationError
 
@@ -73,12 +73,15 @@ class Method:
 METHODS: dict[str, Method] = {}
 """By name, in the order of registration."""
 
+SHORTHANDS: dict[str, dict[str, Any]] = {"smc": {"method": "bon", "resample": {"by": "reward"}}}
+"""What else `guidance` may be as one word, by that word: sequential Monte Carlo is plain sampling that resamples."""
+
 
 def register(method: Method) -> None:
     """Add a row to the table. Raises ConfigurationError where its name is taken, or not one word in small letters."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", method.name):
         raise ConfigurationError(f"the guidance method's name {method.name!r} is not one word in small letters")
-    if method.name in METHODS:
+    if method.name in METHODS or method.name in SHORTHANDS:
         raise ConfigurationError(f"there are two guidance methods with the name {method.name!r}")
     METHODS[method.name] = method
 

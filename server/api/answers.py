@@ -56,8 +56,15 @@ class GuidanceReport(Answer):
     """The request's own, or the one that was drawn for it"""
     rewards: list[list[float | None]]
     """`rewards[prompt][trajectory]`: the final rewards, before the choice of the n best"""
-    rewards_by_model: dict[str, list[list[float]]] = {}
+    rewards_by_model: dict[str, list[list[float | None]]] = {}
     """With several reward models: the same by model, unweighted"""
+    without_gradient: list[str] = []
+    """Where there are such: those that chose and resampled only, because they have no gradient"""
+    resampled: list[list[tuple[int, list[int]]]] = []
+    """With `guidance.resample`: by prompt, for each time that trajectories were copied, the steps taken until then and
+    each trajectory's ancestor"""
+    weights: list[list[float] | None] = []
+    """With `guidance.resample`: by prompt the normalised weights of its trajectories; null where a reward is missing"""
     approximations: list[str]
     """What in the request trades exactness for time"""
     steps: int
@@ -84,8 +91,8 @@ class Outcome(Answer):
     stop_reason: str | None = None
     """The stop string that ended the text, or `deadline`"""
     reward: float | None = None
-    """The final reward; null where no reward model took part"""
-    rewards: dict[str, float] = {}
+    """The final reward; null where no reward model took part, or one did not answer in time"""
+    rewards: dict[str, float | None] = {}
     """With several reward models: the final reward under each"""
     token_ids: list[int] = []
     """On request: the L canvas tokens, special ones included"""
@@ -180,6 +187,8 @@ class CanvasReport(Answer):
     """Nats of each position, null where it is revealed"""
     reward: float | None
     """The reward of the current estimate, where the step was guided"""
+    ancestor: int | None
+    """The trajectory whose copy took this one's place last; null where none did"""
 
 
 class Chunk(Head):
@@ -233,7 +242,7 @@ def usage(plan: Plan, results: Sequence[JobResult]) -> Data:
 def report(plan: Plan, results: Sequence[JobResult]) -> Data:
     """What concerns the whole request: its `GuidanceReport`, and the trace if there is one. Prompts run side by side,
     so times are the largest of them, and so are the calls of one trajectory."""
-    job, names = plan.jobs[0], [weighted.model for weighted in plan.guidance.reward_models]
+    job, names = plan.jobs[0], [weighted.model for weighted in plan.guidance.rewards]
     every = [trajectory for result in results for trajectory in result.trajectories]
     guidance: Data = {
         "method": plan.guidance.method,
@@ -245,7 +254,10 @@ def report(plan: Plan, results: Sequence[JobResult]) -> Data:
         "model_calls": max(result.model_calls for result in results),
         "reward_calls": max(result.reward_calls for result in results),
         "model_calls_total": sum(trajectory.model_calls for trajectory in every),
-        "reward_calls_total": sum(trajectory.reward_calls + len(trajectory.rewards) for trajectory in every),
+        "reward_calls_total": sum(
+            trajectory.reward_calls + sum(reward is not None for reward in trajectory.rewards.values())
+            for trajectory in every
+        ),
         "queue_ms": round(max(result.queue_ms for result in results), 3),
         "generation_ms": round(max(result.generation_ms for result in results), 3),
     }
@@ -254,6 +266,11 @@ def report(plan: Plan, results: Sequence[JobResult]) -> Data:
             name: [[trajectory.rewards[name] for trajectory in result.trajectories] for result in results]
             for name in names
         }
+    if plan.guidance.scorers:
+        guidance["without_gradient"] = [weighted.model for weighted in plan.guidance.scorers]
+    if plan.guidance.resample is not None:
+        guidance["resampled"] = [result.resampled for result in results]
+        guidance["weights"] = [result.weights for result in results]
     if not plan.asked.trace:
         return {"guidance": guidance}
     trace = [[[asdict(step) for step in each.trace] for each in result.trajectories] for result in results]
@@ -270,7 +287,7 @@ def choice(plan: Plan, index: int, answer: TrajectoryResult) -> Data:
         "logprobs": None,
         "reward": answer.reward,
     }
-    if len(plan.guidance.reward_models) > 1:
+    if len(plan.guidance.rewards) > 1:
         fields["rewards"] = answer.rewards
     if plan.asked.return_token_ids:
         fields["token_ids"] = list(answer.token_ids)

@@ -19,9 +19,11 @@ from server.api.fields import (
     Guidance,
     Templated,
 )
+from server.api.rules import rewarders
 from server.api.values import ChatMessage, Prompt
 from server.budget import Cost
 from server.errors import InvalidRequest
+from server.methods import METHODS
 from server.settings import Settings
 from server.text.template import open_chat_ids
 from server.text.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ from server.types import (
     Job,
     Message,
     ModelInfo,
+    Resampling,
     SamplingParams,
     WeightedReward,
 )
@@ -158,13 +161,17 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
         raise InvalidRequest(f"`suffix` {BLOCK_CAUSAL}", "suffix")
     diffusion = _diffusion(request.diffusion, canvas, request.guidance, info.model)
     sampling = _sampling(request, canvas, guidance, len(contexts), settings)
+    if guidance.resample is not None:
+        _check_particles(sampling, diffusion)
     seeds = request.seed if isinstance(request.seed, list) else [sampling.seed] * len(contexts)
     if len(seeds) != len(contexts):
         raise InvalidRequest(f"`seed` holds {len(seeds)} seeds for {len(contexts)} prompts; give one each", "seed")
     timeout = request.timeout if request.timeout is not None else settings.request_timeout
     now = time.time()
-    # With several answers in the order of their rewards, whose text is which choice is known only at the end.
-    live = request.stream and (sampling.best_of == 1 or guidance.method == "none")
+    # With several answers in the order of their rewards, whose text is which choice is known only at the end; and a
+    # trajectory may become another's copy.
+    ordered = sampling.best_of == 1 or guidance.method == "none"
+    live = request.stream and ordered and guidance.resample is None
     jobs = tuple(
         Job(
             id=f"{identity}-{index}",
@@ -202,12 +209,30 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InvalidRequest(f"reward model {name} is named twice", f"guidance.reward_models.{index}.model")
+    gradient, steers = rewarders(info), METHODS[asked.method].weight is not None
+    rewarded = asked.method != "none" if asked.resample is None else asked.resample.by == "reward"
     if asked.reward_model is not None:
         terms = (WeightedReward(asked.reward_model),)
-    elif not terms and asked.method != "none":
-        terms = (WeightedReward(info.reward_models[0].id),)
+    elif not terms and (steers or rewarded):
+        first = next((name for name in gradient if gradient[name] or not steers), None)
+        if first is None:
+            what = asked.method if asked.resample is None else "that resamples by reward"
+            raise InvalidRequest(f"`guidance` {what} needs a reward model, and none is loaded", "guidance")
+        terms = (WeightedReward(first),)
+    if steers and not any(gradient[term.model] for term in terms):
+        field = "guidance.reward_models" if asked.reward_model is None else "guidance.reward_model"
+        named = ", ".join(term.model for term in terms)
+        message = f"`{field}`: method {asked.method} needs a reward model with a gradient, and none of {named} has one"
+        raise InvalidRequest(message, field)
     own = {each.name: getattr(asked, each.name) for each in fields(GuidanceParams) if hasattr(asked, each.name)}
-    return GuidanceParams(**own | {"reward_models": terms})
+    return GuidanceParams(
+        **own
+        | {
+            "reward_models": tuple(term for term in terms if gradient[term.model]),
+            "scorers": tuple(term for term in terms if not gradient[term.model]),
+            "resample": asked.resample and Resampling(**dict(asked.resample)),
+        }
+    )
 
 
 def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance, model: ModelInfo) -> DiffusionParams:
@@ -253,3 +278,17 @@ def _sampling(
         stop=tuple(request.stop or ()),
         ignore_eos=request.ignore_eos,
     )
+
+
+def _check_particles(sampling: SamplingParams, diffusion: DiffusionParams) -> None:
+    """Raises InvalidRequest where resampling could do nothing: of one trajectory, or of copies that stay the same."""
+    if sampling.best_of == 1:
+        message = "`best_of` is 1, and `guidance.resample` needs at least 2 trajectories (with method none as many `n`)"
+        raise InvalidRequest(message, "best_of")
+    # Where `origin` reveals is drawn at every temperature.
+    if not (sampling.temperature or diffusion.algorithm_temperature or diffusion.algorithm == "origin"):
+        raise InvalidRequest(
+            "`temperature` 0 would keep the copies that `guidance.resample` makes the same: it must be above 0, or "
+            "`diffusion.algorithm_temperature` must be",
+            "temperature",
+        )

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "ChatCompletionRequest": {
         "Answer": _CHAT,
         "Guided by a reward": {**_CHAT, "best_of": 4, "guidance": _ENTRGI, "diffusion": {"steps": 8}},
+        "Resampled by a reward": {**_CHAT, "best_of": 4, "guidance": "smc"},
         "Streamed with its canvas": {
             **_CHAT, "stream": True, "stream_options": {"include_usage": True}, "stream_canvas": True,
         },

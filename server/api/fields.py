@@ -42,18 +42,21 @@ from server.api.values import (
     Text,
     TokenId,
 )
-from server.methods import gradient_methods
+from server.methods import SHORTHANDS, gradient_methods
 from server.types import (
     ADAPTIVE_ALGORITHMS,
     Algorithm,
     Confidence,
     DiffusionParams,
     GuidanceParams,
+    Potential,
+    ResampleBy,
+    Resampling,
     SamplingParams,
     Schedule,
 )
 
-_S, _D, _G = SamplingParams(1), DiffusionParams(1), GuidanceParams()
+_S, _D, _G, _R = SamplingParams(1), DiffusionParams(1), GuidanceParams(), Resampling()
 
 
 def _algorithms(*names: str, but: bool = False) -> Any:
@@ -73,6 +76,7 @@ No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
 
+REWARD = Only("by", lambda: ["reward"])
 GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
 WRAPPED = Only("chat_template", lambda: [True], message="needs `chat_template`")
 STREAM = Only("stream", lambda: [True], message="needs `stream`")
@@ -87,13 +91,29 @@ class RewardTerm(Strict):
     """Its factor in the objective"""
 
 
+class Resample(Strict):
+    """How the K trajectories of a prompt are resampled; there are at least two."""
+
+    by: ResampleBy = _R.by
+    """What makes a trajectory good: the reward of its text as it would be now, or how probable its tokens were to the
+    diffusion model, which needs no reward model"""
+    every: Count = _R.every
+    """Steps between two times at which the trajectories meet"""
+    strength: Annotated[float, Field(gt=0, le=100)] = _R.strength
+    """The weight of a trajectory is exp(`strength` x what it has gained since it was last resampled)"""
+    potential: Annotated[Potential, REWARD] = _R.potential
+    """Whether the present reward counts, or the largest so far"""
+    threshold: Annotated[float, Field(gt=0, le=1)] = _R.threshold
+    """They are resampled where the effective sample size is below this share of K"""
+
+
 class Guidance(Strict):
-    """How the logits are steered by a reward model. `start` is less than `stop`; `reward_models` differ."""
+    """How rewards steer. `start` is less than `stop`; `reward_models` differ."""
 
     method: MethodName = _G.method
     """How rewards steer: one of `guidance_methods` in `/v1/models`"""
     reward_model: GuidingModel | None = None
-    """A loaded reward model; none named: the first loaded"""
+    """A loaded reward model; none named: the first loaded, for a gradient method the first with a gradient"""
     reward_models: Annotated[
         Annotated[list[RewardTerm], Field(min_length=1, max_length=16), Within("terms")] | None,
         Only("reward_model", lambda: [None], message="and `guidance.reward_model` exclude each other"),
@@ -112,13 +132,18 @@ class Guidance(Strict):
     """The share of the run from which on no step is guided"""
     every: Annotated[Count, GRADIENT] = _G.every
     """Of the steps between `start` and `stop`, one in so many is guided"""
+    resample: Resample | None = None
+    """Copies good trajectories over bad ones while they run, with any method: an object, `{}` for its defaults"""
 
 
 def _guidance(value: object) -> object:
-    """`"entrgi"` is short for `{"method": "entrgi"}`."""
+    """`"entrgi"` is short for `{"method": "entrgi"}`, and `SHORTHANDS` has others."""
     if not isinstance(value, str | dict):
         raise invalid("must be a method's name or an object")
-    return {"method": value} if isinstance(value, str) else value
+    return SHORTHANDS.get(value, {"method": value}) if isinstance(value, str) else value
+
+
+_Shorthand: TypeAlias = Annotated[str, Field(json_schema_extra={"enum": [*SHORTHANDS]})]
 
 
 class Diffusion(Strict):
@@ -174,7 +199,8 @@ class GenerationRequest(Strict):
     max_tokens: Annotated[Count, Within("canvas")] | None = None
     """L, the tokens of the canvas; with the prompt and the suffix they must fit the model's context"""
     temperature: Temperature = _S.temperature
-    """0 takes the most probable token"""
+    """0 takes the most probable token; not with `guidance.resample`, unless positions are drawn
+    (`algorithm_temperature`, `origin`)"""
     top_p: Share = _S.top_p
     """Keeps the most probable tokens up to this mass"""
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -186,7 +212,7 @@ class GenerationRequest(Strict):
     """How many answers to each prompt come back"""
     best_of: Annotated[int, Field(ge=1, le=1024), Within("trajectories")] | None = None
     """K, the trajectories that run for each prompt, of which the `n` best come back: at least `n`, equal to it with
-    method `none`; times the prompts within the server's limit"""
+    method `none`, and at least 2 with `guidance.resample`; times the prompts within the server's limit"""
     stop: Stops | None = None
     """Up to four strings, each of which ends the text before it"""
     stream: bool = False
@@ -206,10 +232,10 @@ class GenerationRequest(Strict):
     """Every step of every trajectory in the final object; a reward model that is named reads each once more for it"""
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """The seconds that the whole request may take; left out: the server's own limit, if it has one"""
-    guidance: Annotated[Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | Guidance)] = Field(
-        default_factory=lambda: Guidance.model_validate({})
-    )
-    """How rewards steer: a method's name, or an object"""
+    guidance: Annotated[
+        Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | _Shorthand | Guidance)
+    ] = Field(default_factory=lambda: Guidance.model_validate({}))
+    """How rewards steer: a method's name, `smc` (`bon` that resamples by reward), or an object"""
     diffusion: Diffusion = Field(default_factory=lambda: Diffusion.model_validate({}))
     """How the canvas is filled: an object"""
 

@@ -29,6 +29,8 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
     best_of, guidance = plan.sampling.best_of, plan.guidance
     note(completion_id=plan.id, model=plan.model, prompts=len(plan.jobs), best_of=best_of)
     note(guidance=guidance.method, gradient_steps=guidance.inner_steps)
+    if guidance.resample is not None:
+        note(resample=guidance.resample.by)
     if trace.get_current_span().is_recording():
         plan = replace(plan, jobs=tuple(replace(job, timed=True) for job in plan.jobs))
     with frontend.shares.taken(best_of * len(plan.jobs)):
@@ -173,9 +175,9 @@ class _Record:
         reason = result.trajectories[result.chosen[0]].finish_reason
         metrics.request_success.labels(model, reason).inc()
         method = job.guidance.method
-        if method != "none":
+        if method != "none" or job.guidance.resample is not None:
             # In one order, whatever the client's: each combination of models is one time series.
-            names = sorted(reward.model for reward in job.guidance.reward_models)
+            names = sorted(reward.model for reward in job.guidance.rewards)
             metrics.guided_requests.labels(method, "+".join(names)).inc()
         for index in result.chosen:
             for name, reward in result.trajectories[index].rewards.items():

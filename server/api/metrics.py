@@ -86,7 +86,7 @@ class Metrics:
         text = "From a prompt's arrival to its first step"
         self.queue_time = made(Histogram, "request_queue_time_seconds", text, buckets=LATENCY_BUCKETS)
         rewarded = ("reward_model", "method")
-        text = "Prompts answered, by method other than none"
+        text = "Prompts answered, by method; those of method none only where they were resampled"
         self.guided_requests = made(Counter, "guided_requests", text, ("method", "reward_model"))
         text = "Final reward of returned answers"
         self.final_reward = made(Histogram, "final_reward", text, rewarded, buckets=REWARD_BUCKETS)

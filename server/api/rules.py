@@ -46,12 +46,12 @@ class Served:
     @classmethod
     def of(cls, info: EngineInfo, settings: Settings, adapters: tuple[str, ...]) -> Served:
         """Of one server, with what is loaded now. The adapters are among the models."""
-        rewards = tuple(reward.id for reward in info.reward_models)
+        rewards = rewarders(info)
         return cls(
             models=(info.model.id, *settings.served_model_name[1:], *adapters),
             adapters=adapters,
-            reward_models=rewards,
-            methods=tuple(METHODS) if rewards else ("none",),
+            reward_models=tuple(rewards),
+            methods=tuple(name for name, method in METHODS.items() if method.weight is None or any(rewards.values())),
             context=info.model.context_length,
             canvas=info.model.context_length - 1,  # there is a prompt
             vocabulary=info.model.vocab_size - 1,
@@ -60,6 +60,11 @@ class Served:
             terms=max(1, len(rewards)),
             defaults=info.model.diffusion_defaults,
         )
+
+
+def rewarders(info: EngineInfo) -> dict[str, bool]:
+    """Whatever can reward a text here, by name, and whether it has a gradient."""
+    return {reward.id: reward.gradient for reward in info.reward_models}
 
 
 def invalid(message: str) -> PydanticCustomError:
@@ -204,6 +209,6 @@ def not_loaded(name: str, served: Served) -> Exception:
     return invalid(f"names {quote(name)}, which is not loaded; loaded: {', '.join(served.reward_models) or 'none'}")
 
 
-def no_reward_model(method: str, _: Served) -> Exception:
+def no_gradient(method: str, _: Served) -> Exception:
     """Why a method cannot guide here."""
-    return InvalidRequest(f"`guidance` {method} needs a reward model, and none is loaded", "guidance")
+    return InvalidRequest(f"`guidance` {method} needs a reward model with a gradient, and none is loaded", "guidance")

@@ -165,6 +165,7 @@ class Chunks:
                     "tokens": [None if token < 0 else self._token_text(token) for token in event.token_ids],
                     "entropy": event.entropy,
                     "reward": event.reward,
+                    "ancestor": event.ancestor,
                 }
                 yield self._chunk() | {"canvas": canvas}
             case Finished(result=result):

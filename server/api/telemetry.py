@@ -119,7 +119,8 @@ def request_attributes(plan: Plan, job: Job, operation: str) -> Attributes:
         "entrgi.diffusion.algorithm": diffusion.algorithm,
         "entrgi.guidance.method": guidance.method,
         "gen_ai.request.top_k": sampling.top_k,
-        "entrgi.guidance.reward_models": [weighted.model for weighted in guidance.reward_models] or None,
+        "entrgi.guidance.reward_models": [weighted.model for weighted in guidance.rewards] or None,
+        "entrgi.guidance.resample": guidance.resample and guidance.resample.by,
         "entrgi.guidance.gradient_steps": guidance.gradient_steps if guidance.uses_gradient else None,
     }
     return {name: value for name, value in attributes.items() if value is not None}

@@ -14,7 +14,7 @@ from server.api.rules import (
     Strict,
     Within,
     invalid,
-    no_reward_model,
+    no_gradient,
     no_such_model,
     no_such_reward_model,
     not_loaded,
@@ -54,7 +54,7 @@ def _known_method(name: str) -> str:
     return name
 
 
-MethodName: TypeAlias = Annotated[str, AfterValidator(_known_method), Listed("methods", no_reward_model)]
+MethodName: TypeAlias = Annotated[str, AfterValidator(_known_method), Listed("methods", no_gradient)]
 
 Prompt: TypeAlias = str | list[int]
 

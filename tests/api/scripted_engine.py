@@ -101,7 +101,8 @@ class Scripted:
 
 
 def finished(job: Job) -> Finished:
-    trajectory = TrajectoryResult(0, (43, 76), "Hi", "length", 2, model_calls=2)
+    rewards = dict.fromkeys((reward.model for reward in job.guidance.rewards), 0.5)
+    trajectory = TrajectoryResult(0, (43, 76), "Hi", "length", 2, rewards=rewards, model_calls=2)
     return Finished(job.id, JobResult((trajectory,), (0,), 2, 0.1, 1.0))
 
 

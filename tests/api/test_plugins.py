@@ -49,5 +49,7 @@ def test_a_module_that_cannot_be_used_is_refused_by_name(
 def test_a_row_is_checked() -> None:
     with pytest.raises(ConfigurationError, match="small letters"):
         register(Method("Two words", "", ""))
+    with pytest.raises(ConfigurationError, match="'smc'"):  # another word of `guidance`
+        register(Method("smc", "", ""))
     with pytest.raises(ValueError, match="no weight"):
         METHODS["bon"].weigh(None)  # type: ignore[arg-type]

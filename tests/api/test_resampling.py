@@ -1,0 +1,178 @@
+"""What a request may ask of resampling and of rewards without a gradient: what the engine gets, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from server.types import GuidanceParams, Job, JobResult, Resampling, RewardModelInfo, TrajectoryResult, WeightedReward
+from server.wire.messages import Canvas, Event, Finished, Started
+from tests.api.scripted_engine import INFO, ScriptedEngine, at_once, check_envelope, make, open_client
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+(RM,) = INFO.reward_models
+NUMBERS = RewardModelInfo("numbers", "bert", 128, 1.0, "unk", "float32", 500, gradient=False)
+MIXED = replace(INFO, reward_models=(NUMBERS, RM))
+BY_NUMBERS = WeightedReward("numbers")
+
+
+async def guidance_of(guidance: object, info: Any = INFO, **fields: Any) -> GuidanceParams:
+    """What the engine is asked for."""
+    engine = ScriptedEngine(at_once, info=info)
+    async with open_client(make(engine)) as client:
+        answer = await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": guidance, **fields})
+    assert answer.status_code == 200, answer.text
+    return engine.jobs[0].guidance
+
+
+async def test_the_shorthand_is_best_of_n_that_resamples_by_reward() -> None:
+    expected = GuidanceParams("bon", (WeightedReward("rm"),), resample=Resampling())
+    for same in ("smc", {"method": "bon", "resample": {"by": "reward"}}, {"method": "bon", "resample": {}}):
+        assert await guidance_of(same) == expected
+    assert (await guidance_of({"method": "entrgi", "resample": None})).resample is None
+    asked = {"by": "reward", "every": 3, "strength": 0.5, "potential": "max", "threshold": 1.0}
+    found = await guidance_of({"method": "entrgi", "resample": asked})
+    assert found.resample == Resampling("reward", 3, 0.5, "max", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rewards"),
+    [
+        ({"method": "none", "resample": {}}, ["rm"]),
+        ({"method": "none", "resample": {"by": "confidence"}}, []),
+        ({"method": "bon", "resample": {"by": "confidence"}}, []),
+        ({"method": "bon", "reward_model": "rm", "resample": {"by": "confidence"}}, ["rm"]),
+        ({"method": "aps", "resample": {"by": "confidence"}}, ["rm"]),
+        ("none", []),
+    ],
+)
+async def test_who_rewards_where_nobody_is_named(guidance: Any, rewards: list[str]) -> None:
+    n = 4 if "none" in (guidance, *guidance) or guidance["method"] == "none" else 1
+    found = await guidance_of(guidance, n=n)
+    assert [reward.model for reward in found.rewards] == rewards
+
+
+async def test_without_a_reward_model_confidence_alone_resamples() -> None:
+    nobody = replace(INFO, reward_models=())
+    assert (await guidance_of({"method": "bon", "resample": {"by": "confidence"}}, nobody)).rewards == ()
+    async with open_client(make(ScriptedEngine(at_once, info=nobody))) as client:
+        for guidance in ("bon", "smc", "entrgi", {"method": "none", "resample": {}}):
+            answer = await client.post(COMPLETIONS, json={"prompt": "Hi", "n": 2, "guidance": guidance})
+            error = check_envelope(answer, 400)
+            assert error["param"] == "guidance"
+            assert "none is loaded" in error["message"]
+
+
+async def test_copies_of_random_positions_differ_without_a_temperature() -> None:
+    for diffusion in ({"algorithm_temperature": 0.5}, {"algorithm": "origin"}):
+        assert (await guidance_of("smc", temperature=0, diffusion=diffusion)).resample == Resampling()
+
+
+async def test_gradients_come_from_those_that_have_one() -> None:
+    steering, listening = (WeightedReward("rm", 2.0),), (WeightedReward("numbers", 0.5),)
+    both = [{"model": "numbers", "weight": 0.5}, {"model": "rm", "weight": 2.0}]
+    found = await guidance_of({"method": "entrgi", "reward_models": both}, MIXED)
+    assert (found.reward_models, found.scorers) == (steering, listening)
+    assert (await guidance_of("entrgi", MIXED)).rewards == (WeightedReward("rm"),)
+    for guidance in ("bon", "smc", {"method": "none", "reward_model": "numbers"}):
+        found = await guidance_of(guidance, MIXED)
+        assert (found.reward_models, found.scorers) == ((), (BY_NUMBERS,))
+    async with open_client(make(ScriptedEngine(at_once, info=MIXED))) as client:
+        named: dict[str, Any] = {"reward_model": "numbers", "reward_models": [{"model": "numbers"}]}
+        for field, value in named.items():
+            guidance = {"method": "entrgi", field: value}
+            error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": guidance}), 400)
+            assert error["param"] == f"guidance.{field}"
+            assert "gradient" in error["message"]
+
+
+async def test_a_server_of_scorers_alone_refuses_gradients() -> None:
+    info = replace(INFO, reward_models=(NUMBERS,))
+    async with open_client(make(ScriptedEngine(at_once, info=info))) as client:
+        error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": "entrgi"}), 400)
+        (model, _) = (await client.get("/v1/models")).json()["data"]
+    assert error["param"] == "guidance"
+    assert "with a gradient" in error["message"]
+    assert model["guidance_methods"] == ["none", "bon"]
+
+
+async def copied(job: Job) -> AsyncIterator[Event]:
+    """Trajectory 1 becomes a copy of 0 after 8 steps; the second scorer did not answer in time."""
+    yield Started(job.id)
+    yield Canvas(job.id, 1, 8, [43, -1], [None, 0.5], None, 0)
+    trajectories = tuple(
+        TrajectoryResult(index, (43, 76), "Hi", "length", 2, rewards={"rm": 1.0, "numbers": None}, reward_calls=1)
+        for index in (0, 1)
+    )
+    weights = None if job.prompt_index else (0.25, 0.75)
+    chosen = (1, 0)[: job.sampling.n]
+    yield Finished(job.id, JobResult(trajectories, chosen, 16, 0.1, 1.0, ((8, (0, 0)),), weights))
+
+
+BOTH = {"method": "bon", "reward_models": [{"model": "rm"}, {"model": "numbers"}], "resample": {"every": 8}}
+TOLD = {"without_gradient": ["numbers"], "resampled": [[[8, [0, 0]]]], "weights": [[0.25, 0.75]]}
+
+
+async def post(
+    path: str, body: dict[str, Any], script: Callable[[Job], AsyncIterator[Event]] = copied
+) -> httpx.Response:
+    async with open_client(make(ScriptedEngine(script, info=MIXED))) as client:
+        answer = await client.post(path, json={"best_of": 2, "guidance": BOTH, **body})
+        assert answer.status_code == 200, answer.text
+        return answer
+
+
+def sent(answer: httpx.Response) -> list[dict[str, Any]]:
+    """A stream's events, of either kind."""
+    return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": "Hi"}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}]}),
+        (RESPONSES, {"input": "Hi"}),
+    ],
+)
+async def test_an_answer_tells_who_was_copied_and_how_the_trajectories_weigh(path: str, body: dict[str, Any]) -> None:
+    report = (await post(path, body)).json()["guidance"]
+    assert TOLD.items() <= report.items()
+    assert report["rewards"] == [[None, None]]
+    assert report["rewards_by_model"] == {"rm": [[1.0, 1.0]], "numbers": [[None, None]]}
+    assert report["reward_calls_total"] == 4  # one of each trajectory's steps, and the final score that came
+    canvas, answered = False, False
+    for event in sent(await post(path, {**body, "stream": True, "stream_canvas": True})):
+        canvas |= event.get("canvas", {}).get("ancestor") == 0
+        told = event.get("guidance") or event.get("response", {}).get("guidance")
+        answered |= told is not None and TOLD.items() <= told.items()
+    assert canvas
+    assert answered
+
+
+async def test_prompts_are_told_apart_and_a_missing_reward_leaves_no_weights() -> None:
+    report = (await post(COMPLETIONS, {"prompt": ["Hi", "Ho"]})).json()["guidance"]
+    assert report["resampled"] == [[[8, [0, 0]]]] * 2
+    assert report["weights"] == [[0.25, 0.75], None]
+
+
+async def test_a_request_that_does_not_resample_says_nothing_of_it() -> None:
+    report = (await post(COMPLETIONS, {"prompt": "Hi", "guidance": "bon"}, at_once)).json()["guidance"]
+    assert not {"resampled", "weights"} & report.keys()
+    report = (await post(COMPLETIONS, {"prompt": "Hi", "guidance": {"method": "entrgi"}}, at_once)).json()["guidance"]
+    assert "without_gradient" not in report
+
+
+async def test_no_text_is_streamed_before_the_end() -> None:
+    engine = ScriptedEngine(copied, info=MIXED)
+    async with open_client(make(engine)) as client:
+        body = {"prompt": "Hi", "n": 2, "stream": True, "guidance": {"resample": {}}}
+        answer = await client.post(COMPLETIONS, json=body)
+    texts = [choice["text"] for event in sent(answer) for choice in event["choices"]]
+    assert engine.jobs[0].stream_tokens is False
+    assert "".join(texts) == "HiHi"
