@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from server.api.fields import CompletionRequest, Diffusion, Guidance, Resample, Templated
+from server.api.fields import CompletionRequest, Diffusion, Templated
+from server.api.guidance import Guidance, Resample
 from server.api.rules import Only, Strict
 from server.api.unsupported import UNSUPPORTED
 from server.methods import METHODS

@@ -16,9 +16,9 @@ from server.api.fields import (
     ConversationRequest,
     Diffusion,
     GenerationRequest,
-    Guidance,
     Templated,
 )
+from server.api.guidance import Guidance
 from server.api.rules import rewarders
 from server.api.values import ChatMessage, Prompt
 from server.budget import Cost

@@ -1,9 +1,9 @@
 """The table of request fields: one row a field, with its type, bounds and default, what it does and when it applies.
 
 From these rows come the schema that validates requests, the checks between fields, the OpenAPI document, the defaults
-that `/v1/models` lists and the tables of docs/api.md. A new parameter is a row here, and its use; rows that
-`/v1/responses` alone has stand in `responses`. They are strict (no "5" for 5, no true for 1), and null is what leaving
-out is. Defaults that the engine knows are its own (`server.types`).
+that `/v1/models` lists and the tables of docs/api.md. A new parameter is a row here, and its use; those of the object
+`guidance` stand in `guidance`, and those that `/v1/responses` alone has in `responses`. They are strict (no "5" for 5,
+no true for 1), and null is what leaving out is. Defaults that the engine knows are its own (`server.types`).
 
 OpenAI's fields that a masked diffusion model cannot honour are rows with the values that ask for nothing, so that
 clients which always send them work; any real value is refused by name, with the reason in `unsupported`.
@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from server.api.guidance import Guidance, GuidanceForms
 from server.api.rules import Only, Strict, Within, invalid
 from server.api.values import (
     MAX_PAIRS,
@@ -24,8 +25,6 @@ from server.api.values import (
     Conversation,
     Count,
     Documents,
-    GuidingModel,
-    MethodName,
     ModelName,
     NoList,
     Prompts,
@@ -42,21 +41,15 @@ from server.api.values import (
     Text,
     TokenId,
 )
-from server.methods import SHORTHANDS, gradient_methods
 from server.types import (
     ADAPTIVE_ALGORITHMS,
     Algorithm,
-    Confidence,
     DiffusionParams,
-    GuidanceParams,
-    Potential,
-    ResampleBy,
-    Resampling,
     SamplingParams,
     Schedule,
 )
 
-_S, _D, _G, _R = SamplingParams(1), DiffusionParams(1), GuidanceParams(), Resampling()
+_S, _D = SamplingParams(1), DiffusionParams(1)
 
 
 def _algorithms(*names: str, but: bool = False) -> Any:
@@ -76,74 +69,8 @@ No: TypeAlias = Annotated[Literal[False], BeforeValidator(_boolean)]
 Zero: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 ZeroInt: TypeAlias = Annotated[int, Field(ge=0, le=0)]
 
-REWARD = Only("by", lambda: ["reward"])
-GRADIENT = Only("method", gradient_methods, message="has no effect with method {value}, which uses no gradient")
 WRAPPED = Only("chat_template", lambda: [True], message="needs `chat_template`")
 STREAM = Only("stream", lambda: [True], message="needs `stream`")
-
-
-class RewardTerm(Strict):
-    """One reward model of a weighted sum."""
-
-    model: GuidingModel
-    """A loaded reward model, once in the sum"""
-    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
-    """Its factor in the objective"""
-
-
-class Resample(Strict):
-    """How the K trajectories of a prompt are resampled; there are at least two."""
-
-    by: ResampleBy = _R.by
-    """What makes a trajectory good: the reward of its text as it would be now, or how probable its tokens were to the
-    diffusion model, which needs no reward model"""
-    every: Count = _R.every
-    """Steps between two times at which the trajectories meet"""
-    strength: Annotated[float, Field(gt=0, le=100)] = _R.strength
-    """The weight of a trajectory is exp(`strength` x what it has gained since it was last resampled)"""
-    potential: Annotated[Potential, REWARD] = _R.potential
-    """Whether the present reward counts, or the largest so far"""
-    threshold: Annotated[float, Field(gt=0, le=1)] = _R.threshold
-    """They are resampled where the effective sample size is below this share of K"""
-
-
-class Guidance(Strict):
-    """How rewards steer. `start` is less than `stop`; `reward_models` differ."""
-
-    method: MethodName = _G.method
-    """How rewards steer: one of `guidance_methods` in `/v1/models`"""
-    reward_model: GuidingModel | None = None
-    """A loaded reward model; none named: the first loaded, for a gradient method the first with a gradient"""
-    reward_models: Annotated[
-        Annotated[list[RewardTerm], Field(min_length=1, max_length=16), Within("terms")] | None,
-        Only("reward_model", lambda: [None], message="and `guidance.reward_model` exclude each other"),
-    ] = None
-    """Several: the objective is the weighted sum of their rewards"""
-    gradient_steps: Annotated[int, Field(ge=0, le=16), GRADIENT] = _G.gradient_steps
-    """M, the Adam steps along the reward's gradient in a guided step"""
-    eta: Annotated[float, Field(ge=0, le=10), GRADIENT] = _G.eta
-    """Adam's step size"""
-    confidence: Annotated[Confidence, GRADIENT] = _G.confidence
-    """Whether positions are ranked by the distribution before guidance or after it; only with algorithms that rank by a
-    distribution: `entropy`, `entropy_bound`, `threshold`"""
-    start: Annotated[Share, GRADIENT] = _G.start
-    """The share of the run before the first guided step"""
-    stop: Annotated[Share, GRADIENT] = _G.stop
-    """The share of the run from which on no step is guided"""
-    every: Annotated[Count, GRADIENT] = _G.every
-    """Of the steps between `start` and `stop`, one in so many is guided"""
-    resample: Resample | None = None
-    """Copies good trajectories over bad ones while they run, with any method: an object, `{}` for its defaults"""
-
-
-def _guidance(value: object) -> object:
-    """`"entrgi"` is short for `{"method": "entrgi"}`, and `SHORTHANDS` has others."""
-    if not isinstance(value, str | dict):
-        raise invalid("must be a method's name or an object")
-    return SHORTHANDS.get(value, {"method": value}) if isinstance(value, str) else value
-
-
-_Shorthand: TypeAlias = Annotated[str, Field(json_schema_extra={"enum": [*SHORTHANDS]})]
 
 
 class Diffusion(Strict):
@@ -232,9 +159,7 @@ class GenerationRequest(Strict):
     """Every step of every trajectory in the final object; a reward model that is named reads each once more for it"""
     timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """The seconds that the whole request may take; left out: the server's own limit, if it has one"""
-    guidance: Annotated[
-        Guidance, BeforeValidator(_guidance, json_schema_input_type=MethodName | _Shorthand | Guidance)
-    ] = Field(default_factory=lambda: Guidance.model_validate({}))
+    guidance: GuidanceForms = Field(default_factory=lambda: Guidance.model_validate({}))
     """How rewards steer: a method's name, `smc` (`bon` that resamples by reward), or an object"""
     diffusion: Diffusion = Field(default_factory=lambda: Diffusion.model_validate({}))
     """How the canvas is filled: an object"""

@@ -13,8 +13,9 @@ from server import __version__
 from server.api.answers import Answer
 from server.api.build import commit
 from server.api.convert import DEFAULT_BEST_OF
-from server.api.fields import CompletionRequest, Diffusion, Guidance
+from server.api.fields import CompletionRequest, Diffusion
 from server.api.frontend import Frontend
+from server.api.guidance import Guidance
 from server.api.metrics import CONTENT_TYPE
 from server.api.openapi import errors, success
 from server.api.rules import Served

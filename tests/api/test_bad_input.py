@@ -35,10 +35,6 @@ def algorithm(name: str) -> dict[str, Any]:
     return {"diffusion": {"algorithm": name}}
 
 
-def resampled(**resample: Any) -> dict[str, Any]:
-    return {"guidance": {"method": "bon", "resample": resample}}
-
-
 FIELDS: Wrong = [
     ("prompt", [None, "", [], [[]], ["Hi", ""], 5, {"text": "Hi"}, ["Hi", 5], [1, "Hi"], [1.5], [True], [-1]], {}),
     ("prompt", [[512], [[1], [10**30]], "word " * 3000, ["Hi"] * 129, "\ud800"], {}),
@@ -85,19 +81,6 @@ FIELDS: Wrong = [
     ("guidance.gradient_steps", [17, 2.5], ENTRGI),
     ("guidance.gradient_steps", [3], {"guidance": {"method": "none"}}),
     ("guidance.strength", [1], ENTRGI),
-    ("guidance.resample", [True, "reward", []], BON),
-    ("guidance.resample.by", ["judge", 1], resampled()),
-    ("guidance.resample.every", [0, 1.5, "8"], resampled()),
-    ("guidance.resample.strength", [0, -1, 101], resampled()),
-    ("guidance.resample.potential", ["sum"], resampled()),
-    ("guidance.resample.potential", ["difference", "max"], resampled(by="confidence")),
-    ("guidance.resample.threshold", [0, 1.01], resampled()),
-    ("guidance.resample.eta", [1], resampled()),
-    ("best_of", [1], resampled()),
-    ("best_of", [None, 1], {"guidance": {"resample": {}}}),
-    ("best_of", [4], {"guidance": {"resample": {}}}),
-    ("temperature", [0], resampled()),
-    ("temperature", [0], resampled() | algorithm("threshold")),
     ("guidance.confidence", ["low"], ENTRGI),
     ("guidance.confidence", ["base"], ENTRGI | algorithm("origin")),
     ("guidance.start", [1.0], ENTRGI),
@@ -320,19 +303,6 @@ MESSAGES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"guidance": "best"}, f"`guidance.method` must be {', '.join(map(repr, FIRST))} or {LAST!r} (got 'best')"),
         ({"guidance": {"reward_model": "z"}}, "`guidance.reward_model` names 'z', which is not loaded; loaded: rm"),
         ({"guidance": BON | {"eta": 1}}, "`guidance.eta` has no effect with method bon, which uses no gradient"),
-        (
-            resampled(potential="max", by="confidence"),
-            "`guidance.resample.potential` has no effect with by confidence",
-        ),
-        (
-            {"guidance": "smc", "best_of": 1},
-            "`best_of` is 1, and `guidance.resample` needs at least 2 trajectories (with method none as many `n`)",
-        ),
-        (
-            {"guidance": "smc", "temperature": 0},
-            "`temperature` 0 would keep the copies that `guidance.resample` makes the same: it must be above 0, or "
-            "`diffusion.algorithm_temperature` must be",
-        ),
         ({"diffusion": []}, "`diffusion` must be an object"),
         ({"diffusion": {"entropy_bound": 1}}, "`diffusion.entropy_bound` has no effect with algorithm entropy"),
         ({"frobnicate": 1}, "`frobnicate` is not a field of this request"),

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.fields import CompletionRequest, Diffusion, Guidance
+from server.api.fields import CompletionRequest, Diffusion
+from server.api.guidance import Guidance
 from server.methods import METHODS
 from server.types import EngineInfo
 from tests.api.scripted_engine import GOLDEN, INFO, ScriptedEngine, at_once, check_envelope, make, open_client

@@ -10,7 +10,16 @@ from typing import Any
 import httpx
 import pytest
 
-from server.types import GuidanceParams, Job, JobResult, Resampling, RewardModelInfo, TrajectoryResult, WeightedReward
+from server.types import (
+    EngineInfo,
+    GuidanceParams,
+    Job,
+    JobResult,
+    Resampling,
+    RewardModelInfo,
+    TrajectoryResult,
+    WeightedReward,
+)
 from server.wire.messages import Canvas, Event, Finished, Started
 from tests.api.scripted_engine import INFO, ScriptedEngine, at_once, check_envelope, make, open_client
 
@@ -21,7 +30,67 @@ MIXED = replace(INFO, reward_models=(NUMBERS, RM))
 BY_NUMBERS = WeightedReward("numbers")
 
 
-async def guidance_of(guidance: object, info: Any = INFO, **fields: Any) -> GuidanceParams:
+async def refused(body: dict[str, Any], info: EngineInfo = INFO) -> tuple[str | None, str]:
+    """The field that a 400 names, and its message, which names it too."""
+    async with open_client(make(ScriptedEngine(at_once, info=info))) as client:
+        error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", **body}), 400)
+    assert f"`{error['param']}`" in error["message"]
+    return error["param"], error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("by", wrong) for wrong in ("judge", 1)),
+        *(("every", wrong) for wrong in (0, 1.5, "8")),
+        *(("strength", wrong) for wrong in (0, -1, 101)),
+        ("potential", "sum"),
+        *(("threshold", wrong) for wrong in (0, 1.01)),
+        ("eta", 1),
+    ],
+)
+async def test_the_wrong_field_is_named(field: str, value: object) -> None:
+    param, _ = await refused({"guidance": {"resample": {field: value}}, "n": 2})
+    assert param == f"guidance.resample.{field}"
+
+
+@pytest.mark.parametrize("value", [True, "reward", []])
+async def test_resample_is_an_object(value: object) -> None:
+    assert (await refused({"guidance": {"method": "bon", "resample": value}}))[0] == "guidance.resample"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (
+                {"guidance": {"method": "bon", "resample": {"by": "confidence", "potential": potential}}},
+                "`guidance.resample.potential` has no effect with by confidence",
+            )
+            for potential in ("difference", "max")
+        ),
+        *(
+            (
+                change,
+                "`best_of` is 1, and `guidance.resample` needs at least 2 trajectories (with method none as many `n`)",
+            )
+            for change in ({"guidance": "smc", "best_of": 1}, {"guidance": {"resample": {}}})
+        ),
+        *(
+            (
+                {"guidance": "smc", "temperature": 0, "diffusion": {"algorithm": algorithm}},
+                "`temperature` 0 would keep the copies that `guidance.resample` makes the same: it must be above 0, or "
+                "`diffusion.algorithm_temperature` must be",
+            )
+            for algorithm in ("entropy", "threshold")
+        ),
+    ],
+)
+async def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
+    assert await refused(change) == (message.split("`")[1], message)
+
+
+async def guidance_of(guidance: object, info: EngineInfo = INFO, **fields: Any) -> GuidanceParams:
     """What the engine is asked for."""
     engine = ScriptedEngine(at_once, info=info)
     async with open_client(make(engine)) as client:
@@ -60,12 +129,10 @@ async def test_who_rewards_where_nobody_is_named(guidance: Any, rewards: list[st
 async def test_without_a_reward_model_confidence_alone_resamples() -> None:
     nobody = replace(INFO, reward_models=())
     assert (await guidance_of({"method": "bon", "resample": {"by": "confidence"}}, nobody)).rewards == ()
-    async with open_client(make(ScriptedEngine(at_once, info=nobody))) as client:
-        for guidance in ("bon", "smc", "entrgi", {"method": "none", "resample": {}}):
-            answer = await client.post(COMPLETIONS, json={"prompt": "Hi", "n": 2, "guidance": guidance})
-            error = check_envelope(answer, 400)
-            assert error["param"] == "guidance"
-            assert "none is loaded" in error["message"]
+    for guidance in ("bon", "smc", "entrgi", {"method": "none", "resample": {}}):
+        param, message = await refused({"n": 2, "guidance": guidance}, nobody)
+        assert param == "guidance"
+        assert "none is loaded" in message
 
 
 async def test_copies_of_random_positions_differ_without_a_temperature() -> None:
@@ -82,22 +149,20 @@ async def test_gradients_come_from_those_that_have_one() -> None:
     for guidance in ("bon", "smc", {"method": "none", "reward_model": "numbers"}):
         found = await guidance_of(guidance, MIXED)
         assert (found.reward_models, found.scorers) == ((), (BY_NUMBERS,))
-    async with open_client(make(ScriptedEngine(at_once, info=MIXED))) as client:
-        named: dict[str, Any] = {"reward_model": "numbers", "reward_models": [{"model": "numbers"}]}
-        for field, value in named.items():
-            guidance = {"method": "entrgi", field: value}
-            error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": guidance}), 400)
-            assert error["param"] == f"guidance.{field}"
-            assert "gradient" in error["message"]
+    named: dict[str, Any] = {"reward_model": "numbers", "reward_models": [{"model": "numbers"}]}
+    for field, value in named.items():
+        param, message = await refused({"guidance": {"method": "entrgi", field: value}}, MIXED)
+        assert param == f"guidance.{field}"
+        assert "needs a reward model with a gradient, and none of numbers has one" in message
 
 
 async def test_a_server_of_scorers_alone_refuses_gradients() -> None:
     info = replace(INFO, reward_models=(NUMBERS,))
+    param, message = await refused({"guidance": "entrgi"}, info)
+    assert param == "guidance"
+    assert "with a gradient" in message
     async with open_client(make(ScriptedEngine(at_once, info=info))) as client:
-        error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": "entrgi"}), 400)
         (model, _) = (await client.get("/v1/models")).json()["data"]
-    assert error["param"] == "guidance"
-    assert "with a gradient" in error["message"]
     assert model["guidance_methods"] == ["none", "bon"]
 
 
