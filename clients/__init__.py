@@ -28,7 +28,7 @@ from .errors import (
     UnexpectedResponse,
 )
 from .events import CanvasFrame, ChoiceFinished, Event, Summary, TextDelta
-from .options import Diffusion, Guidance, Message, Options, WeightedReward
+from .options import Diffusion, Guidance, Message, Options, Resample, WeightedReward
 from .retry import RetryPolicy
 from .types import (
     ChatChoice,
@@ -75,6 +75,7 @@ __all__ = [
     "QueueFull",
     "Rerank",
     "RerankResult",
+    "Resample",
     "RetryPolicy",
     "Score",
     "Scores",

@@ -15,6 +15,14 @@ from .errors import ClientError
 from .options import Message, Query
 
 STDIN = "-"
+RESAMPLED: dict[str, tuple[type, str, str]] = {
+    "resample-by": (str, "from", "what makes a trajectory worth a copy: reward or confidence"),
+    "resample-every": (int, "each", "steps between two resamplings"),
+    "resample-strength": (float, "strength", "a trajectory weighs exp(strength x its reward)"),
+    "resample-potential": (str, "potential", "difference (the present reward counts) or max (the largest so far)"),
+    "resample-threshold": (float, "threshold", "resample below this share of effective trajectories"),
+}
+"""Flags of the fields of `options.Resample`: their type, symbol and help."""
 _WANTED = (
     "wanted is text with one prompt on each line, or JSON lines (.jsonl): on each line an object with `prompt` "
     "(a string, or messages) or `messages` (a list of objects with `role` and `content`)"

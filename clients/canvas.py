@@ -42,7 +42,8 @@ def _panel(frame: CanvasFrame) -> Panel:
         else:
             body.append(printable(token), style=_style(frame, position))
     reward = "" if frame.reward is None else f" · reward {frame.reward:.2f}"
-    return Panel(body, title=f"trajectory {frame.trajectory} · step {frame.step}{reward}", title_align="left")
+    copy = "" if frame.ancestor is None else f" (copy of {frame.ancestor})"
+    return Panel(body, title=f"trajectory {frame.trajectory}{copy} · step {frame.step}{reward}", title_align="left")
 
 
 def _style(frame: CanvasFrame, position: int) -> str:

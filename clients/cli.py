@@ -18,13 +18,13 @@ from rich.live import Live
 from rich.table import Table
 
 from . import loadgen
-from .arguments import Parser, add_option, texts_of
+from .arguments import RESAMPLED, Parser, add_option, texts_of
 from .calls import DEFAULT_URL
 from .canvas import CanvasView
 from .client import Client, EventStream
 from .errors import ClientError
 from .events import CanvasFrame, ChoiceFinished, Summary, TextDelta
-from .options import Diffusion, Guidance, Options, WeightedReward
+from .options import Diffusion, Guidance, Options, Resample, WeightedReward, guidance_of
 from .runs import batch, compare, samples
 from .terminal import console, printable
 from .types import GuidanceReport, StepTrace
@@ -127,19 +127,18 @@ _GENERATION: dict[str, tuple[type, str]] = {
     "guidance-start": (float, "share of the run before the first guided step"),
     "guidance-stop": (float, "share of the run after which no step is guided"),
     "guidance-every": (int, "guide one of so many steps"),
+    **{name: (kind, text) for name, (kind, _, text) in RESAMPLED.items()},
 }
 """Flags of which the server has the defaults, by their name: type and help."""
 
 
 def _generation_arguments(command: argparse.ArgumentParser) -> None:
     add_option(command, "--model", "the diffusion model", "the served one")
-    add_option(
-        command,
-        "--guidance",
-        "how rewards steer the answer: one of guidance_methods in `models --json`",
-        "none",
-        metavar="METHOD",
+    text = (
+        "how rewards steer the answer: one of guidance_methods in `models --json`, with +smc if its trajectories are "
+        "resampled (smc alone is bon+smc)"
     )
+    add_option(command, "--guidance", text, "none", metavar="METHOD[+smc]")
     add_option(
         command,
         "--reward-model",
@@ -180,14 +179,17 @@ def generation_options(given: argparse.Namespace) -> Options:
 
 def _guidance(given: argparse.Namespace) -> Guidance | None:
     if given.guidance is None:
-        for name in ("reward_model", "gradient_steps", "eta", "guidance_start", "guidance_stop", "guidance_every"):
-            if getattr(given, name) is not None:
-                raise ClientError(f"--{name.replace('_', '-')} needs --guidance")
+        window = (f"guidance-{end}" for end in ("start", "stop", "every"))
+        for name in ("reward-model", "gradient-steps", "eta", *window, *RESAMPLED):
+            if getattr(given, name.replace("-", "_")) is not None:
+                raise ClientError(f"--{name} needs --guidance")
         return None
     rewards = [_weighted(text) for text in given.reward_model or []]
     single = len(rewards) == 1 and rewards[0].weight == 1.0
-    return Guidance(
+    resample = Resample(**{each.name: getattr(given, f"resample_{each.name}") for each in fields(Resample)})
+    return guidance_of(
         given.guidance,
+        None if resample == Resample() else resample,
         reward_model=rewards[0].model if single else None,
         reward_models=None if single or not rewards else tuple(rewards),
         gradient_steps=given.gradient_steps,

@@ -31,13 +31,14 @@ class ChoiceFinished:
     finish_reason: str
     stop_reason: int | str | None = None
     reward: float | None = None
-    rewards: dict[str, float] | None = None
+    rewards: dict[str, float | None] | None = None
     token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CanvasFrame:
-    """A trajectory's canvas after `step`: text of each token, None where it is still masked; entropy in nats."""
+    """A trajectory's canvas after `step`: text of each token, None where it is still masked; entropy in nats; the
+    trajectory whose copy took its place last."""
 
     prompt: int
     trajectory: int
@@ -45,6 +46,7 @@ class CanvasFrame:
     tokens: list[str | None]
     entropy: list[float | None] | None = None
     reward: float | None = None
+    ancestor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class _ChunkChoice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     reward: float | None = None
-    rewards: dict[str, float] | None = None
+    rewards: dict[str, float | None] | None = None
     token_ids: list[int] | None = None
 
 

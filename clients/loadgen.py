@@ -28,7 +28,7 @@ from .arguments import add_option, prompts_of
 from .calls import DEFAULT_TIMEOUT
 from .errors import ApiError, ClientError
 from .events import ChoiceFinished, Summary, TextDelta
-from .options import Diffusion, Guidance, Options, Query
+from .options import Diffusion, Options, Query, guidance_of
 from .retry import RetryPolicy
 from .terminal import console
 from .types import ChatCompletion, Completion
@@ -213,7 +213,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
     )
     parser.add_argument("--stream", action="store_true", help="stream, and report the time to the first text")
-    add_option(parser, "--guidance", "a method of the server's, in `models --json`", metavar="METHOD", default="none")
+    text = "a method of the server's, in `models --json`, or smc"
+    add_option(parser, "--guidance", text, metavar="METHOD", default="none")
     add_option(parser, "--reward-model", "the reward model that guides", "the first served")
     for name, text in (("best-of", "trajectories"), ("max-tokens", "tokens at most"), ("steps", "denoising steps")):
         add_option(parser, f"--{name}", f"{text} of each request", "the server's", type=int)
@@ -234,7 +235,7 @@ def run(given: argparse.Namespace) -> int:
     if given.concurrency is not None and given.concurrency < 1:
         raise ClientError("--concurrency must be at least 1")
     prompts: Sequence[Query] = prompts_of(given.prompts) if given.prompts else PROMPTS
-    options: Options = {"guidance": Guidance(given.guidance, reward_model=given.reward_model)}
+    options: Options = {"guidance": guidance_of(given.guidance, reward_model=given.reward_model)}
     if given.best_of is not None:
         options["best_of"] = given.best_of
     if given.max_tokens is not None:

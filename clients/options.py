@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
+from .errors import ClientError
+
+SMC = "smc"
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -29,10 +32,23 @@ class WeightedReward:
 
 
 @dataclass(frozen=True, slots=True)
+class Resample:
+    """How trajectories are resampled while they run: after every `every` steps good ones are copied over bad ones, if
+    the effective sample size is below `threshold` of their number. Each weighs exp(`strength` x its reward)."""
+
+    by: Literal["reward", "confidence"] | None = None
+    every: int | None = None
+    strength: float | None = None
+    potential: Literal["difference", "max"] | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Guidance:
     """How rewards steer the generation (arXiv 2602.05000): `method` is one of the server's, which `/v1/models` lists;
     `gradient_steps` is the paper's M, `eta` Adam's step size.
-    Only the steps in [`start`, `stop`) of the run are guided, every `every`-th of them."""
+    Only the steps in [`start`, `stop`) of the run are guided, every `every`-th of them. In a request "smc" is short for
+    `Guidance("bon", resample=Resample())`."""
 
     method: str
     reward_model: str | None = None
@@ -43,6 +59,7 @@ class Guidance:
     start: float | None = None
     stop: float | None = None
     every: int | None = None
+    resample: Resample | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +76,15 @@ class Diffusion:
     block_length: int | None = None
     schedule: Literal["linear", "even"] | None = None
     cfg_scale: float | None = None
+
+
+def guidance_of(word: str, resample: Resample | None = None, **fields: Any) -> Guidance:
+    """The guidance that a command names by a word: a method, `METHOD+smc` for one whose trajectories are resampled, or
+    `smc`, which is `bon+smc`. With `resample` any method resamples. Raises ClientError for anything else behind +."""
+    method, plus, rule = ("bon+smc" if word == SMC else word).partition("+")
+    if plus and rule != SMC:
+        raise ClientError(f"{word!r}: after a method, only +{SMC} is wanted")
+    return Guidance(method, resample=resample or (Resample() if plus else None), **fields)
 
 
 class Options(TypedDict, total=False):
@@ -93,7 +119,7 @@ def request_body(options: Options, **own: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Guidance | Diffusion | WeightedReward):
+    if isinstance(value, Guidance | Resample | Diffusion | WeightedReward):
         pairs = ((f.name, getattr(value, f.name)) for f in fields(value))
         return {name: _plain(item) for name, item in pairs if item is not None}
     if isinstance(value, tuple):

@@ -24,7 +24,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """One denoising step of one trajectory; entropy in nats, `mean_w` None on unguided steps."""
+    """One denoising step of one trajectory; entropy in nats, `mean_w` None on unguided steps; the last three only where
+    trajectories met after the step."""
 
     step: int
     time: float
@@ -34,13 +35,17 @@ class StepTrace:
     mean_w: float | None = None
     reward_before: float | None = None
     reward_after: float | None = None
+    reward_estimate: float | None = None
+    log_weight: float | None = None
+    ancestor: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GuidanceReport:
     """How the answer came about. `rewards[p][k]` is prompt p's final reward of trajectory k, before the choice of the
     n best; `approximations` names what in the request traded exactness for time; `queue_ms` and `generation_ms` are
-    milliseconds."""
+    milliseconds. With resampling, `resampled[p]` has the steps taken and each trajectory's ancestor whenever some were
+    copied, and `weights[p]` are the final ones. Rewards `without_gradient` chose and resampled, but did not steer."""
 
     method: str
     seed: int | list[int]
@@ -52,7 +57,10 @@ class GuidanceReport:
     reward_models: list[str] = field(default_factory=list)
     rewards: list[list[float | None]] | None = None
     approximations: list[str] = field(default_factory=list)
-    rewards_by_model: dict[str, list[list[float]]] | None = None
+    rewards_by_model: dict[str, list[list[float | None]]] | None = None
+    without_gradient: list[str] = field(default_factory=list)
+    resampled: list[list[tuple[int, list[int]]]] | None = None
+    weights: list[list[float] | None] | None = None
     model_calls_total: int | None = None
     reward_calls_total: int | None = None
 
@@ -67,7 +75,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     reward: float | None = None
-    rewards: dict[str, float] | None = None
+    rewards: dict[str, float | None] | None = None
     token_ids: list[int] | None = None
     step_map: list[int | None] | None = None
     trajectory: int | None = None
@@ -90,7 +98,7 @@ class ChatChoice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     reward: float | None = None
-    rewards: dict[str, float] | None = None
+    rewards: dict[str, float | None] | None = None
     token_ids: list[int] | None = None
     step_map: list[int | None] | None = None
     trajectory: int | None = None
@@ -129,15 +137,16 @@ class ChatCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served diffusion or reward model; `details` is the whole entry of `/v1/models`."""
+    """A served diffusion or reward model, or a scorer; `details` is the whole entry of `/v1/models`."""
 
     id: str
     details: dict[str, Any]
 
     @property
-    def kind(self) -> Literal["diffusion", "reward"]:
-        """What the model does."""
-        return "reward" if self.details.get("type") == "reward" else "diffusion"
+    def kind(self) -> Literal["diffusion", "reward", "scorer"]:
+        """What the model does: generate, reward with a gradient, or without."""
+        kind: Literal["diffusion", "reward", "scorer"] = self.details.get("type", "diffusion")
+        return kind
 
 
 @dataclass(frozen=True, slots=True)

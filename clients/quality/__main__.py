@@ -62,7 +62,7 @@ def run_judge(path: Path) -> None:
 async def served(client: httpx.AsyncClient) -> tuple[dict[str, Any], list[str]]:
     """The diffusion model's entry of /v1/models, and the reward models' names."""
     entries = await models(client)
-    diffusion = next(entry for entry in entries if entry["type"] != "reward")
+    diffusion = next(entry for entry in entries if entry["type"] == "diffusion")
     return diffusion, [entry["id"] for entry in entries if entry["type"] == "reward"]
 
 

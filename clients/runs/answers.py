@@ -12,7 +12,7 @@ import msgspec
 from ..errors import ClientError, UnexpectedResponse
 from ..types import ChatCompletion, Completion, Model
 from .engine import Journal, Record
-from .sweep import Asked, Setting
+from .sweep import UNGUIDED, Asked, Setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,10 @@ def read(asked: Sequence[Asked], records: Mapping[str, Record], served: Sequence
             completion = completion_of(record)
             report = completion.guidance
             rewards = [choice.reward for choice in completion.choices if choice.reward is not None]
-            if report is None or len(rewards) < len(completion.choices):
+            if report is None:
                 raise UnexpectedResponse(f"{record.server} sent no rewards: it is no entrgi server, or an older one")
+            if len(rewards) < len(completion.choices):  # a scorer did not answer before the deadline
+                continue
             details = completion.usage.completion_tokens_details or {}
             cost = Cost(
                 report.model_calls_total or 0,
@@ -89,17 +91,19 @@ def read(asked: Sequence[Asked], records: Mapping[str, Record], served: Sequence
 def flops_of(
     completion: Completion | ChatCompletion, setting: Setting, diffusion: Mapping[str, Any], reward: Mapping[str, Any]
 ) -> float | None:
-    """Floating-point operations of a request's networks: two for each parameter and token that a pass reads, and as
-    many again for the way back through the reward model. Each pass is taken to read the prompt and the whole canvas;
-    the server's cached prefixes make the reward model's cheaper, so guidance is charged too much rather than too
-    little. Counted are all trajectories, and the final scores; neither attention nor the passes over the vocabulary."""
+    """Floating-point operations of a request's networks: two for each parameter and token that a pass reads, and, where
+    the method takes gradients, as many again for the way back through the reward model. Each pass is taken to read the
+    prompt and the whole canvas; the server's cached prefixes make the reward model's cheaper, and meetings of
+    trajectories need no way back, so guidance is charged too much rather than too little. Counted are all trajectories,
+    and the final scores; neither attention nor the passes over the vocabulary, nor what a scorer outside computes."""
     report = completion.guidance
-    if report is None or not diffusion.get("parameters") or not reward.get("parameters"):
+    size = reward.get("parameters") or (0 if reward.get("type") == "scorer" else None)
+    if report is None or not diffusion.get("parameters") or size is None:
         return None
     tokens = completion.usage.prompt_tokens + setting.fields.get("max_tokens", diffusion["defaults"]["max_tokens"])
-    scores = setting.best_of
-    guided = max((report.reward_calls_total or 0) - scores, 0)
-    passes = diffusion["parameters"] * (report.model_calls_total or 0) + reward["parameters"] * (2 * guided + scores)
+    read = report.reward_calls_total or 0
+    back = 0 if setting.fields["guidance"]["method"] in UNGUIDED else max(read - setting.best_of, 0)
+    passes = diffusion["parameters"] * (report.model_calls_total or 0) + size * (read + back)
     return float(2 * tokens * passes)
 
 

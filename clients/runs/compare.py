@@ -36,8 +36,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_shared(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> None:
-    text = "a method of the server's, perhaps with K of its own, as bon@4,8,16; repeatable"
-    add_option(parser, "--method", text, " ".join(methods), action="append", metavar="METHOD[@K,...]")
+    text = (
+        "a method of the server's, with +smc if its trajectories are resampled (smc alone is bon+smc), and with K of "
+        "its own, as bon@4,8,16; repeatable"
+    )
+    add_option(parser, "--method", text, " ".join(methods), action="append", metavar="METHOD[+smc][@K,...]")
     parser.set_defaults(methods=methods)
     study.add_arguments(parser)
     sweep.add_arguments(parser)

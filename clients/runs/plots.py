@@ -8,7 +8,10 @@ from typing import Any
 
 from .study import HEADLINE, Outcome
 
-COLOURS = {"none": "#777777", "bon": "#c46a1c", "expectation": "#2a8a5d", "aps": "#8a2a7d", "entrgi": "#1f5fa8"}
+COLOURS = {
+    "none": "#777777", "bon": "#c46a1c", "smc": "#b8231f", "expectation": "#2a8a5d", "aps": "#8a2a7d",
+    "entrgi": "#1f5fa8", "entrgi+smc": "#0d8a94",
+}  # fmt: skip
 OTHER = "#333333"
 MARKERS = "osD^vP*X"
 

@@ -48,7 +48,9 @@ def samples(asked: Asked, completion: Completion | ChatCompletion, keep: int) ->
 
 def pairs(asked: Asked, completion: Completion | ChatCompletion) -> Iterator[Row]:
     """The best and the worst text of a request by reward; nothing where they are the same."""
-    ranked = sorted((choice.reward or 0.0, choice.text) for choice in completion.choices)
+    ranked = sorted((choice.reward, choice.text) for choice in completion.choices if choice.reward is not None)
+    if not ranked:
+        return
     (worst, rejected), (best, chosen) = ranked[0], ranked[-1]
     if best > worst and chosen != rejected:
         yield {

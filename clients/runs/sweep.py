@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..arguments import add_option
+from ..arguments import RESAMPLED, add_option
 from ..calls import DEFAULT_URL
 from ..client import Client
 from ..errors import ClientError
+from ..options import guidance_of, request_body
 from ..types import Model
 from .engine import Request, Servers, request
 from .sources import Prompt
@@ -37,6 +38,10 @@ SWEPT: dict[str, tuple[type, tuple[str, ...], str, str]] = {
     "max-tokens": (int, ("max_tokens",), "L", "tokens of the answer at most"),
     "temperature": (float, ("temperature",), "tau", "of every draw"),
     "top-p": (float, ("top_p",), "top_p", "keep the most probable tokens up to this mass"),
+    **{
+        name: (kind, ("guidance", *name.split("-")), symbol, f"{text}; only for methods that resample")
+        for name, (kind, symbol, text) in RESAMPLED.items()
+    },
 }
 """Flags that take several values: their type, the field of the request, the symbol in a setting's name, and help."""
 
@@ -52,8 +57,8 @@ class Setting:
 
     @property
     def method(self) -> str:
-        """How rewards steer."""
-        return str(self.fields["guidance"]["method"])
+        """How rewards steer, as the command line has it."""
+        return self.name.partition(" ")[0]
 
     @property
     def reward_model(self) -> str:
@@ -128,19 +133,19 @@ def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Seque
     several = {name for name, values in lists.items() if len(values) > 1} | {"best-of"}
     found: dict[str, Setting] = {}
     for text in methods:
-        method, _, own = text.partition("@")
+        word, _, own = text.partition("@")
         try:
             own_lists = {**lists, **({"best-of": listed(int, own)} if own else {})}
         except ValueError:
-            raise ClientError(f"--method {text!r}: after @ numbers are wanted, as in {method}@4,8") from None
+            raise ClientError(f"--method {text!r}: after @ numbers are wanted, as in {word}@4,8") from None
         for values in itertools.product(*own_lists.values()):
-            guidance = {"method": method, "reward_model": default_reward}
+            guidance = request_body({}, guidance=guidance_of(word, reward_model=default_reward))["guidance"]
             fields: dict[str, Any] = {"model": diffusion.id, "guidance": guidance}
             named: dict[str, Any] = {}
             for (name, (_, path, symbol, _)), value in zip(SWEPT.items(), values, strict=True):
                 if name == "best-of" and value is None:
                     value = diffusion.details["defaults"]["best_of"].get("bon", 1)
-                if value is None or (method in UNGUIDED and path[0] == "guidance" and name != "reward-model"):
+                if value is None or not _has(guidance, path):
                     continue
                 _put(fields, path, value)
                 if name in several:
@@ -148,9 +153,16 @@ def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Seque
             fields["n"] = fields["best_of"]
             parts = [f"{symbol}={value}" for symbol, value in named.items()]
             series = [part for part in parts if not part.startswith("K=")]
-            setting = Setting(" ".join([method, *parts]), " ".join([method, *series]), fields)
+            setting = Setting(" ".join([word, *parts]), " ".join([word, *series]), fields)
             found.setdefault(setting.name, setting)
     return [*found.values()]
+
+
+def _has(guidance: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    """Whether a field of the request has an effect with this guidance."""
+    if path[:2] == ("guidance", "resample"):
+        return "resample" in guidance
+    return path[0] != "guidance" or path[1] == "reward_model" or guidance["method"] not in UNGUIDED
 
 
 def _put(fields: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

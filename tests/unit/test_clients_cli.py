@@ -33,6 +33,11 @@ SENT: dict[str, dict[str, Any]] = {
     "--guidance entrgi --reward-model joy --best-of 4": {"best_of": 4, "guidance": JOY},
     "--guidance of-the-server --guidance-start 0.1 --guidance-stop 0.9 --guidance-every 2": {"guidance": WINDOW},
     "--guidance aps --reward-model joy --reward-model a=b=0.5": {"guidance": WEIGHTED},
+    "--guidance smc": {"guidance": {"method": "bon", "resample": {}}},
+    "--guidance entrgi+smc --reward-model joy": {"guidance": {**JOY, "resample": {}}},
+    "--guidance aps --resample-by confidence --resample-every 4": {
+        "guidance": {"method": "aps", "resample": {"by": "confidence", "every": 4}}
+    },
     "--steps 4 --entropy-bound 0.5": {"diffusion": {"steps": 4, "entropy_bound": 0.5}},
     "--algorithm threshold --confidence-threshold 0.8": {"diffusion": THRESHOLD},
 }
@@ -48,6 +53,8 @@ def test_arguments_are_the_fields_that_are_sent(arguments: str, sent: dict[str, 
     [
         (["complete", "a", "--eta", "1"], "--eta needs --guidance"),
         (["complete", "a", "--guidance-every", "2"], "--guidance-every needs --guidance"),
+        (["complete", "a", "--resample-strength", "2"], "--resample-strength needs --guidance"),
+        (["complete", "a", "--guidance", "aps+fast"], "only +smc is wanted"),
         (["complete", "a", "--guidance", "aps", "--reward-model", "joy=much"], "weight"),
         (["complete", "a", "--json", "--stream"], "give one of them"),
         (["score", "-", "-"], "only one argument can be -"),

@@ -53,10 +53,11 @@ def test_any_text_survives_unescaped(text: str) -> None:
 
 
 def test_completion_stream() -> None:
-    canvas = {"prompt": 0, "trajectory": 1, "step": 3, "tokens": ["Nice", None], "reward": 0.5}
+    canvas = {"prompt": 0, "trajectory": 1, "step": 3, "tokens": ["Nice", None], "reward": 0.5, "ancestor": 0}
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     counts = {"steps": 2, "model_calls": 2, "reward_calls": 6, "queue_ms": 1.0, "generation_ms": 8.0}
     report = {"method": "entrgi", "reward_models": ["joy"], "seed": 7, "rewards": [[2.5]], **counts}
+    report |= {"resampled": [[[8, [0, 0]]]], "weights": [[0.5, 0.5]], "rewards_by_model": {"joy": [[None]]}}
     stream = sse(
         {"choices": [{"index": 0, "text": "Nice "}]},
         {"choices": [], "canvas": canvas},
@@ -68,7 +69,7 @@ def test_completion_stream() -> None:
     *events, last = read(b": keep-alive\n\n", *(stream[i : i + 7] for i in range(0, len(stream), 7)))
     assert events == [
         TextDelta(0, "Nice "),
-        CanvasFrame(prompt=0, trajectory=1, step=3, tokens=["Nice", None], entropy=None, reward=0.5),
+        CanvasFrame(prompt=0, trajectory=1, step=3, tokens=["Nice", None], entropy=None, reward=0.5, ancestor=0),
         TextDelta(0, "\u2028hotel"),
         ChoiceFinished(0, "stop", reward=2.5, token_ids=[4, 5]),
     ]
@@ -77,6 +78,7 @@ def test_completion_stream() -> None:
     assert last.usage.total_tokens == 5
     assert last.guidance is not None
     assert last.guidance.rewards == [[2.5]]
+    assert last.guidance.resampled == [[(8, [0, 0])]]
 
 
 def test_chat_stream() -> None:

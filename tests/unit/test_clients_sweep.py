@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ def test_methods_may_have_a_k_of_their_own_and_settings_of_one_series_differ_in_
         sweep.settings_of(parsed(""), ["bon"], [Model("dlm", {"defaults": {**DETAILS, "reward_model": None}})])
 
 
+def test_methods_that_resample_have_settings_of_their_own() -> None:
+    found = grid("--resample-strength 1,4 --resample-every 2 --eta 0.5", "bon", "smc@8", "entrgi+smc")
+    assert list(found) == [
+        "bon K=4", "smc K=8 strength=1.0", "smc K=8 strength=4.0", "entrgi+smc K=4 strength=1.0",
+        "entrgi+smc K=4 strength=4.0",
+    ]  # fmt: skip
+    resample = {"every": 2, "strength": 4.0}
+    assert found["smc K=8 strength=4.0"]["guidance"] == {"method": "bon", "reward_model": "rm", "resample": resample}
+    guided = {"method": "entrgi", "reward_model": "rm", "eta": 0.5, "resample": resample}
+    assert found["entrgi+smc K=4 strength=4.0"]["guidance"] == guided
+    methods = ["bon", "smc", "entrgi+smc"]
+    assert [setting.method for setting in sweep.settings_of(parsed(""), methods, SERVED)] == methods
+
+
 def test_a_prompts_seed_is_its_own_whatever_else_is_asked() -> None:
     prompts = [Prompt(str(number), f"Question {number}?") for number in range(3)]
     settings = sweep.settings_of(parsed(""), ["bon"], SERVED)
@@ -121,7 +136,9 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_others(tmp_path: Path) -> No
         load("rmbench=hub")
 
 
-def answered(rewards: list[float], texts: list[str], seed: int = 0, method: str = "bon") -> tuple[sweep.Asked, Record]:
+def answered(
+    rewards: Sequence[float | None], texts: list[str], seed: int = 0, method: str = "bon"
+) -> tuple[sweep.Asked, Record]:
     """A request and the record of its answer."""
     settings = sweep.settings_of(parsed(""), [f"{method}@{len(texts)}"], SERVED)
     (asked,) = sweep.asked([(0, Prompt("p", "Hotel?"))], settings, (seed,), raw=False)
@@ -145,9 +162,12 @@ def test_measures_of_an_answer_and_the_operations_of_its_networks() -> None:
         "Top@1": 3.0, "Avg@N": 1.75, "other Top@1": 3.0, "other Avg@N": 4.0, "words": 2.0, "tokens": 6.0,
         "distinct-1": pytest.approx((3 / 5 + 1) / 2), "distinct-2": pytest.approx(0.5), "model calls": 16.0,
         "reward calls": 50.0, "seconds": 2.0,
-        # 10 tokens a pass: 16 passes of 1000 parameters; 48 there and back and 2 scores of 100
-        "GFLOPs": pytest.approx(2 * 10 * (16 * 1000 + (2 * 48 + 2) * 100) / 1e9),
+        # 10 tokens a pass: 16 passes of 1000 parameters, and 50 of 100
+        "GFLOPs": pytest.approx(2 * 10 * (16 * 1000 + 50 * 100) / 1e9),
     }  # fmt: skip
+    guided, record = answered([2.0, 1.0], ["A nice hotel.", "A hotel."], method="entrgi")
+    (answer,) = read([guided], {record.custom_id: record}, SERVED)  # 48 passes there and back, and 2 scores
+    assert answer.cost.flops == pytest.approx(2 * 10 * (16 * 1000 + (2 * 48 + 2) * 100))
     older = [Model("dlm", {"defaults": DETAILS}), Model("rm", {"type": "reward"})]  # which tell no sizes
     answers = read([pairs_[0][0]], {pairs_[0][1].custom_id: pairs_[0][1]}, older)
     assert "GFLOPs" not in by_prompt(answers, answers[0].asked.setting.name)
@@ -165,6 +185,8 @@ def test_rows_are_trls_and_tell_where_they_come_from(tmp_path: Path) -> None:
     (pair,) = pairs(asked, completion_of(record))
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("A nice hotel.", "A hotel.")
     assert (pair["score_chosen"], pair["score_rejected"]) == (2.0, 1.0)
+    late, unscored = answered([None, None], ["A hotel.", "A nice hotel."])  # a scorer that did not answer in time
+    assert list(pairs(late, completion_of(unscored))) == read([late], {unscored.custom_id: unscored}, SERVED) == []
     same, equal = answered([1.0, 1.0], ["A hotel.", "A hotel."])
     assert list(pairs(same, completion_of(equal))) == []
     for name in ("data.parquet", "data.jsonl"):
