@@ -16,9 +16,11 @@ UV_VERSION := 0.13.9
 CUDA_PY ?=
 TRITON_VERSION := 3.7.1# what torch 2.13.0 pins
 CUDA_VENV ?= build/cuda
+CHECKOV_VERSION := 3.3.30
+CHECKOV := build/checkov
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow browser check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence
+.PHONY: help setup serve test test-slow browser check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence checkov
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +42,12 @@ test-slow: $(DEV) ## Run the tests that take long: compilers, interpreters, thou
 
 browser: $(DEV) ## Get Chromium for the slow tests of the playground, where the machine has none
 	@command -v chromium chromium-browser google-chrome >/dev/null || $(VENV)/bin/playwright install chromium
+
+checkov: $(CHECKOV)/bin/checkov ## Get the linter of the Kubernetes manifests, in an environment of its own, for test-slow
+
+$(CHECKOV)/bin/checkov: | $(PY)
+	@$(PY) -m venv $(CHECKOV)
+	@$(CHECKOV)/bin/pip install --quiet --disable-pip-version-check checkov==$(CHECKOV_VERSION)
 
 check: $(DEV) ## Lint, formatting, types, who may import whom, and how heavy the house may be
 	$(VENV)/bin/ruff check

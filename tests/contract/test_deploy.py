@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,19 @@ from tests.support.serving import ROOT
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
 PROMETHEUS = ROOT / "deploy/prometheus"
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 INTERPOLATION = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _compose_command() -> list[str]:
+    """Docker Compose 2, as a plugin of docker or by itself, which needs no engine to read its files."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]) and b" v2" in subprocess.run([*command, "version"], capture_output=True).stdout:
+            return command
+    return []
+
+
+COMPOSE = _compose_command()
 
 
 def load_yaml(path: Path) -> Any:
@@ -49,10 +62,10 @@ def compose(**shell: str) -> dict[str, Any]:
 def test_compose_file_has_no_dangling_names() -> None:
     document = compose()
     services = document["services"]
-    assert set(services) == {"server", "server-cpu", "prometheus", "grafana"}
+    assert set(services) == {"server", "server-cpu", "server-0", "server-1", "proxy", "prometheus", "grafana"}
     sources = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])}
     folders = {source for source in sources if source.startswith("./")}
-    assert all((ROOT / folder).is_dir() for folder in folders), folders
+    assert all((ROOT / folder).exists() for folder in folders), folders
     assert sources - folders == set(document["volumes"])
     assert {other for service in services.values() for other in service.get("depends_on", {})} <= set(services)
 
@@ -61,7 +74,7 @@ def test_every_service_is_checked_and_published_on_the_loopback_only() -> None:
     for name, service in compose()["services"].items():
         assert service["healthcheck"]["test"][0] == "CMD", name
         assert {"max-size", "max-file"} <= set(service["logging"]["options"]), name
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
     told = compose(PUBLISH_ADDRESS="0.0.0.0", PORT="80")
     assert told["services"]["server"]["ports"] == ["0.0.0.0:80:8000"]
 
@@ -80,7 +93,46 @@ def test_the_gpu_profile_serves_the_published_models_and_the_cpu_profile_the_bun
     assert cpu["build"]["args"]["VARIANT"] == "cpu"
 
 
-@pytest.mark.parametrize("name", ["server", "server-cpu"])
+def test_each_of_several_gpus_has_a_server_that_the_proxy_finds_and_prometheus_knows() -> None:
+    services = compose()["services"]
+    several = {name: service for name, service in services.items() if service.get("profiles") == ["gpus"]}
+    proxy = several.pop("proxy")
+    assert proxy["ports"] == services["server"]["ports"]
+    one = services["server"] | {"profiles": ["gpus"]}
+    for number, (name, service) in enumerate(several.items()):
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}
+        assert "ports" not in service
+        assert service | {key: one[key] for key in ("ports", "deploy")} == one, name
+    template = re.search(r"server-template \S+ (\d+) (\w+):8000", (ROOT / "deploy/haproxy.cfg").read_text("utf-8"))
+    assert template is not None
+    assert len(several) <= int(template[1])
+    assert all(template[2] in service["networks"]["default"]["aliases"] for service in several.values())
+    (job,) = load_yaml(PROMETHEUS / "gpus.yml")["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"{name}:8000" for name in several]}]
+    told = compose(PROMETHEUS_CONFIG="gpus.yml")["services"]["prometheus"]["command"]
+    assert "--config.file=/etc/prometheus/gpus.yml" in told
+
+
+@pytest.mark.skipif(not COMPOSE, reason="docker compose is not installed")
+@pytest.mark.parametrize("profile", ["gpu", "cpu", "gpus"])
+def test_docker_compose_reads_every_profile(profile: str) -> None:
+    command = [*COMPOSE, "--profile", profile, "config", "--format", "json"]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    assert found.stderr == ""
+    read = json.loads(found.stdout)["services"]
+    assert set(read) == {
+        name for name, service in compose()["services"].items() if profile in service.get("profiles", [profile])
+    }
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint has no wheel for this machine")
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    found = subprocess.run([str(HADOLINT), str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["server", "server-cpu", "proxy"])
 def test_servers_run_without_privileges_and_longer_than_their_drain(name: str) -> None:
     service = compose()["services"][name]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
@@ -196,6 +248,12 @@ def test_every_expression_names_exported_metrics(exported: set[str]) -> None:
         names = re.findall(r"entrgi:\w+", expression)
         assert names or "up{" in expression, expression
         assert set(names) <= exported, expression
+
+
+def test_the_autoscaler_counts_exported_metrics(exported: set[str]) -> None:
+    text = (ROOT / "deploy/kubernetes/components/autoscaling/prometheus-adapter.yaml").read_text("utf-8")
+    assert set(re.findall(r"entrgi:\w+", text)) == {"entrgi:num_requests_running", "entrgi:num_requests_waiting"}
+    assert set(re.findall(r"entrgi:\w+", text)) <= exported
 
 
 def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The CPU image built and run where there is no container engine: the Dockerfile by buildah, on Debian's own Python in place
+# of the official image (that of a registry), then its command as its user, without capabilities, on a read-only tree.
+#
+#   deploy/replay-image.sh [BUILDAH-BUD-OPTION ...]     as root; Debian: apt-get install buildah debootstrap curl
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
+work=$(mktemp -d)
+trap 'buildah rm --all > /dev/null; rm -rf "$work"' EXIT
+
+debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" > "$work/log"
+ln -s python3 "$work/base/usr/bin/python"
+cp /etc/ssl/certs/ca-certificates.crt "$work/base/etc/ssl/certs/"
+base=$(buildah from scratch)
+buildah add --quiet "$base" "$work/base" / > "$work/log"
+for name in $(compgen -e PIP_ || true); do buildah config --env "$name=${!name}" "$base"; done # how packages are reached here
+buildah commit --quiet "$base" docker.io/library/python:3.12-slim-bookworm
+buildah bud --layers=false --network host --build-arg VARIANT=cpu --tag entrgi-server:cpu "$@" . > "$work/log" 2>&1 ||
+  { tail -n 20 "$work/log"; exit 1; }
+
+tree=$(buildah mount "$(buildah from entrgi-server:cpu)")
+buildah images entrgi-server
+mapfile -t image < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' entrgi-server:cpu | grep =)
+inside() { # COMMAND...: in the image as its user, in an environment that is the image's alone
+  chroot "$tree" setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs \
+    env -i "${image[@]}" HOME=/home/entrgi ENTRGI_HOST=127.0.0.1 ENTRGI_PORT=18765 sh -c 'cd /app && exec "$@"' sh "$@"
+}
+export -f inside
+export tree
+{ declare -p image; cat << 'INSIDE'; } > "$work/inside"
+mount --bind "$tree" "$tree"
+mount -o remount,bind,ro "$tree"
+mount -t tmpfs tmpfs "$tree/tmp"
+mount -t tmpfs -o uid=10001,gid=10001 tmpfs "$tree/home/entrgi/.cache"
+mount --rbind /dev "$tree/dev"
+mount --rbind /proc "$tree/proc"
+! inside touch /app/file || exit 1
+inside grep -E '^(Uid|CapEff|NoNewPrivs)' /proc/self/status
+inside python -m server & server=$!
+until inside python deploy/healthcheck.py; do kill -0 $server; sleep 1; done
+until curl --silent --fail 127.0.0.1:18765/ready; do kill -0 $server; sleep 1; done
+curl --silent --fail --json '{"prompt": "The", "max_tokens": 8, "seed": 1, "guidance": "entrgi"}' 127.0.0.1:18765/v1/completions
+curl --silent --fail 127.0.0.1:18765/version
+kill -TERM $server
+wait $server
+INSIDE
+unshare --mount bash -eu "$work/inside"
+echo "the image serves, and ends when it is told to"
