@@ -173,6 +173,33 @@ def test_a_link_brings_the_settings_back(page: Page) -> None:
     expect(page.locator("#message")).to_contain_text("link cannot be read")
 
 
+def test_a_copy_says_whose_it_is(page: Page, bundled: Served) -> None:
+    column = page.locator("fieldset.column").nth(1)
+    column.locator("[name=resample]").select_option("reward")
+    column.locator("summary").click()
+    column.locator("[name=strength]").fill("20")
+    texts = generate(page, prompt=PROMPT, seed="7")
+    guidance = {"method": "bon", "resample": {"by": "reward", "strength": 20}}
+    asked = {"messages": [{"role": "user", "content": PROMPT}], "seed": 7, "best_of": 4, "guidance": guidance}
+    answer = bundled.post("/v1/chat/completions", asked).json()
+    assert texts[1] == answer["choices"][0]["message"]["content"].strip()
+    (meetings,) = answer["guidance"]["resampled"]
+    copies = [""] * 4
+    for step, ancestors in meetings:
+        for trajectory, ancestor in enumerate(ancestors):
+            if ancestor != trajectory:
+                copies[trajectory] = f"copy of {ancestor + 1}, after step {step}"
+    shown = page.locator("#results section")
+    assert shown.nth(1).locator(".copied").all_text_contents() == copies
+    lineage = shown.nth(1).locator(".lineage")
+    expect(shown.nth(0).locator(".lineage")).to_be_hidden()
+    label = lineage.get_attribute("aria-label") or ""
+    assert [int(told.split()[2]) for told in label.split("; ")] == [step for step, _ in meetings]
+    page.click("#first")
+    expect(lineage).to_be_hidden()
+    assert shown.nth(1).locator(".copied").all_text_contents() == [""] * 4
+
+
 def test_a_phone_shows_it_without_scrolling_sideways(page: Page) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     generate(page)

@@ -10,6 +10,7 @@ export class Canvas {
   constructor(run, trajectory, id, most) {
     Object.assign(this, { run, trajectory, id, most, taken: 0, active: -1 });
     this.name = element("span", "name", `Trajectory ${trajectory + 1}`);
+    this.copied = element("span", "copied");
     this.reward = element("span");
     this.about = element("p", "about");
     this.tokens = element("div", "tokens", ...run.frames[trajectory][0].tokens.map((_, position) => {
@@ -19,7 +20,7 @@ export class Canvas {
       return token;
     }));
     Object.assign(this.tokens, { role: "listbox", tabIndex: 0, ariaLabel: `Tokens of trajectory ${trajectory + 1}` });
-    this.card = element("div", "card canvas", element("h3", "", this.name, this.reward), this.tokens, this.about);
+    this.card = element("div", "card canvas", element("h3", "", this.name, this.copied, this.reward), this.tokens, this.about);
     this.tokens.addEventListener("pointerover", ({ target }) => this.#point([...this.tokens.children].indexOf(target)));
     this.tokens.addEventListener("pointerleave", () => this.#point(-1));
     this.tokens.addEventListener("blur", () => this.#point(-1));
@@ -40,6 +41,8 @@ export class Canvas {
       const entropy = text === null ? this.frame?.entropy?.[position] : since.entropy;
       node.style.setProperty("--entropy", `${100 * Math.min(1, (entropy ?? 0) / this.most)}%`);
     });
+    const copied = this.frame?.copied;
+    this.copied.textContent = copied ? `copy of ${copied.from + 1}, after step ${copied.step}` : "";
     const over = run.report !== null && taken > run.last;
     const reward = (over ? run.rewards[trajectory] : this.frame?.reward) ?? null;
     this.reward.replaceChildren(...(reward === null ? [] : [over ? "final reward " : "reward ", signed(reward, 2)]));

@@ -1,15 +1,8 @@
 // Reward by step of all runs, as one plot.
 
-import { letter, withSign } from "./dom.js";
+import { letter, shape, withSign } from "./dom.js";
 
 const HEIGHT = 190, LEFT = 34, RIGHT = 26, TOP = 8, BOTTOM = 20;
-
-function shape(tag, attributes, text = "") {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.textContent = text;
-  return node;
-}
 
 // Round numbers between two values, about four of them.
 function ticks(low, high) {

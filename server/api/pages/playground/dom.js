@@ -9,6 +9,14 @@ export function element(tag, className, ...content) {
   return node;
 }
 
+// An element of a drawing.
+export function shape(tag, attributes, text = "") {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.textContent = text;
+  return node;
+}
+
 export function button(text, action) {
   const node = element("button", "", text);
   node.type = "button";

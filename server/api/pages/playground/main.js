@@ -3,7 +3,8 @@
 import { models, stream } from "./api.js";
 import { Canvas } from "./canvas.js";
 import { plot } from "./chart.js";
-import { button, byId, element, letter, signed, withSign } from "./dom.js";
+import { button, byId, element, letter, shape, signed, withSign } from "./dom.js";
+import { drawLineage } from "./lineage.js";
 import { Run } from "./run.js";
 import { columnForm, requestOf, settingsOf, steers, told } from "./settings.js";
 import { curl, python } from "./snippets.js";
@@ -129,7 +130,9 @@ function result(run, column) {
   const settings = Object.entries(rest).map(([name, value]) => `${name} ${value}`);
   const title = element("h2", "", `${letter(column)}: ${[method, ...settings].join(", ")}`);
   const text = element("p", "text"), facts = element("p", "facts"), canvases = element("div", "canvases");
-  return { section: element("section", "", title, text, facts, copies, canvases), text, facts, canvases, shown: [] };
+  const lineage = shape("svg", { class: "lineage", role: "img", hidden: "" });
+  const section = element("section", "", title, text, facts, copies, lineage, canvases);
+  return { section, text, facts, lineage, canvases, shown: [] };
 }
 
 // -- showing it -------------------------------------------------------------------------------------------------
@@ -153,20 +156,21 @@ function show() {
   plot(byId("chart"), page.runs, page.taken);
 }
 
-function showRun(run, column, { text, facts, canvases, shown }) {
+function showRun(run, column, { text, facts, lineage, canvases, shown }) {
   run.frames.forEach((_, trajectory) => {
     if (shown[trajectory]) return;
     shown[trajectory] = new Canvas(run, trajectory, `${letter(column)}-${trajectory}`, mostEntropy());
     canvases.append(shown[trajectory].card);
   });
   for (const canvas of shown) canvas?.show(page.taken);
+  drawLineage(lineage, run, column, page.taken);
   text.textContent = run.error || run.text.trim();
   text.classList.toggle("failed", run.error !== "");
   facts.replaceChildren(...(run.report ? factsOf(run) : []));
 }
 
-function factsOf({ report, rewards, traced }) {
-  const curve = traced ? `, ${report.reward_calls_total - rewards.length} of them for the curve` : "";
+function factsOf({ body, report, rewards, traced }) {
+  const curve = traced && !body.guidance.resample ? `, ${report.reward_calls_total - rewards.length} of them for the curve` : "";
   const reward = report.choice.reward === null ? [] : ["reward ", signed(report.choice.reward, 3), " · "];
   const rest = [
     report.reward_models.join(" + "), `seed ${report.seed}`, `${report.model_calls_total} model calls`,

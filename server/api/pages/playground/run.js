@@ -16,13 +16,17 @@ export class Run {
     if (guidance) this.report = { ...guidance, choice: choices[0] };
   }
 
-  // `since` says of each token in which step it was revealed, and its entropy before it if it was ever seen masked.
+  // `since` says of each token in which step it was revealed, and its entropy before it if it was ever seen masked;
+  // `copied` from which trajectory, and at which step, this one was copied last, null if it never was.
   #add(canvas) {
-    const frames = (this.frames[canvas.trajectory] ??= []);
-    const before = frames.at(-1);
+    const frames = (this.frames[canvas.trajectory] ??= []), own = frames.at(-1);
+    const kept = own?.tokens.every((token, position) => token === null || token === canvas.tokens[position]);
+    const now = canvas.ancestor !== null && (own?.ancestor !== canvas.ancestor || !kept);
+    const before = now ? this.at(canvas.ancestor, canvas.step - 1) : own;
+    const copied = now ? { from: canvas.ancestor, step: canvas.step } : own?.copied ?? null;
     const since = canvas.tokens.map((token, position) => token === null ? null
       : before?.since[position] ?? { step: canvas.step, entropy: before?.entropy?.[position] ?? null });
-    frames.push({ ...canvas, since });
+    frames.push({ ...canvas, since, copied });
   }
 
   // The last step that any trajectory has taken, -1 before the first.
@@ -33,6 +37,17 @@ export class Run {
   // The canvas of a trajectory after a step; steps that reveal nothing have none of their own.
   at(trajectory, step) {
     return this.frames[trajectory]?.findLast((frame) => frame.step <= step);
+  }
+
+  // The copies that were made in the first `taken` steps, by the step before which they were: whose copy each trajectory is.
+  copies(taken) {
+    const made = new Map();
+    for (const { copied, step, trajectory } of this.frames.flat()) {
+      if (copied?.step !== step || step >= taken) continue;
+      if (!made.has(step)) made.set(step, [...this.frames.keys()]);
+      made.get(step)[trajectory] = copied.from;
+    }
+    return made;
   }
 
   // The final reward of each trajectory that has one.
