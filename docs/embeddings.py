@@ -23,7 +23,8 @@ from benchmarks.plots import BLUE, GREEN, ORANGE, STYLE
 from benchmarks.workload import Workload, load, only_first_trajectory
 from demo import bundled_model_path, bundled_reward_models
 from server.diffusion.schedule import Step
-from server.guidance.plain import PlainLoop, draw, entropy, filtered_distribution
+from server.guidance.distributions import draw, entropy, filtered_distribution
+from server.guidance.plain import PlainLoop
 from server.types import Job
 
 OUT = Path(__file__).with_name("plots") / "embeddings.svg"

@@ -84,3 +84,18 @@ class Cost:
                     "can hold",
                     param=param,
                 )
+
+    def check_together(self, shared: Budget, count: int) -> None:
+        """Raises InvalidRequest when `count` trajectories that must run together, as those do that are resampled, take
+        more than `shared`, and so could never begin."""
+        for taken, limit, what in (
+            (count, shared.trajectories, "trajectories"),
+            (count * self.tokens, shared.tokens, "canvas tokens"),
+            (self.cached_tokens + count * self.grown_tokens, shared.cached_tokens, "cached tokens"),
+        ):
+            if taken > limit:
+                raise InvalidRequest(
+                    f"{count} trajectories that are resampled run together and take {taken} {what}, more than the "
+                    f"{limit} that may run at once on this server",
+                    param="best_of",
+                )

@@ -349,12 +349,13 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Sent by the worker when it is ready. `largest` is what one trajectory may take; more can never run here. `ways`
-    is what was decided at load."""
+    """Sent by the worker when it is ready. `largest` is what one trajectory may take and `shared` what all that run at
+    once may; more can never run here. `ways` is what was decided at load."""
 
     model: ModelInfo
     reward_models: tuple[RewardModelInfo, ...]
     device: str
     kernel_backend: str
     largest: Budget = field(default_factory=Budget)
+    shared: Budget = field(default_factory=Budget)
     ways: tuple[Way, ...] = ()

@@ -1,17 +1,20 @@
 """The plain loop: one trajectory at a time, as the paper reads. It is the oracle of the engine, not its engine.
+Trajectories that are resampled take turns, as many steps as lie between two meetings at a time.
 
 Nothing is cached, packed, skipped or fused here: every step is one full forward of the diffusion LM (with block-causal
 attention the blocks of the canvas are rows of one layout, which stands for the mask), every inner step one full forward
 and backward of the reward model through stock transformers attention, autograd, and torch.optim.Adam; the nucleus is
 found by sorting. Section numbers are those of docs/algorithm.md.
-It shares with the engine only what defines a run: the schedule, the keyed random numbers and the ranking rule.
+It shares with the engine only what defines a run: the schedule, the keyed random numbers, and the rules of ranking and
+of resampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +24,15 @@ from kernels.random import INNER_FINAL, INNER_ORIGIN, INNER_RANK, row_keys, unif
 from server.diffusion import sampler
 from server.diffusion.schedule import Step, adapted, block_lengths, plan
 from server.guidance.best_of import choose
+from server.guidance.distributions import draw, entropy, filtered_distribution, weighted_rows
+from server.guidance.resample import Meeting, Particles
 from server.methods import METHODS
 from server.models.base import DiffusionModel
 from server.models.packing import PackedLayout, places
 from server.text.response import finish_text
 from server.text.template import conversation_ids, split_at_response
 from server.text.tokenizer import Tokenizer
-from server.types import Job, ModelInfo
-
-MAX_REJECTIONS = 64
+from server.types import Job, ModelInfo, Resampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,83 +77,47 @@ class PlainReward:
             return float(self.read(self.own(ids), torch.ones_like(padding), padding))
 
 
-class PlainRows(NamedTuple):
-    """What a method's weight sees of one trajectory's rows (`methods.Rows`)."""
+@dataclass(slots=True)
+class PlainTrajectory:
+    """One trajectory under way: response tokens, which of them are masked, and the step at which each was revealed
+    (last). `estimate` is the response as far as it is there, with the best guess where it is masked; `length` is where
+    the answer ends. `taken` counts forwards, and `log_probability` is the total of the tokens revealed."""
 
-    entropy_1: Tensor
-    entropy_tau: Tensor
-    vocab_size: int
-    step: Tensor
-    time: Tensor
+    index: int
+    steps: tuple[Step, ...]
+    response: Tensor
+    masked: Tensor
+    step_map: Tensor
+    estimate: Tensor
+    length: int
+    cursor: int = 0
+    taken: int = 0
+    log_probability: float = 0.0
+
+    def child(self, index: int) -> PlainTrajectory:
+        """A copy that goes on as another trajectory."""
+        tensors = {name: getattr(self, name).clone() for name in ("response", "masked", "step_map", "estimate")}
+        return replace(self, index=index, **tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainResult:
     """All K trajectories: canvas tokens and the steps at which they were revealed (L each), texts, final rewards (None
-    without a reward model), the chosen n."""
+    without any), the chosen n. Of those that are resampled, what came of each meeting, a row for each time that some
+    were copied (steps taken, ancestors), and the final weights."""
 
     token_ids: list[list[int]]
     step_maps: list[list[int]]
     texts: list[str]
     rewards: list[float | None]
     chosen: tuple[int, ...]
+    meetings: list[Meeting] = field(default_factory=list)
+    resampled: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    weights: tuple[float, ...] | None = None
 
 
-def filtered_distribution(phi: Tensor, temperature: float, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """(unfiltered, filtered) distributions of section 1.4, each (N, V); the kept tokens are where the second is > 0.
-
-    Temperature 0 divides by nothing. top_p keeps a token when the mass ranked before it is at most p, top_k keeps the
-    k largest; equal values: the lower id ranks first.
-    """
-    q = torch.softmax(phi / (temperature or 1.0), dim=-1)
-    order = torch.sort(phi, dim=-1, descending=True, stable=True).indices
-    ranked = q.gather(-1, order)
-    before = ranked.cumsum(-1) - ranked
-    keep = before <= top_p
-    if top_k is not None:
-        keep[:, top_k:] = False
-    kept = torch.zeros_like(keep).scatter(-1, order, keep)
-    filtered = torch.where(kept, q, torch.zeros_like(q))
-    return q, filtered / filtered.sum(-1, keepdim=True)
-
-
-def draw(phi: Tensor, q: Tensor, filtered: Tensor, keys: Tensor, *, greedy: bool, never: int | None = None) -> Tensor:
-    """One token a row (section 1.4): rejection from the unfiltered q until the filters keep it; (N,) int64. The id
-    `never` is rejected too: greedy rows, and those whose filters keep nothing else, take the best other token."""
-    if never is not None:
-        other = torch.arange(phi.shape[-1], device=phi.device) != never
-        phi, filtered = phi.masked_fill(~other, -torch.inf), filtered * other
-    kept = filtered > 0
-    tokens = phi.argmax(-1)
-    pending = (kept.sum(-1) > 1) & (not greedy)
-    cumulative = q.cumsum(-1)
-    for round_ in range(MAX_REJECTIONS):
-        if not pending.any():
-            return tokens
-        x = torch.searchsorted(cumulative, uniform(keys, round_).to(q)[:, None], right=True)[:, 0]
-        x = x.clamp_max(q.shape[-1] - 1)
-        accepted = pending & kept.gather(-1, x[:, None])[:, 0]
-        tokens = torch.where(accepted, x, tokens)
-        pending = pending & ~accepted
-    if pending.any():
-        u = uniform(keys, MAX_REJECTIONS).to(q)[:, None]
-        cumulative = filtered.cumsum(-1)
-        x = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0].clamp_max(q.shape[-1] - 1)
-        tokens = torch.where(pending, x, tokens)
-    return tokens
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), (N,)."""
-    logp = torch.log_softmax(logits, dim=-1)
-    return -(logp.exp() * logp).sum(-1)
-
-
-def weighted_rows(phi: Tensor, tau: float, step: Step) -> PlainRows:
-    """The rows of phi (N, V) in a denoising step."""
-    entropy_1 = entropy(phi)
-    step_of_rows = torch.full_like(entropy_1, step.index, dtype=torch.int64)
-    return PlainRows(entropy_1, entropy(phi / tau), phi.shape[-1], step_of_rows, torch.full_like(entropy_1, step.time))
+Outside = Callable[[list[str]], dict[str, list[float]]]
+"""What stands for outside scorers: whole texts -> one score a text, by name of the scorer."""
 
 
 class PlainLoop:
@@ -162,66 +129,118 @@ class PlainLoop:
         self.model, self.tokenizer, self.info, self.rewards = model, tokenizer, info, rewards
         self.device = model.device
 
-    def run(self, job: Job) -> PlainResult:
-        """All K trajectories of a job, one after the other, then the n best of them."""
+    def run(self, job: Job, outside: Outside | None = None) -> PlainResult:
+        """All K trajectories of a job, then the n best of them."""
         sampling, guidance = job.sampling, job.guidance
-        token_ids, step_maps, texts, rewards = [], [], [], []
-        for trajectory in range(sampling.best_of):
-            tokens, step_map = self.decode(job, trajectory)
-            finished = finish_text(self.tokenizer, tokens, self.info.stop_token_ids, sampling.stop, sampling.ignore_eos)
-            token_ids.append(tokens)
-            step_maps.append(step_map)
-            texts.append(finished.text)
-            rewards.append(self.final_reward(job, finished.text) if guidance.reward_models else None)
-        chosen = choose(rewards, sampling.n, ranked=guidance.method != "none")
-        return PlainResult(token_ids, step_maps, texts, rewards, chosen)
+        trajectories = [self.begin(job, index) for index in range(sampling.best_of)]
+        particles, meetings, meets_at = Particles.of(job), list[Meeting](), math.inf
+        if particles is not None:
+            meets_at = particles.rule.every
+        while any(self.next_step(job, trajectory) for trajectory in trajectories):
+            for trajectory in trajectories:
+                while trajectory.taken < meets_at and (step := self.next_step(job, trajectory)) is not None:
+                    self.take(job, trajectory, step)
+            if particles is not None and any(self.next_step(job, trajectory) for trajectory in trajectories):
+                meetings.append(particles.meet(int(meets_at), self.scores(job, trajectories, particles.rule, outside)))
+                meets_at += particles.rule.every
+                if chosen := meetings[-1].ancestors:
+                    trajectories = [trajectories[ancestor].child(index) for index, ancestor in enumerate(chosen)]
+        texts = [self.text(job, trajectory) for trajectory in trajectories]
+        rewards = self.rewards_of(job, texts, outside)
+        scores = rewards
+        if particles is not None and particles.rule.by == "confidence":
+            scores = [trajectory.log_probability for trajectory in trajectories]
+        ranking = rewards if guidance.rewards else scores
+        return PlainResult(
+            [trajectory.response[: trajectory.length].tolist() for trajectory in trajectories],
+            [trajectory.step_map[: trajectory.length].tolist() for trajectory in trajectories],
+            texts,
+            rewards,
+            choose(ranking, sampling.n, ranked=guidance.method != "none"),
+            meetings,
+            particles.resampled if particles else [],
+            particles.weights(scores) if particles else None,
+        )
 
-    def final_reward(self, job: Job, text: str) -> float:
-        """The weighted sum of R on the text (end of section 2)."""
-        total = 0.0
-        for weighted in job.guidance.reward_models:
-            reward = self.rewards[weighted.model]
-            response = job.response_prefix + text + job.response_suffix
-            ids = conversation_ids(reward.tokenizer, job.conversation, response)
-            total += weighted.weight * reward.score(ids)
-        return total
+    def scores(
+        self, job: Job, trajectories: Sequence[PlainTrajectory], rule: Resampling, outside: Outside | None
+    ) -> list[float]:
+        """What each trajectory is resampled by (section 5)."""
+        if rule.by == "confidence":
+            return [trajectory.log_probability for trajectory in trajectories]
+        rewards = self.rewards_of(job, [self.text(job, trajectory) for trajectory in trajectories], outside)
+        return [reward for reward in rewards if reward is not None]
 
-    def decode(self, job: Job, trajectory: int) -> tuple[list[int], list[int]]:
-        """One trajectory's L canvas tokens, and the step at which each was revealed (last); block-causal, at most up to
-        the end of the block in which the text ends."""
-        length, block_causal = job.sampling.max_tokens, job.diffusion.block_causal
-        steps = plan(length, job.diffusion, job.guidance, job.lead)
+    def text(self, job: Job, trajectory: PlainTrajectory) -> str:
+        """The text of a trajectory, of one under way as it would be now."""
+        tokens, sampling = trajectory.estimate[: trajectory.length].tolist(), job.sampling
+        ends = self.info.stop_token_ids, sampling.stop, sampling.ignore_eos
+        return finish_text(self.tokenizer, tokens, *ends).text
+
+    def rewards_of(self, job: Job, texts: Sequence[str], outside: Outside | None) -> list[float | None]:
+        """The weighted sum of R on each text (end of section 2); None where nothing is rewarded."""
+        if not job.guidance.rewards:
+            return [None for _ in texts]
+        whole = [job.whole(text) for text in texts]
+        judged = outside(whole) if outside is not None else {}
+        totals = np.zeros(len(texts))
+        for weighted in job.guidance.rewards:
+            if weighted.model not in judged:
+                reward = self.rewards[weighted.model]
+                sequences = [conversation_ids(reward.tokenizer, job.conversation, text) for text in whole]
+                judged[weighted.model] = [reward.score(ids) for ids in sequences]
+            totals += weighted.weight * np.array(judged[weighted.model])
+        return list(totals.tolist())
+
+    def begin(self, job: Job, index: int) -> PlainTrajectory:
+        """Trajectory `index` before its first step: everything is masked."""
+        steps = plan(job.sampling.max_tokens, job.diffusion, job.guidance, job.lead)
+        response = torch.full((steps[-1].stop,), self.info.mask_token_id, device=self.device)
+        masked, step_map = torch.ones_like(response, dtype=torch.bool), torch.full((len(response),), -1)
+        return PlainTrajectory(index, steps, response, masked, step_map, response, job.sampling.max_tokens)
+
+    def next_step(self, job: Job, trajectory: PlainTrajectory) -> Step | None:
+        """The next step that can reveal something, None at the end; block-causal, that is at the latest the end of the
+        block in which the text ends."""
+        diffusion, length = job.diffusion, job.sampling.max_tokens
+        stops = set() if job.sampling.ignore_eos else set(self.info.stop_token_ids)
+        while trajectory.cursor < len(trajectory.steps):
+            step = trajectory.steps[trajectory.cursor]
+            if diffusion.block_causal and not stops.isdisjoint(trajectory.response[: step.start].tolist()):
+                trajectory.length = step.start
+                return None
+            reveals = step.reveal > 0 or diffusion.algorithm == "origin"  # a step that reveals nothing changes nothing
+            if reveals and trajectory.masked[step.start : step.stop].any():
+                if not diffusion.adaptive:
+                    return step
+                return adapted(step, int(trajectory.masked[:length].sum()), length, trajectory.taken, job.guidance)
+            trajectory.cursor += 1
+        return None
+
+    def take(self, job: Job, trajectory: PlainTrajectory, step: Step) -> None:
+        """One denoising step of one trajectory."""
+        length, block_causal, index = job.sampling.max_tokens, job.diffusion.block_causal, trajectory.index
         prompt = torch.tensor(job.prompt_ids, dtype=torch.long, device=self.device)
         suffix = torch.tensor(job.suffix_ids, dtype=torch.long, device=self.device)
-        response = torch.full((steps[-1].stop,), self.info.mask_token_id, device=self.device)
-        masked = torch.ones(len(response), dtype=torch.bool, device=self.device)
-        step_map = torch.full((len(response),), -1)
-        taken = 0
-        for step in steps:
-            if block_causal and not job.sampling.ignore_eos:
-                finished = response[: step.start].tolist()
-                if not set(self.info.stop_token_ids).isdisjoint(finished):
-                    return finished, step_map[: step.start].tolist()
-            if step.reveal == 0 and job.diffusion.algorithm != "origin":
-                continue  # a step that reveals nothing changes nothing
-            if not masked[step.start : step.stop].any():
-                continue
-            if job.diffusion.adaptive:
-                step = adapted(step, int(masked[:length].sum()), length, taken, job.guidance)
-            taken += 1
-            there = step.stop if block_causal else len(response)  # of a block-causal response the later blocks are not
-            canvas = torch.cat([prompt, response[:there], suffix])
-            rows = torch.nonzero(masked[:there])[:, 0]
-            with torch.no_grad():
-                phi_0 = phi = self.logits(job, canvas, rows, len(prompt), length)
-            if step.guided:  # positions past the answer are not
-                answer, own = response[: min(there, length)], int((rows < length).sum())
-                phi = torch.cat([self.steer(job, trajectory, step, phi_0[:own], answer, rows[:own]), phi_0[own:]])
-            chosen, tokens = self.reveal(job, trajectory, step, phi_0, phi, rows)
-            response[chosen] = tokens
-            masked[chosen] = False
-            step_map[chosen.cpu()] = step.index
-        return response[:length].tolist(), step_map[:length].tolist()
+        there = step.stop if block_causal else len(trajectory.response)  # of a block-causal one later blocks are not
+        response = trajectory.response[:there]
+        rows = torch.nonzero(trajectory.masked[:there])[:, 0]
+        with torch.no_grad():
+            phi_0 = phi = self.logits(job, torch.cat([prompt, response, suffix]), rows, len(prompt), length)
+        if step.guided:  # positions past the answer are not
+            answer, own = response[: min(there, length)], int((rows < length).sum())
+            phi = torch.cat([self.steer(job, index, step, phi_0[:own], answer, rows[:own]), phi_0[own:]])
+        chosen, tokens = self.reveal(job, index, step, phi_0, phi, rows)
+        log_p = torch.log_softmax(phi_0, dim=-1)[torch.searchsorted(rows, chosen), tokens]
+        trajectory.log_probability += float(log_p.double().sum())
+        mask = torch.arange(phi.shape[-1], device=phi.device) == self.info.mask_token_id
+        trajectory.estimate = response.index_put((rows,), phi.masked_fill(mask, -torch.inf).argmax(-1))
+        for tensor in (trajectory.response, trajectory.estimate):
+            tensor[chosen] = tokens
+        trajectory.masked[chosen] = False
+        trajectory.step_map[chosen.cpu()] = step.index
+        trajectory.cursor += 1
+        trajectory.taken += 1
 
     def logits(self, job: Job, canvas: Tensor, rows: Tensor, prompt_length: int, length: int) -> Tensor:
         """phi_0 (N, V) at the masked rows, with classifier-free guidance (end of section 1); in float32 at least, in

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 SECONDS_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SHARE_BOUNDS = tuple(tenth / 10 for tenth in range(1, 11))
 COUNT_BOUNDS = tuple(2.0**power for power in range(15))
 STATM = Path("/proc/self/statm")  # Linux: sizes of this process, in pages; the second is what is resident
 
@@ -51,8 +52,10 @@ class Distribution:
 @dataclass(slots=True)
 class RunnerStats:
     """Gauges: trajectories that run and wait now, bytes resident and bytes held on the device. Counters: trajectory
-    steps done, tokens revealed, and how often memory ran out. Distributions, one value a denoising step: seconds of
-    each phase (of guidance where there was any), trajectories and masked rows in the batch."""
+    steps done, tokens revealed, how often memory ran out, and how often trajectories were copied over others.
+    Distributions, one value a denoising step: seconds of each phase (of guidance where there was any), trajectories and
+    masked rows in the batch; and one value for each time that a job's trajectories met: the effective sample size as a
+    share of them."""
 
     running: int = 0
     waiting: int = 0
@@ -61,12 +64,14 @@ class RunnerStats:
     denoising_steps: int = 0
     committed_tokens: int = 0
     out_of_memory: int = 0
+    resamplings: int = 0
     model_forward_seconds: Distribution = field(default_factory=Distribution)
     guidance_seconds: Distribution = field(default_factory=Distribution)
     reward_forward_seconds: Distribution = field(default_factory=Distribution)
     reward_backward_seconds: Distribution = field(default_factory=Distribution)
     batch_trajectories: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
     batch_rows: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
+    resample_share: Distribution = field(default_factory=lambda: Distribution(SHARE_BOUNDS))
 
     @property
     def steps(self) -> int:

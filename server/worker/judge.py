@@ -35,11 +35,13 @@ class Judge:
         return rewards
 
     def _scores(self, name: str, job: Job, texts: Sequence[str]) -> list[float]:
-        """In as few passes as the reward takes; when memory runs out, once more, text by text."""
-        model = self._models[name]
-        sequences = [model.sequence(job.conversation, text) for text in texts]
+        """In as few passes as the reward takes; when memory runs out, once more, text by text. Equal texts are read
+        once: so their rewards are equal, and not only up to rounding."""
+        model, distinct = self._models[name], list(dict.fromkeys(texts))
+        sequences = [model.sequence(job.conversation, text) for text in distinct]
         with Attempt(self._ran_out) as attempt:
             scores: list[float] = model.score(sequences).tolist()
         if attempt.ran_out:
             scores = [float(model.score([sequence])[0]) for sequence in sequences]
-        return scores
+        of_text = dict(zip(distinct, scores, strict=True))
+        return [of_text[text] for text in texts]

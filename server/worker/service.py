@@ -197,6 +197,7 @@ def load(config: WorkerConfig) -> LoadedService:
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         kernel_backend=products.backend,
         largest=largest,
+        shared=budget,
         ways=tuple(ways),
     )
     for way in ways:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.guidance.plain import PlainLoop, draw, filtered_distribution
+from server.guidance.distributions import draw, filtered_distribution
+from server.guidance.plain import PlainLoop
 from tests.support.jobs import make_job, run
 from tests.support.models import Around, Pair
 

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from server.guidance.plain import filtered_distribution, weighted_rows
+from server.guidance.distributions import filtered_distribution, weighted_rows
 from server.methods import METHODS, gradient_methods
 from server.models.packing import PackedLayout
 from server.types import GuidanceParams, Job, SamplingParams
