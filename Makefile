@@ -18,9 +18,10 @@ TRITON_VERSION := 3.7.1# what torch 2.13.0 pins
 CUDA_VENV ?= build/cuda
 CHECKOV_VERSION := 3.3.30
 CHECKOV := build/checkov
+RAY_VENV ?= build/ray# for Ray Serve, whose packages weigh more than the server's
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow browser check measures format bench bench-online bench-kernels gpu-check conformance faults soak dashboards lock clean doctor gpu-evidence checkov
+.PHONY: help setup serve test test-slow browser check measures format bench bench-online bench-kernels gpu-check conformance faults soak serve-ray ray-check dashboards lock clean doctor gpu-evidence checkov
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -101,6 +102,12 @@ faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FA
 soak: $(DEV) ## Half an hour of everything at once: no leak, no answer lost (ARGS="--minutes 5": shorter)
 	$(PY) -m tests.faults.soak $(ARGS)
 
+serve-ray: $(RAY_VENV)/.installed ## Serve the bundled models on Ray Serve (ENTRGI_DEVICE=cpu or a GPU; deploy/ray/serve.yaml)
+	PYTHONPATH=. $(RAY_VENV)/bin/serve run deploy/ray/serve.yaml
+
+ray-check: $(RAY_VENV)/.installed ## Kill, scale and replace replicas of Ray Serve under load; what Ray adds (ARGS="--minutes 1": shorter)
+	$(RAY_VENV)/bin/python -m tests.faults.ray_serve $(ARGS)
+
 dashboards: $(RUNTIME) ## Ask a real Prometheus, under load, every expression of the dashboard and the alerts
 	$(PY) -m tests.conformance.dashboard $(ARGS)
 
@@ -109,8 +116,15 @@ lock: $(DEV) ## Resolve pyproject.toml anew into the lock files
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml -o requirements.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra otel -c requirements.lock -o requirements-otel.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra eval -c requirements.lock -o requirements-eval.lock
+	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --extra otel --extra ray -c requirements.lock -o requirements-ray.lock
 	$(VENV)/bin/uv pip compile --quiet --upgrade pyproject.toml --group dev -c requirements.lock -o requirements-dev.lock
 	for pins in tests/conformance/*/requirements.in; do $(VENV)/bin/uv pip compile --quiet --upgrade $$pins -o $${pins%.in}.txt; done
+
+$(RAY_VENV)/.installed: requirements-ray.lock | $(PY)
+	@echo "installing requirements-ray.lock into $(RAY_VENV)"
+	@$(PY) -m venv $(RAY_VENV)
+	@$(RAY_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.lock
+	@touch $@
 
 # pip may be told of a folder or an index with torch's CPU build, which it would take: only its main index counts here.
 $(CUDA_VENV)/.installed: requirements.lock | $(PY)

@@ -66,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from server import doctor  # which imports torch
 
         return doctor.main(engine_config(settings).worker)
-    log.configure(settings.log_level, settings.log_format)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no thread a core for them
-    for name, hint in unknown_variables(os.environ).items():
-        logger.warning("%s is set but is no setting of this server%s", name, hint)
+    prepare(settings)
     if settings.host not in LOOPBACK and not settings.api_key:
         logger.warning("LISTENING ON %s WITHOUT AN API KEY: anyone who can reach it can use it", settings.host)
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
@@ -77,6 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tracer_provider is not None:
         send_last_spans(tracer_provider)
     return status
+
+
+def prepare(settings: Settings) -> None:
+    """What a process that serves does first: logs, and warnings of settings that are none."""
+    log.configure(settings.log_level, settings.log_format)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # texts come one by one; no thread a core for them
+    for name, hint in unknown_variables(os.environ).items():
+        logger.warning("%s is set but is no setting of this server%s", name, hint)
 
 
 async def serve(settings: Settings, tracer_provider: TracerProvider | None = None) -> int:

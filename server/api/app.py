@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider, TracerProvider
+from starlette.applications import Starlette
 
 from server import __version__
 from server.api import batches as batch_routes
@@ -92,15 +93,20 @@ def create_app(
     errors.install(app)
     openapi.install(app, frontend)
 
+    guard(app, settings, metrics)
+    return app
+
+
+def guard(app: Starlette, settings: Settings, metrics: Metrics) -> None:
+    """Put what every request passes before the routes: ids, log and counts, CORS, keys and limits of size."""
     # Added last is outermost.
     app.add_middleware(Guard, settings=settings, page_files=web.playground_files())
     if settings.cors_origins:
         app.add_middleware(
             Cors,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", *(["DELETE"] if batches else [])],
+            allow_methods=["GET", "POST", *(["DELETE"] if settings.batch_dir is not None else [])],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "traceparent", "tracestate"],
             expose_headers=["X-Request-Id", "Retry-After", "x-should-retry"],
         )
     app.add_middleware(Observe, metrics=metrics, root_path=settings.root_path)
-    return app

@@ -200,6 +200,13 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
     return Plan(identity, int(now), info.model.id if own else str(request.model), request, jobs)
 
 
+def trajectories(asked: GenerationRequest) -> int:
+    """K: how many trajectories each prompt of a request has."""
+    if asked.best_of is not None:
+        return asked.best_of
+    return asked.n if asked.guidance.method == "none" else max(asked.n, DEFAULT_BEST_OF)
+
+
 def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     if asked.start >= asked.stop:
         field = "guidance.stop" if "stop" in asked.model_fields_set else "guidance.start"
@@ -255,9 +262,7 @@ def _diffusion(asked: Diffusion, canvas: int, guidance: Guidance, model: ModelIn
 def _sampling(
     request: GenerationRequest, canvas: int, guidance: GuidanceParams, prompts: int, settings: Settings
 ) -> SamplingParams:
-    n, best_of = request.n, request.best_of
-    if best_of is None:
-        best_of = n if guidance.method == "none" else max(n, DEFAULT_BEST_OF)
+    n, best_of = request.n, trajectories(request)
     if best_of < n:
         raise InvalidRequest(f"`best_of` is {best_of}, less than `n`, which is {n}", "best_of")
     if guidance.method == "none" and best_of != n:

@@ -59,9 +59,10 @@ HELP = {
 
 
 class Metrics:
-    """The metrics of one application. Attributes are prometheus-client objects; `render` is the scrape."""
+    """The metrics of one application. Attributes are prometheus-client objects; `render` is the scrape. Without
+    an engine they are of an application that passes requests on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         self.registry = CollectorRegistry()
         self._by_model: list[Counter | Gauge | Histogram] = []
 
@@ -102,7 +103,8 @@ class Metrics:
         self.batch_lines = made(Counter, "batch_lines", text, ("status",))
         build = made(Gauge, "build_info", "Which code runs: always 1", ("version", "commit"))
         build.labels(__version__, commit()).set(1)
-        self.registry.register(_WorkerCollector(engine))
+        if engine is not None:
+            self.registry.register(_WorkerCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
         """Count the final reward of one returned answer."""

@@ -95,8 +95,10 @@ class Observe:
             await error_response(failed)(scope, receive, with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            # A stream that failed or was left had begun with 200, and tells here how it ended.
-            self._metrics.http_requests.labels(route, str(told.get("error_status", status))).inc()
+            # A stream that failed or was left had begun with 200, and tells here how it ended. What another process
+            # answered is counted there.
+            if told.get("replica") is None:
+                self._metrics.http_requests.labels(route, str(told.get("error_status", status))).inc()
             access.log(
                 logging.DEBUG if local_path(scope) in QUIET_PATHS else logging.INFO,
                 "request",

@@ -228,6 +228,12 @@ def response(plan: Plan, results: Sequence[JobResult]) -> Data:
     return made | {"usage": told} | ours | report(plan, results)
 
 
+def failure(error: RequestError) -> Data:
+    """What the event of a failure tells, in the form of both of OpenAI's clients and of its document."""
+    told = envelope(error)["error"]
+    return {**told, "error": told}
+
+
 class Events(Chunks):
     """Turns events into OpenAI's events of a response, which have names and numbers. The last one ends the stream."""
 
@@ -249,9 +255,8 @@ class Events(Chunks):
         yield self._event("response.content_part.added", **self._part, part=_text(""))
 
     def failed(self, error: RequestError) -> Data:
-        """The event that tells of a failure, in the form of both of OpenAI's clients and of its document."""
-        told = envelope(error)["error"]
-        return self._event("error", **told | {"error": told})
+        """The event that tells of a failure."""
+        return self._event("error", **failure(error))
 
     def _finished(self, prompt: int, result: JobResult) -> Iterator[Data]:
         whole = response(self._plan, [result])

@@ -146,6 +146,11 @@ class Engine:
         return not self._draining and any(replica.ready for replica in self.replicas)
 
     @property
+    def given_up(self) -> bool:
+        """Whether no worker is there that anybody waits for: the last starts of all of them failed."""
+        return all(_given_up(replica) for replica in self.replicas)
+
+    @property
     def info(self) -> EngineInfo:
         """What the first worker that has been ready loaded. Raises NotReady before there is one."""
         for replica in self.replicas:
@@ -164,7 +169,7 @@ class Engine:
         none left takes none from another."""
         if self._draining:
             raise errors.Draining(SHUT_DOWN, retry_after=5.0)
-        if self._nobody_will_come() or not any(replica.info for replica in self.replicas):
+        if self.given_up or not any(replica.info for replica in self.replicas):
             wait = min(replica.backoff_seconds for replica in self.replicas)
             raise errors.NotReady("no worker is ready to take requests", retry_after=max(1.0, wait))
         taken = self._taken[priority]
@@ -284,12 +289,9 @@ class Engine:
             )
         for pending in convicted:
             self._drop(pending, errors.WorkerLost("the worker was lost twice while it ran nothing but this request"))
-        if self._nobody_will_come():
+        if self.given_up:
             self._fail_all(errors.Unavailable("the worker was lost and could not be restarted"))
         self._dispatch()
-
-    def _nobody_will_come(self) -> bool:
-        return all(_given_up(replica) for replica in self.replicas)
 
     def _answer(self, pending: Pending, answer: Answer) -> None:
         del self._pending[pending.id]

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 from tests.support.serving import ROOT
 
-LOCKS = [ROOT / f"requirements{name}.lock" for name in ("", "-otel", "-eval", "-dev")]
+LOCKS = [ROOT / f"requirements{name}.lock" for name in ("", "-otel", "-eval", "-ray", "-dev")]
 CLIENTS = sorted((ROOT / "tests/conformance").glob("*/requirements.txt"))
 FROM_TORCH = re.compile(r"nvidia-.*|cuda-.*|triton|pytorch-triton.*")
 
@@ -51,14 +51,16 @@ def test_locks_hold_no_host_and_not_the_package_that_would_shadow_our_kernels(pa
 
 
 def test_the_locks_agree_with_the_project_and_with_each_other() -> None:
-    runtime, tracing, evaluation, everything = (pins(path) for path in LOCKS)
+    runtime, tracing, evaluation, serve, everything = (pins(path) for path in LOCKS)
     assert runtime < tracing < everything
     assert runtime < evaluation
+    assert runtime < serve
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert {pin(Requirement(line)) for line in project["project"]["dependencies"]} <= runtime
     extras = project["project"]["optional-dependencies"]
     assert {pin(Requirement(line)) for line in extras["otel"]} <= tracing - runtime
     assert {pin(Requirement(line)) for line in extras["eval"]} <= evaluation - runtime
+    assert {pin(Requirement(line)) for line in extras["ray"] + extras["otel"]} <= serve - runtime
     assert {pin(Requirement(line)) for line in project["dependency-groups"]["dev"]} <= everything
 
 

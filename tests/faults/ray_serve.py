@@ -1,0 +1,217 @@
+"""`make ray-check`: the server on Ray Serve, in an environment of its own (requirements-ray.lock).
+
+Clients send the seeded catalogue of the other fault programs through Serve's proxy to two replicas, streams and clients
+that leave among it, while a replica is killed three times. Promised: every request gets one answer, to the token, or a
+503 that says why. Then, under load: a replica whose engine is dead is replaced; two replicas become one, two and one
+again, and all are replaced by a deployment, and no request notices. At the end the same requests go to a server without
+Ray, in turns, to say what Ray adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from tests.faults import harness
+from tests.faults.harness import Verdict, quantiles, seconds_until
+from tests.faults.load import CHAT, EXACT, Case, Load, catalogue, chat
+from tests.support.serving import ROOT, free_port
+
+SERVE = str(Path(sys.executable).with_name("serve"))
+KILLS = 3
+UNHARMED = {"right", "cancelled", "hurried"}
+NAMED = {"503 unavailable", "503 not_ready", "stream unavailable"}
+SETTINGS = {"device": "cpu", "dtype": "float64", "threads": 1, "spare_worker": False, "batch_trajectories": 16}
+DASHBOARD = re.compile(r"View the dashboard at .*?(http://[\w.]+:\d+)")
+
+
+class Cluster(harness.Server):
+    """`serve run` on this machine, and what is seen of its processes."""
+
+    @property
+    def serving(self) -> set[str]:
+        """The names of the replicas that have a ready worker, as /metrics has them."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == "entrgi:worker_ready"]
+        return {sample.labels["replica"] for sample in samples if sample.value}
+
+    @property
+    def in_flight(self) -> float:
+        """Prompts that replicas know of."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        gauges = ("entrgi:num_requests_running", "entrgi:num_requests_waiting")
+        return sum(sample.value for family in families for sample in family.samples if sample.name in gauges)
+
+    def below(self, top: int, words: str) -> list[int]:
+        """The processes below one of these words in their command lines."""
+        told = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [row.split(None, 2) for row in told.splitlines()]
+        parents = {pid: parent for pid, parent, _ in rows}
+
+        def is_below(pid: str) -> bool:
+            return pid == str(top) or (pid in parents and is_below(parents[pid]))
+
+        return [int(pid) for pid, _, line in rows if words in line and is_below(pid)]
+
+    @property
+    def replicas(self) -> list[int]:
+        """The replicas' processes."""
+        return self.below(self.process.pid, "ray::ServeReplica:entrgi:Model")
+
+    def deploy(self, path: Path, **changes: Any) -> None:
+        """Let Serve go over to a configuration."""
+        path.write_text(yaml.safe_dump(configuration(self.port, **changes)))
+        address = DASHBOARD.findall(self.log.read_text("utf-8"))[0]
+        subprocess.run([SERVE, "deploy", "-a", address, str(path)], check=True, env=environment(), cwd=ROOT)
+
+
+def environment() -> dict[str, str]:
+    """Of everything that belongs to the cluster."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
+    return {**ours, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def configuration(port: int, least: int = 2, most: int = 2, **settings: Any) -> dict[str, Any]:
+    """The example, with other numbers."""
+    config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text("utf-8"))
+    config["http_options"]["port"] = port
+    (app,) = config["applications"]
+    app["args"] = {**SETTINGS, **settings}
+    (model,) = app["deployments"]
+    model["autoscaling_config"] |= {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": 3}
+    model["autoscaling_config"] |= {"upscale_delay_s": 2, "downscale_delay_s": 6, "look_back_period_s": 4}
+    model["autoscaling_config"]["metrics_interval_s"] = 1
+    return config
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Serve with two replicas, ready; stopped at the end."""
+    port, log, path = free_port(), folder / "log", folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(configuration(port)))
+    with log.open("wb") as output:
+        command = [SERVE, "run", str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output, process_group=0)
+    server = Cluster(process, f"http://127.0.0.1:{port}", log)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+async def kills(server: Cluster, load: Load, verdict: Verdict, minutes: float, generator: random.Random) -> None:
+    """A replica dies three times under load."""
+    whole_after = []
+    async with load.running():
+        for _ in tqdm(range(KILLS), desc="kills"):
+            await asyncio.sleep(minutes * 60 / (KILLS + 1))
+            names = server.serving
+            os.kill(generator.choice(server.replicas), signal.SIGKILL)
+            whole_after.append(await seconds_until(lambda names=names: len(server.serving - names) == 1))
+        await asyncio.sleep(minutes * 60 / (KILLS + 1))
+    answered = sum(count for name, count in load.outcomes.items() if name in UNHARMED | {"wrong"} or " " in name)
+    bad = {name: count for name, count in load.outcomes.items() if name not in UNHARMED | NAMED}
+    verdict.promise("every request got exactly one answer", answered == load.sent, f"{load.sent}, {load.outcomes}")
+    verdict.promise("right to the token, or a named 503", not bad, bad or load.wrong[:3])
+    verdict.promise("two replicas again after each kill", max(whole_after) < math.inf, quantiles(whole_after, 50, 100))
+
+
+async def dead_engine(server: Cluster, verdict: Verdict) -> None:
+    """Every worker of one replica dies at once, again and again, until Serve replaces the replica."""
+    replica = server.replicas[0]
+
+    def replaced() -> bool:
+        for pid in server.below(replica, "server.worker.loop"):
+            os.kill(pid, signal.SIGKILL)
+        return replica not in server.replicas and len(server.serving) == 2
+
+    verdict.promise("a dead engine: another replica", await seconds_until(replaced) < math.inf, server.serving)
+
+
+async def unnoticed(server: Cluster, load: Load, verdict: Verdict, what: str, replicas: int, *, others: bool) -> None:
+    """Under load there will be so many replicas, perhaps all other ones, and nobody notices."""
+    before, names = load.outcomes, server.serving
+    async with load.running():
+        seconds = await seconds_until(lambda: len(now := server.serving) == replicas and not (others and now & names))
+        await asyncio.sleep(3)
+    outcomes = load.outcomes - before
+    seen = f"{seconds:.0f} s, {dict(outcomes)} {load.wrong[:2]}"
+    verdict.promise(f"{what}: nothing lost", seconds < math.inf and set(outcomes) <= UNHARMED, seen)
+
+
+async def added(server: Cluster, rounds: int, seconds: float) -> dict[str, Any]:
+    """The same requests to one replica and to a server without Ray, in turns: the medians of one request at a time, in
+    milliseconds, and of what Ray adds to it; requests a second of eight clients."""
+    with harness.served(*EXACT) as plain:
+        latencies: dict[str, list[float]] = {"plain": [], "ray": []}
+        rates: dict[str, list[float]] = {"plain": [], "ray": []}
+        sides = [("plain", plain), ("ray", server)]
+        for each in range(rounds):
+            for name, side in sides[:: 1 if each % 2 else -1]:
+                started = time.perf_counter()
+                side.post(CHAT, chat(each)).raise_for_status()
+                latencies[name].append(1000 * (time.perf_counter() - started))
+        for _ in range(3):
+            for name, side in sides:
+                load = Load(side, [Case(CHAT, chat(each)) for each in range(8)], clients=8)
+                async with load.running():
+                    await asyncio.sleep(seconds)
+                rates[name].append(load.outcomes["right"] / (load.requests[-1].ended - load.requests[0].began))
+    more = [ray - own for ray, own in zip(latencies["ray"], latencies["plain"], strict=True)]
+    return {
+        "one_at_a_time_ms": {name: quantiles(values, 50, 95) for name, values in latencies.items()},
+        "ray_adds_ms": round(statistics.median(more), 1),
+        "requests_per_second": {name: round(statistics.median(values), 2) for name, values in rates.items()},
+    }
+
+
+async def run(minutes: float, clients: int, seed: int) -> int:
+    """All of it."""
+    verdict = Verdict("ray_serve")
+    with tempfile.TemporaryDirectory() as name, cluster(Path(name)) as server:
+        path = Path(name) / "next.yaml"
+        await seconds_until(lambda: len(server.serving) == 2)
+        load = Load(server, catalogue(2, seed, fates=(1, 0, 0)), clients, seed)
+        await load.learn()
+        load.cases = [*load.cases, *catalogue(1, seed + 1, fates=(0, 1, 1))]  # of which nothing is known before
+        await kills(server, load, verdict, minutes, random.Random(seed))
+        verdict.figures["latency_seconds"] = quantiles(load.latencies, 50, 99)
+        await dead_engine(server, verdict)
+        server.deploy(path, max_queue=200)
+        await unnoticed(server, load, verdict, "all replicas and the ingress replaced", 2, others=True)
+        server.deploy(path, least=1, max_queue=200)
+        for number, expected in ((1, 1), (clients, 2), (1, 1)):
+            load.clients = number
+            await unnoticed(server, load, verdict, f"{number} clients: {expected} replicas", expected, others=False)
+        idle = await seconds_until(lambda: server.in_flight == 0, 60)
+        verdict.promise("idle when nobody asks", idle < math.inf, f"{idle:.1f} s")
+        verdict.figures |= await added(server, 40, 10.0)
+        verdict.figures["outcomes"] = dict(sorted(load.outcomes.items()))
+    return verdict.close()
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    arguments.add_argument("--minutes", type=float, default=10.0)
+    arguments.add_argument("--clients", type=int, default=12)
+    arguments.add_argument("--seed", type=int, default=0)
+    sys.exit(asyncio.run(run(**vars(arguments.parse_args()))))
