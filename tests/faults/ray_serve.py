@@ -86,7 +86,8 @@ class Cluster(harness.Server):
 def environment() -> dict[str, str]:
     """Of everything that belongs to the cluster."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("ENTRGI_")}
-    return {**ours, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    slow = {"RAY_raylet_start_wait_time_s": "240"}  # a busy machine takes longer than the 30 s of the default
+    return {**ours, **slow, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def configuration(port: int, least: int = 2, most: int = 2, **settings: Any) -> dict[str, Any]:
