@@ -36,6 +36,7 @@ from benchmarks.workload import run_to_end
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.models.registry import family_of
 from server.models.weights import stored_tensors
+from server.rewards.classifier import find_classifier
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.worker.runner import Runner
@@ -199,8 +200,7 @@ def measure(folder: Path, dtype: torch.dtype) -> None:
     stage("load_diffusion_model", started)
     started = time.perf_counter()
     reward = load_reward_model(
-        "rm",
-        str(folder / "rm"),
+        find_classifier("rm", folder / "rm"),
         diffusion_tokenizer=loaded.tokenizer,
         diffusion_vocab_size=loaded.model.vocab_size,
         dtype=dtype,

@@ -19,6 +19,7 @@ import torch
 
 from server.budget import Budget, steered_rows
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
+from server.rewards.classifier import find_classifier
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import DiffusionParams, GuidanceParams, Job, Message, SamplingParams, WeightedReward
 from server.worker.memory import FIXED_BYTES, Footprint, cached_share
@@ -164,8 +165,7 @@ def main() -> None:
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     loaded = load_diffusion_model(given.dlm, dtype=dtype, device=device)
     reward = load_reward_model(
-        "rm",
-        given.rm,
+        find_classifier("rm", given.rm),
         diffusion_tokenizer=loaded.tokenizer,
         diffusion_vocab_size=loaded.model.vocab_size,
         dtype=dtype,

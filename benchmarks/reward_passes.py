@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpoints import Shape, write_reward
+from server.rewards.classifier import find_classifier
 from server.rewards.graphs import GraphedPasses, differentiate
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.tokenizer import Tokenizer
@@ -40,8 +41,7 @@ def measure_passes(
     with tempfile.TemporaryDirectory() as folder:
         path = write_reward(Path(folder) / "rm", setup.reward, dtype=getattr(torch, setup.dtype))
         model = load_reward_model(
-            "rm",
-            path,
+            find_classifier("rm", path),
             diffusion_tokenizer=Tokenizer.load(path),
             diffusion_vocab_size=setup.reward.vocab_size,
             dtype=getattr(torch, setup.dtype),

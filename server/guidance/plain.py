@@ -32,23 +32,26 @@ from server.models.packing import PackedLayout, places
 from server.text.response import finish_text
 from server.text.template import conversation_ids, split_at_response
 from server.text.tokenizer import Tokenizer
-from server.types import Job, ModelInfo, Resampling
+from server.types import Job, ModelInfo, Resampling, RewardOutput
 
 
 @dataclass(frozen=True, slots=True)
 class PlainReward:
     """A transformers sequence classifier as transformers runs it; by diffusion id its embeddings, (V, D), and whether
-    the id reads as its padding token, (V,) bool (None: none does)."""
+    the id reads as its padding token, (V,) bool (None: none does). R is the `output` of its label number `label`."""
 
     model: Any
     tokenizer: Tokenizer
     table: Tensor
     padding: Tensor | None = None
+    label: int = 0
+    output: RewardOutput = "logit"
 
     def own(self, ids: Sequence[int]) -> Tensor:
         """Embeddings (n, D) of reward-vocabulary ids."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight[torch.tensor(ids, dtype=torch.long, device=weight.device)]
+        embed = self.model.get_input_embeddings()
+        embeds: Tensor = embed(torch.tensor(ids, dtype=torch.long, device=embed.weight.device))
+        return embeds
 
     def pads(self, ids: Sequence[int]) -> Tensor:
         """Which of reward-vocabulary ids are the padding token, (n,) bool."""
@@ -59,7 +62,7 @@ class PlainReward:
         """R of one sequence at the last visible position that does not hold padding, else at the first: embeds (S, D),
         visible and padding (S,) bool -> scalar. Without `padding` no position holds any."""
         positions = torch.arange(len(embeds), device=embeds.device)[None]
-        hidden = self.model.model(
+        hidden = self.model.base_model(
             inputs_embeds=embeds[None],
             attention_mask=visible[None].long(),
             position_ids=positions,
@@ -67,8 +70,8 @@ class PlainReward:
         ).last_hidden_state
         content = torch.nonzero(visible if padding is None else visible & ~padding)[:, 0]
         last = int(content[-1]) if len(content) else 0
-        result: Tensor = self.model.score(hidden[0, last])[0]
-        return result
+        logits: Tensor = self.model.score(hidden[0, last])
+        return (logits if self.output == "logit" else torch.log_softmax(logits, dim=-1))[self.label]
 
     def score(self, ids: Sequence[int]) -> float:
         """Final reward of a whole tokenised conversation."""

@@ -1,13 +1,13 @@
 """A published sequence classifier as transformers builds it: checked, frozen, and running on our attention.
 
-Only what R needs is accepted: one label, plain causal attention in every layer, weights in safetensors, and code that
-transformers itself has. Anything else is refused at start-up, by the name of the key, rather than read wrongly later.
+Only what R needs is accepted: plain causal attention in every layer, weights in safetensors, and code that transformers
+itself has. Anything else is refused at start-up, by the name of the key, rather than read wrongly later.
 An adapter (`models.lora`) is added to the weights of its base here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from server.errors import ConfigurationError, quote
 from server.models.layers import compute_dtype
 from server.models.lora import read_weights
-from server.models.weights import stored_tensors
 from server.rewards.attention import ATTENTION_NAME
+from server.rewards.classifier import HEAD, Classifier
 from server.text.tokenizer import Tokenizer
-
-HEAD = "score.weight"
-
-
-def check_config(config: Mapping[str, Any], *, headless: bool = False) -> None:
-    """Refuse a config.json that is no reward model's; `headless`: nor the base of one, whose head an adapter brings.
-    Raises ConfigurationError, which names the key."""
-    architectures = config.get("architectures") or []
-    if not headless and not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        raise ConfigurationError(f"architectures: {quote(architectures)} is no sequence classifier, so no reward model")
-    labels = config.get("id2label")
-    count = len(labels) if labels else config.get("num_labels")
-    if count not in (None, 1):
-        raise ConfigurationError(f"num_labels: a reward model has 1 label, this one {quote(count)}")
-    text = config.get("text_config") or config
-    pad, size = text.get("pad_token_id"), text.get("vocab_size")
-    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
-        raise ConfigurationError(f"pad_token_id: {pad} is outside the vocabulary, whose vocab_size is {size}")
 
 
 def check_tokens(tokenizer: Tokenizer, rows: int) -> None:
@@ -51,43 +33,69 @@ def check_tokens(tokenizer: Tokenizer, rows: int) -> None:
         )
 
 
-def load_network(folder: Path, *, dtype: torch.dtype, device: torch.device, adapter: Path | None = None) -> Any:
-    """The transformers module of a local checkpoint, frozen, in evaluation mode, in `dtype` on `device`, with an
-    adapter's folder merged into it.
-
-    Its score head is kept in float32 at least: in bfloat16 a reward of 5 would come in steps of 0.03. Raises
-    ConfigurationError.
-    """
-    head = stored_tensors(folder).get(HEAD)
-    if head is not None and head.shape[0] != 1:
-        raise ConfigurationError(f"num_labels: a reward model has 1 label, {HEAD} has {head.shape[0]} rows")
+def load_network(
+    found: Classifier, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+) -> tuple[Any, set[str]]:
+    """The transformers module of a local checkpoint, frozen, in evaluation mode, in `dtype` on `device`, and the names
+    of the weights that the checkpoint lacks. `attention` is an implementation of attention that replaces transformers'
+    choice. Raises ConfigurationError."""
+    folder = found.folder
+    trusted: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, num_labels=1)
+        config = AutoConfig.from_pretrained(folder, num_labels=found.labels, **trusted)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigurationError(f"config.json: {_first_line(error)}") from error
-    _check_attention(config)
+    if attention is not None:
+        _check_attention(config)
     try:
         network, report = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            trust_remote_code=False,
+            attn_implementation=attention,
             use_safetensors=True,
+            ignore_mismatched_sizes=found.adapter is not None,  # its head may be of another size
             output_loading_info=True,
+            **trusted,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(f"{folder.name}: the weights cannot be loaded: {_first_line(error)}") from error
+    network.eval().requires_grad_(False).to(device)
+    return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+
+
+def load_causal(found: Classifier, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A causal model on our attention, with an adapter's folder merged into it.
+
+    Its score head is kept in float32 at least: in bfloat16 a reward of 5 would come in steps of 0.03. Raises
+    ConfigurationError.
+    """
+    network, missing = load_network(found, dtype=dtype, device=device, attention=ATTENTION_NAME)
     if not network._supports_attention_backend or not isinstance(getattr(network, "score", None), torch.nn.Module):
         raise ConfigurationError(f"architectures: {type(network).__name__} cannot run with packed attention")
-    network.eval().requires_grad_(False).to(device)
     if dtype.itemsize < torch.float32.itemsize:
         network.score.to(torch.float32)
-    merged = () if adapter is None else _merge(network, adapter)
-    if missing := sorted(set(report["missing_keys"]).difference(merged)):  # transformers fills them with random numbers
-        raise ConfigurationError(f"{folder.name}: the checkpoint lacks {len(missing)} weights, first {missing[0]}")
+    check_complete(found, missing.difference(() if found.adapter is None else _merge(network, found.adapter)))
     return network
+
+
+def check_complete(found: Classifier, missing: Collection[str]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers fills them with random numbers."""
+    if missing:
+        raise ConfigurationError(
+            f"{found.folder.name}: the checkpoint lacks {len(missing)} weights, first {min(missing)}"
+        )
+
+
+def learned_positions(network: Any) -> int | None:
+    """How many tokens a module can read, which has a learned embedding for each position; None where rotations or
+    distances stand for positions, since these have no end."""
+    declared, tokens = network.config.get_text_config().max_position_embeddings, network.get_input_embeddings()
+    tables = [each for each in network.modules() if isinstance(each, nn.Embedding) and each is not tokens]
+    tables = [each for each in tables if len(each.weight) >= declared]
+    # RoBERTa counts positions from the one after its padding's on.
+    unused = max((-1 if each.padding_idx is None else each.padding_idx for each in tables), default=-1)
+    return declared - unused - 1 if tables else None
 
 
 def _merge(network: Any, adapter: Path) -> tuple[str, ...]:

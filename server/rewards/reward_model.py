@@ -1,6 +1,7 @@
-"""A reward model R: a published sequence classifier with one label, with attention of our own.
+"""A reward model R: a published sequence classifier of causal attention, with attention of our own.
 
-R reads tokens or embeddings and gives one number. It is read at the last token that is not padding (the
+R reads tokens or embeddings and gives one number: the one logit of its head, or of a classifier with several labels
+what `labels.Reading` makes of them. It is read at the last token that is not padding (the
 configuration's `pad_token_id`), as transformers reads it; without a `pad_token_id`, at the last. Guidance needs dR/de
 for many short, ragged responses whose conversations never change while they are generated; so rows are packed, not
 padded, and each conversation is run once (`prefill`) and reused by all rows that continue it, exactly.
@@ -11,8 +12,6 @@ Weights are frozen: the only gradient that ever flows is the one to the embeddin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +21,11 @@ from kernels import varlen
 from kernels.linear import activation_dtype, linear
 from kernels.transfer import upload
 from server.errors import ConfigurationError
-from server.hub import read_json, resolve_checkpoint
-from server.models.lora import base_of, read_config, saved_modules
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, grown
-from server.rewards.network import check_config, check_tokens, load_network
+from server.rewards.classifier import Classifier, blaming
+from server.rewards.labels import ONE_LABEL, Reading
+from server.rewards.network import check_tokens, learned_positions, load_causal
+from server.rewards.text_reward import check_length
 from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, map_vocabulary
 from server.text.template import conversation_ids
@@ -58,8 +58,10 @@ class RewardModel:
         ids_by_string: Sequence[int],
         info: RewardModelInfo,
         table_device: torch.device | None = None,
+        reading: Reading = ONE_LABEL,
     ) -> None:
         self.name = name
+        self.reading = reading
         self.tokenizer = tokenizer
         self.info = info
         self._network = network
@@ -73,6 +75,7 @@ class RewardModel:
         self.activation_dtype = activation_dtype(own, self.device) if self.written_out else own
         self.attention_backend = varlen.choose("auto", self.device, self.activation_dtype, self.shape.head_size)
         self.graphed_passes: GraphedPasses | None = None
+        self._longest = None if self.written_out else learned_positions(network)
         pad = network.config.get_text_config().pad_token_id
         self.pad_token_id: int | None = pad if pad is not None and pad >= 0 else None
         ids = torch.tensor(ids_by_string)
@@ -158,14 +161,13 @@ class RewardModel:
             return rewards.detach().to(embeds.device), lambda: torch.autograd.grad(total, [x])[0].to(embeds)
         last, back = found
         head = self._network.score  # linear, as all are whose blocks our layers run
-        rewards = linear(last.to(self._reward_dtype), head.weight, head.bias)[:, 0]
-        g = head.weight.to(last.dtype).expand_as(last).contiguous()
-        return rewards.to(embeds.device), lambda: back(g).to(embeds)
+        logits = linear(last.to(self._reward_dtype), head.weight, head.bias)
+        g = self.reading.gradient(logits, head.weight).to(last.dtype).contiguous()
+        return self.reading.of(logits).to(embeds.device), lambda: back(g).to(embeds)
 
     def _rewards(self, layout: PackedLayout, x: Tensor) -> Tensor:
         last = self._trunk.last_states(layout, x, self.attention_backend)
-        rewards: Tensor = self._network.score(last.to(self._reward_dtype))
-        return rewards[:, 0]
+        return self.reading.of(self._network.score(last.to(self._reward_dtype)))
 
     def sequence(self, conversation: Sequence[Message], response: str) -> list[int]:
         """Ids of the whole conversation, in the chat template, with `response` as its last turn."""
@@ -176,7 +178,9 @@ class RewardModel:
 
         Sequences of similar length are run together, at most `SCORE_TOKENS` tokens at a time. Padding at a sequence's
         end is cut: R is read before it. Of nothing but padding the first token is read, as transformers has it.
+        InvalidRequest for one that is too long, which only models with learned positions have.
         """
+        check_length(sequences, self._longest, self.name)
         if self.pad_token_id is not None:
             sequences = [ids[: max(1, self.content(ids))] for ids in sequences]
         rewards = torch.zeros(len(sequences), dtype=self._reward_dtype, device=self.device)
@@ -217,8 +221,7 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def load_reward_model(
-    name: str,
-    path_or_id: str | Path,
+    found: Classifier,
     *,
     diffusion_tokenizer: Tokenizer,
     diffusion_vocab_size: int,
@@ -227,35 +230,33 @@ def load_reward_model(
     vocab_fallback: VocabFallback = "unk",
     table_device: torch.device | None = None,
 ) -> RewardModel:
-    """Load a reward model (a folder, `owner/name` or `owner/name@revision`) and map its vocabulary. The folder of an
-    adapter names its base, and may bring a head and a tokenizer.
+    """Load a causal classifier and map its vocabulary. An adapter may bring a tokenizer.
 
     `diffusion_vocab_size` is V, the width of the diffusion model's logits; `table_device` is where those are, when not
     on `device`. Raises ConfigurationError, whose message names the reward model and the key, file, token or setting
     that is wrong.
     """
-    try:
-        base, adapter = base_of(path_or_id)
-        check = partial(check_config, headless=adapter is not None and "score" in saved_modules(read_config(adapter)))
-        folder = resolve_checkpoint(base, check_config=check)
-        check(read_json(folder / "config.json"))
+    with blaming(found.name):
+        if found.input is not None:
+            raise ConfigurationError("an encoder has no gradient here")
+        folder, adapter = found.folder, found.adapter
         brought = adapter is not None and (adapter / "tokenizer.json").is_file()
-        tokenizer = Tokenizer.load(adapter if adapter and brought else folder, f"reward model {name}")
+        tokenizer = Tokenizer.load(adapter if adapter and brought else folder, f"reward model {found.name}")
         if not tokenizer.has_chat_template:
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
-        ids, coverage = map_vocabulary(name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
-        network = load_network(folder, dtype=dtype, device=device, adapter=adapter)
+        ids, coverage = map_vocabulary(found.name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
+        network = load_causal(found, dtype=dtype, device=device)
         check_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
-    except ConfigurationError as error:
-        raise ConfigurationError(f"reward model {name}: {error}") from error
     config = network.config.get_text_config()
     info = RewardModelInfo(
-        id=name,
+        id=found.name,
         family=config.model_type,
         context_length=config.max_position_embeddings,
         vocab_coverage=coverage,
         vocab_fallback=vocab_fallback,
         dtype=str(dtype).removeprefix("torch."),
         parameters=sum(weight.numel() for weight in network.parameters()),
+        label=found.reading.label,
+        output=found.reading.output,
     )
-    return RewardModel(name, network, tokenizer, ids, info, table_device)
+    return RewardModel(found.name, network, tokenizer, ids, info, table_device, found.reading)

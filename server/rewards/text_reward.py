@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from server.errors import InvalidRequest
 from server.types import Message, RewardModelInfo
 
 
@@ -22,3 +23,11 @@ class TextReward(Protocol):
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Rewards (B,) of token sequences, in order; no gradient."""
+
+
+def check_length(sequences: Sequence[Sequence[int]], limit: int | None, name: str) -> None:
+    """Refuse a text of more tokens than a reward can read: InvalidRequest, which names the reward and the limit."""
+    longest = max(map(len, sequences), default=0)
+    if limit is not None and longest > limit:
+        message = f"the response with what it answers takes {longest} tokens; reward model {name} reads {limit} at most"
+        raise InvalidRequest(message, "max_tokens")

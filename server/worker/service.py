@@ -28,6 +28,7 @@ from server.models.graphs import GraphedTrunk
 from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_diffusion_model
 from server.models.lora import adapter_bytes, load_adapter
 from server.models.weights import checkpoint_dtype
+from server.rewards.classifier import find_classifier
 from server.rewards.graphs import GraphedPasses, graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.types import (
@@ -167,8 +168,7 @@ def load(config: WorkerConfig) -> LoadedService:
     ways.append(attention_way(model.info.id, decoder.attention_backend, *of))
     reward_models = {
         source.name: load_reward_model(
-            source.name,
-            source.path,
+            find_classifier(source.name, source.path, source.label, source.output, source.input),
             diffusion_tokenizer=model.tokenizer,
             diffusion_vocab_size=model.model.vocab_size,
             dtype=dtype,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
 from server.types import Message
 from tests.support.models import GOLDEN, load_reward, reward, score_text
-from tests.support.rewards import FAMILIES, edit_json, load_stock, write_reward_model
+from tests.support.rewards import edit_json, exact_norms, load_stock, write_reward_model
 
 
-@pytest.fixture(scope="session", params=["qwen3", *FAMILIES])
+@pytest.fixture(scope="session", params=["qwen3", "llama", "qwen2", "gemma", "mistral"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "qwen3":
         return GOLDEN / "dream-tiny/rm"
@@ -34,20 +33,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> RewardModel:
     return load_reward("dream", dtype, folder=folder, **options)
-
-
-def exact_norms(network: Any) -> None:
-    """transformers' RMSNorms round to float32 inside even a float64 model; let them compute in float64."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-        weight = 1.0 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
-        return weight * (x * scale)
-
-    for norm in network.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-            norm.forward = types.MethodType(forward, norm)
 
 
 @pytest.fixture(scope="session", params=["sdpa", "reference"])
@@ -257,7 +242,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "key"),
     [
-        ("llama", {"num_labels": 3}, "num_labels"),
+        ("llama", {"num_labels": 3}, "label: name one of its 3 labels"),
         ("mistral", {"sliding_window": 8}, "sliding_window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "layer_types"),
     ],
@@ -318,5 +303,7 @@ def test_the_heads_shape_tells_the_number_of_labels(broken: Path) -> None:
     assert torch.equal(load(broken).score(sequences), reward().score(sequences))
     tensors = load_file(broken / "model.safetensors")
     save_file(tensors | {"score.weight": tensors["score.weight"].repeat(3, 1)}, broken / "model.safetensors")
-    with pytest.raises(ConfigurationError, match=r"reward model rm: num_labels: .*score\.weight has 3 rows"):
+    with pytest.raises(ConfigurationError, match=r"reward model rm: label: .* 3 labels: 0 \('LABEL_0'\), 1 \("):
         load(broken)
+    named = load(broken, label="LABEL_2").score(sequences)
+    torch.testing.assert_close(named, reward().score(sequences), rtol=0, atol=1e-12)

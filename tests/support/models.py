@@ -20,10 +20,11 @@ from server.guidance.plain import PlainLoop, PlainReward
 from server.models import registry
 from server.models.loading import LoadedDiffusionModel, load_diffusion_model
 from server.models.packing import Prefix
+from server.rewards.classifier import find_classifier
 from server.rewards.reward_model import RewardModel, load_reward_model
 from server.text.template import conversation_ids
 from server.text.tokenizer import Tokenizer
-from server.types import Message
+from server.types import Message, RewardOutput
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FAMILIES = tuple(each.family for each in registry.FAMILIES if (GOLDEN / f"{each.family}-tiny/units.json").is_file())
@@ -59,15 +60,17 @@ def load_reward(
     beside: str = "",
     folder: Path | None = None,
     attention: str = "",
+    label: int | str | None = None,
+    output: RewardOutput = "logit",
     **options: Any,
 ) -> RewardModel:
     """A reward model of its own, on the CPU: a family's golden one, or the one in `folder`. `beside` is the family of
     the diffusion model whose vocabulary it reads (the same family by default); `attention` replaces the implementation
-    of attention that the loader chose; other options are the loader's."""
+    of attention that the loader chose; `label` and `output` are a source's in the settings; other options are the
+    loader's."""
     read = tokenizer(beside or family)
     model = load_reward_model(
-        name,
-        folder or GOLDEN / f"{family}-tiny" / "rm",
+        find_classifier(name, folder or GOLDEN / f"{family}-tiny" / "rm", label, output),
         diffusion_tokenizer=read,
         diffusion_vocab_size=diffusion(beside or family).model.vocab_size,
         dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GemmaConfig,
     GemmaForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
@@ -50,6 +53,7 @@ FAMILIES: dict[str, Any] = {
     "llama": (LlamaConfig, LlamaForSequenceClassification),
     "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
     "gemma": (GemmaConfig, GemmaForSequenceClassification),
+    "gpt2": (GPT2Config, GPT2ForSequenceClassification),
     "mistral": (MistralConfig, MistralForSequenceClassification),  # without its window
 }
 
@@ -78,6 +82,20 @@ def load_stock(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     """As transformers has it."""
     stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return stock.eval().requires_grad_(False)
+
+
+def exact_norms(network: Any) -> None:
+    """transformers' RMSNorms round to float32 inside even a float64 model; let them compute in float64."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        epsilon = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        weight = 1.0 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
+        return weight * (x * scale)
+
+    for norm in network.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = types.MethodType(forward, norm)
 
 
 def contexts(model: RewardModel, count: int, *, cached: bool = True) -> list[RewardContext]:

@@ -15,6 +15,7 @@ from demo.tokenizer import chat_text
 from demo.train import learn_tokenizers
 from demo.train_dlm import VALIDATION_SEED, masked_loss
 from server.models.loading import load_diffusion_model
+from server.rewards.classifier import find_classifier
 from server.rewards.reward_model import load_reward_model
 from server.types import Message
 from tests.support.models import score_text
@@ -34,7 +35,8 @@ def loaded():
 @pytest.fixture(scope="module")
 def rewards(loaded):
     beside = {"diffusion_tokenizer": loaded.tokenizer, "diffusion_vocab_size": loaded.info.vocab_size}
-    return {name: load_reward_model(name, path, **beside, **HOW) for name, path in bundled_reward_models().items()}
+    found = [find_classifier(name, path) for name, path in bundled_reward_models().items()]
+    return {each.name: load_reward_model(each, **beside, **HOW) for each in found}
 
 
 @pytest.fixture(scope="module")
