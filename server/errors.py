@@ -16,6 +16,7 @@ _TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "service_unavailable_error",
 }
 BY_KIND: dict[str, type[RequestError]] = {}
@@ -155,6 +156,10 @@ class AnswerTooLarge(EngineFailed, code="answer_too_large"):
     retryable = False
 
 
+class ScorerFailed(RequestError, status=502, code="scorer_failed"):
+    """An outside scorer that the request needs did not answer, or not as it should; the message names it."""
+
+
 class WorkerLost(RequestError, status=503, code="worker_lost"):
     """Two workers died that ran nothing but this request; it would most likely end the next one, too."""
 
@@ -173,6 +178,12 @@ class NotReady(Unavailable, code="not_ready"):
 
 class Draining(Unavailable, code="draining"):
     """Shutting down: requests in flight finish, new ones are refused."""
+
+
+class ScorerUnavailable(Unavailable, code="scorer_unavailable"):
+    """An outside scorer that the request needs has failed so often that it is left alone for a while."""
+
+    retry_after = 10.0
 
 
 class AdapterGone(Unavailable, code="adapter_gone"):

@@ -229,8 +229,8 @@ def _checked(key: str, value: object) -> object:
         raise ValueError(f"{error}; the setting is: {expected}") from None
     if key == "lora":
         named_models(made)
-    if key == "reward_model":
-        _check_names(source.name for source in made)
+    if key in ("reward_model", "scorers"):
+        _check_names(each.name for each in made)
     for each in made if key == "api_key" else ():
         _check_key(each)
     return made
@@ -340,7 +340,7 @@ def _check_names(names: Iterable[str]) -> None:
     seen = set[str]()
     for name in names:
         if name in seen:
-            raise ValueError(f"two models are named {name}; give them names, as in NAME=PATH_OR_ID")
+            raise ValueError(f"two of them are named {name}; give them names, as in NAME=PATH_OR_ID")
         seen.add(name)
 
 

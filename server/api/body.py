@@ -27,7 +27,7 @@ Handler = Callable[[Frontend, Model], Coroutine[None, None, Response | Answer]]
 
 SMALL_BYTES = 32_768  # what is larger would hold up the event loop
 MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
-STATUSES = (400, 404, 408, 413, 415, 429, 503)
+STATUSES = (400, 404, 408, 413, 415, 429, 502, 503)
 
 
 def posts(

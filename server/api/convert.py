@@ -150,7 +150,7 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
             raise InvalidRequest(f"`max_tokens` and `{request.canvas}` disagree", "max_tokens")
     else:
         contexts = [_completion_context(request, prompt, info.model, tokenizer) for prompt in request.prompt]
-    guidance = _guidance(request.guidance, info)
+    guidance = _guidance(request.guidance, info, settings)
     canvas = max_tokens or info.model.default_max_tokens
     for context in contexts:
         given = len(context.prompt_ids) + len(context.suffix_ids)
@@ -207,7 +207,7 @@ def trajectories(asked: GenerationRequest) -> int:
     return asked.n if asked.guidance.method == "none" else max(asked.n, DEFAULT_BEST_OF)
 
 
-def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
+def _guidance(asked: Guidance, info: EngineInfo, settings: Settings) -> GuidanceParams:
     if asked.start >= asked.stop:
         field = "guidance.stop" if "stop" in asked.model_fields_set else "guidance.start"
         raise InvalidRequest("`guidance.start` must be less than `guidance.stop`", field)
@@ -216,7 +216,7 @@ def _guidance(asked: Guidance, info: EngineInfo) -> GuidanceParams:
     for index, name in enumerate(names):
         if name in names[:index]:
             raise InvalidRequest(f"reward model {name} is named twice", f"guidance.reward_models.{index}.model")
-    gradient, steers = rewarders(info), METHODS[asked.method].weight is not None
+    gradient, steers = rewarders(info, settings), METHODS[asked.method].weight is not None
     rewarded = asked.method != "none" if asked.resample is None else asked.resample.by == "reward"
     if asked.reward_model is not None:
         terms = (WeightedReward(asked.reward_model),)

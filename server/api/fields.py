@@ -164,9 +164,11 @@ class GenerationRequest(Strict):
     diffusion: Diffusion = Field(default_factory=lambda: Diffusion.model_validate({}))
     """How the canvas is filled: an object"""
 
+    metadata: dict[str, Any] | None = None
+    """What outside scorers are given beside the conversation; without one it has no effect"""
+
     # Accepted without effect.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
     store: bool = False
     # Accepted with the values that ask for nothing.
     frequency_penalty: Zero = 0
@@ -269,11 +271,13 @@ class ScoreRequest(Strict):
     documents; otherwise there are as many of the one as of the other."""
 
     model: ScoringModel | None = None
-    """The reward model; left out: the first loaded"""
+    """The reward model or scorer; left out: the first"""
     queries: Queries
     """One for all documents, or as many as documents"""
     documents: Responses
     """The responses whose rewards are wanted"""
+    metadata: dict[str, Any] | None = None
+    """What an outside scorer is given beside each pair; with a reward model it has no effect"""
     user: str | None = None
 
 
@@ -281,7 +285,7 @@ class RerankRequest(Strict):
     """`POST /v1/rerank`, `/v2/rerank` and `/rerank`: documents as responses to one query, best first."""
 
     model: ScoringModel | None = None
-    """The reward model; left out: the first loaded"""
+    """The reward model or scorer; left out: the first"""
     query: Query
     """What the documents respond to"""
     documents: Documents
@@ -290,6 +294,8 @@ class RerankRequest(Strict):
     """How many come back; 0 or null: all"""
     return_documents: bool = True
     """Whether results hold their documents"""
+    metadata: dict[str, Any] | None = None
+    """What an outside scorer is given beside each pair; with a reward model it has no effect"""
     user: str | None = None
     rank_fields: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     priority: ZeroInt = 0

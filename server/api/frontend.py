@@ -19,6 +19,7 @@ from server.api.shares import Shares
 from server.errors import ConfigurationError, InvalidRequest, NotReady, QueueFull
 from server.front.engine import Engine, JobStream
 from server.log import request_id
+from server.scorers.calls import Metadata
 from server.settings import Settings
 from server.text.tokenizer import Tokenizer
 from server.types import Job
@@ -53,11 +54,13 @@ class Frontend:
             return None
 
     def check_names(self) -> None:
-        """Raises ConfigurationError where two models have one name."""
-        served = Served.of(self.engine.info, self.settings, self.engine.adapters.names)
-        for name, count in Counter((*served.models, *served.reward_models)).items():
-            if count > 1 and name in served.adapters:
-                raise ConfigurationError(f"lora: another model is named {name}")
+        """Raises ConfigurationError where two models, or a model and a scorer, have one name."""
+        info, adapters, scorers = self.engine.info, self.engine.adapters.names, self.engine.scorers
+        models = Served.of(info, self.settings, adapters).models
+        for name, count in Counter((*models, *(reward.id for reward in info.reward_models), *scorers)).items():
+            for setting, names in (("lora", adapters), ("scorers", scorers)):
+                if count > 1 and name in names:
+                    raise ConfigurationError(f"{setting}: another model is named {name}")
 
     async def tokenizer(self) -> Tokenizer:
         """The diffusion model's tokenizer, loaded at first use. Raises NotReady."""
@@ -82,15 +85,17 @@ class Frontend:
         requests to which a client gave the same."""
         return f"{request_id.get()}-{secrets.token_hex(4)}"
 
-    def submit(self, jobs: tuple[Job, ...], model: str) -> list[JobStream]:
-        """All jobs of a request to a model, or none; here the version of an adapter is fixed. Raises Draining,
-        NotReady, QueueFull, InvalidRequest, and UnknownModel for an adapter that has just been unloaded."""
+    def submit(self, jobs: tuple[Job, ...], model: str, metadata: Metadata) -> list[JobStream]:
+        """All jobs of a request to a model, or none; here the version of an adapter is fixed. Outside scorers see the
+        metadata. Raises Draining, NotReady, QueueFull, InvalidRequest, and UnknownModel for an adapter that has just
+        been unloaded."""
         places = self.engine.config.max_queue
         if len(jobs) > places:  # waiting would not help
             raise InvalidRequest(f"`prompt` holds {len(jobs)} prompts; the server takes {places} at once", "prompt")
         self.engine.check_room(len(jobs), self.priority)
         adapter = None if model == self.engine.info.model.id else self.engine.adapters.version(model)
-        return [self.engine.submit(replace(job, adapter=adapter, priority=self.priority)) for job in jobs]
+        made = [replace(job, adapter=adapter, priority=self.priority) for job in jobs]
+        return [self.engine.submit(job, metadata) for job in made]
 
     def close(self) -> None:
         """No more text work."""

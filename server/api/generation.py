@@ -34,7 +34,7 @@ async def events(frontend: Frontend, plan: Plan) -> AsyncGenerator[tuple[int, Ev
     if trace.get_current_span().is_recording():
         plan = replace(plan, jobs=tuple(replace(job, timed=True) for job in plan.jobs))
     with frontend.shares.taken(best_of * len(plan.jobs)):
-        streams = frontend.submit(plan.jobs, plan.model)
+        streams = frontend.submit(plan.jobs, plan.model, plan.asked.metadata)
         merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(MERGED_EVENTS)
         records = [_Record(frontend, plan, job, stream) for job, stream in zip(plan.jobs, streams, strict=True)]
         pumps = [

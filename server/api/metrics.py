@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -20,6 +20,7 @@ from server.api.build import commit
 from server.errors import BY_KIND, RequestError
 from server.front.engine import Engine
 from server.methods import METHODS
+from server.scorers.calls import Reason
 from server.wire.stats import Distribution, resident_bytes
 
 PREFIX = "entrgi:"
@@ -105,6 +106,7 @@ class Metrics:
         build.labels(__version__, commit()).set(1)
         if engine is not None:
             self.registry.register(_WorkerCollector(engine))
+            self.registry.register(_ScorerCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
         """Count the final reward of one returned answer."""
@@ -189,6 +191,37 @@ class _WorkerCollector(Collector):
             for way in dict.fromkeys(way for info in infos for way in info.ways):
                 execution.add_metric([way.part, way.model, way.how, way.why], 1.0)
             yield execution
+
+
+class _ScorerCollector(Collector):
+    """What was asked of outside scorers, read when scraped."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a number, with a value for each scorer."""
+        text = "Prompts whose outside scores are waited for"
+        yield GaugeMetricFamily(PREFIX + "num_requests_parked", text, value=self._engine.parked)
+        by = ["scorer"]
+        counters = {
+            "requests": CounterMetricFamily(PREFIX + "scorer_requests", "Requests to outside scorers", labels=by),
+            "texts": CounterMetricFamily(PREFIX + "scorer_texts", "Texts in these requests", labels=by),
+            "retries": CounterMetricFamily(PREFIX + "scorer_retries", "Calls of scorers made again", labels=by),
+        }
+        text = "Requests to outside scorers that failed; open: refused, since too many had"
+        failures = CounterMetricFamily(PREFIX + "scorer_failures", text, labels=[*by, "reason"])
+        seconds = HistogramMetricFamily(PREFIX + "scorer_seconds", "Answered calls of outside scorers", labels=by)
+        text = "1 while a scorer is left alone because it failed, else 0"
+        breakers = GaugeMetricFamily(PREFIX + "scorer_breaker_open", text, labels=by)
+        for name, scorer in self._engine.scorers.items():
+            for what, family in counters.items():
+                family.add_metric([name], getattr(scorer.stats, what))
+            for reason in (*get_args(Reason), "open"):
+                failures.add_metric([name, reason], scorer.stats.failures[reason])
+            seconds.add_metric([name], _cumulative(scorer.stats.seconds), sum_value=scorer.stats.seconds.total)
+            breakers.add_metric([name], float(scorer.breaker.open))
+        yield from (*counters.values(), failures, seconds, breakers)
 
 
 def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:

@@ -28,6 +28,7 @@ STATUSES = {
     429: "The queue is full; see Retry-After",
     431: "The header is too large",
     500: "The server's own fault",
+    502: "An outside scorer failed; the message names it",
     503: "Not ready, shutting down, or too many connections; see Retry-After",
 }
 Document = dict[str, Any]

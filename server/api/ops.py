@@ -68,17 +68,17 @@ class Model(Answer):
     """The model's own id, whichever of its names `id` is"""
     parent: str | None = None
     """An adapter's base; null for all other models"""
-    type: Literal["diffusion", "reward"]
-    """What the model does"""
+    type: Literal["diffusion", "reward", "scorer"]
+    """What the model does: a scorer rewards texts, and has no gradient that could guide"""
     family: str
-    """The architecture"""
-    context_length: int
-    """Tokens that it reads at most"""
-    max_model_len: int
+    """The architecture; of an outside scorer what answers for it"""
+    context_length: int | None = None
+    """Tokens that it reads at most; like all sizes not known of an outside scorer"""
+    max_model_len: int | None = None
     """The same, under vLLM's name"""
-    dtype: str
+    dtype: str | None = None
     """The weights' type"""
-    parameters: int
+    parameters: int | None = None
     """Weights, embeddings included; adapters are not counted"""
     vocab_size: int | None = None
     """Tokens of its vocabulary"""
@@ -105,7 +105,7 @@ class Model(Answer):
 
 
 class ModelList(Answer):
-    """Diffusion models and their adapters first, then reward models."""
+    """Diffusion models and their adapters first, then reward models, then outside scorers."""
 
     object: Literal["list"]
     data: list[Model]
@@ -175,7 +175,7 @@ async def model(request: Request, model_id: str) -> Response:
 
 
 async def models_of(frontend: Frontend) -> list[Model]:
-    """The diffusion model under each of its names, its adapters, then the reward models."""
+    """The diffusion model under each of its names, its adapters, then the reward models, then outside scorers."""
     engine, settings = frontend.engine.info, frontend.settings
     served = Served.of(engine, settings, frontend.engine.adapters.names)
 
@@ -199,10 +199,16 @@ async def models_of(frontend: Frontend) -> list[Model]:
             "reward_tokens": engine.largest.reward_tokens,
         },
     )
-    rewards = [Model(**described(reward), type="reward") for reward in engine.reward_models]
+    rewards = [
+        Model(**described(reward), type="reward" if reward.gradient else "scorer") for reward in engine.reward_models
+    ]
+    scorers = [
+        Model(id=each.name, created=frontend.created, root=each.name, type="scorer", family=each.kind)
+        for each in settings.scorers
+    ]
     under = {name: {"id": name} for name in served.models}
     under |= {name: {"id": name, "root": name, "parent": engine.model.id} for name in served.adapters}
-    return [*(model.model_copy(update=update) for update in under.values()), *rewards]
+    return [*(model.model_copy(update=update) for update in under.values()), *rewards, *scorers]
 
 
 def _defaults(engine: EngineInfo, served: Served, timeout: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scores and rankings by a reward model alone, and the tokenizer's routes."""
+"""Scores and rankings by a reward model or a scorer alone, and the tokenizer's routes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from server.api.body import posts
 from server.api.convert import messages, templated
 from server.api.fields import DetokenizeRequest, RerankRequest, ScoreRequest, Templated, TokenizeRequest
 from server.api.frontend import Frontend
+from server.api.rules import rewarders
 from server.errors import InvalidRequest
 from server.log import note
 from server.text.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ router = APIRouter()
 
 
 class ReadUsage(Answer):
-    """Tokens that the reward model read: each conversation with its response, in its chat template."""
+    """Tokens that the reward model read: each conversation with its response, in its chat template. What outside
+    scorers read is not known, and counts as 0."""
 
     prompt_tokens: int
     """Tokens that were read"""
@@ -108,7 +110,7 @@ async def score(frontend: Frontend, asked: ScoreRequest) -> ScoreResponse:
             "the one as of the other",
             "documents",
         )
-    name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
+    name, rewards, usage = await _rewards(frontend, asked, queries)
     return ScoreResponse(
         id=f"score-{frontend.answer_id()}",
         object="list",
@@ -135,7 +137,7 @@ async def _rerank(
     frontend: Frontend, asked: RerankRequest, shown: Callable[[str], dict[Literal["text"], str] | str]
 ) -> RerankResponse:
     queries = [messages(asked.query)] * len(asked.documents)
-    name, rewards, usage = await _rewards(frontend, asked.model, queries, asked.documents)
+    name, rewards, usage = await _rewards(frontend, asked, queries)
     best = sorted(range(len(rewards)), key=lambda index: (-rewards[index], index))[: asked.top_n or None]
     results = [RankedDocument(index=index, relevance_score=rewards[index]) for index in best]
     for result in results if asked.return_documents else ():
@@ -182,13 +184,13 @@ async def detokenize(frontend: Frontend, asked: DetokenizeRequest) -> Detokenize
 
 
 async def _rewards(
-    frontend: Frontend, model: str | None, queries: Sequence[tuple[Message, ...]], documents: Sequence[str]
+    frontend: Frontend, asked: ScoreRequest | RerankRequest, queries: Sequence[tuple[Message, ...]]
 ) -> tuple[str, list[float], ReadUsage]:
-    """The reward model (the named one, else the first loaded), its reward of each pair, and the tokens it read."""
-    if model is None and not frontend.engine.info.reward_models:
+    """The reward model or scorer (the named one, else the first), its reward of each pair, and the tokens it read."""
+    name = asked.model or next(iter(rewarders(frontend.engine.info, frontend.settings)), None)
+    if name is None:
         raise InvalidRequest("no reward model is loaded", "model")
-    name = model or frontend.engine.info.reward_models[0].id
-    pairs = list(zip(queries, documents, strict=True))
+    pairs = list(zip(queries, asked.documents, strict=True))
     characters = sum(len(text) + sum(len(turn.content) for turn in query) for query, text in pairs)
     most = 2 * frontend.settings.max_body_bytes  # one query goes with each document: the body's size is no bound
     if characters > most:
@@ -198,6 +200,6 @@ async def _rewards(
     deadline = None if timeout is None else time.time() + timeout
     note(model=name)
     with frontend.shares.taken():
-        scored = await frontend.engine.score(name, pairs, deadline=deadline)
+        scored = await frontend.engine.score(name, pairs, deadline=deadline, metadata=asked.metadata)
     note(tokens=scored.tokens)
     return name, scored.scores, ReadUsage(prompt_tokens=scored.tokens, total_tokens=scored.tokens)

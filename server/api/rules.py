@@ -46,7 +46,7 @@ class Served:
     @classmethod
     def of(cls, info: EngineInfo, settings: Settings, adapters: tuple[str, ...]) -> Served:
         """Of one server, with what is loaded now. The adapters are among the models."""
-        rewards = rewarders(info)
+        rewards = rewarders(info, settings)
         return cls(
             models=(info.model.id, *settings.served_model_name[1:], *adapters),
             adapters=adapters,
@@ -62,9 +62,10 @@ class Served:
         )
 
 
-def rewarders(info: EngineInfo) -> dict[str, bool]:
-    """Whatever can reward a text here, by name, and whether it has a gradient."""
-    return {reward.id: reward.gradient for reward in info.reward_models}
+def rewarders(info: EngineInfo, settings: Settings) -> dict[str, bool]:
+    """Whatever can reward a text here, by name, and whether it has a gradient. Outside scorers are last."""
+    loaded = {reward.id: reward.gradient for reward in info.reward_models}
+    return loaded | dict.fromkeys((each.name for each in settings.scorers), False)
 
 
 def invalid(message: str) -> PydanticCustomError:

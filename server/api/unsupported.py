@@ -23,7 +23,7 @@ _REASONS = {
     "a document is its `text` alone, and has one reward": "rank_fields relevant_spans",
     "a reward model reads a conversation; what it shall know belongs into `query`": "instruction",
 }
-WITHOUT_EFFECT = ("user", "metadata", "store", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
+WITHOUT_EFFECT = ("user", "store", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
 """Fields of OpenAI's that are taken as they are, since nothing could follow from them."""
 UNSUPPORTED = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 """Why a real value of a field is refused, by the last part of its path."""

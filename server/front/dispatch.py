@@ -6,6 +6,7 @@ from outside, or by one of the requests that it was computing (*poison*: a reque
 of the two it was shows only when they run again, so they are *suspects* until they have their answers:
 
 - Requests that the worker had not begun to compute are innocent, the first two times; any worker takes them at once.
+  So are those for which it waited: what outside scorers are asked about is not computed.
 - The n that it was computing run again in groups of about sqrt(n). A group has a worker to itself.
 - When a worker dies of a group, the requests of that group run again alone, one after the other.
 - A death while a request is alone counts against it, and the second one convicts it.
@@ -102,7 +103,7 @@ class Dispatcher:
         for pending in had:
             pending.losses += not pending.begun
             pending.suspect = were_apart or pending.begun or pending.losses >= SUSPICIOUS_LOSSES
-            pending.worker, pending.begun = None, False
+            pending.worker, pending.begun, pending.parked = None, False, None
         suspects = [pending for pending in had if pending.suspect]
         if len(had) == len(suspects) == 1:
             had[0].lone_deaths += 1

@@ -13,21 +13,26 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from functools import reduce
+from typing import Any
 
 from server import errors
 from server.front.adapters import Adapters
 from server.front.admission import Throughput
 from server.front.dispatch import Dispatcher, cost_of, steps_of
+from server.front.judging import Judging
 from server.front.pending import Answer, Pending
 from server.front.process import Spare
 from server.front.replica import Replica
 from server.log import request_id
+from server.scorers.calls import Metadata
+from server.scorers.scorer import Scorer
 from server.types import EngineInfo, Job, Message
 from server.wire.config import EngineConfig
 from server.wire.messages import (
     AdaptersSet,
+    Ask,
     Begun,
     Cancel,
     Event,
@@ -43,7 +48,6 @@ from server.wire.stats import RunnerStats
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILED_STARTS = 2  # in a row; after that nobody waits for this worker until one succeeds
 DEADLINE_SECONDS = 1.0  # between two looks at a job whose deadline has passed
 SHUT_DOWN = "the server is shutting down"
 
@@ -94,6 +98,7 @@ class Engine:
         self._spare = Spare(config.worker_command) if config.spare_worker else None
         self.replicas = tuple(Replica(rank, config, self, self._spare) for rank in range(config.worker.data_parallel))
         self.adapters = Adapters(config.max_loras, self.replicas)
+        self.scorers = {each.name: Scorer(each) for each in config.scorers}
         self._dispatcher = Dispatcher(len(self.replicas))
         self._pending: dict[str, Pending] = {}
         self._taken: Counter[int] = Counter()  # places, by the priority of what has them
@@ -108,6 +113,8 @@ class Engine:
         ConfigurationError when a setting or a checkpoint is wrong, EngineFailed when a worker dies for another
         reason."""
         await self.adapters.begin(self.config.loras)
+        for scorer in self.scorers.values():
+            await scorer.start()
         first, *others = self.replicas
         # The first one goes alone: it downloads what is missing and compiles kernels, and the others find both.
         await first.start()
@@ -138,6 +145,8 @@ class Engine:
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
         if self._spare is not None:
             await self._spare.stop()
+        for scorer in self.scorers.values():
+            await scorer.close()
         self.adapters.close()
 
     @property
@@ -148,7 +157,7 @@ class Engine:
     @property
     def given_up(self) -> bool:
         """Whether no worker is there that anybody waits for: the last starts of all of them failed."""
-        return all(_given_up(replica) for replica in self.replicas)
+        return all(replica.given_up for replica in self.replicas)
 
     @property
     def info(self) -> EngineInfo:
@@ -162,6 +171,11 @@ class Engine:
     def stats(self) -> RunnerStats:
         """Sums over all workers so far; gauges of the present ones."""
         return reduce(RunnerStats.plus, (replica.stats for replica in self.replicas))
+
+    @property
+    def parked(self) -> int:
+        """How many jobs wait for outside scorers."""
+        return sum(pending.parked is not None for pending in self._pending.values())
 
     def check_room(self, jobs: int = 1, priority: int = 0) -> None:
         """Raises Draining, NotReady or QueueFull when so many more jobs cannot be taken now. Nothing can come
@@ -188,15 +202,21 @@ class Engine:
         for pending in self._pending.values():
             if pending.worker is None or pending.begun_at is None or not pending.steps or pending.priority:
                 continue
+            if pending.parked:
+                continue  # how long scorers take is not known
             done = self.replicas[pending.worker].steps - pending.begun_step
             if done > 0:
                 ends.append(max(0, pending.steps - done) * (now - pending.begun_at) / done)
         return ends
 
-    def submit(self, job: Job) -> JobStream:
-        """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it.
-        Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
-        return self._enqueue(job, job.deadline, job.priority)
+    def submit(self, job: Job, metadata: Metadata = None) -> JobStream:
+        """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it. Outside
+        scorers see the `metadata`. Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
+        pending = self._enqueue(job, job.deadline, job.priority)
+        pending.judging = Judging(job, metadata, self.scorers)
+        self._dispatcher.add(pending)
+        self._dispatch()
+        return JobStream(self, pending)
 
     def cancel(self, identity: str) -> None:
         """Drop a request; its reader, if there is one, gets a Failed. Unknown ids are ignored."""
@@ -209,11 +229,19 @@ class Engine:
         items: Sequence[tuple[tuple[Message, ...], str]],
         *,
         deadline: float | None = None,
+        metadata: Metadata = None,
     ) -> Scored:
-        """Rewards of (conversation, response) pairs, in order, and the tokens read for them. Raises as `check_room`
-        does, InvalidRequest, and DeadlineExceeded past `deadline` (seconds of time.time())."""
+        """Rewards of (conversation, response) pairs, in order, and the tokens read for them, which of an outside scorer
+        (that sees the `metadata`) are not known: 0. Raises as `check_room` does, InvalidRequest, ScorerFailed,
+        ScorerUnavailable, and DeadlineExceeded past `deadline` (seconds of time.time())."""
         request = Score(f"score-{request_id.get()}-{next(self._score_ids)}", reward_model, list(items))
-        stream = self._enqueue(request, deadline, priority=0)
+        pending = self._enqueue(request, deadline, priority=0)
+        if (scorer := self.scorers.get(reward_model)) is not None:
+            self._meanwhile(pending, self._ask_scorer(pending, scorer.score(items, metadata)))
+        else:
+            self._dispatcher.add(pending)
+            self._dispatch()
+        stream = JobStream(self, pending)
         try:
             answer = await anext(stream)
         finally:
@@ -222,7 +250,8 @@ class Engine:
             return answer
         raise answer.error() if isinstance(answer, Failed) else errors.EngineFailed("the scores got no answer")
 
-    def _enqueue(self, work: Job | Score, deadline: float | None, priority: int) -> JobStream:
+    def _enqueue(self, work: Job | Score, deadline: float | None, priority: int) -> Pending:
+        """Take a place for some work."""
         self.check_room(priority=priority)
         if work.id in self._pending:
             raise ValueError(f"request {work.id!r} is in flight already")
@@ -238,14 +267,40 @@ class Engine:
         self._idle.clear()
         if deadline is not None:
             self._look_after(max(0.0, deadline - time.time()), pending)
-        self._dispatcher.add(pending)
-        self._dispatch()
-        return JobStream(self, pending)
+        return pending
+
+    def _meanwhile(self, pending: Pending, work: Coroutine[Any, Any, None]) -> None:
+        """Have outside scorers asked for a request, until it ends; when that fails, it fails."""
+
+        async def guarded() -> None:
+            request_id.set(pending.request_id)
+            try:
+                await work
+            except errors.RequestError as error:
+                self._drop(pending, error)
+            except Exception as error:  # a bug; the request must not wait for ever because of it
+                logger.error("unexpected %s", type(error).__name__, exc_info=error)
+                self._drop(pending, errors.EngineFailed("an internal error ended this request"))
+
+        task = asyncio.create_task(guarded(), name=f"scorers of {pending.id}")
+        pending.tasks.add(task)
+        task.add_done_callback(pending.tasks.discard)
+
+    async def _ask_scorer(self, pending: Pending, scores: Awaitable[list[float]]) -> None:
+        """A score request of an outside scorer; no worker is needed."""
+        self._answer(pending, Scored(pending.id, await scores, 0))
+
+    async def _judge(self, pending: Pending, judging: Judging, ask: Ask) -> None:
+        """Ask a parked job's scorers, and tell the worker that has it by then."""
+        judged = await judging.judge(ask)
+        if pending.worker is not None and pending.parked is ask:
+            pending.parked, pending.begun = None, True
+            self.replicas[pending.worker].send(frame(judged))
 
     def _dispatch(self) -> None:
         """Hand waiting work to the workers that can take it."""
         ready = [replica.rank for replica in self.replicas if replica.ready]
-        expected = any(not replica.ready and not _given_up(replica) for replica in self.replicas)
+        expected = any(not (replica.ready or replica.given_up) for replica in self.replicas)
         for rank, pending in self._dispatcher.assign(ready, more_to_come=expected):
             if pending.suspect:
                 told = {"request_id": pending.request_id}
@@ -267,6 +322,9 @@ class Engine:
             pending.begun = True
             if pending.begun_at is None:
                 pending.begun_at, pending.begun_step = time.monotonic(), replica.steps
+        elif isinstance(event, Ask) and pending.judging is not None:
+            pending.parked, pending.begun = event, False
+            self._meanwhile(pending, self._judge(pending, pending.judging, event))
         elif isinstance(event, Answer):
             self._answer(pending, event)
         elif not pending.deliver(event):
@@ -336,7 +394,3 @@ class Engine:
             self._look_after(DEADLINE_SECONDS, pending)
         else:
             self._drop(pending, errors.DeadlineExceeded("the deadline passed while the request was queued", "timeout"))
-
-
-def _given_up(replica: Replica) -> bool:
-    return not replica.ready and replica.failed_starts >= MAX_FAILED_STARTS

@@ -11,7 +11,8 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Scored, Started
+from server.front.judging import Judging
+from server.wire.messages import Ask, Canvas, Event, Failed, Finished, Progress, Scored, Started
 
 Answer = Finished | Failed | Scored
 
@@ -29,7 +30,8 @@ class Pending:
     `begun_at` (`time.monotonic`) when a worker first had, and `begun_step` the steps that this worker had done then. A
     job takes `steps` of them, about. A batch's `priority` is above 0. `suspect`, `lone_deaths` and `losses` are
     explained in `front/dispatch`.
-    `request_id` is that of the log.
+    `request_id` is that of the log. What a job's outside scorers say is `judging`'s; `parked` is the question that
+    its worker waits for, and the asking is among `tasks`.
     """
 
     id: str
@@ -46,6 +48,9 @@ class Pending:
     suspect: bool = False
     lone_deaths: int = 0
     losses: int = 0
+    judging: Judging | None = None
+    parked: Ask | None = None
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     timer: asyncio.TimerHandle | None = None  # of the deadline
     _events: deque[Event] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,9 +85,11 @@ class Pending:
         return True
 
     def close(self, answer: Answer) -> None:
-        """Deliver the answer; nothing follows, and the deadline no longer matters."""
+        """Deliver the answer; nothing follows, and neither the deadline nor what scorers say matters any longer."""
         if self.timer is not None:
             self.timer.cancel()
+        for task in self.tasks:
+            task.cancel()
         self._put(answer)
 
     async def next_event(self) -> Event:

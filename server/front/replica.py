@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
+MAX_FAILED_STARTS = 2  # in a row; after that nobody waits for this worker until one succeeds
 Told = TypeVar("Told", bound=Event)
 
 
@@ -70,6 +71,11 @@ class Replica:
     def steps(self) -> int:
         """Denoising steps that all processes did so far, without the cost of `stats`."""
         return self._past.steps + self._present.steps
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody waits for it any longer."""
+        return not self.ready and self.failed_starts >= MAX_FAILED_STARTS
 
     @property
     def backoff_seconds(self) -> float:

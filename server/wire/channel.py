@@ -1,4 +1,4 @@
-"""The worker's end of the private socketpair; it blocks. (The HTTP process's end is asyncio's: `front/process`.)"""
+"""The worker's end of the private socketpair; it blocks. (The HTTP process's end is asyncio's: `wire/child`.)"""
 
 from __future__ import annotations
 

@@ -16,8 +16,12 @@ from msgspec import Meta, Struct
 from server.types import Attention, RewardInput, RewardOutput
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
-"""What a model, a reward model or an adapter may be called."""
+"""What a model, a reward model, a scorer or an adapter may be called."""
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
+TARGET = (
+    r"^(python:[A-Za-z_][\w.]*:[A-Za-z_]\w*|"
+    r"(entrgi|vllm-score|vllm-classify|tei-rerank)\+https?://[^\s/?#@]+(/[^\s?#@]*)?)$"
+)
 
 
 def says(description: str, **bounds: Any) -> Meta:
@@ -118,9 +122,52 @@ class WorkerConfig(WorkerSettings):
     heartbeat_seconds: float = 1.0
 
 
+class OutsideScorer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A scorer that is not loaded here. `target` is python:MODULE:FUNCTION or the address of a server, with the kind of
+    server before it; `model` is the name that this server has for it; `key_env` names the environment variable with the
+    server's API key; `label` is the class, from 0, whose probability is the score. One call may take `timeout_seconds`
+    and is made again up to `retries` times; `max_concurrency` calls are made at a time, by default 8, or 1 of a
+    function. Raises ValueError for what has no effect with the target."""
+
+    name: Annotated[str, Meta(pattern=NAME)]
+    target: Annotated[str, Meta(pattern=TARGET)]
+    model: str | None = None
+    key_env: str | None = None
+    label: Annotated[int, Meta(ge=0)] | None = None
+    timeout_seconds: Annotated[float, Meta(gt=0, le=86_400)] = 30.0
+    retries: Annotated[int, Meta(ge=0, le=20)] = 2
+    max_concurrency: Annotated[int, Meta(ge=1, le=1000)] | None = None
+
+    def __post_init__(self) -> None:
+        idle = {"python": ("model", "key_env"), "tei-rerank": ("model",)}.get(self.kind, ())
+        for name in idle:
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` has no effect with {self.kind}")
+        if (self.label is None) == (self.kind == "vllm-classify"):
+            raise ValueError("`label`, a class from 0, goes with vllm-classify and with nothing else")
+
+    @property
+    def kind(self) -> str:
+        """What answers: python, entrgi, vllm-score, vllm-classify or tei-rerank."""
+        return self.target.partition(":")[0].partition("+")[0]
+
+    @property
+    def calls(self) -> int:
+        """How many are made at a time."""
+        return self.max_concurrency or (1 if self.kind == "python" else 8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrontSettings:
     """Settings for the process that keeps the workers."""
+
+    scorers: Annotated[
+        tuple[OutsideScorer, ...],
+        says(
+            "outside scorer as {name, target, model, key_env, label, timeout_seconds, retries, max_concurrency}, "
+            "which is JSON outside of YAML; repeatable"
+        ),
+    ] = ()
 
     max_loras: Annotated[int, says("LoRA adapters loaded at the same time", ge=1, le=1000)] = 8
     max_queue: Annotated[int, says("prompts in flight, waiting ones included", ge=1, le=100_000)] = 256

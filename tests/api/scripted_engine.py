@@ -65,11 +65,14 @@ class ScriptedEngine(Engine):
         if self.refuse is not None:
             raise self.refuse
 
-    def submit(self, job: Job) -> Any:
+    def submit(self, job: Job, metadata: Any = None) -> Any:
         self.jobs.append(job)
+        self.metadata = metadata
         return Scripted(self, job)
 
-    async def score(self, reward_model: str, items: Any, *, deadline: float | None = None) -> Scored:
+    async def score(
+        self, reward_model: str, items: Any, *, deadline: float | None = None, metadata: Any = None
+    ) -> Scored:
         raise RuntimeError("scoring broke in /secret/place")
 
 

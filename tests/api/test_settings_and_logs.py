@@ -18,7 +18,7 @@ from server import log
 from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
 from server.cli import engine_config, main, parser
 from server.settings import SETTINGS, SettingsError, load, unknown_variables
-from server.wire.config import FrontSettings, RewardSource, WorkerSettings
+from server.wire.config import FrontSettings, OutsideScorer, RewardSource, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
 from tests.api.scripted_engine import unloaded
 
@@ -173,7 +173,7 @@ def test_help_says_every_key_and_default() -> None:
 
 
 def test_users_need_not_read_too_many_settings() -> None:
-    assert len(SETTINGS) <= 54
+    assert len(SETTINGS) <= 55
 
 
 def test_a_misspelt_flag_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +195,7 @@ def test_what_a_user_sets_reaches_the_engine_and_its_workers() -> None:
         "vocab_fallback": "zero", "threads": 3, "data_parallel": 2,
         "batch_tokens": 99, "batch_trajectories": 5, "memory_fraction": 0.5, "plugins": ("a", "b"),
         "log_level": "ERROR", "log_format": "json", "max_queue": 7, "watchdog_seconds": 9.0, "spare_worker": False,
-        "max_loras": 3, "max_lora_rank": 5,
+        "max_loras": 3, "max_lora_rank": 5, "scorers": (OutsideScorer(name="s", target="python:m:f"),),
     }  # fmt: skip
     models = {"model": "org/dlm", "reward_model": ["a=x", "b=y"], "served_model_name": ["mine", "other"]}
     config = engine_config(load({**given, **models}))

@@ -44,6 +44,10 @@ class Driven(Engine):
         return sum(replica.restarts for replica in self.replicas)
 
     @property
+    def suspects(self) -> int:
+        return self._dispatcher.suspects
+
+    @property
     def pids(self) -> list[int]:
         """The processes of the workers that are there."""
         return [replica.worker.process.pid for replica in self.replicas if replica.worker is not None]

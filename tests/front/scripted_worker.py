@@ -1,7 +1,8 @@
 """A worker process whose runner follows a script instead of a model. Started by the tests as the real one is.
 
 A job's `prompt_ids` are its script: what to do (a `Do` value) and how many milliseconds a step takes. Tokens are a
-plain function of seed, trajectory and position, so that a second run must give the same ones.
+plain function of seed, trajectory and position, so that a second run must give the same ones. A job with scorers asks
+for them in its second step and at its end, as one that resamples does.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.errors import AdapterGone, ConfigurationError, InvalidRequest
 from server.types import EngineInfo, Job, JobResult, ModelInfo, TrajectoryResult
 from server.wire.config import WorkerConfig
-from server.wire.messages import AdaptersSet, Canvas, Event, Finished, Progress, Score, Scored, Started
+from server.wire.messages import AdaptersSet, Ask, Canvas, Event, Finished, Judged, Progress, Score, Scored, Started
 from server.wire.stats import RunnerStats
 from server.worker.failures import failed
 from server.worker.loop import main
@@ -44,11 +45,13 @@ def token(seed: int, position: int) -> int:
     return (seed * 31 + position * 7) % 997
 
 
-def result(job: Job) -> JobResult:
-    """The answer of a job."""
+def result(job: Job, judged: Judged | None) -> JobResult:
+    """The answer of a job, with what its scorers said at the end."""
+    scores = {} if judged is None else judged.scores or {scorer.model: [None] for scorer in job.guidance.scorers}
     tokens = tuple(token(job.sampling.seed, position) for position in range(job.sampling.max_tokens))
     text = "x" * (65 * 2**20) if job.prompt_ids[0] == Do.ANSWER_TOO_MUCH else " ".join(map(str, tokens))
     trajectory = TrajectoryResult(0, tokens, text, "length", len(tokens), model_calls=len(tokens))
+    trajectory = replace(trajectory, rewards={name: values[0] for name, values in scores.items()})
     return JobResult((trajectory,), (0,), len(tokens), 0.0, 0.0)
 
 
@@ -59,13 +62,20 @@ class ScriptedRunner:
     stats: RunnerStats = field(default_factory=RunnerStats)
     jobs: dict[str, Job] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
+    parked: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, Judged] = field(default_factory=dict)
     begin: Callable[[str], None] = lambda _: None
     device_lost: bool = False
     adapters: set[str] = field(default_factory=set)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.jobs)
+        return bool(self.jobs.keys() - self.parked.keys())
+
+    def judged(self, message: Judged) -> None:
+        if self.parked.get(message.job_id) == message.step:
+            del self.parked[message.job_id]
+            self.heard[message.job_id] = message
 
     def add(self, job: Job, now: float) -> None:
         if job.prompt_ids[0] == Do.REFUSE:
@@ -76,7 +86,8 @@ class ScriptedRunner:
         self.steps[job.id] = 0
 
     def cancel(self, job_id: str) -> bool:
-        self.steps.pop(job_id, None)
+        for book in (self.steps, self.parked, self.heard):
+            book.pop(job_id, None)
         self.stats.running = len(self.jobs) - (job_id in self.jobs)
         return self.jobs.pop(job_id, None) is not None
 
@@ -87,7 +98,7 @@ class ScriptedRunner:
         self.stats.batch_trajectories.add(len(self.jobs))
         try:
             for job in list(self.jobs.values()):
-                events += self.advance(job)
+                events += () if job.id in self.parked else self.advance(job)
         except Exception as error:
             events += failed(self.jobs, error)
             for job_id in list(self.jobs):
@@ -96,6 +107,8 @@ class ScriptedRunner:
 
     def advance(self, job: Job) -> list[Event]:
         do, step = Do(job.prompt_ids[0]), self.steps[job.id]
+        if step == job.sampling.max_tokens:  # it has been judged
+            return self.finish(job)
         if step == 0:
             self.begin(job.id)
         if step == 1:
@@ -111,10 +124,18 @@ class ScriptedRunner:
         self.stats.denoising_steps += 1
         self.stats.model_forward_seconds.add(0.01)
         self.steps[job.id] += 1
-        if self.steps[job.id] == job.sampling.max_tokens:
-            events.append(Finished(job.id, result(job)))
-            self.cancel(job.id)
+        last = self.steps[job.id] == job.sampling.max_tokens
+        if job.guidance.scorers and (step == 1 or last):
+            self.parked[job.id] = -1 if last else 2
+            events.append(Ask(job.id, self.parked[job.id], [f"{job.sampling.seed} after {step}"]))
+        elif last:
+            events += self.finish(job)
         return events
+
+    def finish(self, job: Job) -> list[Event]:
+        done = Finished(job.id, result(job, self.heard.get(job.id)))
+        self.cancel(job.id)
+        return [done]
 
 
 def misbehave(what: Do) -> None:

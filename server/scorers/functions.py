@@ -1,0 +1,119 @@
+"""Scorers that are Python functions, in processes of their own: whatever one does there, the server goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from server.errors import ConfigurationError, EngineFailed
+from server.scorers.calls import CallFailed, Metadata, Pair, finite, turns
+from server.wire.child import Child
+from server.wire.config import OutsideScorer
+from server.wire.messages import LENGTH, ChannelClosed
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 60.0  # for a process to import the function's module
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """For one process, which is there from the first call on, and for one call at a time."""
+
+    child: Child | None = None
+
+
+class Function:
+    """A function as a target: `calls` processes at most, each with one call at a time, so that it is known which call
+    one died of. A process that dies or does not answer in time is replaced by the next call."""
+
+    def __init__(self, scorer: OutsideScorer) -> None:
+        self._scorer = scorer
+        self._command = (sys.executable, "-P", "-m", "server.scorers.child", scorer.target.removeprefix("python:"))
+        self._places = [_Place() for _ in range(scorer.calls)]
+        self._free: asyncio.LifoQueue[_Place] = asyncio.LifoQueue()  # the last one used has a process
+        for place in self._places:
+            self._free.put_nowait(place)
+        self._calls: set[asyncio.Task[list[float]]] = set()
+
+    async def start(self) -> None:
+        """Start one process, to see that the function is there. Raises ConfigurationError."""
+        try:
+            self._places[-1].child = await self._started()
+        except (ChannelClosed, EngineFailed, TimeoutError) as error:
+            raise ConfigurationError(f"scorers: {self._scorer.name}: its process does not start: {error}") from error
+
+    def batches(self, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
+        """A function takes any number."""
+        yield pairs
+
+    async def ask(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
+        """Raises CallFailed. A call that is cancelled goes on without its caller: a client that leaves must not cost
+        the others a process, which may have loaded much."""
+        place = await self._free.get()
+        call = asyncio.create_task(self._call(place, pairs, metadata), name=f"call {self._scorer.name}")
+        self._calls.add(call)
+
+        def ended(_: object) -> None:
+            self._calls.discard(call)
+            self._free.put_nowait(place)
+            if not call.cancelled():
+                call.exception()  # whoever asked may have left
+
+        call.add_done_callback(ended)
+        return await asyncio.shield(call)
+
+    async def close(self) -> None:
+        """End all processes."""
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        for place in self._places:
+            await self._end(place)
+
+    async def _end(self, place: _Place) -> None:
+        """End a place's process, if there is one."""
+        child, place.child = place.child, None
+        if child is not None:
+            how = await asyncio.shield(child.reap())
+            logger.info("the process of scorer %s ended with %s", self._scorer.name, how)
+
+    async def _started(self) -> Child:
+        """A process that has imported the function. Raises ConfigurationError when it cannot, EngineFailed,
+        ChannelClosed, TimeoutError."""
+        child = await Child.spawn(self._command)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                told = json.loads(await child.body())
+            if told:
+                raise ConfigurationError(f"scorers: {self._scorer.name}: {told['raised']}: {told['words']}")
+        except BaseException:
+            await asyncio.shield(child.reap())
+            raise
+        return child
+
+    async def _call(self, place: _Place, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
+        conversations = [[*turns(conversation), {"role": "assistant", "content": text}] for conversation, text in pairs]
+        asked = json.dumps([conversations, [metadata] * len(pairs)]).encode()
+        limit = self._scorer.timeout_seconds
+        try:
+            child = place.child = place.child or await self._started()
+            child.send(LENGTH.pack(len(asked)) + asked)
+            async with asyncio.timeout(limit):
+                told = await child.body()
+        except BaseException as error:
+            await self._end(place)
+            if isinstance(error, TimeoutError):
+                raise CallFailed("timeout", f"did not answer within {limit:g} seconds") from error
+            if isinstance(error, ChannelClosed | EngineFailed | ConfigurationError):
+                raise CallFailed("died", "ended its process") from error
+            raise
+        scores = json.loads(told)
+        if isinstance(scores, dict):  # its words may hold a client's text
+            logger.warning("scorer %s raised %s\n%s", self._scorer.name, scores["raised"], scores["where"])
+            raise CallFailed("raised", f"raised {scores['raised']}")
+        return finite(scores, len(pairs))

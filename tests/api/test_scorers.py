@@ -1,0 +1,193 @@
+"""Outside scorers over HTTP, on real models: where they are listed, asked and named, and what their failures are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from server.settings import SettingsError, load
+from tests.support.scorers import Stub, hanging, stub
+from tests.support.serving import Launch, Served, golden_flags
+
+PROMPT = {"prompt": "go on", "max_tokens": 8, "seed": 7}
+LENGTHS = {"name": "length", "target": "python:tests.support.scorers:length", "timeout_seconds": 120}
+SCRIPTED = {"target": "python:tests.support.scorers:scripted", "timeout_seconds": 120, "retries": 0}
+
+
+@pytest.fixture(scope="module")
+def judged(launch: Launch, server: Served) -> Served:
+    """A server with two functions, and with the shared server as the third scorer."""
+    far = {"name": "far", "target": f"entrgi+{server.url}", "model": "rm", "timeout_seconds": 120}
+    scorers = [LENGTHS, {"name": "scripted", "max_concurrency": 2, **SCRIPTED}, far]
+    flags = [word for each in scorers for word in ("--scorers", json.dumps(each))]
+    started = launch(*golden_flags(), *flags, model=None)
+    started.wait_ready()
+    return started
+
+
+def guided(*names: str, method: str = "bon", **fields: Any) -> dict[str, Any]:
+    weights = [{"model": name, "weight": 1.0 + index} for index, name in enumerate(names)]
+    return {**PROMPT, "guidance": {"method": method, "reward_models": weights}, **fields}
+
+
+def test_scorers_are_listed_behind_the_models(judged: Served) -> None:
+    listed = judged.client.get("/v1/models").json()["data"]
+    assert [(each["id"], each["type"], each["family"]) for each in listed[-3:]] == [
+        ("length", "scorer", "python"),
+        ("scripted", "scorer", "python"),
+        ("far", "scorer", "entrgi"),
+    ]
+    one = judged.client.get("/v1/models/length").json()
+    assert one["context_length"] is None
+    assert "target" not in one
+
+
+def test_scorers_score_and_rank(judged: Served) -> None:
+    body = {"model": "length", "queries": "hello", "documents": ["abc", "a"]}
+    answer = judged.post("/v1/score", body).json()
+    assert [each["score"] for each in answer["data"]] == [3.0, 1.0]
+    assert answer["usage"] == {"prompt_tokens": 0, "total_tokens": 0}
+    body = {"model": "length", "query": "hello", "documents": ["a", "abc", "ab"]}
+    assert [each["index"] for each in judged.post("/v1/rerank", body).json()["results"]] == [1, 2, 0]
+    body = {"model": "scripted", "queries": "hello", "documents": "x", "metadata": {"do": "metadata"}}
+    assert judged.post("/v1/score", body).json()["data"][0]["score"] == len('{"do": "metadata"}')
+
+
+def test_a_server_of_ours_is_a_scorer_of_another(judged: Served, server: Served) -> None:
+    query = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello", "name": "Ann"}]
+    body = {"queries": [query, "bye"], "documents": ["yes", "no"]}
+    here, there = judged.post("/v1/score", {"model": "far", **body}), server.post("/v1/score", {"model": "rm", **body})
+    scores = [[each["score"] for each in answer.json()["data"]] for answer in (here, there)]
+    assert scores[0] == scores[1]
+    answer = judged.post("/v1/completions", guided("far", "rm", best_of=2)).json()
+    rewards = answer["guidance"]["rewards_by_model"]
+    assert rewards["far"][0] == pytest.approx(rewards["rm"][0], abs=1e-5)
+
+
+def test_the_best_by_a_scorer_comes_back(judged: Served) -> None:
+    answer = judged.post("/v1/completions", guided("length", n=3, best_of=3)).json()
+    lengths = [len(choice["text"]) for choice in answer["choices"]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [choice["reward"] for choice in answer["choices"]] == lengths
+    assert sorted(answer["guidance"]["rewards"][0]) == sorted(lengths)
+    answer = judged.post("/v1/completions", guided("length", method="none", n=2)).json()
+    assert [choice["reward"] for choice in answer["choices"]] == [len(each["text"]) for each in answer["choices"]]
+
+
+def test_scorers_and_reward_models_are_one_weighted_sum(judged: Served) -> None:
+    answer = judged.post("/v1/completions", guided("rm", "length", method="entrgi", best_of=2)).json()
+    (choice,), guidance = answer["choices"], answer["guidance"]
+    assert guidance["without_gradient"] == ["length"]
+    assert choice["rewards"]["length"] == len(choice["text"])
+    assert choice["reward"] == pytest.approx(choice["rewards"]["rm"] + 2 * choice["rewards"]["length"])
+    assert choice["reward"] == max(guidance["rewards"][0])
+
+
+def test_nothing_but_scorers_guides_no_gradient(judged: Served) -> None:
+    error = judged.post("/v1/completions", guided("length", method="entrgi")).json()["error"]
+    assert error["param"] == "guidance.reward_models"
+    assert "gradient" in error["message"]
+
+
+@pytest.mark.parametrize("do", ["few", "nan", "raise", "die"])
+def test_a_scorer_that_fails_is_a_502_with_its_name(do: str, judged: Served) -> None:
+    body = guided("rm", "scripted", best_of=2, metadata={"do": do})
+    response = judged.post("/v1/completions", body)
+    assert response.status_code == 502
+    assert response.json()["error"]["code"] == "scorer_failed"
+    assert "the scorer scripted" in response.json()["error"]["message"]
+    assert judged.post("/v1/completions", body | {"metadata": {}}).status_code == 200
+
+
+def test_once_a_stream_has_begun_the_failure_is_an_event_in_it(judged: Served) -> None:
+    body = guided("scripted", stream_canvas=True, metadata={"do": "few"})
+    first, *_, last = judged.stream("/v1/completions", body)
+    assert "canvas" in first
+    assert (last["error"]["code"], last["error"]["type"]) == ("scorer_failed", "server_error")
+
+
+def test_past_the_deadline_the_answer_comes_without_the_reward(judged: Served) -> None:
+    body = guided("scripted", best_of=2, timeout=6, metadata={"do": "hang"})
+    answer = judged.post("/v1/completions", body).json()
+    assert answer["guidance"]["rewards"] == [[None, None]]
+    assert answer["choices"][0]["reward"] is None
+    assert answer["choices"][0]["text"]
+
+
+def test_a_request_chooses_no_address(judged: Served) -> None:
+    """Neither a name, nor a field, nor metadata."""
+    with stub(lambda *asked: hanging(lambda: made)(*asked)) as made:
+        for target in (f"entrgi+{made.url}", made.url, "python:os:system"):
+            _refused(judged, target, made)
+    assert not made.asked
+
+
+def _refused(judged: Served, target: str, made: Stub) -> None:
+    pair = {"queries": "a", "documents": "b"}
+    assert judged.post("/v1/score", {"model": target, **pair}).status_code == 404
+    assert judged.post("/v1/score", {"model": "length", "target": target, **pair}).status_code == 400
+    assert judged.post("/v1/completions", guided(target)).status_code == 400
+    term = {"model": "length", "target": target}
+    guidance = {"method": "bon", "reward_models": [term]}
+    assert judged.post("/v1/completions", {**PROMPT, "guidance": guidance}).status_code == 400
+    told = {"target": target, "url": made.url, "model": target, "key_env": "PATH"}
+    assert judged.post("/v1/completions", guided("length", metadata=told)).status_code == 200
+
+
+def test_metrics_tell_scorers_apart(judged: Served) -> None:
+    judged.post("/v1/score", {"model": "length", "queries": "a", "documents": ["b", "c"]})
+    judged.post("/v1/score", {"model": "scripted", "queries": "a", "documents": "raise"})
+    assert judged.metric("scorer_requests_total", scorer="length") > 0
+    assert judged.metric("scorer_texts_total", scorer="length") > 1
+    assert judged.metric("scorer_seconds_count", scorer="length") > 0
+    assert judged.metric("scorer_failures_total", scorer="scripted", reason="raised") > 0
+    assert judged.metric("scorer_failures_total", scorer="length", reason="raised") == 0
+    assert judged.metric("scorer_breaker_open", scorer="scripted") == 0
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scorer", "words"),
+    [
+        ({"name": "a"}, "target"),
+        ({"name": "a", "target": "http://host"}, "target"),
+        ({"name": "a", "target": "entrgi+http://user:secret@host"}, "target"),
+        ({"name": "a", "target": "entrgi+file:///etc/passwd"}, "target"),
+        ({"name": "a", "target": "python:module"}, "target"),
+        ({"name": "a b", "target": "python:m:f"}, "name"),
+        ({"name": "a", "target": "python:m:f", "retries": -1}, "retries"),
+        ({"name": "a", "target": "python:m:f", "timeout_seconds": 0}, "timeout_seconds"),
+        ({"name": "a", "target": "python:m:f", "timeout": 3}, "timeout"),
+        ({"name": "a", "target": "python:m:f", "key_env": "K"}, "`key_env` has no effect with python"),
+        ({"name": "a", "target": "tei-rerank+http://host", "model": "m"}, "`model` has no effect with tei-rerank"),
+        ({"name": "a", "target": "vllm-classify+http://host"}, "`label`"),
+        ({"name": "a", "target": "vllm-score+http://host", "label": 1}, "`label`"),
+    ],
+)
+def test_a_scorer_that_cannot_be_is_refused_with_its_key(scorer: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=r"^scorers: ") as caught:
+        load({"scorers": [json.dumps(scorer)]})
+    assert words in str(caught.value)
+
+
+def test_scorers_from_every_source(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text('scorers:\n- {name: a, target: "python:m:f"}\n- {name: b, target: "tei-rerank+https://h:1/p"}\n')
+    assert [(each.name, each.kind, each.calls) for each in load({}, file).scorers] == [
+        ("a", "python", 1),
+        ("b", "tei-rerank", 8),
+    ]
+    monkeypatch.setenv("ENTRGI_SCORERS", json.dumps([LENGTHS]))
+    assert load({}).scorers[0].timeout_seconds == 120
+    with pytest.raises(SettingsError, match=r"^scorers: two of them are named length"):
+        load({"scorers": [json.dumps(LENGTHS)] * 2})
+
+
+def test_a_scorer_with_the_name_of_a_model_stops_the_start(launch: Launch) -> None:
+    started = launch(*golden_flags(), "--scorers", json.dumps({**LENGTHS, "name": "rm"}), model=None)
+    assert started.process.wait(120) == 1
+    assert "scorers: another model is named rm" in started.log.read_text("utf-8")
