@@ -195,7 +195,10 @@ def make_plan(request: Asked, info: EngineInfo, tokenizer: Tokenizer, settings: 
     )
     for job in jobs:
         # The worker, which knows the reward model's own count, checks again.
-        Cost.of(job, reward_tokens=canvas).check(info.largest)
+        cost = Cost.of(job, reward_tokens=canvas)
+        cost.check(info.largest)
+        if guidance.resample is not None:
+            cost.check_together(info.shared, sampling.best_of)
     own = request.model is None or request.model in (info.model.id, *settings.served_model_name)
     return Plan(identity, int(now), info.model.id if own else str(request.model), request, jobs)
 

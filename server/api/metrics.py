@@ -50,12 +50,14 @@ HELP = {
     "denoising_steps": "Denoising steps done, one for each trajectory in a step",
     "committed_tokens": "Canvas tokens revealed",
     "out_of_memory": "Denoising steps that ran out of memory and were done again in halves",
+    "resamplings": "Times that trajectories of a prompt were copied over others of it",
     "model_forward_seconds": "Diffusion model forward of one denoising step",
     "guidance_seconds": "Reward guidance of one denoising step",
     "reward_forward_seconds": "Reward model forward passes of one denoising step",
     "reward_backward_seconds": "Reward model backward passes of one denoising step",
     "batch_trajectories": "Trajectories in a denoising step",
     "batch_rows": "Masked rows whose logits a denoising step computes",
+    "effective_share": "Effective sample size of a prompt's trajectories when they meet, as a share of their number",
 }
 
 

@@ -71,7 +71,7 @@ class RunnerStats:
     reward_backward_seconds: Distribution = field(default_factory=Distribution)
     batch_trajectories: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
     batch_rows: Distribution = field(default_factory=lambda: Distribution(COUNT_BOUNDS))
-    resample_share: Distribution = field(default_factory=lambda: Distribution(SHARE_BOUNDS))
+    effective_share: Distribution = field(default_factory=lambda: Distribution(SHARE_BOUNDS))
 
     @property
     def steps(self) -> int:

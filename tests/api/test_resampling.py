@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.budget import Budget
 from server.types import (
     EngineInfo,
     GuidanceParams,
@@ -241,3 +242,15 @@ async def test_no_text_is_streamed_before_the_end() -> None:
     texts = [choice["text"] for event in sent(answer) for choice in event["choices"]]
     assert engine.jobs[0].stream_tokens is False
     assert "".join(texts) == "HiHi"
+
+
+async def test_trajectories_that_could_never_run_together_are_refused() -> None:
+    """Each of them alone would fit."""
+    info = replace(INFO, shared=Budget(trajectories=3))
+    async with open_client(make(ScriptedEngine(at_once, info=info))) as client:
+        for guidance, status in (("bon", 200), ("smc", 400)):
+            answer = await client.post(COMPLETIONS, json={"prompt": "Hi", "guidance": guidance, "best_of": 4})
+            assert answer.status_code == status, answer.text
+    error = check_envelope(answer, 400)
+    assert error["param"] == "best_of"
+    assert "more than the 3 that may run at once" in error["message"]

@@ -89,8 +89,8 @@ def prometheus(target: str) -> Iterator[str]:
 
 
 def load(url: str, requests: int) -> None:
-    """Unguided, best-of-n and guided requests from the load generator, one after the other."""
-    for method in ("none", "bon", "entrgi"):
+    """Unguided, best-of-n, guided and resampled requests from the load generator, one after the other."""
+    for method in ("none", "bon", "entrgi", "smc"):
         command = [sys.executable, "-m", "clients", "loadgen", "--url", url, "--concurrency", "4", "--stream"]
         command += ["--requests", str(requests), "--guidance", method, "--max-tokens", "24"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
@@ -118,7 +118,7 @@ def measure(requests: int) -> tuple[list[dict[str, Any]], list[str]]:
 def main() -> int:
     """Exit status 0 when every expression has data and every rule is healthy, 2 without Prometheus."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.dashboard", description=__doc__)
-    parser.add_argument("--requests", type=int, default=12, help="of each of three methods (default: 12)")
+    parser.add_argument("--requests", type=int, default=12, help="of each of four methods (default: 12)")
     options = parser.parse_args()
     if shutil.which("prometheus") is None:
         print("there is no `prometheus` on the path (Debian: apt-get install prometheus)", file=sys.stderr)
