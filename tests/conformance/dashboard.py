@@ -31,6 +31,7 @@ from tests.support.serving import ROOT, free_port, served, wait_answer
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
 PROMETHEUS = ROOT / "deploy/prometheus"
+SCORER = '{"name": "length", "target": "python:docs.scorers:length"}'
 SCRAPES = 3  # after the load, so that rates see its end
 COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?!bool)")
 
@@ -94,12 +95,15 @@ def load(url: str, requests: int) -> None:
         command = [sys.executable, "-m", "clients", "loadgen", "--url", url, "--concurrency", "4", "--stream"]
         command += ["--requests", str(requests), "--guidance", method, "--max-tokens", "24"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
+    scored = {"prompt": "The hotel", "max_tokens": 8, "guidance": {"method": "bon", "reward_model": "length"}}
+    for _ in range(requests):
+        httpx.post(f"{url}/v1/completions", json=scored, timeout=120).raise_for_status()
 
 
 def measure(requests: int) -> tuple[list[dict[str, Any]], list[str]]:
     """The answers, and what is wrong with the rules as Prometheus itself evaluates them."""
     with (
-        served("--public-paths", "/metrics", "--threads", "1") as server,
+        served("--public-paths", "/metrics", "--threads", "1", "--scorers", SCORER) as server,
         prometheus(f"127.0.0.1:{server.port}") as url,
     ):
         load(server.url, requests)

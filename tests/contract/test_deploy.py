@@ -20,8 +20,10 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.metrics import Metrics
+from server.scorers.scorer import Scorer
 from server.settings import SETTINGS, Settings
 from tests.api.scripted_engine import INFO, ScriptedEngine, at_once
+from tests.support.scorers import function
 from tests.support.serving import ROOT
 
 DASHBOARD = ROOT / "deploy/grafana/dashboards/entrgi.json"
@@ -226,6 +228,7 @@ def exported() -> set[str]:
     """The names of all samples that a scrape can hold, each metric having been used once."""
     engine = ScriptedEngine(at_once)
     engine.replicas[0].info, engine.replicas[0].ready = INFO, True
+    engine.scorers = {"x": Scorer(function("length"))}
     metrics = Metrics(engine)
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
@@ -265,7 +268,8 @@ def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:
 
 
 def test_labels_of_expressions_exist() -> None:
-    known = {"finished_reason", "method", "reward_model", "reason", "le", "worker", "instance", "route", "status"}
+    known = {"finished_reason", "method", "reward_model", "scorer", "reason", "le"}
+    known |= {"worker", "instance", "route", "status"}
     for expression in expressions():
         for labels in re.findall(r"\bby \(([^)]*)\)", expression):
             assert {label.strip() for label in labels.split(",")} <= known, expression
