@@ -14,10 +14,10 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
-import ray.exceptions
 from prometheus_client.core import Metric
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,8 +34,11 @@ from server.settings import Settings, load
 
 logger = logging.getLogger(__name__)
 
+LOST = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)
 LIGHT = 64  # requests that compute nothing (models, token ids) are not counted by the ingress, but by Serve
-ANSWERS_SECONDS = 5.0  # for metrics
+ANSWERS_SECONDS = 5.0  # that replicas may take to tell their metrics
+ANY_NUMBER = 1_000_000  # the ingress refuses by itself
+HEALTH_SECONDS = 2.0  # between two checks
 LOOK_SECONDS = 0.5  # between two looks at which replicas run
 
 
@@ -43,20 +46,28 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """The application, by the settings of the environment, the YAML file and the arguments. Raises SettingsError."""
     door, model = divided(load(arguments))
     gpus = 0 if model.device == "cpu" else model.data_parallel
-    behind = Model.options(
+    replicas = serve.deployment(
+        Model,
         ray_actor_options={"num_cpus": model.threads, "num_gpus": gpus},
         max_ongoing_requests=model.max_queue + LIGHT,
         graceful_shutdown_timeout_s=model.drain_seconds,
+        health_check_period_s=HEALTH_SECONDS,
     )
-    return Ingress.options(graceful_shutdown_timeout_s=door.drain_seconds).bind(behind.bind(model), door)
+    before = serve.deployment(
+        serve.ingress()(Ingress),
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=ANY_NUMBER,
+        graceful_shutdown_timeout_s=door.drain_seconds,
+        health_check_period_s=HEALTH_SECONDS,
+    )
+    return before.bind(replicas.bind(model), door)
 
 
-@serve.deployment(health_check_period_s=2, health_check_timeout_s=30)
 class Model:
     """The application and its engine in a replica's process. It is there when the engine is ready, and unhealthy when
     the engine will not be ready again."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         prepare(settings)
         load_plugins(settings.plugins)
         self._name = serve.get_replica_context().replica_tag
@@ -108,7 +119,7 @@ class Replicas(ingress.Fleet):
         try:
             async for message in messages:
                 yield message
-        except ray.exceptions.RayActorError as error:
+        except LOST as error:
             raise ingress.ReplicaLost(error) from error
         except DeploymentUnavailableError:
             raise Unavailable("the replicas cannot be started") from None
@@ -116,8 +127,12 @@ class Replicas(ingress.Fleet):
             messages.cancel()
 
     async def metrics(self) -> Mapping[str, Iterable[Metric]]:
-        """As `Fleet` says; a replica that does not answer is left out."""
-        told = await self._handle.broadcast("metrics").results_async(timeout_s=ANSWERS_SECONDS, return_exceptions=True)
+        """As `Fleet` says, without those that have just died. Raises Unavailable when one does not answer in time."""
+        asked = self._handle.broadcast("metrics")
+        try:
+            told = await asked.results_async(timeout_s=ANSWERS_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            raise Unavailable(f"a replica did not tell its metrics within {ANSWERS_SECONDS:g} seconds") from None
         return dict(each for each in told if not isinstance(each, Exception))
 
     async def _look(self) -> None:
@@ -127,19 +142,19 @@ class Replicas(ingress.Fleet):
             try:
                 status = await asyncio.to_thread(serve.status)
                 self.running = status.applications[app].deployments[deployment].replica_states.get("RUNNING", 0)
-            except ray.exceptions.RayError as error:
-                logger.warning("Serve's controller does not answer: %s", error)
+            except (RayError, RayServeException, KeyError) as error:  # its controller or the application is going
+                logger.warning("Serve does not say which replicas run: %r", error)
             await asyncio.sleep(LOOK_SECONDS)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=100_000, health_check_period_s=2)
-@serve.ingress()
 class Ingress:
     """`ingress.Ingress` before the replicas, with the proxy's own copy of the header X-Request-Id taken off."""
 
-    async def __init__(self, model: DeploymentHandle, settings: Settings) -> None:
+    async def __init__(self, model: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]  # as above
         prepare(settings)
         load_plugins(settings.plugins)
+        if not settings.api_key:
+            logger.warning("THERE IS NO API KEY: anyone who can reach Serve's proxy can use the server")
         self._app = ingress.Ingress(Replicas(model), settings).app
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -13,10 +13,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
@@ -29,7 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 from server.api import errors, rewards
 from server.api.app import guard
 from server.api.body import read, unless_disconnected
-from server.api.convert import SEED_BITS, trajectories
+from server.api.convert import SEED_BITS, Asked, trajectories
 from server.api.fields import ChatCompletionRequest, CompletionRequest
 from server.api.metrics import CONTENT_TYPE, Metrics
 from server.api.middleware import local_path
@@ -43,13 +43,15 @@ from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-GENERATES = {
+Result = TypeVar("Result")
+
+GENERATES: dict[str, type[Asked]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/responses": ResponsesRequest,
 }
 ATTEMPTS = 2
-SCORES = {route.path for route in rewards.router.routes if "tokenize" not in route.path}
+SCORES = {route.path for route in rewards.router.routes if isinstance(route, Route) and "tokenize" not in route.path}
 KEPT_HERE = frozenset({b"authorization", b"content-length", b"transfer-encoding", b"x-request-id"})
 PASSED_ON = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "client", "server")
 
@@ -75,7 +77,6 @@ class Ingress:
     """The application (`app`) before a fleet."""
 
     served = None  # bounds that follow from the models are checked where these are
-    aside = staticmethod(asyncio.to_thread)
 
     def __init__(self, fleet: Fleet, settings: Settings) -> None:
         self.metrics = Metrics()
@@ -96,6 +97,10 @@ class Ingress:
         self._taken = 0
         self._throughput = Throughput(time.monotonic())
         self._shares = Shares(settings, list)
+
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        """Do long work in a thread."""
+        return await asyncio.to_thread(work)
 
     async def _alive(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})

@@ -21,7 +21,7 @@ async def respond(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Mes
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    answering = asyncio.create_task(app(scope, receive, messages.put))
+    answering = asyncio.ensure_future(app(scope, receive, messages.put))
     answering.add_done_callback(lambda _: messages.put_nowait(None))
     try:
         while (message := await messages.get()) is not None:

@@ -25,8 +25,8 @@ def divided(settings: Settings) -> tuple[Settings, Settings]:
         if getattr(settings, name) != SETTINGS[name].default:
             raise SettingsError(f"{name}: has no effect on Ray Serve: {why}")
     door = replace(settings, api_key=tuple(map(_hashed, settings.api_key)))
-    only_there = {name: SETTINGS[name].default for name in ("api_key", "max_key_requests", "max_key_trajectories")}
-    return door, replace(settings, **only_there, cors_origins=(), threads=settings.threads or 1)
+    model = replace(settings, api_key=(), max_key_requests=None, max_key_trajectories=None, cors_origins=())
+    return door, replace(model, threads=settings.threads or 1)
 
 
 def _hashed(key: str) -> str:

@@ -7,7 +7,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
@@ -19,6 +19,7 @@ from server.api import openapi
 from server.api.answers import Answer
 from server.api.errors import validate
 from server.api.frontend import Frontend
+from server.api.rules import Served
 from server.errors import ClientGone, InvalidRequest, UnsupportedMediaType, quote
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,6 +29,15 @@ Handler = Callable[[Frontend, Model], Coroutine[None, None, Response | Answer]]
 SMALL_BYTES = 32_768  # what is larger would hold up the event loop
 MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
 STATUSES = (400, 404, 408, 413, 415, 429, 502, 503)
+
+
+class Reader(Protocol):
+    """What reading a body needs of an application: what its server takes, and where long work is done."""
+
+    @property
+    def served(self) -> Served | None: ...
+
+    async def aside(self, work: Callable[[], Result]) -> Result: ...
 
 
 def posts(
@@ -82,7 +92,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def read(request: Request, frontend: Frontend, schema: type[Model]) -> Model:
+async def read(request: Request, reader: Reader, schema: type[Model]) -> Model:
     """The request's body as `schema`. Raises UnsupportedMediaType, InvalidRequest, UnknownModel, ClientGone, and
     `BodyTooLarge` from below."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -96,8 +106,8 @@ async def read(request: Request, frontend: Frontend, schema: type[Model]) -> Mod
     except ClientDisconnect:
         raise ClientGone("the client closed the connection") from None
     if len(data) <= SMALL_BYTES:
-        return validate(schema, parse(data), frontend.served)
-    return await frontend.aside(lambda: validate(schema, parse(data), frontend.served))
+        return validate(schema, parse(data), reader.served)
+    return await reader.aside(lambda: validate(schema, parse(data), reader.served))
 
 
 def parse(body: bytes) -> object:

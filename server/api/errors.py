@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -86,7 +87,7 @@ def unexpected(error: Exception) -> EngineFailed:
     return EngineFailed("an internal error ended this request")
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Register the translation for everything that a route or the router raises."""
 
     async def ours(request: Request, error: Exception) -> Response:
