@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -123,6 +123,12 @@ class Guided(ABC):
         first, others = self._part(slice(0, at)), self._part(slice(at, None))
         others.expected_updates = self.expected_updates if updates is None else updates
         return first, others
+
+    def greedy(self) -> Self:
+        """A state in the memory of this one of which every row draws its best token."""
+        whole = copy.copy(self)
+        whole.params = replace(self.params, greedy=torch.ones_like(self.params.greedy))
+        return whole._part(slice(None))
 
     def _part(self, rows: slice) -> Self:
         """A state of its own with the phi and Adam history of some rows, in the memory of this one."""

@@ -60,7 +60,8 @@ class Cost:
         prompt, rows, block = len(job.prompt_ids), job.sampling.max_tokens, job.diffusion.block_length
         canvas = prompt + rows + len(job.suffix_ids)
         if not job.reads_rewards:
-            reward_tokens = cached_tokens = grown_tokens = 0
+            cached_tokens = grown_tokens = 0
+            reward_tokens = reward_tokens if job.guidance.resampled_by == "reward" else 0
         if job.diffusion.block_causal and block is not None:
             # At most the block before and the current one are in a forward; all before them is cached.
             cached_tokens, grown_tokens = cached_tokens + prompt, grown_tokens + rows

@@ -138,6 +138,11 @@ class GuidanceParams:
         return self.reward_models + self.scorers
 
     @property
+    def resampled_by(self) -> ResampleBy | None:
+        """What trajectories are resampled by, None where they are not."""
+        return None if self.resample is None else self.resample.by
+
+    @property
     def uses_gradient(self) -> bool:
         """Whether the method moves logits along the reward's gradient."""
         return METHODS[self.method].weight is not None

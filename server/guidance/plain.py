@@ -136,9 +136,9 @@ class PlainLoop:
         """All K trajectories of a job, then the n best of them."""
         sampling, guidance = job.sampling, job.guidance
         trajectories = [self.begin(job, index) for index in range(sampling.best_of)]
-        particles, meetings, meets_at = Particles.of(job), list[Meeting](), math.inf
-        if particles is not None:
-            meets_at = particles.rule.every
+        particles, meetings, meets_at = None, list[Meeting](), math.inf
+        if (rule := guidance.resample) is not None:
+            particles, meets_at = Particles.of(job, rule), rule.every
         while any(self.next_step(job, trajectory) for trajectory in trajectories):
             for trajectory in trajectories:
                 while trajectory.taken < meets_at and (step := self.next_step(job, trajectory)) is not None:

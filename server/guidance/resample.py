@@ -58,20 +58,20 @@ class Meeting(NamedTuple):
 @dataclass(slots=True)
 class Particles:
     """What resampling keeps of a job's K trajectories between their meetings: of each one's lineage the `best` reward
-    so far and the score at its `last` resampling, both (K,). `resampled` has a row for each time that some were copied:
-    how many steps had been taken, and each place's ancestor."""
+    so far and the score at its `last` resampling, both (K,). They last `met` after so many steps. `resampled` has a row
+    for each time that some were copied: how many steps had been taken, and each place's ancestor."""
 
     job: Job
     rule: Resampling
     best: FloatArray
     last: FloatArray
+    met: int = 0
     resampled: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, job: Job) -> Particles | None:
-        """Of a job before its first step; None for one that does not resample."""
-        count, rule = job.sampling.best_of, job.guidance.resample
-        return None if rule is None else cls(job, rule, np.full(count, -np.inf), np.zeros(count))
+    def of(cls, job: Job, rule: Resampling) -> Particles:
+        """Of a job before its first step."""
+        return cls(job, rule, np.full(job.sampling.best_of, -np.inf), np.zeros(job.sampling.best_of))
 
     def meet(self, step: int, scores: Sequence[float]) -> Meeting:
         """After so many steps, with the reward that each would have now, or the log probability so far. Raises
@@ -80,7 +80,7 @@ class Particles:
         if self.rule.potential == "max":
             now = self.best = np.maximum(self.best, now)
         log_weights = self._log_weights(now)
-        weights = normalised(log_weights)
+        weights, self.met = normalised(log_weights), step
         share, chosen = effective_share(weights), None
         if share < self.rule.threshold:
             chosen = ancestors(weights, self._uniform(step))

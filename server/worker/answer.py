@@ -8,13 +8,15 @@ from server.guidance.best_of import choose, total_reward
 from server.models.loading import LoadedDiffusionModel
 from server.text.response import FinishedText, finish_text
 from server.types import JobResult, TrajectoryResult
-from server.worker.book import Entry
+from server.worker.book import Entry, Rewards
 from server.worker.trajectory import Trajectory
 
 
-def answer(entry: Entry, texts: Sequence[FinishedText], now: float) -> JobResult:
-    """The result of a job with the final texts of its K trajectories, whose rewards the entry has."""
-    job, trajectories = entry.job, [entry.finished[index] for index in range(entry.job.sampling.best_of)]
+def answer(entry: Entry, texts: Sequence[FinishedText], rewards: Rewards, now: float) -> JobResult:
+    """The result of a job with the final texts of its K trajectories and their rewards. Raises NotFinite where no
+    weights follow from these."""
+    job, particles = entry.job, entry.particles
+    trajectories = [entry.finished[index] for index in range(job.sampling.best_of)]
     results = [
         TrajectoryResult(
             index=trajectory.index,
@@ -30,16 +32,22 @@ def answer(entry: Entry, texts: Sequence[FinishedText], now: float) -> JobResult
             rewards=dict(reward),
             trace=tuple(trajectory.trace),
         )
-        for trajectory, text, reward in zip(trajectories, texts, entry.rewards or (), strict=True)
+        for trajectory, text, reward in zip(trajectories, texts, rewards, strict=True)
     ]
     taken = max(trajectory.taken for trajectory in trajectories)
+    totals = scores = [result.reward for result in results]
+    if job.guidance.resampled_by == "confidence":
+        scores = [trajectory.log_probability for trajectory in trajectories]
+    ranking = totals if job.guidance.rewards else scores
     started_at = now if entry.started_at is None else entry.started_at
     return JobResult(
         trajectories=tuple(results),
-        chosen=choose([result.reward for result in results], job.sampling.n, ranked=job.guidance.method != "none"),
+        chosen=choose(ranking, job.sampling.n, ranked=job.guidance.method != "none"),
         steps=taken if job.diffusion.adaptive else job.diffusion.steps,
         queue_ms=1e3 * (started_at - entry.queued_at),
         generation_ms=1e3 * (now - started_at),
+        resampled=tuple(particles.resampled) if particles else (),
+        weights=particles.weights(scores) if particles else None,
     )
 
 

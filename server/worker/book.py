@@ -2,7 +2,8 @@
 step. It counts tokens and never sees a tensor.
 
 First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
-one as room allows, so a job may run in parts. Strict order means no starvation: when the head of the queue does not
+one as room allows, so a job may run in parts; those that are resampled, which wait for each other, together or not at
+all. Strict order means no starvation: when the head of the queue does not
 fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
 than the budget, but not larger than what memory takes, runs alone. Jobs of batches (priority above 0) leave a part of
 the budget free, so that others begin at once.
@@ -16,18 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from server.budget import Budget, Cost
 from server.types import Job
 
 if TYPE_CHECKING:
     from server.guidance.prefixes import RewardContext
+    from server.guidance.resample import Particles
     from server.models.lora import Adapter
     from server.models.packing import Prefix
     from server.worker.trajectory import Trajectory
 
 BATCH_SHARE = 0.75  # of trajectories and tokens: past it no trajectory of a batch begins
+
+
+Rewards: TypeAlias = list[dict[str, float | None]]
+"""Of each of K texts, by name; None for an outside scorer that has not answered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,9 +43,11 @@ class Entry:
     Trajectories below `admitted` have been given a share of the budget, and hold it until they are `finished`; the
     runner keeps them, by index, in `running` and then in `finished`. `contexts` is what its reward models read around
     the response, by name, `adapter` what the diffusion model runs with, `prefix` what a block-causal one keeps of the
-    prompt, and `stopped` why it ends early (its deadline). `rewards` are those of the K texts that were read last, by
-    name, until they have been used. While outside scorers are `asked` for theirs, after so many steps or at the end
-    (-1), it is parked: it takes part in nothing until they are `heard`.
+    prompt, and `stopped` why it ends early (its deadline). `particles` is there when they are resampled.
+
+    While outside scorers are `asked` for rewards, after so many steps or at the end (-1), it is parked: it takes part
+    in nothing until they are `heard`. The others' `rewards` of the same texts are kept meanwhile. After a meeting it
+    then has to be admitted once more, with its trajectories as they are.
     """
 
     job: Job
@@ -53,19 +61,34 @@ class Entry:
     contexts: dict[str, RewardContext] = field(default_factory=dict)
     prefix: Prefix | None = None
     stopped: str | None = None
-    rewards: list[dict[str, float | None]] | None = None
+    rewards: Rewards | None = None
     asked: int | None = None
     heard: dict[str, list[float]] | None = None
+    particles: Particles | None = None
 
-    def park(self, step: int) -> None:
+    def park(self, step: int, rewards: Rewards) -> None:
         """Take part in nothing until the outside scorers that are asked after so many steps have answered, and hold
-        nothing of the models meanwhile."""
-        self.asked, self.contexts, self.prefix = step, {}, None
+        nothing of the budgets meanwhile."""
+        self.asked, self.rewards, self.contexts, self.prefix = step, rewards, {}, None
+        if self.running:
+            self.admitted = 0
+        for trajectory in self.running.values():
+            trajectory.contexts, trajectory.prefix = {}, None
+
+    @property
+    def settled(self) -> tuple[int, ...]:
+        """With block-causal attention, the tokens of the prompt's whole blocks."""
+        return self.job.prompt_ids[: len(self.job.prompt_ids) - self.job.lead]
 
     @property
     def waiting(self) -> int:
         """How many of its trajectories wait for room."""
-        return self.job.sampling.best_of - self.admitted
+        return 0 if self.stopped or self.asked is not None else self.job.sampling.best_of - self.admitted
+
+    @property
+    def together(self) -> int:
+        """How many of them begin at once."""
+        return self.job.sampling.best_of if self.job.guidance.resample else 1
 
     @property
     def holding(self) -> int:
@@ -113,9 +136,11 @@ class Book:
         return sum(entry.waiting for entry in self)
 
     def add(self, job: Job, cost: Cost | None = None, now: float = 0.0, adapter: Adapter | None = None) -> None:
-        """Queue a job. Raises InvalidRequest when one trajectory alone could never run."""
+        """Queue a job. Raises InvalidRequest when one trajectory alone could never run, or those that must together."""
         cost = cost or Cost.of(job)
         cost.check(self.largest)
+        if job.guidance.resample is not None:
+            cost.check_together(self.budget, job.sampling.best_of)
         self._entries[job.id] = Entry(job, cost, now, adapter)
         if any(entry.job.priority > job.priority for entry in self):
             order = sorted(self._entries, key=lambda each: self._entries[each].job.priority)
@@ -125,14 +150,15 @@ class Book:
         """Forget a job and what it holds. Returns whether it was here."""
         return self._entries.pop(job_id, None) is not None
 
-    def admit(self) -> tuple[Entry, int] | None:
-        """Give the next trajectory its share of the budget: its entry and index, or None while there is no room."""
+    def admit(self) -> tuple[Entry, range] | None:
+        """Give the next trajectory, or those that begin with it, their share of the budget: their entry and indices, or
+        None while there is no room."""
         begun = [entry for entry in self if entry.admitted]
         entry = self._next(begun)
         if entry is None or not self._fits(entry, begun):
             return None
-        entry.admitted += 1
-        return entry, entry.admitted - 1
+        first, entry.admitted = entry.admitted, entry.admitted + entry.together
+        return entry, range(first, entry.admitted)
 
     def _next(self, begun: list[Entry]) -> Entry | None:
         """The head of the queue; but while it waits for the cache, the first job that has begun: its cache is there
@@ -147,13 +173,13 @@ class Book:
         held = sum(each.holding * each.cost.tokens for each in begun)
         share = 1.0 if entry.job.priority <= 0 else BATCH_SHARE
         return not running or (
-            running < share * self.budget.trajectories
-            and held + entry.cost.tokens <= share * self.budget.tokens
+            running + entry.together - 1 < share * self.budget.trajectories
+            and held + entry.together * entry.cost.tokens <= share * self.budget.tokens
             and self._cache_fits(entry, begun)
         )
 
     def _cache_fits(self, entry: Entry, begun: list[Entry]) -> bool:
-        more = entry.cost.grown_tokens + (0 if entry.caches else entry.cost.cached_tokens)
+        more = entry.together * entry.cost.grown_tokens + (0 if entry.caches else entry.cost.cached_tokens)
         shared = sum(each.cost.cached_tokens for each in begun if each.caches)
         grown = sum(each.holding * each.cost.grown_tokens for each in begun)
         return not more or shared + grown + more <= self.budget.cached_tokens

@@ -63,7 +63,9 @@ class Demand:
                     param="messages",
                 )
             kept = len(before) if self.savings.reward_prefix_cache else 0
-            passed = max(passed, tokens - kept + math.ceil(kept * cached_share(model)))
+            # A meeting reads all of it; a guided step has the conversation cached.
+            whole = job.guidance.resampled_by == "reward"
+            passed = max(passed, tokens if whole else tokens - kept + math.ceil(kept * cached_share(model)))
             cached += kept
         grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
         grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
@@ -71,15 +73,17 @@ class Demand:
 
     def prepare(self, entries: Sequence[Entry]) -> None:
         """Give jobs what stands in front of their responses, for all of their trajectories and steps: keys and values
-        of conversations in reward models, and of prompts where attention is block-causal; all jobs' in one pass."""
+        of conversations in reward models, and of prompts where attention is block-causal; all jobs' in one pass. The
+        trajectories of a job that was parked get back what they had of their own blocks."""
         for entry, contexts in zip(entries, self.contexts([entry.job for entry in entries]), strict=True):
             entry.contexts = contexts
         kept = [entry for entry in entries if self.savings.block_cache and entry.job.diffusion.block_causal]
-        prompts = [entry.job.prompt_ids[: len(entry.job.prompt_ids) - entry.job.lead] for entry in kept]
-        lengths = [entry.job.diffusion.block_length or 1 for entry in kept]
-        prefixes = self.model.prefill(prompts, lengths, [entry.adapter for entry in kept]) if kept else []
-        for entry, prefix in zip(kept, prefixes, strict=True):
-            entry.prefix = prefix
+        continued = [each for entry in kept for each in entry.running.values() or [entry]]
+        tokens = [each.settled for each in continued]
+        lengths = [each.job.diffusion.block_length or 1 for each in continued]
+        prefixes = self.model.prefill(tokens, lengths, [each.adapter for each in continued]) if kept else []
+        for each, prefix in zip(continued, prefixes, strict=True):
+            each.prefix = prefix
 
     def contexts(self, jobs: Sequence[Job]) -> list[dict[str, RewardContext]]:
         """What each reward model reads around the response of each job whose canvas it reads, by name."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from server.errors import NotFinite
 from server.rewards.text_reward import TextReward
 from server.types import Job
+from server.wire.messages import Ask, Event
+from server.worker.book import Entry, Rewards
 from server.worker.failures import Attempt
 
 
@@ -18,14 +20,32 @@ class Judge:
     def __init__(self, models: Mapping[str, TextReward], ran_out: Callable[[], None]) -> None:
         self._models, self._ran_out = models, ran_out
 
+    def judge(self, entry: Entry, step: int, texts: Sequence[str], events: list[Event]) -> Rewards | None:
+        """The rewards of the texts of all K trajectories; None where outside scorers have been asked for theirs: until
+        they have answered the entry is parked."""
+        outside = self.outside(entry.job)
+        rewards, entry.rewards, heard, entry.heard = entry.rewards, None, entry.heard, None
+        if rewards is None:
+            whole = [entry.job.whole(text) for text in texts]
+            rewards = self.rewards(entry.job, whole)
+            if outside and not entry.stopped:
+                entry.park(step, rewards)
+                events.append(Ask(entry.job.id, step, whole))
+                return None
+        if heard is not None:
+            for name in outside:
+                for reward, score in zip(rewards, heard[name], strict=True):
+                    reward[name] = score
+        return rewards
+
     def outside(self, job: Job) -> list[str]:
         """Names of the job's scorers that are none of this process, and must be asked."""
         return [scorer.model for scorer in job.guidance.scorers if scorer.model not in self._models]
 
-    def rewards(self, job: Job, texts: Sequence[str]) -> list[dict[str, float | None]]:
+    def rewards(self, job: Job, texts: Sequence[str]) -> Rewards:
         """R of each whole text as the response of the job's conversation (algorithm.md, end of section 2), by name of
         the reward; None for those that must be asked. Raises NotFinite."""
-        rewards: list[dict[str, float | None]] = [{} for _ in texts]
+        rewards: Rewards = [{} for _ in texts]
         for name in [each.model for each in job.guidance.rewards]:
             scores = self._scores(name, job, texts) if name in self._models else [None for _ in texts]
             if not all(score is None or math.isfinite(score) for score in scores):

@@ -35,7 +35,8 @@ class Decision:
 
     `entropy` (n,) in nats is that of softmax(phi_0) at the step's `positions` (n,); `mean_w` is of a guided step, and
     `rewards` are those before each inner step and, where it is traced, once more after the last. With a `failure` it
-    reveals nothing, and the trajectory cannot go on: a number was not finite, or memory ran out.
+    reveals nothing, and the trajectory cannot go on: a number was not finite, or memory ran out. For resampling there
+    are the total log probability of its tokens in softmax(phi_0), or the best `guesses` (n,) at its positions, int64.
     """
 
     trajectory: Trajectory
@@ -47,6 +48,8 @@ class Decision:
     mean_w: float | None = None
     rewards: tuple[float, ...] = ()
     failure: Literal["", "not_finite", "out_of_memory"] = ""
+    log_probability: float = 0.0
+    guesses: IntArray | None = None
 
 
 def confidence_kind(member: Member) -> str:
@@ -100,16 +103,29 @@ def confidence(group: Group, state: kernels.Guided, base: Tensor, tokens: Tensor
     return torch.stack(list(choices.values())).gather(0, code[None])[0]
 
 
-def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> list[Decision]:
-    """Draw, rank and choose for a cohort, whose N rows have the confidence `base` (N,) in the base distribution and
-    the entropy `entropy` (N,). The mask token is never drawn. This is where a step reads the device, once."""
+def log_probability(state: kernels.Guided, lse: Tensor, tokens: Tensor, subset: Tensor | None) -> Tensor:
+    """Log probability (n,) of each candidate's token in softmax(phi_0), where `lse` (N,) are the rows' normalisers."""
+    rows = torch.arange(len(lse), device=lse.device) if subset is None else subset
+    return state.logits[rows, tokens].to(lse.dtype) - lse[rows]
+
+
+def decide(cohort: Cohort, base: Tensor, entropy: Tensor, lse: Tensor, info: ModelInfo) -> list[Decision]:
+    """Draw, rank and choose for a cohort, whose N rows have the confidence `base` (N,) in the base distribution, and
+    in softmax(phi_0) the entropy `entropy` and the log normaliser `lse`. The mask token is never drawn nor guessed.
+    This is where a step reads the device, once."""
     group, state = cohort.group, cohort.state
     candidates = group.candidates()
     subset = None if candidates is None else upload(torch.from_numpy(candidates), group.device)
     drawn = kernels.draw(state, _of(cohort.keys[-1], subset), rows=subset, never=info.mask_token_id)
     ranked = confidence(group, state, base, drawn, subset)
-    wanted = drawn, ranked, group.ranking_uniforms(cohort.keys[0], subset), entropy, cohort.first_w, *cohort.rewards
-    tokens, confidences, uniforms, entropies, w, *rewards = download(wanted)
+    log_p = guesses = None
+    if any(member.trajectory.job.guidance.resampled_by == "confidence" for member in group.members):
+        log_p = log_probability(state, lse, drawn, subset)
+    if any(member.trajectory.guesses for member in group.members):
+        guesses = kernels.draw(state.greedy(), cohort.keys[-1], never=info.mask_token_id)
+    uniforms = group.ranking_uniforms(cohort.keys[0], subset)
+    wanted = drawn, ranked, uniforms, entropy, log_p, guesses, cohort.first_w, *cohort.rewards
+    tokens, confidences, uniforms, entropies, log_p, guesses, w, *rewards = download(wanted)
     decisions = []
     stop = row = 0
     for index, member in enumerate(group.members):
@@ -133,6 +149,8 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, info: ModelInfo) -> li
                 entropies[rows],
                 None if w is None else float(w[rows].mean()),
                 tuple(float(reward[index]) for reward in rewards[:read]),
+                log_probability=0.0 if log_p is None else float(log_p[start:stop][chosen].sum(dtype=np.float64)),
+                guesses=guesses[rows] if guesses is not None and member.trajectory.guesses else None,
             )
         )
     return decisions

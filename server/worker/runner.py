@@ -1,8 +1,8 @@
 """The engine's inner half: jobs in, one denoising step at a time, events out. Lives in the worker process.
 
-`Runner.step` is the whole system in one function: expire, admit, denoise, retire. The book (worker/book) says which
-trajectories take part, and the `Denoiser` (worker/step) does the tensor work. What goes wrong with one job fails that
-job alone; what goes wrong in the step that many share fails all that take part in it.
+`Runner.step` is the whole system in one function: expire, meet, admit, denoise, retire. The book (worker/book) says
+which trajectories take part, and the `Denoiser` (worker/step) does the tensor work. What goes wrong with one job fails
+that job alone; what goes wrong in the step that many share fails all that take part in it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import numpy as np
 from server.budget import Budget
 from server.diffusion.schedule import Step
 from server.errors import AdapterGone
+from server.guidance.resample import Particles
 from server.models.loading import LoadedDiffusionModel
 from server.models.lora import Adapter
 from server.rewards.reward_model import RewardModel
 from server.types import Job
-from server.wire.messages import Ask, Canvas, Event, Failed, Finished, Judged, Progress, Started, Timed
+from server.wire.messages import Canvas, Event, Failed, Finished, Judged, Progress, Started, Timed
 from server.wire.stats import RunnerStats, resident_bytes
 from server.worker.answer import answer, final_text
 from server.worker.book import Book, Entry
 from server.worker.demand import Demand
 from server.worker.failures import Attempt, failed, is_out_of_memory, out_of_memory
 from server.worker.judge import Judge
+from server.worker.meeting import meet
 from server.worker.memory import held_bytes
 from server.worker.reveal import Decision
 from server.worker.savings import Savings
@@ -97,11 +99,15 @@ class Runner:
         entry.asked, entry.heard = None, message.scores
         if message.scores is None:
             entry.stopped = "deadline"
+            if message.step >= 0:
+                entry.rewards = None  # of what the trajectories would have said then
 
     def step(self) -> list[Event]:
-        """One pass: expire, admit, denoise every running trajectory by one step, retire. Returns what happened."""
+        """One pass: expire, let trajectories meet, admit, denoise every running one by one step, retire. Returns what
+        happened."""
         events: list[Event] = []
         self._expire(events)
+        self._meet(events)
         self._start(list(iter(self.book.admit, None)), events)
         self._denoise(events)
         for entry in self.book:
@@ -118,27 +124,41 @@ class Runner:
             job = entry.job
             if job.deadline is None or now < job.deadline or entry.asked is not None:
                 continue
-            if entry.admitted:
+            if entry.started_at is not None:
                 entry.stopped = "deadline"
             else:
                 self.book.drop(job.id)
                 events.append(Failed(job.id, "deadline", "the deadline passed while the request was queued", "timeout"))
 
-    def _start(self, admitted: Sequence[tuple[Entry, int]], events: list[Event]) -> None:
-        """Begin trajectories; the conversations of jobs that begin with them are run together."""
-        arriving = list(dict.fromkeys(entry for entry, _ in admitted if entry.started_at is None))
+    def _meet(self, events: list[Event]) -> None:
+        """Resample the trajectories of jobs that are due for it, unless outside scorers have to be asked first."""
+        for entry in self.book:
+            if entry.particles is not None and entry.asked is None and not entry.stopped:
+                with self._alone(entry, events):
+                    meet(entry, entry.particles, self.loaded, self.judge, self.denoiser.stats, events)
+
+    def _start(self, admitted: Sequence[tuple[Entry, range]], events: list[Event]) -> None:
+        """Begin trajectories, or go on with those of a job that was parked; the conversations of jobs that begin with
+        them are run together."""
+        arriving = [entry for entry, indices in admitted if indices.start == 0]
         for entry in arriving:
             self.begin(entry.job.id)
         self._prepare(arriving, events)
         for entry in arriving:
-            if entry.job.id in self.book:
+            if entry.job.id in self.book and entry.started_at is None:
                 entry.started_at = self.clock()
                 events.append(Started(entry.job.id))
-        for entry, index in admitted:
+                if (rule := entry.job.guidance.resample) is not None:
+                    entry.particles = Particles.of(entry.job, rule)
+        for entry, indices in admitted:
             if entry.job.id in self.book:
                 with self._alone(entry, events):
                     prepared = entry.contexts, entry.prefix, entry.adapter
-                    entry.running[index] = Trajectory.start(entry.job, index, self.loaded.info, *prepared)
+                    for index in indices:
+                        if index in entry.running:
+                            entry.running[index].contexts = dict(entry.contexts)
+                        else:
+                            entry.running[index] = Trajectory.start(entry.job, index, self.loaded.info, *prepared)
 
     def _prepare(self, entries: Sequence[Entry], events: list[Event]) -> None:
         """All at once; where that fails, one after another, which shows whose fault it is or takes less memory."""
@@ -162,6 +182,7 @@ class Runner:
         batch = [
             (trajectory, step)
             for entry in self.book
+            if entry.admitted
             for trajectory in entry.running.values()
             if (step := trajectory.next_step(skip_empty=self.savings.skip_empty_steps)) is not None
         ]
@@ -211,46 +232,37 @@ class Runner:
             for position, value in zip(decision.positions.tolist(), decision.entropy.tolist(), strict=True):
                 entropy[position] = value if trajectory.masked[position] else None
             shown = np.where(trajectory.masked, -1, trajectory.tokens)[:length].tolist()
-            events.append(Canvas(job.id, trajectory.index, step.index, shown, entropy[:length], trajectory.last_reward))
+            seen = entropy[:length], trajectory.last_reward, trajectory.ancestor
+            events.append(Canvas(job.id, trajectory.index, step.index, shown, *seen))
 
     def _retire(self, entry: Entry, events: list[Event]) -> None:
         """Move finished trajectories out; when all K are there, score and answer."""
         job = entry.job
         if entry.asked is not None:
             return
-        for index, trajectory in list(entry.running.items()):
-            final = self.savings.leave_when_final and trajectory.final
-            if entry.stopped or final or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None:
-                entry.finished[index] = entry.running.pop(index)
-                trajectory.contexts.clear()  # memory that the next one may need
-                trajectory.prefix = None
+        ended = [index for index, trajectory in entry.running.items() if entry.stopped or self._over(trajectory)]
+        if entry.particles is not None and len(ended) < len(entry.running):
+            return  # those that are over may be copied, and be copied over
+        for index in ended:
+            entry.finished[index] = trajectory = entry.running.pop(index)
+            trajectory.contexts.clear()  # memory that the next one may need
+            trajectory.prefix = None
         if entry.stopped:
             # The trajectories that never started have nothing to show; they count as empty canvases.
-            for index in range(entry.admitted, job.sampling.best_of):
+            for index in set(range(job.sampling.best_of)) - entry.finished.keys():
                 entry.finished[index] = Trajectory.start(job, index, self.loaded.info)
         if len(entry.finished) < job.sampling.best_of:
             return
         texts = [final_text(entry.finished[index], self.loaded, entry.stopped) for index in range(job.sampling.best_of)]
-        if self._judge(entry, -1, [text.text for text in texts], events):
+        rewards = self.judge.judge(entry, -1, [text.text for text in texts], events)
+        if rewards is not None:
             self.book.drop(job.id)
-            events.append(Finished(job.id, answer(entry, texts, self.clock())))
+            events.append(Finished(job.id, answer(entry, texts, rewards, self.clock())))
 
-    def _judge(self, entry: Entry, step: int, texts: Sequence[str], events: list[Event]) -> bool:
-        """Have the texts of all K trajectories rewarded. Returns whether all of `entry.rewards` is there; else outside
-        scorers have been asked for the rest, and until they answer the entry is parked."""
-        outside = self.judge.outside(entry.job)
-        if entry.rewards is None:
-            whole = [entry.job.whole(text) for text in texts]
-            entry.rewards = self.judge.rewards(entry.job, whole)
-            if outside and not entry.stopped:
-                entry.park(step)
-                events.append(Ask(entry.job.id, step, whole))
-                return False
-        if entry.heard is not None:
-            for name in outside:
-                for reward, score in zip(entry.rewards, entry.heard[name], strict=True):
-                    reward[name] = score
-        return True
+    def _over(self, trajectory: Trajectory) -> bool:
+        """Whether nothing more is to be done for it."""
+        leaves = self.savings.leave_when_final and trajectory.job.guidance.resample is None
+        return (leaves and trajectory.final) or trajectory.next_step(skip_empty=self.savings.skip_empty_steps) is None
 
     # -- what one job needs --------------------------------------------------------------------------------------
 

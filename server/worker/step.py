@@ -131,7 +131,7 @@ class Denoiser:
         self.spent.forward += time.perf_counter() - started
         params, keys = upload_all([group.row_params(phi_0), group.keys()], self.device)
         state = kernels.begin(phi_0, params, backend=self.backend, updates=group.gradient_steps)
-        ranking, entropy = base_confidence(group, phi_0, state), state.stats.entropy_1
+        ranking, stats = base_confidence(group, phi_0, state), state.stats
         cohorts = [Cohort(group, state, keys, slice(None))]
         if group.rewards:
             started = time.perf_counter()
@@ -139,7 +139,8 @@ class Denoiser:
             self.spent.guidance += time.perf_counter() - started
         decisions = []
         for cohort in cohorts:
-            decisions += decide(cohort, ranking[cohort.rows], entropy[cohort.rows], self.info)
+            rows = cohort.rows
+            decisions += decide(cohort, ranking[rows], stats.entropy_1[rows], stats.lse_1[rows], self.info)
         return decisions
 
     def _commit(self, decision: Decision) -> None:
@@ -148,6 +149,11 @@ class Denoiser:
             return
         trajectory, step, rewards = decision.trajectory, decision.step, decision.rewards
         masked = trajectory.left
+        if decision.guesses is not None:
+            trajectory.estimate = trajectory.tokens[: trajectory.stop(step)].copy()
+            trajectory.estimate[decision.positions] = decision.guesses
+            trajectory.estimate[decision.chosen] = decision.tokens
+        trajectory.log_probability += decision.log_probability
         trajectory.tokens[decision.chosen] = decision.tokens
         trajectory.masked[decision.chosen] = False
         trajectory.step_map[decision.chosen] = step.index

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,9 @@ class Trajectory:
     plan. `step_map` (L,) has the step at which each was revealed (the last one, should there be several), -1 while
     it is masked. `contexts` is what each reward model reads around the response; it grows with what is settled of it.
     `adapter` is what the diffusion model runs with. `taken` counts the steps that were computed, and `reward_calls` the
-    passes of reward models in them.
+    passes of reward models in them. `log_probability` is the total of the tokens that it has revealed, where it is
+    resampled by that; where by rewards, `estimate` is the response before a meeting, as far as it is there, with the
+    best guess where it is masked. `ancestor` is the trajectory whose copy has gone on here, None before any has.
 
     With block-causal attention `prefix` holds the diffusion model's keys and values of whole blocks of the prompt and
     of the response, and grows with each that is finished; the last block may reach past the L tokens of the answer,
@@ -45,6 +47,9 @@ class Trajectory:
     taken: int = 0
     reward_calls: int = 0
     last_reward: float | None = None
+    log_probability: float = 0.0
+    estimate: IntArray | None = None
+    ancestor: int | None = None
     trace: list[StepTrace] = field(default_factory=list)
 
     @classmethod
@@ -74,16 +79,31 @@ class Trajectory:
             length,
         )
 
+    def child(self, index: int) -> Trajectory:
+        """A copy that goes on in another's place. What is cached is shared: it never changes."""
+        return replace(
+            self,
+            index=index,
+            tokens=self.tokens.copy(),
+            masked=self.masked.copy(),
+            step_map=self.step_map.copy(),
+            contexts=dict(self.contexts),
+            trace=list(self.trace),
+            ancestor=self.index,
+        )
+
     def next_step(self, *, skip_empty: bool = True) -> Step | None:
         """The next step that can reveal something, or None at the end. Steps that reveal nothing change nothing
-        (the model is not told the time), so they are passed over whole: an exact saving."""
+        (the model is not told the time), so they are passed over whole: an exact saving. (Where trajectories meet after
+        so many steps they always are, for these do not count.)"""
         diffusion = self.job.diffusion
         while self.cursor < len(self.steps):
             step = self.steps[self.cursor]
             if diffusion.block_causal and self._stops_within(step.start):
                 self.cursor, self.length = len(self.steps), step.start
                 return None
-            can_reveal = step.reveal > 0 or diffusion.algorithm == "origin" or not skip_empty
+            skips = skip_empty or self.job.guidance.resample is not None
+            can_reveal = step.reveal > 0 or diffusion.algorithm == "origin" or not skips
             if self.masked[step.start : step.stop].any() and can_reveal:
                 if not diffusion.adaptive:
                     return step
@@ -114,6 +134,20 @@ class Trajectory:
     def _stops_within(self, count: int) -> bool:
         return not set(self.stop_token_ids).isdisjoint(self.tokens[:count].tolist())
 
+    @property
+    def settled(self) -> tuple[int, ...]:
+        """With block-causal attention, the tokens of all whole blocks before the one of its next step; the prompt's
+        included."""
+        start = self.steps[self.cursor].start if self.cursor < len(self.steps) else 0
+        tokens = (*self.job.prompt_ids, *self.tokens[:start].tolist())
+        return tokens if start else tokens[: len(tokens) - self.job.lead]
+
+    @property
+    def guesses(self) -> bool:
+        """Whether its next step guesses all that is masked: the trajectories meet after it, for rewards."""
+        rule = self.job.guidance.resample
+        return rule is not None and rule.by == "reward" and (self.taken + 1) % rule.every == 0
+
     def readers(self, step: Step) -> tuple[str, ...]:
         """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""
         if not (step.guided or self.job.trace):
@@ -121,8 +155,9 @@ class Trajectory:
         return tuple(sorted(weighted.model for weighted in self.job.guidance.reward_models))
 
     def positions(self, step: Step) -> IntArray:
-        """Response positions whose logits this step needs: all masked ones if the canvas is read, else the block's."""
+        """Response positions whose logits this step needs: all masked ones if the canvas is read or all of it is
+        guessed, else the block's."""
         positions = np.flatnonzero(self.masked[: self.stop(step)])
-        if not self.readers(step):
+        if not (self.readers(step) or self.guesses):
             positions = positions[(positions >= step.start) & (positions < step.stop)]
         return positions.astype(np.int64)

@@ -24,8 +24,9 @@ def job(name: str, tokens: int = 10, best_of: int = 1, method: str = "none", pri
 def admit(book: Book) -> list[Share]:
     """All that may start now."""
     shares = []
-    while (share := book.admit()) is not None:
-        shares.append(share)
+    while (admitted := book.admit()) is not None:
+        entry, indices = admitted
+        shares += [(entry, index) for index in indices]
     return shares
 
 

@@ -1,0 +1,97 @@
+"""Resampled trajectories in the engine are those of the plain loop, alone, in a crowd and after they were parked."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from server.types import Job, JobResult, Resampling, WeightedReward
+from server.wire.messages import Ask, Finished, Judged
+from server.worker.runner import Runner
+from tests.parity.test_engine_matches_plain_loop import adaptive, everywhere, gradient, make_job
+from tests.support.models import Pair
+
+REWARD = {"reward_models": (WeightedReward("rm", 3.0),)}
+FOUR = {**REWARD, "best_of": 4, "temperature": 1.0, "top_p": 1.0}
+SMC = {"method": "bon", **FOUR}
+
+
+def every(steps: int, by: Any = "reward", **values: Any) -> dict[str, Any]:
+    """A rule under which some meetings copy and some do not."""
+    return {"resample": Resampling(by, steps, **{"strength": 2.0, "threshold": 0.9, **values})}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "smc": {**SMC, **every(2)},
+    "max": {**SMC, **every(3, potential="max")},
+    "none by confidence": {"n": 3, "best_of": 3, "temperature": 1.2, **every(2, "confidence", strength=0.5)},
+    "bon by confidence": {**SMC, "reward_models": (), **every(2, "confidence"), "n": 2},
+    "entrgi": gradient("entrgi", **FOUR, **every(2)),
+    "aps by confidence": gradient("aps", **FOUR, **every(2, "confidence", strength=0.3)),
+    "origin": {**SMC, "algorithm": "origin", **every(2)},
+    "greedy, ranking temperature": {**SMC, "temperature": 0.0, "algorithm_temperature": 1.0, **every(2)},
+    "entropy_bound": {**SMC, **adaptive("entropy_bound"), **every(2)},
+    "entrgi, threshold": gradient("entrgi", **FOUR, **adaptive("threshold"), **every(1)),
+    "blocks": {**SMC, "block_length": 3, "max_tokens": 10, "steps": 20, **every(2, potential="max")},
+    "cfg": {**SMC, "cfg_scale": 0.5, **every(2, "confidence", strength=0.3)},
+    "suffix": {**SMC, "suffix_ids": (40, 50), "response_suffix": " and so on", "stop": ("e",), **every(2)},
+    "trace": {**SMC, "trace": True, "max_tokens": 6, "steps": 12, **every(2)},
+    "outside": {**SMC, "scorers": (WeightedReward("length", 0.3),), **every(2)},
+    "outside, guided": gradient("entrgi", **FOUR, scorers=(WeightedReward("length", 0.3),), **every(3)),
+    "plain": {"method": "bon", **REWARD, "best_of": 3},
+}
+
+
+def jobs_of(pair: Pair) -> list[Job]:
+    return [make_job(pair, index, **changes) for index, changes in enumerate(CASES.values())]
+
+
+def outside(texts: list[str]) -> dict[str, list[float]]:
+    return {"length": [float(len(text) % 7) for text in texts]}
+
+
+def finish(pair: Pair, jobs: list[Job], seed: int = 0, **options: Any) -> dict[str, JobResult]:
+    """All jobs in one runner; outside scorers answer some steps later, in any order."""
+    runner, waiting = Runner(pair.loaded, pair.rewards, **options), list[Ask]()
+    for job in jobs:
+        runner.add(job, now=0.0)
+    order, results = random.Random(seed), {}
+    while runner.has_work or waiting:
+        events = runner.step() if runner.has_work else []
+        waiting += [event for event in events if isinstance(event, Ask)]
+        results |= {event.job_id: event.result for event in events if isinstance(event, Finished)}
+        if waiting and (not runner.has_work or order.random() < 0.3):
+            ask = waiting.pop(order.randrange(len(waiting)))
+            runner.judged(Judged(ask.job_id, ask.step, outside(ask.texts)))
+    assert results.keys() == {job.id for job in jobs}
+    return results
+
+
+@pytest.fixture(scope="session")
+def crowd(pair64: Pair) -> dict[str, JobResult]:
+    jobs = jobs_of(pair64)
+    random.Random(0).shuffle(jobs)
+    return finish(pair64, jobs)
+
+
+def assert_same(result: JobResult, expected: Any) -> None:
+    assert [list(each.token_ids) for each in result.trajectories] == expected.token_ids
+    assert [list(each.step_map) for each in result.trajectories] == expected.step_maps
+    assert [each.text for each in result.trajectories] == expected.texts
+    assert list(result.resampled) == expected.resampled
+    assert result.chosen == expected.chosen
+    weights = expected.weights
+    assert result.weights == (None if weights is None else pytest.approx(weights, abs=1e-4))
+    for trajectory, reward in zip(result.trajectories, expected.rewards, strict=True):
+        assert trajectory.reward == (None if reward is None else pytest.approx(reward, abs=1e-4))
+
+
+@everywhere
+@pytest.mark.parametrize("case", list(CASES))
+def test_resampled_trajectories_equal_the_plain_loop_in_float64(pair64: Pair, crowd: Any, case: str) -> None:
+    job = make_job(pair64, list(CASES).index(case), **CASES[case])
+    expected = pair64.plain.run(job, outside if job.guidance.scorers else None)
+    assert_same(crowd[job.id], expected)
+    assert_same(finish(pair64, [job])[job.id], expected)
