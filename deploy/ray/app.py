@@ -133,6 +133,8 @@ class Replicas(ingress.Fleet):
             told = await asked.results_async(timeout_s=ANSWERS_SECONDS, return_exceptions=True)
         except TimeoutError:
             raise Unavailable(f"a replica did not tell its metrics within {ANSWERS_SECONDS:g} seconds") from None
+        except DeploymentUnavailableError:  # there is none
+            return {}
         return dict(each for each in told if not isinstance(each, Exception))
 
     async def _look(self) -> None:

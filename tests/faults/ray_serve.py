@@ -125,21 +125,26 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         server.stop()
 
 
-async def kills(server: Cluster, load: Load, verdict: Verdict, minutes: float, generator: random.Random) -> None:
-    """A replica dies three times under load."""
-    whole_after = []
+async def kills(server: Cluster, load: Load, verdict: Verdict, count: int, pause: float, seed: int) -> None:
+    """So many replicas die under load, one after the other; each is replaced."""
+    generator, before, sent = random.Random(seed), load.outcomes, load.sent
+    whole_after: list[float] = []
+    there = len(server.serving)
     async with load.running():
-        for _ in tqdm(range(KILLS), desc="kills"):
-            await asyncio.sleep(minutes * 60 / (KILLS + 1))
+        for _ in tqdm(range(count), desc=f"kills, {there} replicas"):
+            await asyncio.sleep(pause)
             names = server.serving
             os.kill(generator.choice(server.replicas), signal.SIGKILL)
-            whole_after.append(await seconds_until(lambda names=names: len(server.serving - names) == 1))
-        await asyncio.sleep(minutes * 60 / (KILLS + 1))
-    answered = sum(count for name, count in load.outcomes.items() if name in UNHARMED | {"wrong"} or " " in name)
-    bad = {name: count for name, count in load.outcomes.items() if name not in UNHARMED | NAMED}
-    verdict.promise("every request got exactly one answer", answered == load.sent, f"{load.sent}, {load.outcomes}")
-    verdict.promise("right to the token, or a named 503", not bad, bad or load.wrong[:3])
-    verdict.promise("two replicas again after each kill", max(whole_after) < math.inf, quantiles(whole_after, 50, 100))
+            whole_after.append(
+                await seconds_until(lambda names=names: len(now := server.serving) == there and bool(now - names))
+            )
+        await asyncio.sleep(pause)
+    outcomes = load.outcomes - before
+    bad = {name: number for name, number in outcomes.items() if name not in UNHARMED | NAMED}
+    what = f"{count} kills, {there} replicas"
+    once = outcomes.total() == load.sent - sent
+    verdict.promise(f"{what}: one answer each, right or a named 503", once and not bad, f"{outcomes} {load.wrong[:3]}")
+    verdict.promise(f"{what}: replaced", max(whole_after) < math.inf, quantiles(whole_after, 50, 100))
 
 
 async def dead_engine(server: Cluster, verdict: Verdict) -> None:
@@ -203,7 +208,7 @@ async def run(minutes: float, clients: int, seed: int) -> int:
         load = Load(server, catalogue(2, seed, fates=(1, 0, 0)), clients, seed)
         await load.learn()
         load.cases = [*load.cases, *catalogue(1, seed + 1, fates=(0, 1, 1))]  # of which nothing is known before
-        await kills(server, load, verdict, minutes, random.Random(seed))
+        await kills(server, load, verdict, KILLS, 60 * minutes / (KILLS + 1), seed)
         verdict.figures["latency_seconds"] = quantiles(load.latencies, 50, 99)
         await dead_engine(server, verdict)
         server.deploy(path, max_queue=200)
@@ -212,6 +217,8 @@ async def run(minutes: float, clients: int, seed: int) -> int:
         for number, expected in ((1, 1), (clients, 2), (1, 1)):
             load.clients = number
             await unnoticed(server, load, verdict, f"{number} clients: {expected} replicas", expected, others=False)
+        load.clients = 4
+        await kills(server, load, verdict, 1, 3, seed)
         idle = await seconds_until(lambda: server.in_flight == 0)
         verdict.promise("idle when nobody asks", idle < math.inf, f"{idle:.1f} s")
         verdict.figures |= await added(server, 40, 10.0)
