@@ -154,8 +154,8 @@ def measures(followed: Followed) -> list[Measure]:
     read = {path: serving[path] for path in followed.files}
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
-        Measure("lines of serving code", sum(serving.values()), 23_900),
-        Measure("lines of tests", sum(tests.values()), 24_500),
+        Measure("lines of serving code", sum(serving.values()), 24_300),
+        Measure("lines of tests", sum(tests.values()), 26_500),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
         Measure("lines of serving code's median file", median(serving.values()), 140),
