@@ -92,7 +92,7 @@ conformance: $(RUNTIME) ## Real clients against a real server, and the published
 
 # Each is a program with options of its own; all others are the server's: make faults FAULTS=kill_worker
 # ARGS="--kills 5 --data-parallel 2"
-FAULTS ?= overload disconnects slow fuzz kill_worker kill_server kill_faults
+FAULTS ?= overload disconnects slow fuzz kill_worker kill_server kill_faults scorers
 
 faults: $(DEV) ## Overload, abuse, kill and break the server and its workers (FAULTS=... chooses, ARGS=... are its options)
 	@failed=0; for program in $(FAULTS); do \
