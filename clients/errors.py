@@ -12,6 +12,7 @@ ClientError
     +-- BodyTooLarge        413
     +-- QueueFull           429
     +-- ServerFailed        500
+    +-- ScorerFailed        502
     +-- Unavailable         503
 """
 
@@ -96,6 +97,10 @@ class ServerFailed(ApiError):
     """500."""
 
 
+class ScorerFailed(ApiError):
+    """502: an outside scorer that the request needs failed; the message names it."""
+
+
 class Unavailable(ApiError):
     """503: loading, restarting or shutting down; come back after `retry_after` seconds."""
 
@@ -108,6 +113,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     413: BodyTooLarge,
     429: QueueFull,
     500: ServerFailed,
+    502: ScorerFailed,
     503: Unavailable,
 }
 

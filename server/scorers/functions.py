@@ -101,6 +101,8 @@ class Function:
         asked = json.dumps([conversations, [metadata] * len(pairs)]).encode()
         limit = self._scorer.timeout_seconds
         try:
+            if place.child is not None and place.child.exited():
+                await self._end(place)
             child = place.child = place.child or await self._started()
             child.send(LENGTH.pack(len(asked)) + asked)
             async with asyncio.timeout(limit):

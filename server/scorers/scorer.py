@@ -49,7 +49,7 @@ class Breaker:
         return True
 
     def heard(self, now: float, *, down: bool) -> None:
-        """A request has ended: the scorer was down, or it answered, whatever it said."""
+        """The scorer was down for a request, or it answered, whatever it said."""
         self.failures = self.failures + 1 if down else 0
         self._until = now + OPEN_SECONDS
 
@@ -98,7 +98,6 @@ class Scorer:
             self.breaker.heard(time.monotonic(), down=error.reason in DOWN)
             logger.warning("scorer %s %s", self.name, error.message, extra={"cause": repr(error.__cause__)})
             raise ScorerFailed(f"the scorer {self.name} {error.message}") from error
-        self.breaker.heard(time.monotonic(), down=False)
         return scores
 
     async def _persist(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:
@@ -110,7 +109,9 @@ class Scorer:
                     self._check()
                     began = time.monotonic()
                     scores = await self._target.ask(batch, metadata)
-                    self.stats.seconds.add(time.monotonic() - began)
+                    now = time.monotonic()
+                    self.stats.seconds.add(now - began)
+                    self.breaker.heard(now, down=False)
                     return scores
             except CallFailed as error:
                 if not left or error.reason in FINAL:

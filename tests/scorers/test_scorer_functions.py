@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -91,6 +93,14 @@ async def test_a_call_is_made_again_where_that_may_help(patient: Callable[..., O
             with pytest.raises(ScorerFailed):
                 await scorer.score(pairs(text), None)
             assert scorer.stats.retries == retries
+
+
+async def test_a_process_that_dies_between_two_calls_is_replaced(patient: Callable[..., OutsideScorer]) -> None:
+    async with started(patient()) as scorer:
+        pid = int((await scorer.score(pairs("pid"), None))[0])
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not alive(pid))
+        assert await scorer.score(pairs("abcd"), None) == [4.0]
 
 
 async def test_who_leaves_costs_the_others_no_process(tmp_path: Path, patient: Callable[..., OutsideScorer]) -> None:

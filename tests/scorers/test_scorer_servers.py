@@ -161,6 +161,18 @@ async def test_a_scorer_that_is_down_is_left_alone_and_one_that_answers_is_not()
             assert (len(made.asked), scorer.stats.failures["open"]) == (asked, 1)
 
 
+async def test_a_scorer_that_is_there_again_answers_a_request_of_several_calls() -> None:
+    answers = iter([(500, {}, b"")] * FAILURES_TO_OPEN)
+    with stub(lambda path, body: next(answers, None) or PUBLISHED["tei-rerank"](path, body)) as made:
+        async with asking(made, "tei-rerank") as scorer:
+            for _ in range(FAILURES_TO_OPEN):
+                await failed(scorer)
+            assert scorer.breaker.open
+            scorer.breaker = Breaker(FAILURES_TO_OPEN)  # its time is over
+            assert await scorer.score([(HELLO, "abc")] * 40, None) == [3.0] * 40
+            assert not scorer.breaker.open
+
+
 def test_an_open_breaker_lets_one_try_and_closes_with_its_success() -> None:
     breaker = Breaker()
     for _ in range(FAILURES_TO_OPEN):
