@@ -76,6 +76,20 @@ def test_the_best_by_a_scorer_comes_back(judged: Served) -> None:
     assert [choice["reward"] for choice in answer["choices"]] == [len(each["text"]) for each in answer["choices"]]
 
 
+def test_a_scorer_resamples_whatever_the_method(judged: Served) -> None:
+    resample = {"by": "reward", "every": 2, "strength": 5.0}
+    for name, method in (("length", "bon"), ("length", "none"), ("far", "bon")):
+        guidance = {"method": method, "reward_model": name, "resample": resample}
+        asked = {"stop": ["\n"], "temperature": 1.5, "guidance": guidance}
+        answer = judged.post("/v1/completions", {**PROMPT, **asked, ("n" if method == "none" else "best_of"): 3}).json()
+        told = answer["guidance"]
+        assert told["without_gradient"] == [name]
+        assert sum(told["weights"][0]) == pytest.approx(1)
+        assert told["rewards"][0][told["weights"][0].index(max(told["weights"][0]))] == max(told["rewards"][0])
+        assert {step for step, _ in told["resampled"][0]} <= {2, 4, 6}
+    assert judged.metric("scorer_requests_total", scorer="far") > 2
+
+
 def test_scorers_and_reward_models_are_one_weighted_sum(judged: Served) -> None:
     answer = judged.post("/v1/completions", guided("rm", "length", method="entrgi", best_of=2)).json()
     (choice,), guidance = answer["choices"], answer["guidance"]
