@@ -98,6 +98,12 @@ class Model(Answer):
     """The value of every field that is left out; `best_of` by method"""
     limits: dict[str, Any] | None = None
     """What one request may hold, and how much of one answer the memory takes"""
+    label: str | None = None
+    """The label whose score it is, of a reward model with several"""
+    output: Literal["logit", "log_softmax"] | None = None
+    """Whether a reward is the label's logit, or its log probability among all labels"""
+    input: Literal["response", "pair"] | None = None
+    """What an encoder reads: the response alone, or what it answers too"""
     vocab_coverage: float | None = None
     """Share of the diffusion model's tokens that the reward model has too"""
     vocab_fallback: Literal["unk", "zero"] | None = None

@@ -7,7 +7,7 @@ An adapter (`models.lora`) is added to the weights of its base here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from server.models.layers import compute_dtype
 from server.models.lora import read_weights
 from server.rewards.attention import ATTENTION_NAME
 from server.rewards.classifier import HEAD, Classifier
-from server.text.tokenizer import Tokenizer
 
 
-def check_tokens(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with a token that has no row in the embeddings, of `rows` rows: a message may contain it."""
-    token, index = max(tokenizer.vocab().items(), key=lambda entry: entry[1])
+def check_tokens(vocabulary: Mapping[str, int], rows: int) -> None:
+    """Refuse a vocabulary with a token that has no row in the embeddings, of `rows` rows: a message may contain it."""
+    token, index = max(vocabulary.items(), key=lambda entry: entry[1])
     if index >= rows:
         raise ConfigurationError(
             f"vocab_size: the tokenizer's token {quote(token)} has id {index}, the embeddings only {rows} rows: "
@@ -44,7 +43,7 @@ def load_network(
     try:
         config = AutoConfig.from_pretrained(folder, num_labels=found.labels, **trusted)
     except (ValueError, KeyError, OSError) as error:
-        raise ConfigurationError(f"config.json: {_first_line(error)}") from error
+        raise ConfigurationError(f"config.json: {first_line(error)}") from error
     if attention is not None:
         _check_attention(config)
     try:
@@ -59,7 +58,7 @@ def load_network(
             **trusted,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ConfigurationError(f"{folder.name}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise ConfigurationError(f"{folder.name}: the weights cannot be loaded: {first_line(error)}") from error
     network.eval().requires_grad_(False).to(device)
     return network, {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
 
@@ -87,11 +86,23 @@ def check_complete(found: Classifier, missing: Collection[str]) -> None:
         )
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a transformers configuration says that its model was made for; None where it says nothing."""
+    try:
+        declared: int | None = getattr(config, "max_position_embeddings", None)
+    except NotImplementedError:  # as XLNet's says that it has no limit
+        return None
+    return declared
+
+
 def learned_positions(network: Any) -> int | None:
     """How many tokens a module can read, which has a learned embedding for each position; None where rotations or
     distances stand for positions, since these have no end."""
-    declared, tokens = network.config.get_text_config().max_position_embeddings, network.get_input_embeddings()
-    tables = [each for each in network.modules() if isinstance(each, nn.Embedding) and each is not tokens]
+    declared = positions_of(network.config.get_text_config())
+    if declared is None:
+        return None
+    tokens = network.get_input_embeddings().weight
+    tables = [each for each in network.modules() if isinstance(each, nn.Embedding) and each.weight is not tokens]
     tables = [each for each in tables if len(each.weight) >= declared]
     # RoBERTa counts positions from the one after its padding's on.
     unused = max((-1 if each.padding_idx is None else each.padding_idx for each in tables), default=-1)
@@ -129,5 +140,6 @@ def _check_attention(config: Any) -> None:
         raise ConfigurationError("attn_logit_softcapping: soft-capped attention is not supported")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says first."""
     return quote(str(error).strip().partition("\n")[0] or type(error).__name__)

@@ -25,7 +25,7 @@ from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix, grown
 from server.rewards.classifier import Classifier, blaming
 from server.rewards.labels import ONE_LABEL, Reading
 from server.rewards.network import check_tokens, learned_positions, load_causal
-from server.rewards.text_reward import check_length
+from server.rewards.text_reward import SCORE_TOKENS, check_length, packs
 from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, map_vocabulary
 from server.text.template import conversation_ids
@@ -34,9 +34,6 @@ from server.types import Message, RewardModelInfo
 
 if TYPE_CHECKING:
     from server.rewards.graphs import GraphedPasses
-
-SCORE_TOKENS = 8192
-"""Tokens that `score` runs in one forward; a longer sequence goes alone."""
 
 MIN_SHARED_TOKENS = 16
 """A shorter common beginning is not worth a forward of its own."""
@@ -184,15 +181,9 @@ class RewardModel:
         if self.pad_token_id is not None:
             sequences = [ids[: max(1, self.content(ids))] for ids in sequences]
         rewards = torch.zeros(len(sequences), dtype=self._reward_dtype, device=self.device)
-        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-        chunk: list[int] = []
         with torch.no_grad():
-            for place, index in enumerate(order):
-                chunk.append(index)
-                after = place + 1 < len(order) and len(sequences[order[place + 1]])
-                if not after or (len(chunk) + 1) * after > SCORE_TOKENS:
-                    rewards[torch.tensor(chunk, device=self.device)] = self._score([sequences[i] for i in chunk])
-                    chunk = []
+            for pack in packs(sequences, SCORE_TOKENS):
+                rewards[torch.tensor(pack, device=self.device)] = self._score([sequences[index] for index in pack])
         return rewards
 
     def _score(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -246,7 +237,7 @@ def load_reward_model(
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
         ids, coverage = map_vocabulary(found.name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
         network = load_causal(found, dtype=dtype, device=device)
-        check_tokens(tokenizer, network.get_input_embeddings().weight.shape[0])
+        check_tokens(tokenizer.vocab(), network.get_input_embeddings().weight.shape[0])
     config = network.config.get_text_config()
     info = RewardModelInfo(
         id=found.name,

@@ -32,13 +32,28 @@ def named(name: str, reward_models: Mapping[str, Reward], param: str) -> Reward:
     return reward_models[name]
 
 
+def _check_context(model: TextReward, tokens: int) -> None:
+    """Raises InvalidRequest where a reward would read more tokens than it can."""
+    if tokens > model.info.context_length:
+        raise InvalidRequest(
+            f"conversation and response take {tokens} tokens; the context of reward model {model.info.id!r} is "
+            f"{model.info.context_length}",
+            param="messages",
+        )
+
+
 class Demand:
     """Of any job, with these models."""
 
     def __init__(
-        self, loaded: LoadedDiffusionModel, reward_models: Mapping[str, RewardModel], savings: Savings
+        self,
+        loaded: LoadedDiffusionModel,
+        reward_models: Mapping[str, RewardModel],
+        savings: Savings,
+        scorers: Mapping[str, TextReward],
     ) -> None:
         self.model, self.info, self.reward_models, self.savings = loaded.model, loaded.info, reward_models, savings
+        self.scorers = scorers
 
     def cost(self, job: Job) -> Cost:
         """What a trajectory of the job takes. Raises InvalidRequest for what could only fail later: a reward model that
@@ -56,17 +71,16 @@ class Demand:
                 model.tokenizer, job.conversation, job.response_suffix, job.response_prefix
             )
             tokens = len(before) + job.sampling.max_tokens + len(after)
-            if tokens > model.info.context_length:
-                raise InvalidRequest(
-                    f"conversation and response take {tokens} tokens; the context of reward model "
-                    f"{weighted.model!r} is {model.info.context_length}",
-                    param="messages",
-                )
+            _check_context(model, tokens)
             kept = len(before) if self.savings.reward_prefix_cache else 0
             # A meeting reads all of it; a guided step has the conversation cached.
             whole = job.guidance.resampled_by == "reward"
             passed = max(passed, tokens if whole else tokens - kept + math.ceil(kept * cached_share(model)))
             cached += kept
+        for weighted in job.guidance.scorers:
+            if (scorer := self.scorers.get(weighted.model)) is not None:  # else it is asked outside
+                # Of the response as many tokens as the canvas has: the scorer's own count is known at the end only.
+                _check_context(scorer, len(scorer.sequence(job.conversation, job.whole(""))) + job.sampling.max_tokens)
         grows = self.savings.reward_prefix_cache and self.savings.grow_reward_prefix
         grown = job.sampling.max_tokens * len(job.guidance.reward_models) if grows else 0
         return Cost.of(job, reward_tokens=passed, cached_tokens=cached, grown_tokens=grown)

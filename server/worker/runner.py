@@ -22,6 +22,7 @@ from server.guidance.resample import Particles
 from server.models.loading import LoadedDiffusionModel
 from server.models.lora import Adapter
 from server.rewards.reward_model import RewardModel
+from server.rewards.text_reward import TextReward
 from server.types import Job
 from server.wire.messages import Canvas, Event, Failed, Finished, Judged, Progress, Started, Timed
 from server.wire.stats import RunnerStats, resident_bytes
@@ -43,13 +44,15 @@ TIMED_STEPS = 16  # of a job, about: each makes four spans
 
 
 class Runner:
-    """The jobs and the models of one device. `begin` is called with a job's id before anything is computed for it.
-    `backend` is that of `kernels`, chosen by device and dtype where it is None."""
+    """The jobs and the models of one device; `scorers` are the rewards without a gradient that it has. `begin` is
+    called with a job's id before anything is computed for it. `backend` is that of `kernels`, chosen by device and
+    dtype where it is None."""
 
     def __init__(
         self,
         loaded: LoadedDiffusionModel,
         reward_models: Mapping[str, RewardModel],
+        scorers: Mapping[str, TextReward] | None = None,
         *,
         budget: Budget | None = None,
         largest: Budget | None = None,
@@ -62,8 +65,8 @@ class Runner:
         self.book = Book(budget or Budget(), largest)
         self.savings = savings or Savings()
         self.denoiser = Denoiser(loaded.model, loaded.info, self.reward_models, self.savings, budget, backend)
-        self.demand = Demand(loaded, self.reward_models, self.savings)
-        self.judge = Judge(self.reward_models, self.denoiser.ran_out)
+        self.demand = Demand(loaded, self.reward_models, self.savings, scorers or {})
+        self.judge = Judge({**self.reward_models, **(scorers or {})}, self.denoiser.ran_out)
         self.clock = clock
         self.adapters: dict[str, Adapter] = {}  # by version
         self.begin: Callable[[str], None] = lambda job_id: None

@@ -29,8 +29,10 @@ from server.models.loading import LoadedDiffusionModel, checkpoint_folder, load_
 from server.models.lora import adapter_bytes, load_adapter
 from server.models.weights import checkpoint_dtype
 from server.rewards.classifier import find_classifier
+from server.rewards.encoder import Encoder, load_encoder
 from server.rewards.graphs import GraphedPasses, graph_passes
 from server.rewards.reward_model import RewardModel, load_reward_model
+from server.rewards.text_reward import SCORE_TOKENS
 from server.types import (
     DiffusionParams,
     EngineInfo,
@@ -41,7 +43,7 @@ from server.types import (
     Way,
     WeightedReward,
 )
-from server.wire.config import WorkerConfig
+from server.wire.config import RewardSource, WorkerConfig
 from server.wire.messages import AdaptersSet, Failed
 from server.wire.stats import RunnerStats
 from server.worker import memory, nvidia
@@ -166,18 +168,9 @@ def load(config: WorkerConfig) -> LoadedService:
     head_size, decoder = model.model.shape.head_size, model.model.model
     of = device, model.model.activation_dtype, head_size
     ways.append(attention_way(model.info.id, decoder.attention_backend, *of))
-    reward_models = {
-        source.name: load_reward_model(
-            find_classifier(source.name, source.path, source.label, source.output, source.input),
-            diffusion_tokenizer=model.tokenizer,
-            diffusion_vocab_size=model.model.vocab_size,
-            dtype=dtype,
-            device=reward_device,
-            vocab_fallback=config.vocab_fallback,
-            table_device=device,
-        )
-        for source in config.reward_models
-    }
+    rewards = {each.name: _load_reward(each, config, model, dtype, reward_device) for each in config.reward_models}
+    reward_models = {name: reward for name, reward in rewards.items() if isinstance(reward, RewardModel)}
+    encoders = {name: reward for name, reward in rewards.items() if isinstance(reward, Encoder)}
     for reward in reward_models.values():
         where = reward.device, reward.activation_dtype, reward.shape.head_size
         reward.attention_backend = choose_attention(config.attention_backend, *where)
@@ -188,12 +181,13 @@ def load(config: WorkerConfig) -> LoadedService:
     products = _products(config, model, reward_models.values(), budget)
     ways.append(Way("kernels", "", products.backend, trouble))
     logger.info("kernels: %s%s", products.backend, f" ({products.why})" if products.why else "")
-    runner = Runner(model, reward_models, budget=budget, largest=largest, savings=savings, backend=products.backend)
+    how: dict[str, Any] = {"savings": savings, "backend": products.backend}
+    runner = Runner(model, reward_models, encoders, budget=budget, largest=largest, **how)
     warm_up(runner, model, reward_models)
     runner.denoiser.stats = RunnerStats()  # nobody asked for the warm-up
     info = EngineInfo(
         model=model.info,
-        reward_models=tuple(reward.info for reward in reward_models.values()),
+        reward_models=tuple(reward.info for reward in rewards.values()),
         device=f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device),
         kernel_backend=products.backend,
         largest=largest,
@@ -203,8 +197,27 @@ def load(config: WorkerConfig) -> LoadedService:
     for way in ways:
         if way.why:
             logger.warning("%s: %s, because %s", " of ".join(filter(None, (way.part, way.model))), way.how, way.why)
-    logger.info("ready: %s with %d reward models on %s", info.model.id, len(reward_models), info.device)
-    return LoadedService(info, runner, Scorer(reward_models, budget.reward_tokens), device, config.max_lora_rank)
+    logger.info("ready: %s with %d reward models on %s", info.model.id, len(rewards), info.device)
+    scorer = Scorer(rewards, budget.reward_tokens if reward_models else SCORE_TOKENS)
+    return LoadedService(info, runner, scorer, device, config.max_lora_rank)
+
+
+def _load_reward(
+    source: RewardSource, config: WorkerConfig, model: LoadedDiffusionModel, dtype: torch.dtype, device: torch.device
+) -> RewardModel | Encoder:
+    """A reward of the settings: with a gradient where it is a causal model, else without."""
+    found = find_classifier(source.name, source.path, source.label, source.output, source.input)
+    if found.input is not None:
+        return load_encoder(found, dtype=dtype, device=device)
+    return load_reward_model(
+        found,
+        diffusion_tokenizer=model.tokenizer,
+        diffusion_vocab_size=model.model.vocab_size,
+        dtype=dtype,
+        device=device,
+        vocab_fallback=config.vocab_fallback,
+        table_device=model.model.device,
+    )
 
 
 def warm_up(runner: Runner, model: LoadedDiffusionModel, reward_models: Collection[str]) -> None:
