@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from server.errors import ConfigurationError
+from server.scorers.scorer import Scorer
 from server.settings import SettingsError, load
-from tests.support.scorers import Stub, hanging, stub
+from tests.api.scripted_engine import ScriptedEngine, at_once, make
+from tests.support.scorers import Stub, function, hanging, stub
 from tests.support.serving import Launch, Served, golden_flags
 
 PROMPT = {"prompt": "go on", "max_tokens": 8, "seed": 7}
@@ -201,7 +204,9 @@ def test_scorers_from_every_source(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         load({"scorers": [json.dumps(LENGTHS)] * 2})
 
 
-def test_a_scorer_with_the_name_of_a_model_stops_the_start(launch: Launch) -> None:
-    started = launch(*golden_flags(), "--scorers", json.dumps({**LENGTHS, "name": "rm"}), model=None)
-    assert started.process.wait(120) == 1
-    assert "scorers: another model is named rm" in started.log.read_text("utf-8")
+@pytest.mark.parametrize("name", ["rm", "dlm"])
+def test_a_scorer_with_the_name_of_a_model_stops_the_start(name: str) -> None:
+    engine = ScriptedEngine(at_once)
+    engine.scorers = {name: Scorer(function("length"))}
+    with pytest.raises(ConfigurationError, match=f"^scorers: another model is named {name}"):
+        make(engine).state.frontend.check_names()
