@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -23,6 +23,9 @@ from server.types import (
 )
 from server.wire.messages import Canvas, Event, Finished, Started
 from tests.api.scripted_engine import INFO, ScriptedEngine, at_once, check_envelope, make, open_client
+
+if TYPE_CHECKING:
+    from tests.support.serving import Served
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 (RM,) = INFO.reward_models
@@ -254,3 +257,62 @@ async def test_trajectories_that_could_never_run_together_are_refused() -> None:
     error = check_envelope(answer, 400)
     assert error["param"] == "best_of"
     assert "more than the 3 that may run at once" in error["message"]
+
+
+# -- on a real server --------------------------------------------------------------------------------------------
+
+ASKED = {"prompt": "Tell me", "max_tokens": 16, "seed": 5, "best_of": 4, "diffusion": {"schedule": "even"}}
+"""A token in each step, so that steps taken are steps of the run."""
+EAGER = {"every": 2, "strength": 100.0, "threshold": 1.0}
+"""So that trajectories are copied at nearly every meeting."""
+
+
+def ran(server: Served, **fields: Any) -> dict[str, Any]:
+    answer = server.post(COMPLETIONS, {**ASKED, **fields})
+    assert answer.status_code == 200, answer.text
+    whole: dict[str, Any] = answer.json()
+    return whole
+
+
+@pytest.mark.parametrize("method", ["none", "bon", "entrgi"])
+@pytest.mark.parametrize("by", ["reward", "confidence"])
+def test_every_method_resamples(server: Served, method: str, by: str) -> None:
+    guidance = {"method": method, "resample": {"by": by, **EAGER}}
+    count = 4 if method == "none" else 2
+    copied, met = server.metric("resamplings_total"), server.metric("effective_share_count")
+    answer = ran(server, n=count, guidance=guidance, trace=True)
+    report, (trace,) = answer["guidance"], answer["trace"]
+    (meetings,), (weights,), (rewards,) = report["resampled"], report["weights"], report["rewards"]
+    assert meetings
+    assert all(step % 2 == 0 and 0 < step < 16 for step, _ in meetings)
+    assert sum(weights) == pytest.approx(1)
+    assert server.metric("resamplings_total") == copied + len(meetings)
+    assert server.metric("effective_share_count") >= met + len(meetings)
+    for trajectory, steps in enumerate(trace):
+        marked = {each["step"] + 1: each for each in steps if each["ancestor"] is not None}
+        assert all(isinstance(each["reward_estimate"], float) for each in marked.values())
+        last, ancestors = meetings[-1]
+        assert marked[last]["ancestor"] == ancestors[trajectory]
+    chosen = [choice["trajectory"] for choice in answer["choices"]]
+    if method == "none":
+        assert chosen == [0, 1, 2, 3]
+    elif method == "bon" and by == "confidence":
+        assert rewards == [None] * 4
+        assert [choice["reward"] for choice in answer["choices"]] == [None, None]
+    else:
+        assert chosen == sorted(range(4), key=lambda index: -rewards[index])[:2]
+
+
+def test_a_stream_and_the_shorthand_give_the_same_answer(server: Served) -> None:
+    whole = ran(server, guidance="smc")
+    assert whole["choices"] == ran(server, guidance={"method": "bon", "resample": {"by": "reward"}})["choices"]
+    chunks = server.stream(COMPLETIONS, {**ASKED, "guidance": "smc", "stream_canvas": True})
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert text == whole["choices"][0]["text"]
+    assert chunks[-1]["guidance"]["resampled"] == whole["guidance"]["resampled"]
+    (meetings,) = whole["guidance"]["resampled"]
+    canvases = [chunk["canvas"] for chunk in chunks if "canvas" in chunk]
+    shown = {(each["trajectory"], each["step"]): each["ancestor"] for each in canvases}
+    for step, ancestors in meetings:
+        for trajectory, ancestor in enumerate(ancestors):
+            assert shown[trajectory, step] == ancestor or ancestor == trajectory
