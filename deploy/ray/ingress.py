@@ -133,7 +133,7 @@ class Ingress:
         asked = await read(request, self, GENERATES[path])
         body = await request.body()
         if asked.seed is None:
-            body = json.dumps(json.loads(body) | {"seed": secrets.randbits(SEED_BITS)}).encode()
+            body = await self.aside(lambda: _seeded(body))
         prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
         return prompts, prompts * trajectories(asked), body
 
@@ -207,6 +207,11 @@ class Ingress:
         else:
             last = encode(errors.envelope(error)) + Chunks.last
         await send({"type": "http.response.body", "body": last})
+
+
+def _seeded(body: bytes) -> bytes:
+    """A request's body, which is known to be right, with a seed."""
+    return json.dumps(json.loads(body) | {"seed": secrets.randbits(SEED_BITS)}).encode()
 
 
 def merged(told: Mapping[str, Iterable[Metric]]) -> Iterator[Metric]:
