@@ -20,25 +20,24 @@ buildah bud --layers=false --network host --build-arg VARIANT=cpu --tag entrgi-s
   { tail -n 20 "$work/log"; exit 1; }
 
 tree=$(buildah mount "$(buildah from entrgi-server:cpu)")
-buildah images entrgi-server
+buildah images localhost/entrgi-server:cpu
 mapfile -t image < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' entrgi-server:cpu | grep =)
-inside() { # COMMAND...: in the image as its user, in an environment that is the image's alone
-  chroot "$tree" setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs \
-    env -i "${image[@]}" HOME=/home/entrgi ENTRGI_HOST=127.0.0.1 ENTRGI_PORT=18765 sh -c 'cd /app && exec "$@"' sh "$@"
-}
-export -f inside
-export tree
-{ declare -p image; cat << 'INSIDE'; } > "$work/inside"
+# In the image as its user, in an environment that is the image's alone.
+inside=(
+  chroot "$tree" setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs
+  env -i "${image[@]}" HOME=/home/entrgi ENTRGI_HOST=127.0.0.1 ENTRGI_PORT=18765 sh -c 'cd /app && exec "$@"' sh
+)
+{ declare -p inside tree; cat << 'INSIDE'; } > "$work/inside"
 mount --bind "$tree" "$tree"
 mount -o remount,bind,ro "$tree"
 mount -t tmpfs tmpfs "$tree/tmp"
 mount -t tmpfs -o uid=10001,gid=10001 tmpfs "$tree/home/entrgi/.cache"
 mount --rbind /dev "$tree/dev"
 mount --rbind /proc "$tree/proc"
-! inside touch /app/file || exit 1
-inside grep -E '^(Uid|CapEff|NoNewPrivs)' /proc/self/status
-inside python -m server & server=$!
-until inside python deploy/healthcheck.py; do kill -0 $server; sleep 1; done
+! "${inside[@]}" touch /app/file || exit 1
+"${inside[@]}" grep -E '^(Uid|CapEff|NoNewPrivs)' /proc/self/status
+"${inside[@]}" python -m server & server=$!
+until "${inside[@]}" python deploy/healthcheck.py; do kill -0 $server; sleep 1; done
 until curl --silent --fail 127.0.0.1:18765/ready; do kill -0 $server; sleep 1; done
 curl --silent --fail --json '{"prompt": "The", "max_tokens": 8, "seed": 1, "guidance": "entrgi"}' 127.0.0.1:18765/v1/completions
 curl --silent --fail 127.0.0.1:18765/version
