@@ -96,7 +96,8 @@ class Particles:
         return tuple(normalised(self._log_weights(np.asarray(scores, dtype=np.float64))).tolist())
 
     def _log_weights(self, scores: FloatArray) -> FloatArray:
-        result: FloatArray = self.rule.strength * (scores - self.last)
+        with np.errstate(all="ignore"):  # what is not finite is refused where weights are made of it
+            result: FloatArray = self.rule.strength * (scores - self.last)
         return result
 
     def _uniform(self, step: int) -> float:

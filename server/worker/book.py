@@ -46,8 +46,8 @@ class Entry:
     prompt, and `stopped` why it ends early (its deadline). `particles` is there when they are resampled.
 
     While outside scorers are `asked` for rewards, after so many steps or at the end (-1), it is parked: it takes part
-    in nothing until they are `heard`. The others' `rewards` of the same texts are kept meanwhile. After a meeting it
-    then has to be admitted once more, with its trajectories as they are.
+    in nothing until they are `heard`. The others' `rewards` of the same texts are kept meanwhile, with the step. After
+    a meeting it then has to be admitted once more, with its trajectories as they are.
     """
 
     job: Job
@@ -61,7 +61,7 @@ class Entry:
     contexts: dict[str, RewardContext] = field(default_factory=dict)
     prefix: Prefix | None = None
     stopped: str | None = None
-    rewards: Rewards | None = None
+    rewards: tuple[int, Rewards] | None = None
     asked: int | None = None
     heard: dict[str, list[float]] | None = None
     particles: Particles | None = None
@@ -69,7 +69,7 @@ class Entry:
     def park(self, step: int, rewards: Rewards) -> None:
         """Take part in nothing until the outside scorers that are asked after so many steps have answered, and hold
         nothing of the budgets meanwhile."""
-        self.asked, self.rewards, self.contexts, self.prefix = step, rewards, {}, None
+        self.asked, self.rewards, self.contexts, self.prefix = step, (step, rewards), {}, None
         if self.running:
             self.admitted = 0
         for trajectory in self.running.values():

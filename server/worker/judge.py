@@ -24,15 +24,16 @@ class Judge:
         """The rewards of the texts of all K trajectories; None where outside scorers have been asked for theirs: until
         they have answered the entry is parked."""
         outside = self.outside(entry.job)
-        rewards, entry.rewards, heard, entry.heard = entry.rewards, None, entry.heard, None
-        if rewards is None:
+        (asked, rewards), heard = entry.rewards or (None, []), entry.heard
+        entry.rewards = entry.heard = None
+        if asked != step:  # a deadline may end a job that has been answered before it goes on
             whole = [entry.job.whole(text) for text in texts]
             rewards = self.rewards(entry.job, whole)
             if outside and not entry.stopped:
                 entry.park(step, rewards)
                 events.append(Ask(entry.job.id, step, whole))
                 return None
-        if heard is not None:
+        elif heard is not None:
             for name in outside:
                 for reward, score in zip(rewards, heard[name], strict=True):
                     reward[name] = score

@@ -102,8 +102,6 @@ class Runner:
         entry.asked, entry.heard = None, message.scores
         if message.scores is None:
             entry.stopped = "deadline"
-            if message.step >= 0:
-                entry.rewards = None  # of what the trajectories would have said then
 
     def step(self) -> list[Event]:
         """One pass: expire, let trajectories meet, admit, denoise every running one by one step, retire. Returns what

@@ -18,12 +18,13 @@ import pytest
 import pytest_asyncio
 
 from server.methods import METHODS
-from server.types import Job, Message
+from server.types import Job, Message, Resampling, WeightedReward
 from server.wire.config import EngineConfig, RewardSource, WorkerConfig
 from server.wire.messages import Event, Failed, Finished, Progress, Started
 from tests.faults.faulty_worker import COMMAND, Fault
 from tests.front.scripted import Driven, running, until
 from tests.support.jobs import make_job
+from tests.support.scorers import function
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dream-tiny"
 WORKER = WorkerConfig(
@@ -43,15 +44,18 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Driven]:
-    async with running(EngineConfig(WORKER, worker_command=COMMAND)) as engine:
+    async with running(EngineConfig(WORKER, worker_command=COMMAND, scorers=(function("length"),))) as engine:
         yield engine
 
 
 def job_of(name: str, number: int = 4, **values: Any) -> Job:
-    """Job `number`, whose method, sizes and prompt follow from that, but for what is given."""
+    """Job `number`, whose method, sizes and prompt follow from that, but for what is given. Three trajectories are
+    resampled, with an outside scorer's help."""
     method = [*METHODS][number % 5]
     best_of = 1 if method == "none" else 1 + number % 3
     defaults = {"seed": number, "method": method, "max_tokens": 8 + number % 5, "best_of": best_of}
+    if best_of == 3:
+        defaults |= {"resample": Resampling(every=3, strength=3.0), "scorers": (WeightedReward("length", 0.1),)}
     return make_job(name, **{**defaults, **({} if method == "none" else {"gradient_steps": 2}), **values})
 
 

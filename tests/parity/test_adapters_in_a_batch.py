@@ -12,7 +12,7 @@ from server.errors import AdapterGone
 from server.guidance.plain import PlainLoop
 from server.models.loading import load_diffusion_model
 from server.models.lora import load_adapter
-from server.types import Job, WeightedReward
+from server.types import Job, Resampling, WeightedReward
 from server.worker.runner import Runner
 from tests.support.jobs import finish, make_job
 from tests.support.lora import write_adapter, write_merged
@@ -21,6 +21,7 @@ from tests.support.models import BLOCK_CAUSAL, FAMILIES, GOLDEN
 CASES: list[dict[str, Any]] = [
     {},
     {"method": "bon", "best_of": 2},
+    {"method": "bon", "best_of": 3, "temperature": 1.0, "resample": Resampling(every=2, strength=3.0, threshold=0.9)},
     {"method": "entrgi", "gradient_steps": 2, "best_of": 2},
     {"method": "aps", "gradient_steps": 1, "cfg_scale": 0.5, "temperature": 0.0},
     {"method": "expectation", "gradient_steps": 2, "block_length": 3, "algorithm": "maskgit_plus"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import pytest
 from server.types import Job, JobResult, Resampling, WeightedReward
 from server.wire.messages import Ask, Finished, Judged
 from server.worker.runner import Runner
+from server.worker.savings import Savings
 from tests.parity.test_engine_matches_plain_loop import adaptive, everywhere, gradient, make_job
 from tests.support.models import Pair
 
 REWARD = {"reward_models": (WeightedReward("rm", 3.0),)}
-FOUR = {**REWARD, "best_of": 4, "temperature": 1.0, "top_p": 1.0}
-SMC = {"method": "bon", **FOUR}
+THREE = {**REWARD, "best_of": 3, "temperature": 1.0, "top_p": 1.0}
+SMC = {"method": "bon", **THREE}
 
 
 def every(steps: int, by: Any = "reward", **values: Any) -> dict[str, Any]:
@@ -28,24 +30,29 @@ CASES: dict[str, dict[str, Any]] = {
     "max": {**SMC, **every(3, potential="max")},
     "none by confidence": {"n": 3, "best_of": 3, "temperature": 1.2, **every(2, "confidence", strength=0.5)},
     "bon by confidence": {**SMC, "reward_models": (), **every(2, "confidence"), "n": 2},
-    "entrgi": gradient("entrgi", **FOUR, **every(2)),
-    "aps by confidence": gradient("aps", **FOUR, **every(2, "confidence", strength=0.3)),
+    "entrgi": gradient("entrgi", **THREE, **every(2)),
+    "aps by confidence": gradient("aps", **THREE, **every(2, "confidence", strength=0.3)),
     "origin": {**SMC, "algorithm": "origin", **every(2)},
     "greedy, ranking temperature": {**SMC, "temperature": 0.0, "algorithm_temperature": 1.0, **every(2)},
     "entropy_bound": {**SMC, **adaptive("entropy_bound"), **every(2)},
-    "entrgi, threshold": gradient("entrgi", **FOUR, **adaptive("threshold"), **every(1)),
+    "entrgi, threshold": gradient("entrgi", **THREE, **adaptive("threshold"), **every(1)),
     "blocks": {**SMC, "block_length": 3, "max_tokens": 10, "steps": 20, **every(2, potential="max")},
     "cfg": {**SMC, "cfg_scale": 0.5, **every(2, "confidence", strength=0.3)},
     "suffix": {**SMC, "suffix_ids": (40, 50), "response_suffix": " and so on", "stop": ("e",), **every(2)},
     "trace": {**SMC, "trace": True, "max_tokens": 6, "steps": 12, **every(2)},
     "outside": {**SMC, "scorers": (WeightedReward("length", 0.3),), **every(2)},
-    "outside, guided": gradient("entrgi", **FOUR, scorers=(WeightedReward("length", 0.3),), **every(3)),
+    "outside, guided": gradient("entrgi", **THREE, scorers=(WeightedReward("length", 0.3),), **every(3)),
     "plain": {"method": "bon", **REWARD, "best_of": 3},
 }
 
 
+FEW = ("smc", "max", "bon by confidence", "entrgi", "entrgi, threshold", "outside, guided")
+
+
 def jobs_of(pair: Pair) -> list[Job]:
-    return [make_job(pair, index, **changes) for index, changes in enumerate(CASES.values())]
+    """All cases, or of all models but one a few."""
+    few = CASES if pair.loaded.info.family == "dream" else FEW
+    return [make_job(pair, index, **CASES[case]) for index, case in enumerate(CASES) if case in few]
 
 
 def outside(texts: list[str]) -> dict[str, list[float]]:
@@ -89,9 +96,35 @@ def assert_same(result: JobResult, expected: Any) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("case", list(CASES))
-def test_resampled_trajectories_equal_the_plain_loop_in_float64(pair64: Pair, crowd: Any, case: str) -> None:
-    job = make_job(pair64, list(CASES).index(case), **CASES[case])
-    expected = pair64.plain.run(job, outside if job.guidance.scorers else None)
-    assert_same(crowd[job.id], expected)
-    assert_same(finish(pair64, [job])[job.id], expected)
+def test_resampled_trajectories_equal_the_plain_loop_in_float64(pair64: Pair, crowd: Any) -> None:
+    for job in jobs_of(pair64):
+        expected = pair64.plain.run(job, outside if job.guidance.scorers else None)
+        assert_same(crowd[job.id], expected)
+        if pair64.loaded.info.family == "dream":
+            assert_same(finish(pair64, [job])[job.id], expected)
+
+
+@everywhere
+def test_savings_change_nothing_where_some_trajectories_are_copied_and_some_go_on(pair64: Pair, crowd: Any) -> None:
+    none = Savings.without(field.name for field in fields(Savings))
+    without = finish(pair64, jobs_of(pair64), seed=1, savings=none)
+    for job_id, result in crowd.items():
+        other = without[job_id]
+        assert [each.token_ids for each in other.trajectories] == [each.token_ids for each in result.trajectories]
+        assert (other.resampled, other.weights is None) == (result.resampled, result.weights is None)
+    assert any(len(set(chosen)) > 1 for result in crowd.values() for _, chosen in result.resampled)
+
+
+@pytest.mark.parametrize("family", ["dream"], scope="session")
+def test_a_trace_is_that_of_the_lineage(pair64: Pair, crowd: Any) -> None:
+    result = crowd[f"job-{list(CASES).index('trace')}"]
+    resampled = dict(result.resampled)
+    assert resampled
+    for index, trajectory in enumerate(result.trajectories):
+        steps = [step for step in trajectory.trace if step.mean_entropy is not None]
+        assert sum(step.revealed for step in steps) == len(trajectory.token_ids)
+        met = {taken: step for taken, step in enumerate(steps, start=1) if step.ancestor is not None}
+        assert met.keys() == {2, 4}
+        assert all(step.reward_estimate is not None and step.log_weight is not None for step in met.values())
+        last = max(resampled)
+        assert met[last].ancestor == resampled[last][index]

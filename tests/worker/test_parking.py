@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from server.types import Job, JobResult, WeightedReward
-from server.wire.messages import Ask, Event, Failed, Finished, Judged
+from server.types import Job, JobResult, Resampling, WeightedReward
+from server.wire.messages import Ask, Event, Failed, Finished, Judged, Started
 from server.worker.runner import Runner
 from tests.support.jobs import make_job
-from tests.support.models import diffusion, reward
+from tests.support.models import diffusion, reward, score_text
 
 LOADED, REWARD = diffusion("dream"), reward("dream")
 OUTSIDE = {"scorers": (WeightedReward("length", 2.0), WeightedReward("tests"))}
@@ -107,6 +107,37 @@ def test_a_job_that_its_deadline_cuts_asks_nobody() -> None:
     events = work(runner)
     assert not any(isinstance(event, Ask) for event in events)
     assert [one.reward for one in only(Finished, events).result.trajectories] == [None] * 3
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_job_that_its_deadline_cuts_at_a_meeting_is_rewarded_for_its_final_texts(answered: bool) -> None:
+    now = 0.0
+    job = bon(reward_models=("rm",), resample=Resampling(every=4), deadline=5.0)
+    runner = start(job, clock=lambda: now)
+    ask = only(Ask, work(runner))
+    assert ask.step == 4
+    now = 10.0
+    runner.judged(lengths(ask) if answered else Judged(ask.job_id, ask.step, None))
+    result: JobResult = only(Finished, work(runner)).result
+    for one in result.trajectories:
+        final = score_text(REWARD, job.conversation, one.text)
+        assert one.rewards == {"rm": pytest.approx(final, abs=1e-4), "length": None, "tests": None}
+    assert (result.weights, result.resampled) == (None, ())
+
+
+def test_a_job_begins_again_when_it_was_parked_at_a_meeting_but_starts_once() -> None:
+    begun: list[str] = []
+    runner = start(bon(reward_models=(), resample=Resampling(every=3)))
+    runner.begin = begun.append
+    events = work(runner)
+    while (asks := [event for event in events if isinstance(event, Ask)])[-1].step >= 0:
+        assert (runner.stats.running, runner.stats.waiting) == (0, 0)
+        runner.judged(lengths(asks[-1]))
+        events += work(runner)
+    assert [ask.step for ask in asks] == [3, 6, -1]
+    assert begun == ["bon"] * 3
+    assert len([event for event in events if isinstance(event, Started)]) == 1
+    assert runner.stats.effective_share.count == 2
 
 
 def test_a_cancelled_job_is_forgotten_while_it_waits() -> None:
