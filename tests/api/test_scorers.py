@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,7 @@ from server.scorers.scorer import Scorer
 from server.settings import SettingsError, load
 from tests.api.scripted_engine import ScriptedEngine, at_once, make
 from tests.support.scorers import Stub, function, hanging, stub
-from tests.support.serving import Launch, Served, golden_flags
+from tests.support.serving import Launch, Served, golden_flags, wait_for
 
 PROMPT = {"prompt": "go on", "max_tokens": 8, "seed": 7}
 LENGTHS = {"name": "length", "target": "python:tests.support.scorers:length", "timeout_seconds": 120}
@@ -164,6 +169,24 @@ def test_metrics_tell_scorers_apart(judged: Served) -> None:
     assert judged.metric("scorer_breaker_open", scorer="scripted") == 0
 
 
+@pytest.mark.slow
+def test_a_job_that_is_parked_when_its_worker_dies_asks_once(judged: Served, tmp_path: Path) -> None:
+    body = guided("scripted", best_of=3)
+    before = judged.metric("scorer_requests_total", scorer="scripted")
+    right = judged.post("/v1/completions", body).json()["choices"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(judged.post, "/v1/completions", body | {"metadata": {"do": f"wait {tmp_path / 'there'}"}})
+        wait_for(lambda: judged.metric("num_requests_parked") == 1)
+        pid = re.findall(r"worker 0 \(process (\d+)\) is ready", judged.log.read_text("utf-8"))[-1]
+        os.kill(int(pid), signal.SIGKILL)
+        wait_for(lambda: judged.metric("worker_restarts_total") == 1)
+        judged.wait_ready()
+        wait_for(lambda: judged.metric("num_requests_parked") == 1)
+        (tmp_path / "there").touch()
+        assert waiting.result().json()["choices"] == right
+    assert judged.metric("scorer_requests_total", scorer="scripted") == before + 2
+
+
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +214,7 @@ def test_a_scorer_that_cannot_be_is_refused_with_its_key(scorer: dict[str, Any],
     assert words in str(caught.value)
 
 
-def test_scorers_from_every_source(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorers_from_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text('scorers:\n- {name: a, target: "python:m:f"}\n- {name: b, target: "tei-rerank+https://h:1/p"}\n')
     assert [(each.name, each.kind, each.calls) for each in load({}, file).scorers] == [
