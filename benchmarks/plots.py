@@ -212,6 +212,28 @@ def opened(rows: Rows) -> Figure:
     return figure
 
 
+def simulated(x: str, by: str, titles: Mapping[str, str]) -> Callable[[Rows], Figure]:
+    """Of simulated replicas: a panel for each key of `titles`, against `x`, with a line for each value of `by`."""
+
+    def make(rows: Rows) -> Figure:
+        figure = Figure(figsize=(4.2 * len(titles), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(titles))
+        for axes, (key, title) in zip(panels, titles.items(), strict=True):
+            for value in dict.fromkeys(row[by] for row in rows):
+                mine = [row for row in rows if row[by] == value]
+                axes.plot([row[x] for row in mine], [row[key] for row in mine], "o-", label=f"{by} {value}")
+            if x != "share":
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set(xlabel=x.replace("_", " "), title=f"{title} (simulated)", ylim=(0, None))
+        panels[0].legend()
+        return figure
+
+    return make
+
+
+LATENCIES = {"latency_p50": "Time of an answer, p50, s", "latency_p99": "Time of an answer, p99, s"}
+
 PLOTS: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "headline": {"phases": phases},
     "unguided": {"unguided-phases": phases},
@@ -221,6 +243,12 @@ PLOTS: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "method": {"method": method, "method-phases": phases},
     "closed": {"online-closed": closed},
     "open": {"online-open": opened},
+    "replicas": {
+        "simulated-replicas": simulated("replicas", "policy", LATENCIES | {"fairness": "Fairness of slowdowns"})
+    },
+    "budgets": {"simulated-budgets": simulated("in_flight", "most", {"tokens_per_s": "Tokens/s"} | LATENCIES)},
+    "load": {"simulated-load": simulated("share", "burstiness", LATENCIES | {"has": "Requests that it has"})},
+    "sizes": {"simulated-sizes": simulated("replicas", "reward", {"tokens_per_s": "Tokens/s"} | LATENCIES)},
 }
 """Case -> the names of its plots and how they are drawn."""
 

@@ -59,29 +59,52 @@ class Estimate:
         return self.trajectories / sum(self.limit.values())
 
 
-def work(config: DecoderConfig, reward: DecoderShape, trajectories: int, masked: int) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) by phase of a step in which `masked` positions of each trajectory are masked. Weights are in
-    two bytes, and so are activations, which only the vocabulary's passes move in large amounts."""
-    dream, judge = Decoder.of(config), Decoder.of(reward)
-    rows, length = trajectories * masked, PROMPT + LENGTH
-    lengths, read = [length] * trajectories, [masked] * trajectories
-    forward = dream.products(length * trajectories, rows) + diffusion_attention(dream, lengths, read)
-    head = vocabulary_product(rows, config.vocab_size, config.hidden)
-    # Revealed positions in front are in the cached prefix; on average as many stand behind the first masked one.
-    own = masked + (LENGTH - masked) // 2
-    prefixes, owns = [CONVERSATION + LENGTH - own] * trajectories, [own] * trajectories
-    passes = M * (reward_forward(judge, prefixes, owns) + reward_backward(judge, prefixes, owns))
-    products = 2 * M * vocabulary_product(rows, config.vocab_size, reward.hidden)
-    matrix, table_bytes = rows * config.vocab_size, 2 * config.vocab_size * reward.hidden
-    # A draw, a mix and an update read phi (logits and up to two gradients); an update writes one.
-    moved = 2 * matrix + 2 * M * table_bytes
-    moved += sum(3 * matrix * (2 + 4 * min(done, 2)) + 4 * matrix for done in range(M))
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """A trajectory in a step: the tokens of its prompt and response, how many are masked, how many a reward model has
+    cached in front and reads anew, and M, 0 where nothing steers. One that is `shared` equals another of the batch,
+    whose forward serves both."""
+
+    length: int
+    masked: int
+    prefix: int = 0
+    own: int = 0
+    gradient_steps: int = 0
+    shared: bool = False
+
+
+def work(dream: Decoder, judge: Decoder, vocab_size: int, canvases: Sequence[Canvas]) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) by phase of a step of these. Weights are in two bytes, and so are activations, which only the
+    vocabulary's passes move in large amounts."""
+    alone = [canvas for canvas in canvases if not canvas.shared]
+    lengths, read = [canvas.length for canvas in alone], [canvas.masked for canvas in alone]
+    forward = dream.products(sum(lengths), sum(read)) + diffusion_attention(dream, lengths, read)
+    head = vocabulary_product(sum(read), vocab_size, dream.hidden)
+    passes, products, moved = 0.0, 0.0, 2.0 * vocab_size * sum(canvas.masked for canvas in canvases)
+    most = max((canvas.gradient_steps for canvas in canvases), default=0)
+    moved += 4 * most * vocab_size * judge.hidden
+    for count in {canvas.gradient_steps for canvas in canvases} - {0}:
+        guided = [canvas for canvas in canvases if canvas.gradient_steps == count]
+        prefixes, owns = [canvas.prefix for canvas in guided], [canvas.own for canvas in guided]
+        passes += count * (reward_forward(judge, prefixes, owns) + reward_backward(judge, prefixes, owns))
+        rows = sum(canvas.masked for canvas in guided)
+        products += 2 * count * vocabulary_product(rows, vocab_size, judge.hidden)
+        # A draw, a mix and an update read phi (logits and up to two gradients); an update writes one.
+        matrix = rows * vocab_size
+        moved += sum(3 * matrix * (2 + 4 * min(done, 2)) + 4 * matrix for done in range(count))
     return {
         "diffusion model": (forward, _weights(dream)),
-        "LM head": (head, 2 * config.vocab_size * config.hidden + 2 * matrix),
-        "reward passes": (passes, 2 * M * _weights(judge)),
+        "LM head": (head, 2 * vocab_size * dream.hidden + 2 * vocab_size * sum(read)),
+        "reward passes": (passes, 2 * most * _weights(judge)),
         "vocabulary": (products, moved),
     }
+
+
+def seconds(
+    work: dict[str, tuple[float, float]], flops: float = FLOPS * REACHED[0], bandwidth: float = BYTES * REACHED[1]
+) -> dict[str, float]:
+    """Of an H100 by phase: the longer of arithmetic and traffic, by default at what is reached in practice."""
+    return {phase: max(operations / flops, moved / bandwidth) for phase, (operations, moved) in work.items()}
 
 
 def _weights(decoder: Decoder) -> float:
@@ -100,11 +123,15 @@ def estimate(
     which every step reveals one token of each."""
     reached: dict[str, float] = {}
     limit: dict[str, float] = {}
+    dream, judge = Decoder.of(config), Decoder.of(reward)
     for left in masked:
-        for phase, (operations, moved) in work(config, reward, trajectories, left).items():
-            for seconds, flops, bandwidth in ((reached, *REACHED), (limit, 1.0, 1.0)):
-                spent = max(operations / (FLOPS * flops), moved / (BYTES * bandwidth))
-                seconds[phase] = seconds.get(phase, 0.0) + spent / len(masked)
+        # Revealed positions in front are in the cached prefix; on average as many stand behind the first masked one.
+        own = left + (LENGTH - left) // 2
+        canvas = Canvas(PROMPT + LENGTH, left, CONVERSATION + LENGTH - own, own, M)
+        needed = work(dream, judge, config.vocab_size, [canvas] * trajectories)
+        for total, found in ((reached, seconds(needed)), (limit, seconds(needed, FLOPS, BYTES))):
+            for phase, spent in found.items():
+                total[phase] = total.get(phase, 0.0) + spent / len(masked)
     return Estimate(trajectories, reached, limit, launches * LAUNCH)
 
 

@@ -28,6 +28,7 @@ from benchmarks.gpu.models import (
 )
 from benchmarks.gpu.pretend import DEVICE, Pretend
 from benchmarks.memory import TEMPLATE_TOKENS
+from server.budget import Budget
 from server.models.a2d import A2DQwen3Model
 from server.models.base import DiffusionModel
 from server.models.dream import DreamModel
@@ -53,10 +54,9 @@ PAIRS: tuple[tuple[str, type[DiffusionModel], DecoderConfig, str], ...] = (
 )
 
 
-def lines() -> Iterator[str]:
-    """The table, in Markdown."""
-    yield f"| diffusion model | reward model | weights | {' | '.join(GPUS)} |"
-    yield "|---|---|---" + "|---" * len(GPUS) + "|"
+def pairs() -> Iterator[tuple[str, str, int, float, Footprint]]:
+    """Of each pair: the two models, bytes of weights, reward-model tokens of a fully masked trajectory, and what the
+    memory model knows."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), Pretend():
         texts = Texts.of(Path(folder), 1024)
         for name, family, config, size in PAIRS:
@@ -65,16 +65,28 @@ def lines() -> Iterator[str]:
             network = reward_network(REWARDS[size], DEVICE, torch.bfloat16, REWARD_VOCABULARY)
             of = [*loaded.model.parameters(), *network.parameters(), reward.table]
             weights = sum(each.numel() * each.element_size() for each in of)
-            footprint = Footprint.of(loaded.model, [reward])
             own = LENGTH + TEMPLATE_TOKENS + CONVERSATION * cached_share(reward)
-            cells = []
-            for total in GPUS.values():
-                free = max(0, total - CONTEXT_BYTES - weights)
-                held = footprint.graph_tokens(free, FRACTION)
-                _, largest = footprint.budgets(free, FRACTION, "cuda", context_length=CONTEXT, graph_tokens=held)
-                count = int(min(largest.guided_rows / LENGTH, largest.reward_tokens / own))
-                cells.append(str(count) if count else "does not fit")
-            yield f"| {name} | Skywork-Qwen3-{size} | {weights / 1e9:.1f} GB | {' | '.join(cells)} |"
+            yield name, size, weights, own, Footprint.of(loaded.model, [reward])
+
+
+def budgets(footprint: Footprint, weights: int, gpu: str) -> tuple[Budget, Budget]:
+    """What may share a step on that GPU, and what one trajectory may take."""
+    free = max(0, GPUS[gpu] - CONTEXT_BYTES - weights)
+    held = footprint.graph_tokens(free, FRACTION)
+    return footprint.budgets(free, FRACTION, "cuda", context_length=CONTEXT, graph_tokens=held)
+
+
+def lines() -> Iterator[str]:
+    """The table, in Markdown."""
+    yield f"| diffusion model | reward model | weights | {' | '.join(GPUS)} |"
+    yield "|---|---|---" + "|---" * len(GPUS) + "|"
+    for name, size, weights, own, footprint in pairs():
+        cells = []
+        for gpu in GPUS:
+            _, largest = budgets(footprint, weights, gpu)
+            count = int(min(largest.guided_rows / LENGTH, largest.reward_tokens / own))
+            cells.append(str(count) if count else "does not fit")
+        yield f"| {name} | Skywork-Qwen3-{size} | {weights / 1e9:.1f} GB | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
