@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from kernels.cpp.build import library
 from kernels.dispatch import try_triton
 from server.errors import ConfigurationError
 from server.hub import ALLOWED_FILES
-from server.wire.config import WorkerConfig
+from server.rewards.classifier import find_classifier
+from server.wire.config import RewardSource, WorkerConfig
 from server.worker import memory, nvidia
 from server.worker.service import resolve_device, resolve_dtype
 
@@ -124,6 +125,7 @@ def _models(config: WorkerConfig, device: torch.device, reward_device: torch.dev
         weights[where] += checkpoint.weights
         missing += checkpoint.missing
         yield Finding("model", f"{name}: {_gb(checkpoint.weights)} of weights, {_gb(checkpoint.missing)} to fetch")
+    yield from _labels(config.reward_models)
     cache = Path(constants.HF_HUB_CACHE)
     disk = shutil.disk_usage(next(each for each in (cache, *cache.parents) if each.exists())).free
     advice = "free some, or set HF_HOME to a larger disk" if missing > disk else ""
@@ -135,6 +137,21 @@ def _models(config: WorkerConfig, device: torch.device, reward_device: torch.dev
             f"{_gb(free)} free on {where}, {_gb(held)} for weights; of the rest {config.memory_fraction:.0%} is used"
         )
         yield Finding("memory", found, advice if held >= free else "")
+
+
+def _labels(sources: Iterable[RewardSource]) -> Iterator[Finding]:
+    """What is the reward of each checkpoint that is a folder here."""
+    for each in sources:
+        if not Path(each.path).expanduser().is_dir():
+            continue
+        try:
+            found = find_classifier(each.name, each.path, each.label, each.output, each.input)
+        except ConfigurationError as error:
+            yield Finding("reward", each.path, error.message)
+            continue
+        of = f"the {found.reading.output} of label {found.reading.label!r}" if found.reading.label else "its one logit"
+        kind = "a gradient" if found.input is None else f"no gradient, reads the {found.input}"
+        yield Finding("reward", f"{each.name}: {of}; {kind}")
 
 
 def checkpoint_of(name: str) -> Checkpoint:

@@ -16,6 +16,7 @@ from server.errors import ConfigurationError
 from server.scorers.scorer import Scorer
 from server.settings import SettingsError, load
 from tests.api.scripted_engine import ScriptedEngine, at_once, make
+from tests.support.encoders import logits_of, pipeline, write_encoder
 from tests.support.scorers import Stub, function, hanging, stub
 from tests.support.serving import Launch, Served, golden_flags, wait_for
 
@@ -25,12 +26,19 @@ SCRIPTED = {"target": "python:tests.support.scorers:scripted", "timeout_seconds"
 
 
 @pytest.fixture(scope="module")
-def judged(launch: Launch, server: Served) -> Served:
-    """A server with two functions, and with the shared server as the third scorer."""
+def mood(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT that tells three moods."""
+    return write_encoder(tmp_path_factory.mktemp("mood") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def judged(launch: Launch, server: Served, mood: Path) -> Served:
+    """A server with two functions, with the shared server as the third scorer, and with an encoder of its own."""
     far = {"name": "far", "target": f"entrgi+{server.url}", "model": "rm", "timeout_seconds": 120}
     scorers = [LENGTHS, {"name": "scripted", "max_concurrency": 2, **SCRIPTED}, far]
     flags = [word for each in scorers for word in ("--scorers", json.dumps(each))]
-    started = launch(*golden_flags(), *flags, model=None)
+    encoder = json.dumps({"name": "mood", "path": str(mood), "label": "positive", "output": "log_softmax"})
+    started = launch(*golden_flags(), "--reward-model", encoder, *flags, model=None)
     started.wait_ready()
     return started
 
@@ -50,6 +58,37 @@ def test_scorers_are_listed_behind_the_models(judged: Served) -> None:
     one = judged.client.get("/v1/models/length").json()
     assert one["context_length"] is None
     assert "target" not in one
+
+
+def test_an_encoder_is_a_scorer_of_the_servers_own(judged: Served, mood: Path) -> None:
+    """Listed with its label, scored as transformers does, ranked, heard for the choice and while resampling; it has no
+    gradient, and reads no more than it can."""
+    one = judged.client.get("/v1/models/mood").json()
+    told = {"type": "scorer", "family": "bert", "label": "positive", "output": "log_softmax", "input": "response"}
+    assert told.items() <= one.items()
+    assert (one["context_length"], one["vocab_coverage"]) == (64, None)
+    texts = ["It is good.", "terrible", "It is a great licence, or a terrible one!"]
+    stock = pipeline(mood)
+    expected = [float(logits_of(stock, text).log_softmax(-1)[2]) for text in texts]
+    asked = {"model": "mood", "queries": "hello", "documents": texts}
+    answer = judged.post("/v1/score", asked).json()
+    assert [each["score"] for each in answer["data"]] == pytest.approx(expected, abs=1e-3)
+    assert answer["usage"]["total_tokens"] > 0
+    best = judged.post("/v1/rerank", {"model": "mood", "query": "hello", "documents": texts}).json()["results"][0]
+    assert best["index"] == expected.index(max(expected))
+    long = judged.post("/v1/score", asked | {"documents": ["good " * 65]})
+    assert long.status_code == 400
+    assert "item 0 takes 67 tokens; the context of the reward model is 64" in long.json()["error"]["message"]
+    resampled = guided("mood", "rm", best_of=3)
+    resampled["guidance"]["resample"] = {"by": "reward", "every": 2, "threshold": 1.0}
+    answer = judged.post("/v1/completions", resampled).json()
+    assert answer["guidance"]["without_gradient"] == ["mood"]
+    rewards = answer["guidance"]["rewards_by_model"]
+    assert answer["choices"][0]["reward"] == pytest.approx(
+        max(first + 2 * second for first, second in zip(rewards["mood"][0], rewards["rm"][0], strict=True)), abs=1e-4
+    )
+    refused = judged.post("/v1/completions", guided("mood", method="entrgi"))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "guidance.reward_models")
 
 
 def test_scorers_score_and_rank(judged: Served) -> None:

@@ -27,6 +27,8 @@ from tests.support.rewards import FAMILIES, edit_json, embeddings, exact_norms, 
 
 TOPICS = {0: "code", 1: "law", 2: "7", 3: "music", 4: "sport"}
 LABELS = {"llama": 5, "qwen2": 2, "mistral": 5, "gemma": 2, "gpt2": 5}
+RESPONSE_ALONE = "<|im_start|>{{ messages[-1]['content'] }}"
+"""As for a classifier of texts, which knows no turns."""
 SEQUENCES = [[5, 6, 7, 8], [9, 300, 4], [17] * 30, [41, 3]]
 LOG_SOFTMAX = {"label": 0, "output": "log_softmax"}
 OUTPUTS: tuple[RewardOutput, ...] = ("logit", "log_softmax")
@@ -36,7 +38,8 @@ OUTPUTS: tuple[RewardOutput, ...] = ("logit", "log_softmax")
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A random classifier, and transformers' own of it in float64."""
     folder = tmp_path_factory.mktemp(request.param) / "rm"
-    write_reward_model(folder, request.param, num_labels=LABELS[request.param])
+    template = RESPONSE_ALONE if request.param == "gpt2" else ""
+    write_reward_model(folder, request.param, num_labels=LABELS[request.param], template=template)
     stock = load_stock(folder)
     exact_norms(stock)
     return folder, stock

@@ -15,7 +15,7 @@ from server.errors import ConfigurationError, InvalidRequest
 from server.rewards import encoder as module
 from server.rewards.classifier import find_classifier
 from server.rewards.encoder import Encoder, load_encoder
-from server.types import Message, RewardInput, RewardOutput, WeightedReward
+from server.types import Message, Resampling, RewardInput, RewardOutput, WeightedReward
 from server.worker.runner import Runner
 from tests.support import models
 from tests.support.encoders import FAMILIES, LENGTH, MOODS, logits_of, pipeline, write_encoder
@@ -55,9 +55,8 @@ def test_scores_are_the_pipelines(family: str, tmp_path: Path, monkeypatch: pyte
     sequences = [ours.sequence(ASKED, text) for text in ANSWERS]
     torch.testing.assert_close(ours.score(sequences), logits[:, 2], rtol=0, atol=1e-5)
     lines = "system: Be brief.\nuser: Hello\nassistant: Hi.\nuser: Is the licence good?"
-    logits = torch.stack(
-        [logits_of(stock, query, text) for query in (ASKED[0].content, lines) for text in ANSWERS[::3]]
-    )
+    asked = ASKED[0].content, lines
+    logits = torch.stack([logits_of(stock, query, text) for query in asked for text in ANSWERS[::3]])
     pairs = load(folder, "pair", label=0, output="log_softmax")
     sequences = [pairs.sequence(turns, text) for turns in (ASKED, TURNS) for text in ANSWERS[::3]]
     torch.testing.assert_close(pairs.score(sequences), logits.log_softmax(-1)[:, 0], rtol=0, atol=1e-5)
@@ -116,6 +115,21 @@ def test_final_rewards_and_mixes_hear_an_encoder(bert: Path) -> None:
         rewards = [one.reward for one in results[job.id].trajectories]
         if job.guidance.method != "none":
             assert results[job.id].chosen == (rewards.index(max(rewards)),)
+
+
+def test_resampling_by_an_encoder_is_the_plain_loops(tmp_path: Path) -> None:
+    """Token for token, with transformers' pipeline in the encoder's place."""
+    folder = write_encoder(tmp_path, "roberta")
+    golden, mood, stock = models.pair("dream"), load(folder), pipeline(folder)
+    job = make_job(
+        method="bon", reward_models=(), scorers=(WeightedReward("mood"),), best_of=3, seed=4,
+        resample=Resampling(every=2, strength=20.0, threshold=1.0),
+    )  # fmt: skip
+    got = run(golden, [job], scorers={"mood": mood})[job.id]
+    expected = golden.plain.run(job, lambda texts: {"mood": [float(logits_of(stock, text)[2]) for text in texts]})
+    assert [list(one.token_ids) for one in got.trajectories] == expected.token_ids
+    assert [one.reward for one in got.trajectories] == pytest.approx(expected.rewards, abs=1e-6)
+    assert got.resampled
 
 
 def test_a_job_that_cannot_fit_is_refused_at_once_and_an_answer_that_does_not_fails_alone(tmp_path: Path) -> None:
@@ -206,6 +220,16 @@ def test_an_architecture_that_cannot_score_texts_side_by_side_is_refused(
 
     monkeypatch.setattr(encoder._network, "forward", careless)
     assert encoder.try_padding().startswith("a trial run ")
+
+
+def test_code_of_an_encoders_checkpoint_never_runs(broken: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (broken / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    auto = {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"}
+    edit_json(broken / "config.json", auto_map=auto)
+    edit_json(broken / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    assert load(broken).info.family == "bert"
+    assert not ran.exists()
 
 
 def test_moods_are_those_of_the_checkpoint(bert: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from demo import bundled_model_path, bundled_reward_models
 from server.doctor import checkpoint_of, diagnose
 from server.wire.config import RewardSource, WorkerConfig
+from tests.support.encoders import write_encoder
 from tests.support.serving import ROOT
 
 REWARDS = tuple(RewardSource(name, str(path)) for name, path in bundled_reward_models().items())
@@ -50,6 +51,17 @@ def test_what_was_fetched_before_serves_without_the_hub(monkeypatch: pytest.Monk
     findings = list(diagnose(WorkerConfig("someone/model", device="cpu")))
     assert not [finding for finding in findings if finding.what == "hub"]
     assert checkpoint_of("someone/model") == checkpoint_of(str(bundled_model_path()))
+
+
+def test_a_label_that_is_not_there_is_wrong_and_what_is_the_reward_is_told(tmp_path: Path) -> None:
+    folder = str(write_encoder(tmp_path))
+    sources = RewardSource("mood", folder, "positive"), RewardSource("none", folder), *REWARDS[:1]
+    told = [each for each in diagnose(replace(CONFIG, reward_models=sources)) if each.what == "reward"]
+    assert [each.found for each in told] == [
+        "mood: the logit of label 'positive'; no gradient, reads the response", folder,
+        "sentiment: its one logit; a gradient",
+    ]  # fmt: skip
+    assert [each.advice[:45] for each in told] == ["", "reward model none: label: name one of its 3 l", ""]
 
 
 def test_the_reward_models_device_is_examined() -> None:

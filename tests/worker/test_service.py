@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from server.errors import ConfigurationError
+from server.types import Message
 from server.wire.config import RewardSource, WorkerConfig
+from server.wire.messages import Score, Scored
 from server.worker.failures import is_out_of_memory
 from server.worker.loop import import_service
 from server.worker.savings import Savings
 from server.worker.service import default_threads, load, resolve_device, resolve_dtype
+from tests.support.encoders import write_encoder
 from tests.support.kernels import choose_kernels
 from tests.support.models import CPU, GOLDEN
 
@@ -43,6 +47,26 @@ def test_reward_models_keep_their_order_and_names_and_savings_are_turned_off_by_
     assert [info.id for info in service.info.reward_models] == ["z", "a"]
     assert {info.vocab_fallback for info in service.info.reward_models} == {"zero"}
     assert service.runner.savings == replace(Savings(), skip_empty_steps=False, head_on_masked_rows=False)
+
+
+def test_encoders_are_rewards_without_a_gradient_in_the_order_of_the_settings(tmp_path: Path) -> None:
+    """Alone they need no budget of their own: as many of their texts go into a step as into one of their passes."""
+    folder = str(write_encoder(tmp_path))
+    mood, pair = RewardSource("mood", folder, "positive"), RewardSource("pair", folder, 0, "log_softmax", "pair")
+    service = load(replace(CONFIG, reward_models=(mood, RewardSource("rm", RM), pair)))
+    told = [(each.id, each.gradient, each.label, each.output, each.input) for each in service.info.reward_models]
+    assert told == [
+        ("mood", False, "positive", "logit", "response"),
+        ("rm", True, None, "logit", None),
+        ("pair", False, "negative", "log_softmax", "pair"),
+    ]
+    assert list(service.runner.reward_models) == ["rm"]
+    alone = load(replace(CONFIG, reward_models=(mood,)))
+    items = [((Message("user", "Good?"),), "It is good.")] * 50
+    alone.scorer.add(Score("many", "mood", items))
+    (scored,) = alone.scorer.step()
+    assert isinstance(scored, Scored)
+    assert len(scored.scores) == len(items)
 
 
 @pytest.mark.parametrize(
