@@ -252,3 +252,21 @@ def test_rows_that_are_not_numbers_still_give_an_id(implementation):
     assert ((tokens >= 0) & (tokens < v)).all()
     assert not torch.isfinite(state.stats.entropy_tau[:2]).any()
     assert torch.isfinite(state.stats.entropy_tau[2])
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_a_greedy_state_draws_the_best_token_beside_one_and_leaves_its_own_state_alone(
+    implementation, make_case, updates
+):
+    case = make_case(5, 300, 3, torch.float32, implementation.device)
+    state, other = case.begin(implementation.backend), case.begin(implementation.backend)
+    for _ in range(updates):
+        for each in (state, other):
+            soft = kernels.mix(each, case.table, case.tokens, case.w).soft
+            kernels.update(each, [kernels.Term(case.normal(5, 3) * 0 + 1, case.table, soft)])
+    never = int(state.stats.argmax[0])
+    rest = state.phi().clone()
+    rest[:, never] = -torch.inf
+    keys = keys_of(5, implementation.device)
+    assert kernels.draw(state.greedy(), keys, never=never).tolist() == rest.argmax(-1).tolist()
+    assert kernels.draw(state, keys).tolist() == kernels.draw(other, keys).tolist()
