@@ -57,7 +57,7 @@ class Pending:
     _canvas_tokens: int = 0  # among `_events`
     _started: bool = False
     _progress: dict[tuple[int, int], list[tuple[int, int]]] = field(default_factory=dict)
-    _canvases: dict[int, int] = field(default_factory=dict)  # trajectory -> last step given
+    _canvases: set[tuple[int, int, int | None]] = field(default_factory=set)  # given: trajectory, step, ancestor
 
     @property
     def convicted(self) -> bool:
@@ -76,10 +76,10 @@ class Pending:
                 if (given := self._progress.get((trajectory, step))) is not None:
                     return given == revealed
                 self._progress[trajectory, step] = revealed
-            case Canvas(trajectory=trajectory, step=step):
-                if step <= self._canvases.get(trajectory, -1):
+            case Canvas(trajectory=trajectory, step=step, ancestor=ancestor):
+                if (trajectory, step, ancestor) in self._canvases:
                     return True
-                self._canvases[trajectory] = step
+                self._canvases.add((trajectory, step, ancestor))
                 self._make_room(len(event.token_ids))
         self._put(event)
         return True

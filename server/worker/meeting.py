@@ -14,7 +14,7 @@ from server.guidance.best_of import total_reward
 from server.guidance.resample import Meeting, Particles
 from server.models.loading import LoadedDiffusionModel
 from server.text.response import finish_text
-from server.wire.messages import Event
+from server.wire.messages import Canvas, Event
 from server.wire.stats import RunnerStats
 from server.worker.book import Entry
 from server.worker.judge import Judge
@@ -44,6 +44,11 @@ def meet(
         for trajectory in trajectories:
             trajectory.reward_calls += len(job.guidance.rewards) - len(judge.outside(job))
     meeting = resample(entry, particles, taken, scores)
+    for index, ancestor in enumerate(meeting.ancestors or ()):
+        child = entry.running[index]
+        if job.stream_canvas and ancestor != index and child.next_step() is None:  # no step will show it
+            last = int(child.step_map.max())
+            events.append(Canvas(job.id, index, last, child.shown, reward=child.last_reward, ancestor=ancestor))
     stats.effective_share.add(meeting.share)
     stats.resamplings += meeting.ancestors is not None
 

@@ -119,9 +119,10 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, lse: Tensor, info: Mod
     drawn = kernels.draw(state, _of(cohort.keys[-1], subset), rows=subset, never=info.mask_token_id)
     ranked = confidence(group, state, base, drawn, subset)
     log_p = guesses = None
-    if any(member.trajectory.job.guidance.resampled_by == "confidence" for member in group.members):
+    particles = [member.trajectory for member in group.members if member.trajectory.job.guidance.resample is not None]
+    if any(trajectory.job.guidance.resampled_by == "confidence" for trajectory in particles):
         log_p = log_probability(state, lse, drawn, subset)
-    if any(member.trajectory.guesses for member in group.members):
+    if any(trajectory.guesses for trajectory in particles):
         guesses = kernels.draw(state.greedy(), cohort.keys[-1], never=info.mask_token_id)
     uniforms = group.ranking_uniforms(cohort.keys[0], subset)
     wanted = drawn, ranked, uniforms, entropy, log_p, guesses, cohort.first_w, *cohort.rewards

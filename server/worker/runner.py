@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
-
 from server.budget import Budget
 from server.diffusion.schedule import Step
 from server.errors import AdapterGone
@@ -232,9 +230,8 @@ class Runner:
             entropy: list[float | None] = [None] * len(trajectory.tokens)  # of what is masked still
             for position, value in zip(decision.positions.tolist(), decision.entropy.tolist(), strict=True):
                 entropy[position] = value if trajectory.masked[position] else None
-            shown = np.where(trajectory.masked, -1, trajectory.tokens)[:length].tolist()
             seen = entropy[:length], trajectory.last_reward, trajectory.ancestor
-            events.append(Canvas(job.id, trajectory.index, step.index, shown, *seen))
+            events.append(Canvas(job.id, trajectory.index, step.index, trajectory.shown, *seen))
 
     def _retire(self, entry: Entry, events: list[Event]) -> None:
         """Move finished trajectories out; when all K are there, score and answer."""

@@ -118,6 +118,12 @@ class Trajectory:
         """How many of the answer's positions are masked."""
         return int(self.masked[: self.length].sum())
 
+    @property
+    def shown(self) -> list[int]:
+        """The answer's tokens, -1 where they are masked."""
+        shown: list[int] = np.where(self.masked, -1, self.tokens)[: self.length].tolist()
+        return shown
+
     def stop(self, step: Step) -> int:
         """Where the canvas of a step ends among the response positions: later blocks are not there yet when attention
         is block-causal."""

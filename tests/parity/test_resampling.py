@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from server.types import Job, JobResult, Resampling, WeightedReward
-from server.wire.messages import Ask, Finished, Judged
+from server.wire.messages import Ask, Canvas, Finished, Judged
 from server.worker.runner import Runner
 from server.worker.savings import Savings
 from tests.parity.test_engine_matches_plain_loop import adaptive, everywhere, gradient, make_job
@@ -128,3 +128,21 @@ def test_a_trace_is_that_of_the_lineage(pair64: Pair, crowd: Any) -> None:
         assert all(step.reward_estimate is not None and step.log_weight is not None for step in met.values())
         last = max(resampled)
         assert met[last].ancestor == resampled[last][index]
+
+
+@pytest.mark.parametrize("family", ["dream"], scope="session")
+def test_the_last_canvas_of_each_trajectory_is_its_answer_though_it_is_a_copy_of_a_finished_one(pair64: Pair) -> None:
+    rule = {**every(4, threshold=1.0), "reward_models": (WeightedReward("rm", 9.0),)}
+    values = {**SMC, **adaptive("entropy_bound"), **rule, "stream_canvas": True, "best_of": 4}
+    runner, last, results = Runner(pair64.loaded, pair64.rewards), dict[tuple[str, int], Canvas](), {}
+    for seed in range(5, 8):
+        runner.add(make_job(pair64, seed, **values), now=0.0)
+    while runner.has_work:
+        for event in runner.step():
+            if isinstance(event, Canvas):
+                last[event.job_id, event.trajectory] = event
+            elif isinstance(event, Finished):
+                results[event.job_id] = event.result
+    for (job_id, index), canvas in last.items():
+        assert tuple(canvas.token_ids) == results[job_id].trajectories[index].token_ids
+    assert any(canvas.entropy is None for canvas in last.values())
