@@ -140,9 +140,9 @@ def _models(config: WorkerConfig, device: torch.device, reward_device: torch.dev
 
 
 def _labels(sources: Iterable[RewardSource]) -> Iterator[Finding]:
-    """What is the reward of each checkpoint that is a folder here."""
+    """What is the reward of each checkpoint that is a folder here; to find an adapter's base may mean to fetch it."""
     for each in sources:
-        if not Path(each.path).expanduser().is_dir():
+        if not (Path(each.path).expanduser() / "config.json").is_file():
             continue
         try:
             found = find_classifier(each.name, each.path, each.label, each.output, each.input)

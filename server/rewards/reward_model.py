@@ -28,7 +28,7 @@ from server.rewards.network import check_tokens, learned_positions, load_causal
 from server.rewards.text_reward import SCORE_TOKENS, check_length, packs
 from server.rewards.trunk import shape_of, trunk_of
 from server.rewards.vocab_map import VocabFallback, map_vocabulary
-from server.text.template import conversation_ids
+from server.text.template import conversation_ids, split_at_response
 from server.text.tokenizer import Tokenizer
 from server.types import Message, RewardModelInfo
 
@@ -235,6 +235,8 @@ def load_reward_model(
         tokenizer = Tokenizer.load(adapter if adapter and brought else folder, f"reward model {found.name}")
         if not tokenizer.has_chat_template:
             raise ConfigurationError("chat_template: there is none, in chat_template.jinja or tokenizer_config.json")
+        if not any(split_at_response(tokenizer, (Message("user", "Hello"),))):
+            raise ConfigurationError("chat_template: it writes the response alone, and an empty one could not be read")
         ids, coverage = map_vocabulary(found.name, diffusion_tokenizer, tokenizer, diffusion_vocab_size, vocab_fallback)
         network = load_causal(found, dtype=dtype, device=device)
         check_tokens(tokenizer.vocab(), network.get_input_embeddings().weight.shape[0])

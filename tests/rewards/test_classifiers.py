@@ -120,6 +120,13 @@ def test_the_engine_follows_the_plain_loop(checkpoint: tuple[Path, Any], output:
     assert [one.reward for one in got.trajectories] == pytest.approx(wanted.rewards, abs=1e-9)
 
 
+def test_a_template_that_writes_the_response_alone_is_refused(tmp_path: Path) -> None:
+    """An empty response would be no token."""
+    folder = write_reward_model(tmp_path, "gpt2", template="{{ messages[-1]['content'] }}")
+    with pytest.raises(ConfigurationError, match="reward model rm: chat_template: it writes the response alone"):
+        load_reward(folder=folder)
+
+
 def test_a_row_past_the_last_learned_position_is_refused_by_the_limit(tmp_path: Path) -> None:
     """Rotations have no end, as another test holds."""
     model = load_reward(folder=write_reward_model(tmp_path, "gpt2"))
