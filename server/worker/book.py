@@ -6,7 +6,7 @@ one as room allows, so a job may run in parts; those that are resampled, which w
 all. Strict order means no starvation: when the head of the queue does not
 fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
 than the budget, but not larger than what memory takes, runs alone. Jobs of batches (priority above 0) leave a part of
-the budget free, so that others begin at once.
+the budget free, so that others begin at once, if they can do without it.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and
 cached tokens: the reward models' conversations, and what a block-causal diffusion model keeps. Rows of logits and
@@ -171,10 +171,13 @@ class Book:
     def _fits(self, entry: Entry, begun: list[Entry]) -> bool:
         running = sum(each.holding for each in begun)
         held = sum(each.holding * each.cost.tokens for each in begun)
+        before, tokens = entry.together - 1, entry.together * entry.cost.tokens
         share = 1.0 if entry.job.priority <= 0 else BATCH_SHARE
+        if before >= share * self.budget.trajectories or tokens > share * self.budget.tokens:
+            share = 1.0  # else it could begin only when nothing runs
         return not running or (
-            running + entry.together - 1 < share * self.budget.trajectories
-            and held + entry.together * entry.cost.tokens <= share * self.budget.tokens
+            running + before < share * self.budget.trajectories
+            and held + tokens <= share * self.budget.tokens
             and self._cache_fits(entry, begun)
         )
 

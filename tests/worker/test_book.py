@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.budget import Budget, Cost
 from server.errors import InvalidRequest
-from server.types import Job
+from server.types import Job, Resampling
 from server.worker.book import Book, Entry
 from tests.support.jobs import make_job
 
@@ -140,6 +140,45 @@ def test_a_batch_leaves_room_for_others_to_begin_at_once() -> None:
     wide = Book(Budget(tokens=120))
     wide.add(job("line", tokens=40, best_of=3, priority=1))
     assert names(admit(wide)) == ["line0", "line1"]  # 42 each, of 90
+
+
+def resampled(name: str, tokens: int = 10, best_of: int = 4, priority: int = 0) -> Job:
+    values = {"max_tokens": tokens, "best_of": best_of, "n": best_of, "priority": priority}
+    return make_job(name, prompt_ids=(1, 2), resample=Resampling("confidence"), **values)
+
+
+def test_trajectories_that_are_resampled_begin_together_and_nothing_overtakes_them() -> None:
+    book = Book(Budget(trajectories=5, tokens=60))
+    book.add(job("first", best_of=2))
+    book.add(resampled("smc"))
+    book.add(job("last"))
+    running = admit(book)
+    assert names(running) == ["first0", "first1"]
+    release(book, running[0])
+    assert names(admit(book)) == ["smc0", "smc1", "smc2", "smc3"]
+    release(book, running[1])
+    assert names(admit(book)) == ["last0"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"best_of": 6}, "6 trajectories that are resampled run together and take 6 trajectories, more than the 5"),
+        ({"tokens": 18}, "take 80 canvas tokens, more than the 60"),
+    ],
+)
+def test_trajectories_that_could_never_run_together_are_refused(values: dict[str, Any], message: str) -> None:
+    book = Book(Budget(trajectories=5, tokens=60))
+    with pytest.raises(InvalidRequest, match=message):
+        book.add(resampled("smc", **values))
+
+
+@pytest.mark.parametrize("values", [{"best_of": 7}, {"best_of": 2, "tokens": 36}])
+def test_what_of_a_batch_needs_more_than_its_part_begins_beside_others(values: dict[str, Any]) -> None:
+    book = Book(Budget(trajectories=8, tokens=96))
+    book.add(job("asked"))
+    book.add(resampled("line", priority=1, **values))
+    assert len(admit(book)) == 1 + values["best_of"]
 
 
 @pytest.mark.parametrize(("values", "limit"), [({"tokens": 99}, "100"), ({"tokens": 60, "method": "aps"}, "50")])
