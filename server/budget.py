@@ -61,7 +61,8 @@ class Cost:
         canvas = prompt + rows + len(job.suffix_ids)
         if not job.reads_rewards:
             cached_tokens = grown_tokens = 0
-            reward_tokens = reward_tokens if job.guidance.resampled_by == "reward" else 0
+            if not job.guidance.reward_models or job.guidance.resampled_by != "reward":
+                reward_tokens = 0  # reward models read none of its canvases, nor what they would say when they meet
         if job.diffusion.block_causal and block is not None:
             # At most the block before and the current one are in a forward; all before them is cached.
             cached_tokens, grown_tokens = cached_tokens + prompt, grown_tokens + rows

@@ -243,8 +243,8 @@ class TrajectoryResult:
     of the text; `rewards` maps the name of each reward model and scorer to its value and `reward` is their weighted
     sum; a scorer that did not answer before the deadline has None, and then there is no sum. `step_map` has
     the step at which each of the L tokens was revealed, -1 where none was, if the job asks for it. `model_calls` and
-    `reward_calls` count the passes of the diffusion model and of reward models that its denoising steps asked for; what
-    it shared with equal canvases is counted too, and final scores are not."""
+    `reward_calls` count the passes of the diffusion model and of reward models that its denoising steps and meetings
+    asked for; what it shared with equal canvases is counted too, and final scores are not."""
 
     index: int
     token_ids: tuple[int, ...]

@@ -18,7 +18,8 @@ class Savings:
     reward_prefix_cache: the conversation before the response goes through the reward model once a job.
     grow_reward_prefix: so does the answer's own beginning, as it is settled; needs `reward_prefix_cache`.
     share_inner_steps: requests of different M go through their inner steps together; those of smaller M leave early.
-    leave_when_final: a trajectory whose text can no longer change leaves, unless more of it is asked for.
+    leave_when_final: a trajectory whose text can no longer change leaves, unless more of it is asked for. (One that is
+        resampled stays: it may be copied over.)
     block_cache: with block-causal attention the prompt and every finished block go through the diffusion model once.
     """
 
