@@ -49,9 +49,11 @@ def _style(outcome: Outcome) -> dict[str, tuple[str, str]]:
 
 def compute(outcome: Outcome) -> str:
     """Top@1 against operations and against seconds; points of one series, which differ in K alone, are joined and bear
-    their K."""
+    their K. Where the networks' sizes are not known, there are no operations."""
     style = _style(outcome)
+    known = {measure for found in outcome.measures.values() for measure in found}
     panels = {"GFLOPs": "GFLOP of both networks a request", "seconds": "seconds a request"}
+    panels = {measure: label for measure, label in panels.items() if measure in known}
 
     def paint(axes: Sequence[Any]) -> None:
         for panel, (measure, label) in zip(axes, panels.items(), strict=True):
@@ -69,9 +71,9 @@ def compute(outcome: Outcome) -> str:
             panel.set_xlim(left=0)
             panel.set_xlabel(label)
         axes[0].set_ylabel("reward of the answer (Top@1)")
-        axes[1].legend(frameon=False, loc="lower right")
+        axes[-1].legend(frameon=False, loc="lower right")
 
-    return _draw(2, 3.6, paint)
+    return _draw(len(panels), 3.6, paint)
 
 
 def rewards(outcome: Outcome) -> str:
