@@ -221,7 +221,9 @@ def simulated(x: str, by: str, titles: Mapping[str, str]) -> Callable[[Rows], Fi
         for axes, (key, title) in zip(panels, titles.items(), strict=True):
             for value in dict.fromkeys(row[by] for row in rows):
                 mine = [row for row in rows if row[by] == value]
-                axes.plot([row[x] for row in mine], [row[key] for row in mine], "o-", label=f"{by} {value}")
+                axes.plot(
+                    [row[x] for row in mine], [row[key] for row in mine], "o-", label=f"{by} {value}".replace("_", " ")
+                )
             if x != "share":
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -246,7 +248,9 @@ PLOTS: dict[str, dict[str, Callable[[Rows], Figure]]] = {
     "replicas": {
         "simulated-replicas": simulated("replicas", "policy", LATENCIES | {"fairness": "Fairness of slowdowns"})
     },
-    "budgets": {"simulated-budgets": simulated("in_flight", "most", {"tokens_per_s": "Tokens/s"} | LATENCIES)},
+    "budgets": {
+        "simulated-budgets": simulated("in_flight", "batch_trajectories", {"tokens_per_s": "Tokens/s"} | LATENCIES)
+    },
     "load": {"simulated-load": simulated("share", "burstiness", LATENCIES | {"has": "Requests that it has"})},
     "sizes": {"simulated-sizes": simulated("replicas", "reward", {"tokens_per_s": "Tokens/s"} | LATENCIES)},
 }
