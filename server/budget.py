@@ -60,9 +60,7 @@ class Cost:
         prompt, rows, block = len(job.prompt_ids), job.sampling.max_tokens, job.diffusion.block_length
         canvas = prompt + rows + len(job.suffix_ids)
         if not job.reads_rewards:
-            cached_tokens = grown_tokens = 0
-            if not job.guidance.reward_models or job.guidance.resampled_by != "reward":
-                reward_tokens = 0  # reward models read none of its canvases, nor what they would say when they meet
+            reward_tokens = cached_tokens = grown_tokens = 0
         if job.diffusion.block_causal and block is not None:
             # At most the block before and the current one are in a forward; all before them is cached.
             cached_tokens, grown_tokens = cached_tokens + prompt, grown_tokens + rows

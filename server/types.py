@@ -222,7 +222,7 @@ class StepTrace:
     revealed: int
     """Positions that it revealed"""
     mean_entropy: float | None = None
-    """Nats, over the masked positions"""
+    """Nats, over the masked positions whose logits it took: with blocks often those of its own block alone"""
     mean_w: float | None = None
     """The mean weight of hard embeddings; null where it was not guided"""
     reward_before: float | None = None

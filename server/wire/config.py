@@ -20,7 +20,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$"
 WORKER_COMMAND = (sys.executable, "-P", "-m", "server.worker.loop")
 TARGET = (
     r"^(python:[A-Za-z_][\w.]*:[A-Za-z_]\w*|"
-    r"(entrgi|vllm-score|vllm-classify|tei-rerank)\+https?://[^\s/?#@]+(/[^\s?#@]*)?)$"
+    r"(entrgi|vllm-score|vllm-classify|tei-rerank)\+https?://[^\s/?#@]+(/[^\s?#@]*)?)\Z"
 )
 
 

@@ -3,10 +3,10 @@ step. It counts tokens and never sees a tensor.
 
 First come, first served within a priority (a lower number goes first). The K trajectories of a job are admitted one by
 one as room allows, so a job may run in parts; those that are resampled, which wait for each other, together or not at
-all. Strict order means no starvation: when the head of the queue does not
-fit, no later job overtakes it, and running trajectories leave after a bounded number of steps. A trajectory larger
-than the budget, but not larger than what memory takes, runs alone. Jobs of batches (priority above 0) leave a part of
-the budget free, so that others begin at once, if they can do without it.
+all. Strict order means no starvation within a priority: when the head of the queue does not fit, no later job overtakes
+it, and running trajectories leave after a bounded number of steps. A trajectory larger than the budget, but not larger
+than what memory takes, runs alone. Jobs of batches (priority above 0) leave a part of the budget free, so that others
+begin at once, if they can do without it.
 
 What bounds admission is what running trajectories hold together: canvas tokens in the forward that they share, and
 cached tokens: the reward models' conversations, and what a block-causal diffusion model keeps. Rows of logits and

@@ -73,9 +73,7 @@ class Demand:
             tokens = len(before) + job.sampling.max_tokens + len(after)
             _check_context(model, tokens)
             kept = len(before) if self.savings.reward_prefix_cache else 0
-            # A meeting reads all of it; a guided step has the conversation cached.
-            whole = job.guidance.resampled_by == "reward"
-            passed = max(passed, tokens if whole else tokens - kept + math.ceil(kept * cached_share(model)))
+            passed = max(passed, tokens - kept + math.ceil(kept * cached_share(model)))
             cached += kept
         for weighted in job.guidance.scorers:
             if (scorer := self.scorers.get(weighted.model)) is not None:  # else it is asked outside

@@ -29,8 +29,9 @@ def meet(
     stats: RunnerStats,
     events: list[Event],
 ) -> None:
-    """Resample the trajectories of a job if they are due for it, unless outside scorers have to be asked first. Raises
-    NotFinite."""
+    """Resample the trajectories of a job if they are due for it, unless outside scorers have to be asked first. The
+    texts of other jobs are not read in the same pass: rewards must not depend, in rounding, on what else is here.
+    Raises NotFinite."""
     if (taken := due(entry, particles)) is None:
         return
     job, trajectories = entry.job, [entry.running[index] for index in range(entry.job.sampling.best_of)]
@@ -87,4 +88,6 @@ def resample(entry: Entry, particles: Particles, step: int, scores: Sequence[flo
     for index, ancestor in enumerate(meeting.ancestors or ()):
         if ancestor != index:
             entry.running[index] = before[ancestor].child(index)
+    if all(trajectory.next_step() is None for trajectory in entry.running.values()):
+        entry.admitted = len(before)  # all are copies of finished ones: to end it needs no room
     return meeting

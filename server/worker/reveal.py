@@ -140,6 +140,7 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, lse: Tensor, info: Mod
         chosen = reveal(member.trajectory.job.diffusion, member.step, confidences[start:stop], is_eos, uniform)
         # Rewards after the last inner step are read for traced members; a neighbour's answer does not show it.
         read = group.gradient_steps + member.trajectory.job.trace
+        weighed = log_p is not None and member.trajectory.job.guidance.resampled_by == "confidence"
         decisions.append(
             Decision(
                 member.trajectory,
@@ -150,7 +151,7 @@ def decide(cohort: Cohort, base: Tensor, entropy: Tensor, lse: Tensor, info: Mod
                 entropies[rows],
                 None if w is None else float(w[rows].mean()),
                 tuple(float(reward[index]) for reward in rewards[:read]),
-                log_probability=0.0 if log_p is None else float(log_p[start:stop][chosen].sum(dtype=np.float64)),
+                log_probability=float(log_p[start:stop][chosen].sum(dtype=np.float64)) if weighed else 0.0,
                 guesses=guesses[rows] if guesses is not None and member.trajectory.guesses else None,
             )
         )

@@ -150,9 +150,10 @@ class Trajectory:
 
     @property
     def guesses(self) -> bool:
-        """Whether its next step guesses all that is masked: the trajectories meet after it, for rewards."""
-        rule = self.job.guidance.resample
-        return rule is not None and rule.by == "reward" and (self.taken + 1) % rule.every == 0
+        """Whether its next step, if it is not the last one, guesses all that is masked: the trajectories meet after it,
+        for rewards."""
+        rule, last = self.job.guidance.resample, self.cursor + 1 == len(self.steps)
+        return rule is not None and rule.by == "reward" and not last and (self.taken + 1) % rule.every == 0
 
     def readers(self, step: Step) -> tuple[str, ...]:
         """Names of the reward models that read the canvas in this step: to steer it, or for the trace."""

@@ -6,6 +6,7 @@ import random
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from server.types import Job, JobResult, Resampling, WeightedReward
@@ -41,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "suffix": {**SMC, "suffix_ids": (40, 50), "response_suffix": " and so on", "stop": ("e",), **every(2)},
     "trace": {**SMC, "trace": True, "max_tokens": 6, "steps": 12, **every(2)},
     "outside": {**SMC, "scorers": (WeightedReward("length", 0.3),), **every(2)},
-    "outside, guided": gradient("entrgi", **THREE, scorers=(WeightedReward("length", 0.3),), **every(3)),
+    "outside, guided": gradient("entrgi", **THREE, scorers=(WeightedReward("length", 0.3),), **every(1)),
     "plain": {"method": "bon", **REWARD, "best_of": 3},
 }
 
@@ -117,17 +118,26 @@ def test_savings_change_nothing_where_some_trajectories_are_copied_and_some_go_o
 
 @pytest.mark.parametrize("family", ["dream"], scope="session")
 def test_a_trace_is_that_of_the_lineage(pair64: Pair, crowd: Any) -> None:
-    result = crowd[f"job-{list(CASES).index('trace')}"]
-    resampled = dict(result.resampled)
-    assert resampled
-    for index, trajectory in enumerate(result.trajectories):
+    index = list(CASES).index("trace")
+    job = make_job(pair64, index, **CASES["trace"])
+    meetings, result = pair64.plain.run(job).meetings, crowd[job.id]
+    rule = job.guidance.resample
+    scores, last = [], np.zeros(job.sampling.best_of)
+    for meeting in meetings:
+        scores.append(last + np.array(meeting.log_weights) / rule.strength)
+        last = scores[-1][list(meeting.ancestors)] if meeting.ancestors else last
+    assert len(result.resampled) > 1
+    for trajectory in result.trajectories:
         steps = [step for step in trajectory.trace if step.mean_entropy is not None]
         assert sum(step.revealed for step in steps) == len(trajectory.token_ids)
         met = {taken: step for taken, step in enumerate(steps, start=1) if step.ancestor is not None}
-        assert met.keys() == {2, 4}
-        assert all(step.reward_estimate is not None and step.log_weight is not None for step in met.values())
-        last = max(resampled)
-        assert met[last].ancestor == resampled[last][index]
+        assert list(met) == [rule.every * (at + 1) for at in range(len(meetings))]
+        place = trajectory.index
+        for meeting, score, step in reversed(list(zip(meetings, scores, met.values(), strict=True))):
+            place = meeting.ancestors[place] if meeting.ancestors else place
+            assert step.ancestor == place
+            assert step.log_weight == pytest.approx(meeting.log_weights[place], abs=1e-4)
+            assert step.reward_estimate == pytest.approx(score[place], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["dream"], scope="session")

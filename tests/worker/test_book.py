@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from server.budget import Budget, Cost
 from server.errors import InvalidRequest
-from server.types import Job, Resampling, WeightedReward
+from server.types import Job, Resampling
 from server.worker.book import Book, Entry
 from tests.support.jobs import make_job
 
@@ -171,15 +171,6 @@ def test_trajectories_that_could_never_run_together_are_refused(values: dict[str
     book = Book(Budget(trajectories=5, tokens=60))
     with pytest.raises(InvalidRequest, match=message):
         book.add(resampled("smc", **values))
-
-
-def test_what_reward_models_read_at_meetings_counts_and_what_outside_scorers_read_does_not() -> None:
-    book = Book(Budget(reward_tokens=16))
-    asks = make_job("asks", best_of=2, resample=Resampling(), scorers=(WeightedReward("outside"),))
-    book.add(asks, Cost.of(asks, reward_tokens=100))
-    reads = make_job("reads", method="bon", best_of=2, resample=Resampling())
-    with pytest.raises(InvalidRequest, match="100 reward-model tokens, more than the 16"):
-        book.add(reads, Cost.of(reads, reward_tokens=100))
 
 
 @pytest.mark.parametrize("values", [{"best_of": 7}, {"best_of": 2, "tokens": 36}])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.budget import Budget
 from server.types import Job, JobResult, Resampling, WeightedReward
 from server.wire.messages import Ask, Event, Failed, Finished, Judged, Started
 from server.worker.runner import Runner
@@ -138,6 +139,26 @@ def test_a_job_begins_again_when_it_was_parked_at_a_meeting_but_starts_once() ->
     assert begun == ["bon"] * 3
     assert len([event for event in events if isinstance(event, Started)]) == 1
     assert runner.stats.effective_share.count == 2
+
+
+def test_a_job_of_copies_of_a_finished_trajectory_ends_though_there_is_no_room_for_it() -> None:
+    rule = Resampling(every=1, strength=100.0)
+    job = bon(reward_models=(), resample=rule, algorithm="origin", max_tokens=4, steps=6)
+    runner = start(job, budget=Budget(trajectories=3))
+    over = list[int]()
+    while not over:
+        ask = only(Ask, work(runner))
+        parked = runner.book.get("bon")
+        assert parked is not None
+        over = [index for index, trajectory in parked.running.items() if not trajectory.left]
+        scores = {"length": [float(index in over[:1]) for index in range(3)], "tests": [0.0] * 3}
+        if not over:
+            runner.judged(Judged("bon", ask.step, scores))
+    runner.add(make_job("other", n=3, best_of=3, max_tokens=24), now=0.0)
+    runner.step()
+    runner.judged(Judged("bon", ask.step, scores))
+    assert only(Ask, runner.step()).step == -1
+    assert runner.stats.running == 3
 
 
 def test_a_cancelled_job_is_forgotten_while_it_waits() -> None:

@@ -19,7 +19,6 @@ from tests.support.jobs import make_job
 from tests.support.models import diffusion, reward
 
 LOADED, REWARD = diffusion("dream"), reward("dream")
-BUDGET = Budget(trajectories=3, tokens=24)  # three canvases of 8 tokens
 OUTSIDE = {"scorers": (WeightedReward("length"),)}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -29,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "smc, outside": {"method": "bon", "reward_models": (), "resample": Resampling(every=2, threshold=1.0), **OUTSIDE},
     "entrgi, outside": {"method": "entrgi", "gradient_steps": 1, "resample": Resampling(every=1), **OUTSIDE},
     "confidence": {"resample": Resampling("confidence", every=1)},
+    "origin, outside": {"algorithm": "origin", "resample": Resampling(every=1, strength=9.0, threshold=1.0), **OUTSIDE},
 }
 SPECS = st.lists(
     st.tuples(
@@ -48,6 +48,11 @@ def job(kind: str, best_of: int) -> Job:
     return make_job(
         kind, prompt_ids=(5, 6, 7), max_tokens=5, temperature=1.0, n=best_of, best_of=best_of, **KINDS[kind]
     )
+
+
+COST = Runner(LOADED, {"rm": REWARD}).demand.cost(job("guided", 3))
+BUDGET = Budget(trajectories=3, tokens=3 * COST.tokens, cached_tokens=COST.cached_tokens + 3 * COST.grown_tokens)
+"""Three trajectories of the dearest kind."""
 
 
 def judged(ask: Ask) -> Judged:
@@ -91,6 +96,10 @@ def test_everything_ends_within_the_budget_and_as_it_would_alone(specs: list[tup
         entries = list(runner.book)
         assert runner.stats.running == sum(entry.holding for entry in entries) <= BUDGET.trajectories
         assert sum(entry.holding * entry.cost.tokens for entry in entries) <= BUDGET.tokens
+        shared = sum(entry.cost.cached_tokens for entry in entries if entry.caches)
+        grown = sum(entry.holding * entry.cost.grown_tokens for entry in entries)
+        assert shared + grown <= BUDGET.cached_tokens
+        assert all(entry.holding >= 0 for entry in entries)
         for entry in entries:
             if entry.job.guidance.resample:
                 assert entry.holding in (0, entry.job.sampling.best_of)
