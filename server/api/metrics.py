@@ -211,7 +211,7 @@ class _ScorerCollector(Collector):
             "texts": CounterMetricFamily(PREFIX + "scorer_texts", "Texts in these requests", labels=by),
             "retries": CounterMetricFamily(PREFIX + "scorer_retries", "Calls of scorers made again", labels=by),
         }
-        text = "Requests to outside scorers that failed; open: refused, since too many had"
+        text = "Calls of outside scorers that failed; open: that were not made, since too many had failed"
         failures = CounterMetricFamily(PREFIX + "scorer_failures", text, labels=[*by, "reason"])
         seconds = HistogramMetricFamily(PREFIX + "scorer_seconds", "Answered calls of outside scorers", labels=by)
         text = "1 while a scorer is left alone because it failed, else 0"

@@ -1,8 +1,8 @@
 """The process in which a scorer's function runs: `python -m server.scorers.child MODULE:FUNCTION FD`.
 
-Frames on the socket FD hold JSON: a call is its two arguments, its answer the scores, or what was raised and where.
-The first answer, to no call, says that the function has been imported. What the function prints goes where the server's
-own output goes.
+Frames on the socket FD hold JSON: a call is a list of conversations, each with the responses to it, and the metadata
+that all of them share; its answer is the scores, or what was raised and where. The first answer, to no call, says that
+the function has been imported. What the function prints goes where the server's own output goes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def main(target: str, descriptor: int) -> None:
         function.append(getattr(import_module(module), name))
         return []
 
-    def call(conversations: list[Any], metadata: list[Any]) -> list[float]:
-        return [float(score) for score in function[0](conversations, metadata)]
+    def call(groups: list[Any], metadata: Any) -> list[float]:
+        turns = [[*shared, {"role": "assistant", "content": text}] for shared, texts in groups for text in texts]
+        return [float(score) for score in function[0](turns, [metadata] * len(turns))]
 
     with socket.socket(fileno=descriptor) as sock, sock.makefile("rb") as channel:
         sock.set_inheritable(False)

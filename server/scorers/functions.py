@@ -8,12 +8,13 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from server.errors import ConfigurationError, EngineFailed
 from server.scorers.calls import CallFailed, Metadata, Pair, finite, turns
 from server.wire.child import Child
 from server.wire.config import OutsideScorer
-from server.wire.messages import LENGTH, ChannelClosed
+from server.wire.messages import LENGTH, MAX_FRAME_BYTES, ChannelClosed
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,12 @@ class Function:
     def __init__(self, scorer: OutsideScorer) -> None:
         self._scorer = scorer
         self._command = (sys.executable, "-P", "-m", "server.scorers.child", scorer.target.removeprefix("python:"))
-        self._places = [_Place() for _ in range(scorer.calls)]
-        self._free: asyncio.LifoQueue[_Place] = asyncio.LifoQueue()  # the last one used has a process
-        for place in self._places:
-            self._free.put_nowait(place)
-        self._calls: set[asyncio.Task[list[float]]] = set()
+        self._free = [_Place() for _ in range(scorer.calls)]  # the last one used has a process
 
     async def start(self) -> None:
         """Start one process, to see that the function is there. Raises ConfigurationError."""
         try:
-            self._places[-1].child = await self._started()
+            self._free[-1].child = await self._started()
         except (ChannelClosed, EngineFailed, TimeoutError) as error:
             raise ConfigurationError(f"scorers: {self._scorer.name}: its process does not start: {error}") from error
 
@@ -52,27 +49,16 @@ class Function:
         yield pairs
 
     async def ask(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
-        """Raises CallFailed. A call that is cancelled goes on without its caller: a client that leaves must not cost
-        the others a process, which may have loaded much."""
-        place = await self._free.get()
-        call = asyncio.create_task(self._call(place, pairs, metadata), name=f"call {self._scorer.name}")
-        self._calls.add(call)
-
-        def ended(_: object) -> None:
-            self._calls.discard(call)
-            self._free.put_nowait(place)
-            if not call.cancelled():
-                call.exception()  # whoever asked may have left
-
-        call.add_done_callback(ended)
-        return await asyncio.shield(call)
+        """Raises CallFailed. No more of them run at a time than there are places."""
+        place = self._free.pop()
+        try:
+            return await self._call(place, pairs, metadata)
+        finally:
+            self._free.append(place)
 
     async def close(self) -> None:
         """End all processes."""
-        for call in self._calls:
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
-        for place in self._places:
+        for place in self._free:
             await self._end(place)
 
     async def _end(self, place: _Place) -> None:
@@ -97,8 +83,11 @@ class Function:
         return child
 
     async def _call(self, place: _Place, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
-        conversations = [[*turns(conversation), {"role": "assistant", "content": text}] for conversation, text in pairs]
-        asked = json.dumps([conversations, [metadata] * len(pairs)]).encode()
+        # What texts share is sent once, or a small request would make a large frame.
+        groups = [(turns(shared), [text for _, text in of]) for shared, of in groupby(pairs, lambda pair: pair[0])]
+        asked = json.dumps([groups, metadata]).encode()
+        if len(asked) > MAX_FRAME_BYTES:
+            raise CallFailed("refused", f"takes at most {MAX_FRAME_BYTES} bytes in one call")
         limit = self._scorer.timeout_seconds
         try:
             if place.child is not None and place.child.exited():

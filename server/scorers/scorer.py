@@ -28,7 +28,7 @@ MAX_BACKOFF_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Breaker:
-    """Open after FAILURES_TO_OPEN requests in a row for which the scorer was down. Every OPEN_SECONDS one more may see
+    """Open after FAILURES_TO_OPEN calls in a row for which the scorer was down. Every OPEN_SECONDS one more may see
     whether it is there again. All times are seconds of one monotonic clock."""
 
     failures: int = 0
@@ -36,11 +36,11 @@ class Breaker:
 
     @property
     def open(self) -> bool:
-        """Whether requests are refused, but for the one that tries."""
+        """Whether no call is made, but for the one that tries."""
         return self.failures >= FAILURES_TO_OPEN
 
     def lets(self, now: float) -> bool:
-        """Whether a request may go on. One that may try keeps the others waiting meanwhile."""
+        """Whether a call may be made. One that may try keeps the others waiting meanwhile."""
         if not self.open:
             return True
         if now < self._until:
@@ -49,15 +49,15 @@ class Breaker:
         return True
 
     def heard(self, now: float, *, down: bool) -> None:
-        """The scorer was down for a request, or it answered, whatever it said."""
+        """The scorer was down for a call, or it answered, whatever it said."""
         self.failures = self.failures + 1 if down else 0
         self._until = now + OPEN_SECONDS
 
 
 @dataclass(slots=True)
 class ScorerStats:
-    """Sums for the metrics: requests, the texts in them, calls made again, requests that failed by reason ("open": by
-    the breaker), and the seconds that answered calls took."""
+    """Sums for the metrics: requests, the texts in them, calls made again, calls that failed by reason ("open": that
+    were not made), and the seconds that answered calls took."""
 
     requests: int = 0
     texts: int = 0
@@ -76,6 +76,7 @@ class Scorer:
         self._retries, self._patience = scorer.retries, scorer.timeout_seconds
         self._target: Target = Function(scorer) if scorer.kind == "python" else Server(scorer)
         self._places = asyncio.Semaphore(scorer.calls)
+        self._calls: set[asyncio.Task[list[float]]] = set()
 
     async def start(self) -> None:
         """Raises ConfigurationError when the scorer cannot be asked as it is set."""
@@ -83,6 +84,9 @@ class Scorer:
 
     async def close(self) -> None:
         """Let go of processes and connections."""
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
         await self._target.close()
 
     async def score(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
@@ -94,36 +98,57 @@ class Scorer:
             for batch in self._target.batches(pairs):
                 scores += await self._persist(batch, metadata)
         except CallFailed as error:
-            self.stats.failures[error.reason] += 1
-            self.breaker.heard(time.monotonic(), down=error.reason in DOWN)
             logger.warning("scorer %s %s", self.name, error.message, extra={"cause": repr(error.__cause__)})
             raise ScorerFailed(f"the scorer {self.name} {error.message}") from error
         return scores
 
     async def _persist(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:
-        """One call, and more when it fails. Raises CallFailed, ScorerUnavailable."""
-        pause = BACKOFF_SECONDS
+        """One call, and more when it fails. Raises CallFailed, and ScorerUnavailable where none was made."""
+        pause, failed = BACKOFF_SECONDS, None
         for left in range(self._retries, -1, -1):
             try:
-                async with self._places:
-                    self._check()
-                    began = time.monotonic()
-                    scores = await self._target.ask(batch, metadata)
-                    now = time.monotonic()
-                    self.stats.seconds.add(now - began)
-                    self.breaker.heard(now, down=False)
-                    return scores
+                return await self._call(batch, metadata)
+            except ScorerUnavailable as error:
+                raise failed or error from None
             except CallFailed as error:
                 if not left or error.reason in FINAL:
                     raise
-                wanted = min(error.retry_after, self._patience)
+                failed = error
             self.stats.retries += 1
+            wanted = min(failed.retry_after, self._patience)
             await asyncio.sleep(max(wanted, pause * random.uniform(0.5, 1.0)))
             pause = min(2 * pause, MAX_BACKOFF_SECONDS)
         raise AssertionError("the last call returns or raises")
 
-    def _check(self) -> None:
-        """Raises ScorerUnavailable while the breaker is open."""
+    async def _call(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:
+        """One call. Once begun it goes on to its end, whether or not who asked has left: only so is it known that a
+        scorer hangs whose callers have less time than its calls, and a function's process, which may have loaded much,
+        is not lost to a client that leaves. Raises CallFailed, ScorerUnavailable."""
+        await self._places.acquire()
         if not self.breaker.lets(time.monotonic()):
+            self._places.release()
             self.stats.failures["open"] += 1
             raise ScorerUnavailable(f"the scorer {self.name} has failed too often and is left alone for a while")
+        call = asyncio.create_task(self._counted(batch, metadata), name=f"call of {self.name}")
+        self._calls.add(call)
+
+        def ended(_: object) -> None:
+            self._calls.discard(call)
+            self._places.release()
+            if not call.cancelled():
+                call.exception()  # there may be nobody else to take it
+
+        call.add_done_callback(ended)
+        return await asyncio.shield(call)
+
+    async def _counted(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:
+        began = time.monotonic()
+        try:
+            scores = await self._target.ask(batch, metadata)
+        except CallFailed as error:
+            self.stats.failures[error.reason] += 1
+            self.breaker.heard(time.monotonic(), down=error.reason in DOWN)
+            raise
+        self.stats.seconds.add(time.monotonic() - began)
+        self.breaker.heard(time.monotonic(), down=False)
+        return scores

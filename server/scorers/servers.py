@@ -57,15 +57,19 @@ def _documents(pairs: Sequence[Pair]) -> list[str]:
     return [text for _, text in pairs]
 
 
+def _shared(queries: list[Any]) -> Any:
+    """The query of all pairs, or each pair's."""
+    return queries[0] if all(query == queries[0] for query in queries) else queries
+
+
 def _entrgi(pairs: Sequence[Pair], metadata: Metadata) -> dict[str, Any]:
-    queries = [turns(conversation) for conversation, _ in pairs]
-    shared = all(query == queries[0] for query in queries)
+    queries = _shared([turns(conversation) for conversation, _ in pairs])
     known = {} if metadata is None else {"metadata": metadata}
-    return {"queries": queries[0] if shared else queries, "documents": _documents(pairs)} | known
+    return {"queries": queries, "documents": _documents(pairs)} | known
 
 
 def _vllm_score(pairs: Sequence[Pair], _: Metadata) -> dict[str, Any]:
-    return {"text_1": [query_text(conversation) for conversation, _ in pairs], "text_2": _documents(pairs)}
+    return {"text_1": _shared([query_text(conversation) for conversation, _ in pairs]), "text_2": _documents(pairs)}
 
 
 def _vllm_classify(pairs: Sequence[Pair], _: Metadata) -> dict[str, Any]:

@@ -97,13 +97,14 @@ async def test_who_leaves_is_asked_about_no_longer() -> None:
     with stub(lambda path, body: made.released.wait() and scores(path, body)) as made:
         limits = {**ROOM, "max_concurrency": 1}
         async with running(configured(scorers=(outside("far", f"entrgi+{made.url}", **limits),))) as engine:
-            leaving = engine.submit(scored("a", "far"))
-            await until(lambda: len(made.asked) == 1)
-            staying = engine.submit(scored("b", "far"))
-            await leaving.aclose()
-            await until(lambda: len(made.asked) == 2)  # the only connection is free again
+            streams = [engine.submit(scored(name, "far", seed=seed)) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
+            await until(lambda: engine.parked == 3 and len(made.asked) == 1)
+            (asked,) = texts(made)
+            left = 1 if asked.startswith("2") else 2
+            await streams[left - 1].aclose()
             made.released.set()
-            assert await rewards(staying) == {"far": 9.0}
+            assert [await rewards(each) for each in streams if each is not streams[left - 1]] == [{"far": 9.0}] * 2
+    assert not any(text.startswith(str(left)) for text in texts(made))
 
 
 async def test_parked_jobs_keep_their_places_and_end_with_the_drain() -> None:

@@ -17,6 +17,7 @@ from server.scorers.calls import Pair
 from server.scorers.scorer import Scorer
 from server.types import Message
 from server.wire.config import OutsideScorer
+from server.wire.messages import MAX_FRAME_BYTES
 from tests.front.scripted import alive, until
 from tests.support.scorers import function, outside
 
@@ -50,6 +51,16 @@ async def test_a_function_sees_conversations_and_metadata_and_may_print() -> Non
         assert await scorer.score(pairs("metadata"), {"answer": "\ud800"}) == [len('{"answer": "\\ud800"}')]
         assert await scorer.score(pairs("metadata"), None) == [len("null")]
         assert (scorer.stats.requests, scorer.stats.texts) == (4, 6)
+
+
+async def test_what_texts_share_is_sent_once_and_a_call_is_bounded() -> None:
+    known = {"x": "y" * 500_000}
+    async with started(function("scripted", timeout_seconds=120)) as scorer:
+        assert await scorer.score(pairs(*["a"] * 300), known) == [1.0] * 300  # 150 MB, if each had its own
+        with pytest.raises(ScorerFailed, match=f"takes at most {MAX_FRAME_BYTES} bytes"):
+            await scorer.score(pairs("a" * MAX_FRAME_BYTES), None)
+        assert await scorer.score([*pairs("a"), ((), "turns"), *pairs("abc")], None) == [1.0, 5.0, 3.0]
+        assert (scorer.stats.failures, scorer.breaker.failures) == ({"refused": 1}, 0)
 
 
 @pytest.mark.parametrize(

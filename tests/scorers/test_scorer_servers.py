@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ from server.errors import ConfigurationError, ScorerFailed, ScorerUnavailable
 from server.scorers.scorer import FAILURES_TO_OPEN, OPEN_SECONDS, Breaker, Scorer
 from server.scorers.servers import MAX_ANSWER_BYTES
 from server.types import Message
+from tests.front.scripted import until
 from tests.support.scorers import PUBLISHED, Answer, Stub, hanging, ok, outside, stub
 
 HELLO, BYE = (Message("user", "hello"),), (Message("system", "be brief"), Message("user", "bye"))
@@ -104,7 +106,7 @@ async def test_what_is_no_list_of_finite_numbers_is_no_answer(answer: Answer) ->
     with stub(lambda *_: answer) as made:
         async with asking(made, retries=1) as scorer:
             assert await failed(scorer) == "the scorer far did not answer with 2 finite numbers"
-            assert (len(made.asked), scorer.stats.failures) == (2, {"answer": 1})
+            assert (len(made.asked), scorer.stats.failures) == (2, {"answer": 2})
 
 
 @pytest.mark.parametrize(("status", "calls"), [(500, 3), (503, 3), (429, 3), (400, 1), (401, 1), (404, 1), (204, 1)])
@@ -120,7 +122,7 @@ async def test_an_answer_that_comes_at_last_is_taken() -> None:
     with stub(lambda *_: next(answers)) as made:
         async with asking(made, retries=2) as scorer:
             assert await scorer.score([(HELLO, "a"), (HELLO, "b")], None) == [-1.5, 2.0]
-            assert (scorer.stats.retries, scorer.stats.failures) == (2, {})
+            assert (scorer.stats.retries, scorer.stats.failures) == (2, {"status": 1, "answer": 1})
 
 
 async def test_redirects_are_not_followed() -> None:
@@ -159,6 +161,26 @@ async def test_a_scorer_that_is_down_is_left_alone_and_one_that_answers_is_not()
                 await scorer.score([(HELLO, "bad")], None)
             assert (caught.value.status, caught.value.retry_after) == (503, OPEN_SECONDS)
             assert (len(made.asked), scorer.stats.failures["open"]) == (asked, 1)
+
+
+async def test_a_scorer_that_hangs_holds_nobody_up_for_longer_than_a_few_calls() -> None:
+    with stub(lambda *asked: hanging(lambda: made)(*asked)) as made:
+        async with asking(made, timeout_seconds=0.1, retries=2, max_concurrency=1) as scorer:
+            requests = [scorer.score([(HELLO, str(number))], None) for number in range(20)]
+            ended = await asyncio.gather(*requests, return_exceptions=True)
+    assert {type(each) for each in ended} == {ScorerFailed, ScorerUnavailable}
+    assert FAILURES_TO_OPEN <= len(made.asked) < 2 * FAILURES_TO_OPEN
+
+
+async def test_a_scorer_that_hangs_is_seen_though_nobody_waits_for_its_calls() -> None:
+    with stub(lambda *asked: hanging(lambda: made)(*asked)) as made:
+        async with asking(made, timeout_seconds=0.1) as scorer:
+            for number in range(1, FAILURES_TO_OPEN + 1):
+                leaving = asyncio.ensure_future(scorer.score([(HELLO, "a")], None))
+                await asyncio.sleep(0)  # it has been asked
+                leaving.cancel()
+                await until(lambda number=number: scorer.stats.failures["timeout"] == number)
+            assert scorer.breaker.open
 
 
 async def test_a_scorer_that_is_there_again_answers_a_request_of_several_calls() -> None:
