@@ -73,7 +73,7 @@ def read(asked: Sequence[Asked], records: Mapping[str, Record], served: Sequence
             rewards = [choice.reward for choice in completion.choices if choice.reward is not None]
             if report is None:
                 raise UnexpectedResponse(f"{record.server} sent no rewards: it is no entrgi server, or an older one")
-            if len(rewards) < len(completion.choices):  # a scorer did not answer before the deadline
+            if len(rewards) < len(completion.choices):  # a scorer was too late: it counts as unanswered
                 continue
             details = completion.usage.completion_tokens_details or {}
             cost = Cost(

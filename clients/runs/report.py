@@ -106,6 +106,12 @@ def examples_table(outcome: Outcome) -> Rows:
     return rows
 
 
+def unanswered(outcome: Outcome) -> str:
+    """Which settings lack answers, and how many; nothing where none does."""
+    told = ", ".join(f"{setting} {count}" for setting, count in outcome.unanswered.items())
+    return told and f"Requests without an answer or without its rewards, of which the journal tells more: {told}."
+
+
 def show(outcomes: Sequence[Outcome]) -> None:
     """The tables on standard output, then one line of JSON."""
     out = console()
@@ -115,6 +121,8 @@ def show(outcomes: Sequence[Outcome]) -> None:
         for row in rows:
             table.add_row(*map(printable, row))
         out.print(table)
+        if missing := unanswered(outcome):
+            out.print(printable(missing))
     print(json.dumps(document(outcomes)))
 
 
@@ -157,8 +165,8 @@ def write(folder: Path, outcomes: Sequence[Outcome]) -> None:
         say(PAPER_SETTINGS)
     for number, outcome in enumerate(outcomes):
         add(outcome.title, measures_table(outcome))
-        if outcome.unanswered:
-            say(f"{outcome.unanswered} requests have no answer; the journal has the servers' words.")
+        if missing := unanswered(outcome):
+            say(missing)
         for name, svg in plots_of(outcome).items():
             file = f"{name}-{number}.svg"
             (folder / file).write_text(svg, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ HEADLINE = "Top@1"
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one set of prompts came to under one reward model, since rewards of two do not compare. By setting: the
-    measures with their intervals, the paired differences of Top@1 to the baseline, and the mean reward after each
-    step."""
+    measures with their intervals, the paired differences of Top@1 to the baseline, the mean reward after each step, and
+    how many requests have no answer, or one without all its rewards."""
 
     name: str
     reward_model: str
@@ -38,7 +39,7 @@ class Outcome:
     baseline: str
     differences: Mapping[str, Difference]
     curves: Mapping[str, Sequence[float]]
-    unanswered: int
+    unanswered: Mapping[str, int]
 
     @property
     def title(self) -> str:
@@ -172,7 +173,10 @@ class Study:
             baseline,
             differences(values[baseline][HEADLINE], others),
             {setting: curve for setting, curve in curves.items() if setting in names},
-            sum(each.setting.name in names for each in self.asked[name]) - len(own),
+            dict(
+                Counter(each.setting.name for each in self.asked[name] if each.setting.name in names)
+                - Counter(answer.asked.setting.name for answer in own)
+            ),
         )
 
 

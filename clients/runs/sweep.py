@@ -123,10 +123,12 @@ def models_of(servers: Servers) -> list[Model]:
 
 def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Sequence[Model]) -> list[Setting]:
     """All combinations of the command line's lists. A method may bring its own K, as `bon@4,8`. Settings that a method
-    does not have make no combinations of it. Every setting names its models, so that answers of others are never taken
-    for its own; with method `none` the reward model only scores."""
+    does not have make no combinations of it, and none resamples one trajectory. Every setting names its models, so that
+    answers of others are never taken for its own; with method `none` the reward model only scores. Raises ClientError
+    where nothing is left."""
     diffusion = next(model for model in served if model.kind == "diffusion")
-    default_reward = diffusion.details["defaults"]["reward_model"]
+    with_gradient = (model.id for model in served if model.kind == "reward")
+    default_reward = next(with_gradient, diffusion.details["defaults"]["reward_model"])
     if default_reward is None:
         raise ClientError("the server has no reward model, so there is no reward to compare by")
     lists = {name: getattr(given, name.replace("-", "_")) or (None,) for name in SWEPT}
@@ -151,17 +153,22 @@ def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Seque
                 if name in several:
                     named[symbol] = value
             fields["n"] = fields["best_of"]
+            if "resample" in guidance and fields["best_of"] == 1:  # there is nobody to be copied
+                continue
             parts = [f"{symbol}={value}" for symbol, value in named.items()]
             series = [part for part in parts if not part.startswith("K=")]
             setting = Setting(" ".join([word, *parts]), " ".join([word, *series]), fields)
             found.setdefault(setting.name, setting)
+    if not found:
+        raise ClientError("there is nothing to ask: resampling needs at least two trajectories (--best-of)")
     return [*found.values()]
 
 
 def _has(guidance: Mapping[str, Any], path: tuple[str, ...]) -> bool:
     """Whether a field of the request has an effect with this guidance."""
     if path[:2] == ("guidance", "resample"):
-        return "resample" in guidance
+        resample = guidance.get("resample")
+        return resample is not None and (path[2] != "potential" or resample.get("by") != "confidence")
     return path[0] != "guidance" or path[1] == "reward_model" or guidance["method"] not in UNGUIDED
 
 

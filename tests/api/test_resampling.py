@@ -303,16 +303,26 @@ def test_every_method_resamples(server: Served, method: str, by: str) -> None:
         assert chosen == sorted(range(4), key=lambda index: -rewards[index])[:2]
 
 
-def test_a_stream_and_the_shorthand_give_the_same_answer(server: Served) -> None:
-    whole = ran(server, guidance="smc")
-    assert whole["choices"] == ran(server, guidance={"method": "bon", "resample": {"by": "reward"}})["choices"]
-    chunks = server.stream(COMPLETIONS, {**ASKED, "guidance": "smc", "stream_canvas": True})
+def test_the_shorthand_gives_the_same_answer(server: Served) -> None:
+    spelled_out = ran(server, guidance={"method": "bon", "resample": {"by": "reward"}})
+    assert ran(server, guidance="smc")["choices"] == spelled_out["choices"]
+
+
+def test_a_stream_gives_the_same_answer_and_tells_whose_copy_each_canvas_is(server: Served) -> None:
+    guidance = {"method": "bon", "resample": EAGER}
+    whole = ran(server, guidance=guidance)
+    chunks = server.stream(COMPLETIONS, {**ASKED, "guidance": guidance, "stream_canvas": True})
     text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
     assert text == whole["choices"][0]["text"]
     assert chunks[-1]["guidance"]["resampled"] == whole["guidance"]["resampled"]
-    (meetings,) = whole["guidance"]["resampled"]
     canvases = [chunk["canvas"] for chunk in chunks if "canvas" in chunk]
     shown = {(each["trajectory"], each["step"]): each["ancestor"] for each in canvases}
-    for step, ancestors in meetings:
-        for trajectory, ancestor in enumerate(ancestors):
-            assert shown[trajectory, step] == ancestor or ancestor == trajectory
+    (meetings,) = whole["guidance"]["resampled"]
+    copies = [
+        (shown[trajectory, step], ancestor)
+        for step, ancestors in meetings
+        for trajectory, ancestor in enumerate(ancestors)
+        if ancestor != trajectory
+    ]
+    assert copies
+    assert all(told == ancestor for told, ancestor in copies)

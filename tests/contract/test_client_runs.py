@@ -101,6 +101,10 @@ def test_compare_measures_a_sweep_and_asks_only_what_is_new(run: Run, prompts: P
         assert ElementTree.parse(plot).getroot().tag.endswith("svg")
         assert plot.name in (report / "report.md").read_text("utf-8")
 
+    told, *_ = run(*command, "--method", "bon@500")  # more than a server takes
+    assert json.loads(told.splitlines()[-1])[0]["unanswered"] == {"bon K=500": 3}
+    assert "bon K=500 3" in told
+
 
 @pytest.mark.slow
 def test_eval_reads_the_three_benchmarks_and_a_judge(run: Run, server: Served, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_copy_says_whose_it_is(page: Page, bundled: Served) -> None:
                 copies[trajectory] = f"copy of {ancestor + 1}"
     shown = page.locator("#results section")
     told = shown.nth(1).locator(".copied").all_text_contents()
-    assert [each.partition(",")[0] for each in told] == copies
+    assert [each.partition(" since")[0] for each in told] == copies
     lineage = shown.nth(1).locator(".lineage")
     expect(shown.nth(0).locator(".lineage")).to_be_hidden()
     label = lineage.get_attribute("aria-label") or ""

@@ -59,6 +59,13 @@ def test_a_sweep_is_all_combinations_that_a_method_has() -> None:
     assert found["bon K=4"] == {**shared, "guidance": {"method": "bon", "reward_model": "rm"}}
 
 
+def test_rewards_with_a_gradient_come_first() -> None:
+    served = [Model("dlm", {"defaults": {**DETAILS, "reward_model": "mood"}}), Model("mood", {"type": "scorer"})]
+    for models, reward in ((served, "mood"), ([*served, SERVED[1]], "rm")):
+        (setting,) = sweep.settings_of(parsed(""), ["entrgi"], models)
+        assert setting.reward_model == reward
+
+
 def test_methods_may_have_a_k_of_their_own_and_settings_of_one_series_differ_in_it_alone() -> None:
     settings = sweep.settings_of(parsed("--reward-model rm,other"), ["bon@4,8", "entrgi"], SERVED)
     assert [setting.series for setting in settings[:4]] == ["bon by=rm", "bon by=other"] * 2
@@ -79,6 +86,14 @@ def test_methods_that_resample_have_settings_of_their_own() -> None:
     assert found["smc K=8 strength=4.0"]["guidance"] == {"method": "bon", "reward_model": "rm", "resample": resample}
     guided = {"method": "entrgi", "reward_model": "rm", "eta": 0.5, "resample": resample}
     assert found["entrgi+smc K=4 strength=4.0"]["guidance"] == guided
+    assert list(grid("--best-of 1,4", "bon", "smc")) == ["bon K=1", "bon K=4", "smc K=4"]
+    with pytest.raises(ClientError, match="at least two trajectories"):
+        grid("", "smc@1")
+    by = grid("--resample-by reward,confidence --resample-potential max", "smc")
+    assert [fields["guidance"]["resample"] for fields in by.values()] == [
+        {"by": "reward", "potential": "max"},
+        {"by": "confidence"},
+    ]
     methods = ["bon", "smc", "entrgi+smc"]
     assert [setting.method for setting in sweep.settings_of(parsed(""), methods, SERVED)] == methods
 

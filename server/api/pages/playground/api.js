@@ -13,10 +13,10 @@ async function ask(path, key, options) {
   throw new Error(told?.error?.message ?? `the server answers with status ${response.status}`);
 }
 
-// The diffusion model that is served, and the names of what gives rewards.
+// The diffusion model that is served, and the names of what gives rewards, those with a gradient first.
 export async function models(key) {
   const { data } = await (await ask("/v1/models", key)).json();
-  const rewards = data.filter((model) => model.type !== "diffusion").map((model) => model.id);
+  const rewards = ["reward", "scorer"].flatMap((type) => data.filter((model) => model.type === type)).map(({ id }) => id);
   return { model: data.find((model) => model.type === "diffusion"), rewards };
 }
 

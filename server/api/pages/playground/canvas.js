@@ -42,7 +42,7 @@ export class Canvas {
       node.style.setProperty("--entropy", `${100 * Math.min(1, (entropy ?? 0) / this.most)}%`);
     });
     const copied = this.frame?.copied;
-    this.copied.textContent = copied ? `copy of ${copied.from + 1}, after step ${copied.step}` : "";
+    this.copied.textContent = copied ? `copy of ${copied.from + 1} since step ${copied.step + 1}` : "";
     const over = run.report !== null && taken > run.last;
     const reward = (over ? run.rewards[trajectory] : this.frame?.reward) ?? null;
     this.reward.replaceChildren(...(reward === null ? [] : [over ? "final reward " : "reward ", signed(reward, 2)]));

@@ -40,6 +40,6 @@ export function drawLineage(svg, run, column, taken) {
 const curve = (at, from, to) => `M${at - 6},${from} C${at},${from} ${at},${to} ${at + 6},${to}`;
 
 function words(step, ancestors) {
-  const told = ancestors.map((from, row) => (from === row ? "" : `${row + 1} is a copy of ${from + 1}`));
-  return `After step ${step} trajectory ${told.filter((each) => each).join(", ")}`;
+  const told = ancestors.map((from, row) => (from === row ? "" : `${row + 1} a copy of ${from + 1}`));
+  return `From step ${step + 1} on trajectory ${told.filter((each) => each).join(", ")}`;
 }

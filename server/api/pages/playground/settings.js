@@ -37,6 +37,7 @@ const ALWAYS_SENT = ["method", "reward_model"];
 function usual(served, { name, unset }) {
   const defaults = served.model.defaults;
   if (name === "method") return defaults.guidance;
+  if (name === "reward_model") return served.rewards[0];
   if (name === "best_of") return Math.max(...Object.values(defaults.best_of)); // that of all methods that choose
   return unset ? undefined : defaults[name];
 }
