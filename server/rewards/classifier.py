@@ -71,7 +71,7 @@ def find_classifier(
         if adapter is not None and brings_head:
             brought = stored_tensors(adapter, WEIGHTS_FILE)
             stored |= {HEAD: brought[PREFIX + HEAD]} if PREFIX + HEAD in brought else {}
-            config = {}  # its labels are another head's
+            config = {key: value for key, value in config.items() if key not in ("id2label", "num_labels")}
         causal = any(each.startswith("score.") for each in stored)
         if adapter is not None and not causal:
             raise ConfigurationError("an encoder's adapter is not supported; merge it into its base")

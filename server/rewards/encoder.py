@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from server.errors import ConfigurationError
@@ -95,11 +95,10 @@ class Encoder:
         return end
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (B, C) in float32 at least."""
-        dtype = torch.promote_types(self._network.dtype, torch.float32)
-        logits = torch.zeros(len(sequences), self._labels, dtype=dtype, device=self._device)
+        """Logits (B, C)."""
+        logits = torch.zeros(len(sequences), self._labels, dtype=self._network.dtype, device=self._device)
         for pack in packs(sequences, SCORE_TOKENS):
-            logits[pack] = self._pass([sequences[index] for index in pack]).to(dtype)
+            logits[pack] = self._pass([sequences[index] for index in pack])
         return logits
 
     @torch.no_grad()
@@ -124,16 +123,16 @@ def _types(ids: Sequence[int], end: int) -> list[int]:
 
 
 def load_encoder(found: Classifier, *, dtype: torch.dtype, device: torch.device) -> Encoder:
-    """Load an encoder. The product that makes its logits is in float32 at least.
+    """Load an encoder, in float32 at least: in 16 bits a score would depend on the padding beside it.
 
     Raises ConfigurationError, whose message names the reward model and the key or the file that is wrong.
     """
+    dtype = torch.promote_types(dtype, torch.float32)
     with blaming(found.name):
         tokenizer = _load_tokenizer(found.folder)
         network, missing = load_network(found, dtype=dtype, device=device)
         check_complete(found, missing)
         check_tokens(tokenizer.backend_tokenizer.get_vocab(), len(network.get_input_embeddings().weight))
-        _widen_head(network)
         config = network.config.get_text_config()
         limits = learned_positions(network), positions_of(config), tokenizer.model_max_length
         longest = min(limit for limit in limits if limit is not None)
@@ -171,10 +170,3 @@ def _load_tokenizer(folder: Path) -> Any:
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ConfigurationError(f"tokenizer_class: {type(tokenizer).__name__} has no form of the tokenizers library")
     return tokenizer
-
-
-def _widen_head(network: Any) -> None:
-    """Have the last product in float32 at least: in 16 bits logits would come in coarse steps."""
-    *_, head = (module for module in network.modules() if isinstance(module, nn.Linear))
-    if head.weight.dtype.itemsize < torch.float32.itemsize:
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))

@@ -34,12 +34,13 @@ def named(name: str, reward_models: Mapping[str, Reward], param: str) -> Reward:
 
 def _check_context(model: TextReward, tokens: int) -> None:
     """Raises InvalidRequest where a reward would read more tokens than it can."""
-    if tokens > model.info.context_length:
-        raise InvalidRequest(
-            f"conversation and response take {tokens} tokens; the context of reward model {model.info.id!r} is "
-            f"{model.info.context_length}",
-            param="messages",
-        )
+    if tokens <= model.info.context_length:
+        return
+    what, param = f"conversation and response take {tokens} tokens", "messages"
+    if model.info.input == "response":
+        what, param = f"`max_tokens` and what stands around the response are {tokens} tokens", "max_tokens"
+    limit = f"the context of reward model {model.info.id!r} is {model.info.context_length}"
+    raise InvalidRequest(f"{what}; {limit}", param)
 
 
 class Demand:

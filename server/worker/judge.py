@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from server.errors import NotFinite
+from server.errors import InvalidRequest, NotFinite
 from server.rewards.text_reward import TextReward
 from server.types import Job
 from server.wire.messages import Ask, Event
@@ -28,7 +28,11 @@ class Judge:
         entry.rewards = entry.heard = None
         if asked != step:  # a deadline may end a job that has been answered before it goes on
             whole = [entry.job.whole(text) for text in texts]
-            rewards = self.rewards(entry.job, whole)
+            try:
+                rewards = self.rewards(entry.job, whole)
+            except InvalidRequest as error:  # a text that is too long for a reward
+                when = f"as the text would be after {step} steps: " if step >= 0 else ""
+                raise InvalidRequest(f"{when}{error.message}", error.param) from error
             if outside and not entry.stopped:
                 entry.park(step, rewards)
                 events.append(Ask(entry.job.id, step, whole))

@@ -21,6 +21,8 @@ The model, upper bounds in bytes; e is the size of an activation, c of a number 
 * A token that a block-causal diffusion model keeps takes 2 (layers + 2) Hkv s e: a layer's keys and values are laid out
   a row for the time of its attention, in two steps.
 * CUDA graphs hold what the largest of their passes takes, besides what other passes take (`graph_tokens`).
+* Encoders (`rewards.encoder`) have no pass in a step: what theirs take between steps, of 8,192 tokens at most, a step's
+  memory is free for. Their weights are loaded before it is asked what is free.
 
 The memory that is free after loading, times `fraction`, less the graphs', is divided so: for cached tokens (the larger
 kind) an eighth if there are reward models, half with a block-causal diffusion model; the rest for the forward, and,

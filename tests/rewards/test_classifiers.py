@@ -198,4 +198,9 @@ def test_an_adapter_may_bring_a_head_with_several_labels(tmp_path: Path) -> None
     save_file(whole | single, adapter / WEIGHTS)
     alone = load_reward(folder=adapter).score(SEQUENCES)
     save_file(whole, adapter / WEIGHTS)
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    edit_json(other / "config.json", problem_type="multi_label_classification")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(other))
+    with pytest.raises(ConfigurationError, match="output: log_softmax is for labels that exclude each other"):
+        find_classifier("rm", adapter, 2, "log_softmax")
     torch.testing.assert_close(load_reward(folder=adapter, label=2).score(SEQUENCES), alone, rtol=0, atol=1e-12)

@@ -73,14 +73,13 @@ def test_a_special_tokens_string_in_a_text_is_characters(family: str, tmp_path: 
     assert (ids.count(2), ids.count(3), ids[0], ids[-1]) == (1, 2, 2, 3)
 
 
-def test_scores_in_16_bits_are_finer_than_16_bits(bert: Path) -> None:
-    ours, exact = load(bert, dtype=torch.bfloat16), load(bert)
+def test_an_encoder_is_in_float32_where_models_are_in_16_bits(bert: Path) -> None:
+    """In 16 bits a score would depend on how long the texts beside it are."""
+    ours = load(bert, dtype=torch.bfloat16)
     sequences = [ours.sequence(ASKED, text) for text in ANSWERS]
-    scores, expected = ours.score(sequences), exact.score(sequences)
-    assert scores.dtype == torch.float32
-    assert ours.info.dtype == "bfloat16"
-    assert (scores != scores.bfloat16().float()).any()
-    assert (scores - expected).norm() < 0.1 * expected.norm()
+    alone = torch.cat([ours.score([ids]) for ids in sequences])
+    torch.testing.assert_close(ours.score(sequences), alone, rtol=0, atol=1e-5)
+    assert (alone.dtype, ours.info.dtype) == (torch.float32, "float32")
 
 
 def test_a_text_that_is_too_long_is_refused_and_never_cut(bert: Path) -> None:
@@ -137,19 +136,22 @@ def test_a_job_that_cannot_fit_is_refused_at_once_and_an_answer_that_does_not_fa
     how many an answer takes is known in the end."""
     golden, mood = models.pair("dream"), load(write_encoder(tmp_path, "roberta"))
     heard = {"method": "bon", "reward_models": (), "scorers": (WeightedReward("mood"),), "best_of": 1, "steps": 1}
+    resampled = {"resample": Resampling(every=1), "best_of": 2, "steps": 4}
     jobs = [
         make_job("at the door", max_tokens=LENGTH - 1, **heard),
         make_job("in the end", max_tokens=LENGTH - 2, ignore_eos=True, **heard),
+        make_job("on the way", **{**heard, **resampled}, max_tokens=LENGTH - 2, ignore_eos=True),
         make_job("fits", max_tokens=4, **heard),
     ]
     runner = Runner(golden.loaded, golden.rewards, {"mood": mood})
     finished, failed = finish(runner, jobs)
     assert list(finished) == ["fits"]
     for name, words in (
-        ("at the door", f"conversation and response take {LENGTH + 1} tokens; the context of reward model 'mood' is"),
+        ("at the door", f"`max_tokens` and what stands around the response are {LENGTH + 1} tokens; the context of"),
+        ("on the way", "as the text would be after 1 steps: the response with what it answers takes"),
         ("in the end", f"tokens; reward model mood reads {LENGTH} at most"),
     ):
-        assert failed[name].kind == "invalid_request"
+        assert (failed[name].kind, failed[name].param) == ("invalid_request", "max_tokens")
         assert words in failed[name].message
 
 
@@ -160,6 +162,14 @@ def test_a_job_that_cannot_fit_is_refused_at_once_and_an_answer_that_does_not_fa
 def broken(bert: Path, tmp_path: Path) -> Path:
     """A copy of BERT, for a test to break."""
     return Path(shutil.copytree(bert, tmp_path / "broken"))
+
+
+def test_a_pair_that_cannot_fit_blames_the_messages(bert: Path) -> None:
+    golden, pair = models.pair("dream"), load(bert, "pair")
+    long = make_job(prompt="good " * LENGTH, method="bon", reward_models=(), scorers=(WeightedReward("mood"),))
+    _, failed = finish(Runner(golden.loaded, golden.rewards, {"mood": pair}), [long])
+    assert failed[long.id].param == "messages"
+    assert "conversation and response take" in failed[long.id].message
 
 
 def test_labels_are_found_and_refused_as_those_of_causal_models(bert: Path, broken: Path) -> None:
