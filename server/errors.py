@@ -160,6 +160,12 @@ class ScorerFailed(RequestError, status=502, code="scorer_failed"):
     """An outside scorer that the request needs did not answer, or not as it should; the message names it."""
 
 
+class ScorerRefused(ScorerFailed, code="scorer_failed", kind="scorer_refused"):
+    """It refused what it was asked, or its function raised, and would do so again."""
+
+    retryable = False
+
+
 class WorkerLost(RequestError, status=503, code="worker_lost"):
     """Two workers died that ran nothing but this request; it would most likely end the next one, too."""
 

@@ -28,7 +28,7 @@ Handler = Callable[[Frontend, Model], Coroutine[None, None, Response | Answer]]
 
 SMALL_BYTES = 32_768  # what is larger would hold up the event loop
 MAX_KEYS = 1024  # of one object; no request has more fields, and every unknown one costs an error
-STATUSES = (400, 404, 408, 413, 415, 429, 502, 503)
+STATUSES = (400, 404, 408, 413, 415, 429, 503)
 
 
 class Reader(Protocol):
@@ -51,6 +51,8 @@ def posts(
     """Register a handler of the body `schema` on some paths, which is cancelled when the client goes. Its answer, and
     the chunks of its stream if it has one, are for the OpenAPI document."""
 
+    statuses = (*STATUSES, 502) if "metadata" in schema.model_fields else STATUSES  # outside scorers are given it
+
     def register(handler: Handler[Model]) -> Handler[Model]:
         async def endpoint(request: Request) -> Response:
             frontend: Frontend = request.app.state.frontend
@@ -63,7 +65,7 @@ def posts(
                 path,
                 name=handler.__name__,
                 description=handler.__doc__,
-                responses=openapi.success(answer, description, chunk) | openapi.errors(*STATUSES),
+                responses=openapi.success(answer, description, chunk) | openapi.errors(*statuses),
                 openapi_extra=openapi.body(schema),
             )(endpoint)
         return handler

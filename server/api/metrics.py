@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from server import __version__
 from server.api.build import commit
-from server.errors import BY_KIND, RequestError
+from server.errors import BY_KIND, RequestError, ScorerUnavailable
 from server.front.engine import Engine
 from server.methods import METHODS
 from server.scorers.calls import Reason
@@ -131,12 +131,12 @@ class Metrics:
         for reason in ("stop", "length", "abort"):
             self.request_success.labels(model_name, reason)
         for error in BY_KIND.values():
-            if error.status in WANT:
+            if _for_want(error):
                 self.admission_rejections.labels(error.code)
 
     def refused(self, error: RequestError) -> None:
         """Count a refusal that is the server's state and not the request's fault."""
-        if error.status in WANT:
+        if _for_want(type(error)):
             self.admission_rejections.labels(error.code or error.kind).inc()
 
     def render(self) -> bytes:
@@ -224,6 +224,12 @@ class _ScorerCollector(Collector):
             seconds.add_metric([name], _cumulative(scorer.stats.seconds), sum_value=scorer.stats.seconds.total)
             breakers.add_metric([name], float(scorer.breaker.open))
         yield from (*counters.values(), failures, seconds, breakers)
+
+
+def _for_want(error: type[RequestError]) -> bool:
+    """Whether it is a refusal for want of room, time or readiness. A scorer that is left alone is no such want of the
+    server's: it has metrics of its own."""
+    return error.status in WANT and not issubclass(error, ScorerUnavailable)
 
 
 def _cumulative(distribution: Distribution) -> list[tuple[str, float]]:

@@ -393,4 +393,5 @@ class Engine:
         if pending.is_job and pending.worker is not None:
             self._look_after(DEADLINE_SECONDS, pending)
         else:
-            self._drop(pending, errors.DeadlineExceeded("the deadline passed while the request was queued", "timeout"))
+            message = f"the deadline passed while the request was {'scored' if pending.tasks else 'queued'}"
+            self._drop(pending, errors.DeadlineExceeded(message, "timeout"))

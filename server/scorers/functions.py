@@ -41,8 +41,8 @@ class Function:
         """Start one process, to see that the function is there. Raises ConfigurationError."""
         try:
             self._free[-1].child = await self._started()
-        except (ChannelClosed, EngineFailed, TimeoutError) as error:
-            raise ConfigurationError(f"scorers: {self._scorer.name}: its process does not start: {error}") from error
+        except EngineFailed as error:
+            raise ConfigurationError(f"scorers: {self._scorer.name}: {error.message}") from error
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
         """A function takes any number."""
@@ -69,16 +69,17 @@ class Function:
             logger.info("the process of scorer %s ended with %s", self._scorer.name, how)
 
     async def _started(self) -> Child:
-        """A process that has imported the function. Raises ConfigurationError when it cannot, EngineFailed,
-        ChannelClosed, TimeoutError."""
+        """A process that has imported the function. Raises ConfigurationError when it cannot, EngineFailed."""
         child = await Child.spawn(self._command)
         try:
             async with asyncio.timeout(START_SECONDS):
                 told = json.loads(await child.body())
             if told:
                 raise ConfigurationError(f"scorers: {self._scorer.name}: {told['raised']}: {told['words']}")
-        except BaseException:
-            await asyncio.shield(child.reap())
+        except BaseException as error:
+            how = await asyncio.shield(child.reap())
+            if isinstance(error, TimeoutError | ChannelClosed):
+                raise EngineFailed(f"a process has not imported it in {START_SECONDS:g} seconds ({how})") from error
             raise
         return child
 
@@ -100,8 +101,10 @@ class Function:
             await self._end(place)
             if isinstance(error, TimeoutError):
                 raise CallFailed("timeout", f"did not answer within {limit:g} seconds") from error
-            if isinstance(error, ChannelClosed | EngineFailed | ConfigurationError):
+            if isinstance(error, ChannelClosed):
                 raise CallFailed("died", "ended its process") from error
+            if isinstance(error, EngineFailed | ConfigurationError):
+                raise CallFailed("died", "does not start any more") from error
             raise
         scores = json.loads(told)
         if isinstance(scores, dict):  # its words may hold a client's text

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from server.errors import ScorerFailed, ScorerUnavailable
+from server.errors import ScorerFailed, ScorerRefused, ScorerUnavailable
 from server.scorers.calls import DOWN, FINAL, CallFailed, Metadata, Pair, Reason, Target
 from server.scorers.functions import Function
 from server.scorers.servers import Server
@@ -99,7 +99,8 @@ class Scorer:
                 scores += await self._persist(batch, metadata)
         except CallFailed as error:
             logger.warning("scorer %s %s", self.name, error.message, extra={"cause": repr(error.__cause__)})
-            raise ScorerFailed(f"the scorer {self.name} {error.message}") from error
+            kind = ScorerRefused if error.reason in FINAL else ScorerFailed
+            raise kind(f"the scorer {self.name} {error.message}") from error
         return scores
 
     async def _persist(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:

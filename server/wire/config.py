@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
@@ -143,6 +144,8 @@ class OutsideScorer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         for name in idle:
             if getattr(self, name) is not None:
                 raise ValueError(f"`{name}` has no effect with {self.kind}")
+        if urlsplit(self.target.partition("+")[2]).port == 0:  # any other that is none raises ValueError itself
+            raise ValueError("there is no port 0")
         if (self.label is None) == (self.kind == "vllm-classify"):
             raise ValueError("`label`, a class from 0, goes with vllm-classify and with nothing else")
 

@@ -43,7 +43,7 @@ def meet(
         totals = [total_reward(job.guidance.rewards, each) for each in rewards]
         scores = [total for total in totals if total is not None]
         for trajectory in trajectories:
-            trajectory.reward_calls += len(job.guidance.rewards) - len(judge.outside(job))
+            trajectory.reward_calls += len(job.guidance.rewards)
     meeting = resample(entry, particles, taken, scores)
     for index, ancestor in enumerate(meeting.ancestors or ()):
         child = entry.running[index]

@@ -130,6 +130,7 @@ def test_a_scorer_resamples_whatever_the_method(judged: Served) -> None:
         asked = {"stop": ["\n"], "temperature": 1.5, "guidance": guidance}
         answer = judged.post("/v1/completions", {**PROMPT, **asked, ("n" if method == "none" else "best_of"): 3}).json()
         told = answer["guidance"]
+        assert told["reward_calls"] == 3  # one at each meeting
         assert told["without_gradient"] == [name]
         assert sum(told["weights"][0]) == pytest.approx(1)
         assert told["rewards"][0][told["weights"][0].index(max(told["weights"][0]))] == max(told["rewards"][0])
@@ -140,6 +141,7 @@ def test_a_scorer_resamples_whatever_the_method(judged: Served) -> None:
 def test_scorers_and_reward_models_are_one_weighted_sum(judged: Served) -> None:
     answer = judged.post("/v1/completions", guided("rm", "length", method="entrgi", best_of=2)).json()
     (choice,), guidance = answer["choices"], answer["guidance"]
+    assert guidance["reward_calls_total"] == 2 * guidance["reward_calls"] + 2 * 2
     assert guidance["without_gradient"] == ["length"]
     assert choice["rewards"]["length"] == len(choice["text"])
     assert choice["reward"] == pytest.approx(choice["rewards"]["rm"] + 2 * choice["rewards"]["length"])
@@ -159,6 +161,7 @@ def test_a_scorer_that_fails_is_a_502_with_its_name(do: str, judged: Served) -> 
     assert response.status_code == 502
     assert response.json()["error"]["code"] == "scorer_failed"
     assert "the scorer scripted" in response.json()["error"]["message"]
+    assert ("x-should-retry" in response.headers) == (do == "raise")  # which it would do again
     assert judged.post("/v1/completions", body | {"metadata": {}}).status_code == 200
 
 
@@ -237,6 +240,7 @@ def test_a_job_that_is_parked_when_its_worker_dies_asks_once(judged: Served, tmp
         ({"name": "a", "target": "entrgi+http://user:secret@host"}, "target"),
         ({"name": "a", "target": "entrgi+file:///etc/passwd"}, "target"),
         ({"name": "a", "target": "python:module"}, "target"),
+        ({"name": "a", "target": "entrgi+http://host:99999"}, "Port out of range"),
         ({"name": "a b", "target": "python:m:f"}, "name"),
         ({"name": "a", "target": "python:m:f", "retries": -1}, "retries"),
         ({"name": "a", "target": "python:m:f", "timeout_seconds": 0}, "timeout_seconds"),

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import log
 from server.api.metrics import FIRST_TOKEN_BUCKETS, LATENCY_BUCKETS, REWARD_BUCKETS, Metrics
 from server.cli import engine_config, main, parser
+from server.errors import NotReady, ScorerUnavailable
 from server.settings import SETTINGS, SettingsError, load, unknown_variables
 from server.wire.config import FrontSettings, OutsideScorer, RewardSource, WorkerSettings
 from server.wire.stats import SECONDS_BOUNDS
@@ -261,6 +262,16 @@ def test_two_applications_do_not_share_metrics() -> None:
     first.prompt_tokens.labels("m").inc(5)
     assert b'prompt_tokens_total{model_name="m"} 5.0' in first.render()
     assert b"prompt_tokens_total{" not in second.render()
+
+
+def test_a_scorer_that_is_left_alone_is_no_want_of_the_servers() -> None:
+    metrics = Metrics(unloaded())
+    metrics.introduce("m")
+    metrics.refused(ScorerUnavailable("alone"))
+    metrics.refused(NotReady("loading"))
+    text = metrics.render().decode()
+    assert 'admission_rejections_total{reason="not_ready"} 1.0' in text
+    assert "scorer_unavailable" not in text
 
 
 def test_the_sum_of_final_rewards_is_exported_though_some_are_negative() -> None:

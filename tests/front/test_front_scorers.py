@@ -71,7 +71,7 @@ async def test_the_deadline_ends_the_waiting_and_the_job_has_its_answer() -> Non
         async with running(configured(scorers=(outside("far", f"entrgi+{made.url}", **ROOM),))) as engine:
             stream = engine.submit(scored("a", "far", deadline=time.time() + 1))
             assert await rewards(stream) == {"far": None}
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(DeadlineExceeded, match="while the request was scored"):
                 await engine.score("far", [((), "text")], deadline=time.time() + 0.1)
             assert (engine.in_flight, engine.parked) == (0, 0)
 

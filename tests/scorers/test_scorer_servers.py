@@ -172,6 +172,14 @@ async def test_a_scorer_that_hangs_holds_nobody_up_for_longer_than_a_few_calls()
     assert FAILURES_TO_OPEN <= len(made.asked) < 2 * FAILURES_TO_OPEN
 
 
+async def test_a_request_that_has_failed_itself_says_why() -> None:
+    """Though before its last call the scorer is left alone."""
+    with stub(lambda *_: (500, {}, b"")) as made:
+        async with asking(made, retries=FAILURES_TO_OPEN) as scorer:
+            assert await failed(scorer) == "the scorer far answered with status 500"
+            assert len(made.asked) == FAILURES_TO_OPEN
+
+
 async def test_a_scorer_that_hangs_is_seen_though_nobody_waits_for_its_calls() -> None:
     with stub(lambda *asked: hanging(lambda: made)(*asked)) as made:
         async with asking(made, timeout_seconds=0.1) as scorer:
