@@ -131,11 +131,12 @@ class Replica:
         self.batch = [(t, step) for entry in self.book for t in entry.running.values() if (step := t.next_step())]
         if not self.batch:
             return None
+        found = canvases(self.batch)
         left: dict[str, int] = {}  # masked positions of a job after this step
-        for trajectory, step in self.batch:
-            left[trajectory.job.id] = left.get(trajectory.job.id, 0) + trajectory.left - step.reveal
+        for canvas, (trajectory, step) in zip(found, self.batch, strict=True):
+            left[trajectory.job.id] = left.get(trajectory.job.id, 0) + canvas.masked - step.reveal
         ends = [entry.job for entry in self.book if not (entry.waiting or left[entry.job.id])]
-        seconds = self.cost(canvases(self.batch), [entry.job for entry in begun], ends)
+        seconds = self.cost(found, [entry.job for entry in begun], ends)
         held = sum(entry.holding * entry.cost.tokens for entry in self.book)
         self.sizes.append((seconds, len(self.batch), held / self.book.budget.tokens))
         return seconds
