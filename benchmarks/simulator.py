@@ -167,7 +167,7 @@ def _round_robin() -> Route:
 
 
 def _two_choices(held: Sequence[dict[str, float]], draw: random.Random) -> int:
-    return min(draw.choices(range(len(held)), k=2), key=lambda replica: len(held[replica]))
+    return min(draw.sample(range(len(held)), min(2, len(held))), key=lambda replica: len(held[replica]))
 
 
 POLICIES: dict[str, Callable[[], Route] | None] = {

@@ -5,18 +5,21 @@
 #   deploy/replay-image.sh [BUILDAH-BUD-OPTION ...]     as root; Debian: apt-get install buildah debootstrap curl
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs} BUILDAH_ISOLATION=chroot
 work=$(mktemp -d)
-trap 'buildah rm --all > /dev/null; rm -rf "$work"' EXIT
+trap 'rm -rf "$work"' EXIT
+# Images and containers of this run alone: the base has the name of the official image and is not it.
+export BUILDAH_ISOLATION=chroot CONTAINERS_STORAGE_CONF=$work/storage.conf
+printf '[storage]\ndriver = "vfs"\ngraphroot = "%s"\nrunroot = "%s"\n' "$work/images" "$work/run" > "$CONTAINERS_STORAGE_CONF"
 
 debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" > "$work/log"
 ln -s python3 "$work/base/usr/bin/python"
-cp /etc/ssl/certs/ca-certificates.crt "$work/base/etc/ssl/certs/"
 base=$(buildah from scratch)
 buildah add --quiet "$base" "$work/base" / > "$work/log"
-for name in $(compgen -e PIP_ || true); do buildah config --env "$name=${!name}" "$base"; done # how packages are reached here
 buildah commit --quiet "$base" docker.io/library/python:3.12-slim-bookworm
-buildah bud --layers=false --network host --build-arg VARIANT=cpu --tag entrgi-server:cpu "$@" . > "$work/log" 2>&1 ||
+# How packages are reached here is lent to the build, and no part of the image.
+{ echo '[global]'; for name in $(compgen -e PIP_ || true); do key=${name#PIP_}; key=${key,,}; echo "${key//_/-} = ${!name}"; done; } > "$work/pip.conf"
+buildah bud --layers=false --network host --volume "$work/pip.conf:/etc/pip.conf:ro" --volume /etc/ssl/certs:/etc/ssl/certs:ro \
+  --build-arg VARIANT=cpu --tag entrgi-server:cpu "$@" . > "$work/log" 2>&1 ||
   { tail -n 20 "$work/log"; exit 1; }
 
 tree=$(buildah mount "$(buildah from entrgi-server:cpu)")
