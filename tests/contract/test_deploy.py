@@ -305,7 +305,8 @@ def test_prometheus_scrapes_whichever_server_runs() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus's own checker is not installed")
 def test_promtool_accepts_configuration_rules_and_dashboard_expressions(tmp_path: Path) -> None:
-    subprocess.run(["promtool", "check", "config", str(PROMETHEUS / "prometheus.yml")], check=True, timeout=60)
+    for name in ("prometheus.yml", "gpus.yml"):
+        subprocess.run(["promtool", "check", "config", str(PROMETHEUS / name)], check=True, timeout=60)
     rules = [
         {"record": f"panel:{i}", "expr": e.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("$", "")}
         for i, e in enumerate(expressions())

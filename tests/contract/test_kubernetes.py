@@ -40,7 +40,10 @@ def built(overlay: str) -> dict[str, dict[str, Any]]:
     """The documents of an overlay, by kind."""
     command = [str(KUBECTL), "kustomize", str(FOLDER / "overlays" / overlay)]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+    documents = list(yaml.safe_load_all(text))
+    by_kind = {document["kind"]: document for document in documents}
+    assert len(by_kind) == len(documents)
+    return by_kind
 
 
 def pod(overlay: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -51,7 +51,7 @@ class Site:
 @pytest.fixture
 def site(launch: Launch, tmp_path: Path) -> Iterator[Site]:
     """Its configuration is the file's, but for the addresses: Docker's names are not here."""
-    servers = [launch(), launch()]
+    servers = [launch("--drain-seconds", "120") for _ in range(2)]
     for server in servers:
         server.wait_ready()
     port = free_port()
@@ -108,10 +108,22 @@ def test_a_server_that_drains_or_dies_costs_nobody_else_an_answer(site: Site) ->
 
 
 def test_a_server_that_drains_finishes_what_it_has_and_gets_nothing_new(site: Site) -> None:
-    with site.stream({**LONG, "n": 1}) as rest:
-        wait_for(lambda: 1 in site.running())
-        draining = site.servers[site.running().index(1)]
+    with site.stream({**LONG, "n": 1}) as rest, site.stream(LONG):
+        wait_for(lambda: site.running() == [1, 1])
+        draining = site.servers[0]
         draining.process.terminate()
-        wait_for(lambda: site.client.post(TEXTS, json=SHORT).status_code == 200 and draining.process.poll() is None)
+        # Of two servers with as much to do, each would get every other request.
+        wait_for(lambda: all(site.client.post(TEXTS, json=SHORT).status_code == 200 for _ in range(4)))
+        assert draining.process.poll() is None
         assert "data: [DONE]" in list(rest)
     assert site.client.post(TEXTS, json=SHORT).status_code == 200
+
+
+def test_headers_pass_up_to_the_servers_own_limit_and_nonsense_gets_an_error_object(site: Site) -> None:
+    sent = httpx.Headers({"a": "x" * 60_000} | {f"field-{i}": "b" for i in range(200)})
+    assert site.client.get("/version", headers=sent).status_code == 200
+    with socket.create_connection((site.client.base_url.host, site.client.base_url.port or 0)) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert hostile.is_envelope(body.decode())
