@@ -130,7 +130,7 @@ def test_a_scorer_resamples_whatever_the_method(judged: Served) -> None:
         asked = {"stop": ["\n"], "temperature": 1.5, "guidance": guidance}
         answer = judged.post("/v1/completions", {**PROMPT, **asked, ("n" if method == "none" else "best_of"): 3}).json()
         told = answer["guidance"]
-        assert told["reward_calls"] == 3  # one at each meeting
+        assert told["reward_calls"] == (told["model_calls"] - 1) // 2  # one at each meeting, and none at the end
         assert told["without_gradient"] == [name]
         assert sum(told["weights"][0]) == pytest.approx(1)
         assert told["rewards"][0][told["weights"][0].index(max(told["weights"][0]))] == max(told["rewards"][0])
@@ -141,7 +141,6 @@ def test_a_scorer_resamples_whatever_the_method(judged: Served) -> None:
 def test_scorers_and_reward_models_are_one_weighted_sum(judged: Served) -> None:
     answer = judged.post("/v1/completions", guided("rm", "length", method="entrgi", best_of=2)).json()
     (choice,), guidance = answer["choices"], answer["guidance"]
-    assert guidance["reward_calls_total"] == 2 * guidance["reward_calls"] + 2 * 2
     assert guidance["without_gradient"] == ["length"]
     assert choice["rewards"]["length"] == len(choice["text"])
     assert choice["reward"] == pytest.approx(choice["rewards"]["rm"] + 2 * choice["rewards"]["length"])
