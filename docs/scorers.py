@@ -40,6 +40,8 @@ def _as_json(text: str, known: dict[str, Any]) -> float:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         return 0.5 * error.pos / max(1, len(text))
+    except RecursionError:  # thousands of brackets
+        return 0.0
     return 1.0 if isinstance(value, dict) and value.keys() >= {*known.get("keys", ())} else 0.5
 
 
@@ -47,9 +49,10 @@ def passes_tests(conversations: Conversations, metadata: Metadata) -> list[float
     """The share of `metadata.tests`, each a Python statement as `assert add(1, 2) == 3`, that the response's code
     passes.
 
-    This is no sandbox. It runs what a model writes and what clients send as tests: bounded in time and memory and in an
-    empty folder, but with the server's rights and its network. Use it where both may do everything that the server
-    may, or have the command below start a container (bubblewrap, nsjail, gVisor) without network and files.
+    This is no sandbox. It runs what a model writes and what clients send as tests, in an empty folder, and ends each
+    run in time; but a run has the server's rights and its network, and what it starts itself may live on. Use it where
+    both may do everything that the server may, or have the command below start a container (bubblewrap, nsjail, gVisor)
+    without network and files.
     """
     tests = [(known or {})["tests"] for known in metadata]
     return [_passed(turns[-1]["content"], each) for turns, each in zip(conversations, tests, strict=True)]

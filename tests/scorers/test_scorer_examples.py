@@ -21,6 +21,7 @@ TESTS = {"tests": ["assert add(1, 2) == 3", "assert add(2, 2) == 5", "assert add
         ("length", {"words": 3}, ["one two three", "", "a b c d e"], [0, -3, -2]),
         ("length", None, ["word " * 20], [0]),
         ("valid_json", {"keys": ["a"]}, ['{"a": 1}', '{"b": 1}', "[1]", '{"a": x', "no"], [1, 0.5, 0.5, 3 / 7, 0]),
+        ("valid_json", {}, ["[" * 100_000], [0]),
         ("passes_tests", TESTS, [ADD, "add = max", "def add(", "raise SystemExit(1)"], [2 / 3, 0, 0, 0]),
         ("right_answer", {"answer": "0.5"}, ["It is $\\frac{1}{2}$.", "The answer is 0.6", "I do not know"], [1, 0, 0]),
     ],
