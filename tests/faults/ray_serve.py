@@ -214,9 +214,9 @@ async def run(minutes: float, clients: int, seed: int) -> int:
         server.deploy(path, max_queue=200)
         await unnoticed(server, load, verdict, "all replicas and the ingress replaced", 2, others=True)
         server.deploy(path, least=1, max_queue=200)
-        for number, expected in ((1, 1), (clients, 2), (1, 1)):
+        for what, number, expected in (("2 to 1", 1, 1), ("1 to 2", clients, 2), ("2 to 1 again", 1, 1)):
             load.clients = number
-            await unnoticed(server, load, verdict, f"{number} clients: {expected} replicas", expected, others=False)
+            await unnoticed(server, load, verdict, f"{what} replicas", expected, others=False)
         load.clients = 4
         await kills(server, load, verdict, 1, 3, seed)
         idle = await seconds_until(lambda: server.in_flight == 0)
