@@ -75,7 +75,9 @@ class Metrics:
                 self._by_model.append(metric)
             return metric
 
-        self.requests_running = made(Gauge, "num_requests_running", "Prompts that are being denoised")
+        self.requests_running = made(
+            Gauge, "num_requests_running", "Prompts that a worker has begun, those that are parked among them"
+        )
         self.requests_waiting = made(Gauge, "num_requests_waiting", "Prompts that wait for their first step")
         self.prompt_tokens = made(Counter, "prompt_tokens", "Prompt tokens of answered prompts")
         self.generation_tokens = made(Counter, "generation_tokens", "Tokens of all trajectories of answered prompts")

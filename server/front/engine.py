@@ -211,9 +211,12 @@ class Engine:
 
     def submit(self, job: Job, metadata: Metadata = None) -> JobStream:
         """Queue a job; its events come from the stream. While a worker is being restarted, jobs wait for it. Outside
-        scorers see the `metadata`. Raises as `check_room` does, and InvalidRequest for a job that no frame can hold."""
+        scorers see the `metadata`. Raises as `check_room` does, ScorerUnavailable, and InvalidRequest for a job that no
+        frame can hold."""
+        judging = Judging(job, metadata, self.scorers)
+        judging.check()
         pending = self._enqueue(job, job.deadline, job.priority)
-        pending.judging = Judging(job, metadata, self.scorers)
+        pending.judging = judging
         self._dispatcher.add(pending)
         self._dispatch()
         return JobStream(self, pending)

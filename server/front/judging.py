@@ -24,6 +24,11 @@ class Judging:
         self._known: dict[str, dict[str, float]] = {}  # text -> scorer -> score
         self._asking = asyncio.Lock()  # a second run waits for what the first one has asked
 
+    def check(self) -> None:
+        """Raises ScorerUnavailable for a job one of whose scorers is left alone: its work would be for nothing."""
+        for scorer in self._scorers:
+            scorer.check()
+
     async def judge(self, ask: Ask) -> Judged:
         """The answer to a worker's question; without scores when the deadline is there first. Raises ScorerFailed and
         ScorerUnavailable."""

@@ -39,13 +39,16 @@ class Breaker:
         """Whether no call is made, but for the one that tries."""
         return self.failures >= FAILURES_TO_OPEN
 
+    def shut(self, now: float) -> bool:
+        """Whether a call would not be made now."""
+        return self.open and now < self._until
+
     def lets(self, now: float) -> bool:
         """Whether a call may be made. One that may try keeps the others waiting meanwhile."""
-        if not self.open:
-            return True
-        if now < self._until:
+        if self.shut(now):
             return False
-        self._until = now + OPEN_SECONDS
+        if self.open:
+            self._until = now + OPEN_SECONDS
         return True
 
     def heard(self, now: float, *, down: bool) -> None:
@@ -89,6 +92,11 @@ class Scorer:
         await asyncio.gather(*self._calls, return_exceptions=True)
         await self._target.close()
 
+    def check(self) -> None:
+        """Raises ScorerUnavailable while no call would be made."""
+        if self.breaker.shut(time.monotonic()):
+            raise self._left_alone()
+
     async def score(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
         """A score for each pair, in order. Raises ScorerFailed and ScorerUnavailable."""
         self.stats.requests += 1
@@ -129,7 +137,7 @@ class Scorer:
         if not self.breaker.lets(time.monotonic()):
             self._places.release()
             self.stats.failures["open"] += 1
-            raise ScorerUnavailable(f"the scorer {self.name} has failed too often and is left alone for a while")
+            raise self._left_alone()
         call = asyncio.create_task(self._counted(batch, metadata), name=f"call of {self.name}")
         self._calls.add(call)
 
@@ -141,6 +149,9 @@ class Scorer:
 
         call.add_done_callback(ended)
         return await asyncio.shield(call)
+
+    def _left_alone(self) -> ScorerUnavailable:
+        return ScorerUnavailable(f"the scorer {self.name} has failed too often and is left alone for a while")
 
     async def _counted(self, batch: Sequence[Pair], metadata: Metadata) -> list[float]:
         began = time.monotonic()

@@ -256,7 +256,8 @@ def test_every_expression_names_exported_metrics(exported: set[str]) -> None:
 
 def test_the_autoscaler_counts_exported_metrics(exported: set[str]) -> None:
     text = (ROOT / "deploy/kubernetes/components/autoscaling/prometheus-adapter.yaml").read_text("utf-8")
-    assert set(re.findall(r"entrgi:\w+", text)) == {"entrgi:num_requests_running", "entrgi:num_requests_waiting"}
+    counted = {f"entrgi:num_requests_{which}" for which in ("running", "waiting", "parked")}
+    assert set(re.findall(r"entrgi:\w+", text)) == counted
     assert set(re.findall(r"entrgi:\w+", text)) <= exported
 
 

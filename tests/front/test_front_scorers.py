@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.errors import DeadlineExceeded, ScorerFailed
+from server.errors import DeadlineExceeded, ScorerFailed, ScorerUnavailable
 from server.front.engine import JobStream
+from server.scorers.scorer import FAILURES_TO_OPEN
 from server.types import GuidanceParams, Job, Message, WeightedReward
 from server.wire.messages import Failed, Finished
 from tests.front.scripted import answer, configured, failure, job, running, until
@@ -91,6 +92,17 @@ async def test_a_scorer_that_fails_fails_its_own_jobs_alone() -> None:
             with pytest.raises(ScorerFailed, match="the scorer scripted"):
                 await engine.score("scripted", [((), text)])
         assert (engine.in_flight, engine.restarts) == (0, 0)
+
+
+async def test_a_job_for_a_scorer_that_is_left_alone_is_refused_at_the_door() -> None:
+    async with running(configured(scorers=(function("length", **ROOM),))) as engine:
+        breaker = engine.scorers["length"].breaker
+        for _ in range(FAILURES_TO_OPEN):
+            breaker.heard(time.monotonic() + 3600, down=True)
+        with pytest.raises(ScorerUnavailable, match="the scorer length"):
+            engine.submit(scored("a", "length"))
+        assert engine.in_flight == 0
+        assert isinstance(await engine.last(job("other")), Finished)
 
 
 async def test_who_leaves_is_asked_about_no_longer() -> None:
