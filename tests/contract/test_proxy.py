@@ -21,10 +21,14 @@ from tests.api.scripted_engine import check_envelope
 from tests.faults import hostile
 from tests.support.serving import ROOT, Launch, Served, chunks_of, free_port, wait_answer, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("haproxy") is None, reason="HAProxy is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="HAProxy is not installed"),
+]
 TEXTS = "/v1/completions"
 SHORT = {"prompt": "a b c", "max_tokens": 4, "seed": 1}
-LONG = {"prompt": "a b c", "max_tokens": 512, "n": 8, "ignore_eos": True, "diffusion": {"steps": 512}}
+LONG = {"prompt": "a b c", "max_tokens": 512, "n": 2, "ignore_eos": True, "diffusion": {"steps": 512}}
 
 
 @dataclass
