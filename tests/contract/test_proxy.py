@@ -123,11 +123,6 @@ def test_a_server_that_drains_finishes_what_it_has_and_gets_nothing_new(site: Si
     assert site.client.post(TEXTS, json=SHORT).status_code == 200
 
 
-def test_headers_pass_up_to_the_servers_own_limit_and_nonsense_gets_an_error_object(site: Site) -> None:
+def test_headers_pass_up_to_the_servers_own_limit(site: Site) -> None:
     sent = httpx.Headers({"a": "x" * 60_000} | {f"field-{i}": "b" for i in range(200)})
     assert site.client.get("/version", headers=sent).status_code == 200
-    with socket.create_connection((site.client.base_url.host, site.client.base_url.port or 0)) as connection:
-        connection.sendall(b"nonsense\r\n\r\n")
-        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400")
-    assert hostile.is_envelope(body.decode())
