@@ -15,8 +15,10 @@ and 140, comparing, sampling and batches from the command line 0 and 800, files 
 networks without modules, uploads in one copy and joint prefills 470 and 90 (200 of a step), a GPU's passes of decoder
 blocks and graphs that are on where they can be 420 and 190, a playground to compare on 50 and 270, fused kernels, their
 choice and warm-up, and a search in few passes 660 and 220 (10), two devices at once, and what goes wrong while passes
-are prepared, 30 and 40. Fourteen settings came with them: five of adapters, two of attention, two of keys, one of
-/docs, three of batches, one of kernels.
+are prepared, 30 and 40, resampling 760 and 970 (240), outside scorers 850 and 1,480, classifiers with labels and
+encoders 550 and 640, Ray Serve, Kubernetes, a proxy and a simulation, which are no serving code, 20 and 930. Fifteen
+settings came with them: five of adapters, two of attention, two of keys, one of /docs, three of batches, one of
+kernels, one of scorers.
 """
 
 from __future__ import annotations
