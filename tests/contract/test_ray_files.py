@@ -21,6 +21,10 @@ def manifest() -> dict[str, Any]:
     return made
 
 
+def kubernetes(name: str) -> Any:
+    return yaml.safe_load((ROOT / "deploy/kubernetes" / name).read_text("utf-8"))
+
+
 def configuration(name: str) -> dict[str, Any]:
     made = manifest()["spec"]["serveConfigV2"] if name == "rayservice.yaml" else (RAY / name).read_text("utf-8")
     return dict(yaml.safe_load(made))
@@ -34,6 +38,9 @@ def test_what_serve_is_told_is_there(name: str) -> None:
     assert f"def {builder}(" in code
     assert all(f"class {deployment['name']}:" in code for deployment in app["deployments"])
     assert set(app["args"]) <= set(SETTINGS)
+    (scaler,) = kubernetes("components/autoscaling/autoscaler.yaml")["spec"]["metrics"]
+    target = app["deployments"][0]["autoscaling_config"]["target_ongoing_requests"]
+    assert str(target) == scaler["pods"]["target"]["averageValue"]
 
 
 def test_the_cluster_runs_the_locked_ray_and_known_settings_as_nobody_special() -> None:
@@ -47,9 +54,15 @@ def test_the_cluster_runs_the_locked_ray_and_known_settings_as_nobody_special() 
         spec = group["template"]["spec"]
         assert spec["securityContext"]["runAsUser"] == 10001
         (container,) = spec["containers"]
-        assert not unknown_variables({each["name"]: "" for each in container["env"]})
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert not unknown_variables(variables)
+        assert variables["ENTRGI_PUBLIC_PATHS"] == "/metrics"
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["limits"]["memory"]
+    (gpu,) = kubernetes("overlays/gpu/gpu.yaml")["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == gpu["resources"]["limits"]
+    claim = kubernetes("overlays/gpu/models.yaml")
+    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert spec["terminationGracePeriodSeconds"] > SETTINGS["drain_seconds"].default
 
 
