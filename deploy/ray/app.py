@@ -16,21 +16,21 @@ from typing import Any
 
 from prometheus_client.core import Metric
 from ray import serve
-from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, WorkerCrashedError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.ray import ingress
 from deploy.ray.replica import respond
-from deploy.ray.settings import divided
+from deploy.ray.settings import divided, forget_keys, read, resources
 from server.api.app import create_app
 from server.api.telemetry import exporting_provider, send_last_spans
 from server.cli import engine_config, prepare
 from server.errors import EngineUnusable, Unavailable
 from server.front.engine import Engine
 from server.methods import load_plugins
-from server.settings import Settings, load
+from server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,10 @@ LOOK_SECONDS = 0.5  # between two looks at which replicas run
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application, by the settings of the environment, the YAML file and the arguments. Raises SettingsError."""
-    door, model = divided(load(arguments))
-    gpus = 0 if model.device == "cpu" else model.data_parallel
+    door, model = divided(read(arguments))
     replicas = serve.deployment(
         Model,
-        ray_actor_options={"num_cpus": model.threads, "num_gpus": gpus},
+        ray_actor_options=resources(model),
         max_ongoing_requests=model.max_queue + LIGHT,
         graceful_shutdown_timeout_s=model.drain_seconds,
         health_check_period_s=HEALTH_SECONDS,
@@ -68,6 +67,7 @@ class Model:
     the engine will not be ready again."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        forget_keys()
         prepare(settings)
         load_plugins(settings.plugins)
         self._name = serve.get_replica_context().replica_tag
@@ -144,7 +144,7 @@ class Replicas(ingress.Fleet):
             try:
                 status = await asyncio.to_thread(serve.status)
                 self.running = status.applications[app].deployments[deployment].replica_states.get("RUNNING", 0)
-            except (RayError, RayServeException, KeyError) as error:  # its controller or the application is going
+            except Exception as error:  # whatever it is, the next look may be right
                 logger.warning("Serve does not say which replicas run: %r", error)
             await asyncio.sleep(LOOK_SECONDS)
 
@@ -153,6 +153,7 @@ class Ingress:
     """`ingress.Ingress` before the replicas, with the proxy's own copy of the header X-Request-Id taken off."""
 
     async def __init__(self, model: DeploymentHandle, settings: Settings) -> None:  # type: ignore[misc]  # as above
+        forget_keys()
         prepare(settings)
         load_plugins(settings.plugins)
         if not settings.api_key:

@@ -3,7 +3,8 @@ one retry. It takes as many prompts as the replicas that are there have places (
 so that nothing waits here and deadlines count where the work is. Who runs the replicas is not known here (`Fleet`).
 
 A request whose replica dies goes to another one, once, if nothing of an answer has been sent: it has a seed, which is
-drawn here where the client sent none, so the answer is the same. A stream that had begun ends with an error in it.
+drawn here where the client sent none, so the answer is the same. A stream that had begun ends with an error in it. A
+request that a replica has no room for is asked once more, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
@@ -36,7 +38,7 @@ from server.api.middleware import local_path
 from server.api.responses import ResponsesRequest, failure
 from server.api.shares import Shares
 from server.api.stream import Chunks, encode
-from server.errors import ClientGone, NotReady, QueueFull, Unavailable
+from server.errors import ClientGone, Draining, NotReady, QueueFull, Unavailable
 from server.front.admission import Throughput
 from server.log import note
 from server.settings import Settings
@@ -51,7 +53,10 @@ GENERATES: dict[str, type[Asked]] = {
     "/v1/responses": ResponsesRequest,
 }
 ATTEMPTS = 2
+NO_ROOM = frozenset({QueueFull.code, NotReady.code, Draining.code})
+"""What a replica says that has computed nothing, while another may have room."""
 SCORES = {route.path for route in rewards.router.routes if isinstance(route, Route) and "tokenize" not in route.path}
+SIGN = re.compile(r"\s*([{,:])\s*")  # what stands before each key and each value of a JSON object
 KEPT_HERE = frozenset({b"authorization", b"content-length", b"transfer-encoding", b"x-request-id"})
 PASSED_ON = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "client", "server")
 
@@ -117,8 +122,8 @@ class Ingress:
         """Any other request, as a replica answers it."""
         prompts, rows, body = await self._read(Request(scope, receive))
         try:
-            with self._shares.taken(rows) if prompts else nullcontext(), self._places(prompts):
-                await unless_disconnected(receive, self._answer(scope, body, send))
+            with self._shares.taken(rows) if prompts else nullcontext(), self._places(prompts) as head:
+                await unless_disconnected(receive, self._answer(scope, body, send, head))
         except ClientGone as gone:
             note(error_code=gone.code, error_status=gone.status)
 
@@ -147,31 +152,32 @@ class Ingress:
             raise QueueFull(f"{self._taken} prompts are in flight; the replicas take {places}", retry_after=wait)
 
     @contextmanager
-    def _places(self, prompts: int) -> Iterator[None]:
-        """So many prompts are in flight meanwhile."""
+    def _places(self, prompts: int) -> Iterator[Message]:
+        """So many prompts are in flight meanwhile. What it gives is for the header of their answer: work that a replica
+        refuses says nothing of how fast work leaves."""
         self._check_room(prompts)
         self._count(prompts)
+        head: Message = {}
         try:
-            yield
+            yield head
         finally:
-            self._count(-prompts)
-            for _ in range(prompts):
+            for _ in range(prompts if head.get("status", 200) < 400 else 0):
                 self._throughput.finished(time.monotonic())
+            self._count(-prompts)
 
     def _count(self, prompts: int) -> None:
         self._taken += prompts
         self._throughput.taken(self._taken, self._fleet.running * self._each, time.monotonic())
 
-    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
-        """Send on what a replica answers, the header with the first of the body, so that nothing is sent by one that
-        dies before it."""
+    async def _answer(self, scope: Scope, body: bytes, send: Send, head: Message) -> None:
+        """Send on what a replica answers, its header (which `head` becomes) with the first of the body, so that nothing
+        is sent by one that dies before it or has no room."""
         told = {name: scope[name] for name in PASSED_ON if name in scope}
         headers = [(name, value) for name, value in scope["headers"] if name not in KEPT_HERE]
         told["headers"] = [*headers, (b"x-request-id", scope["state"]["request_id"].encode())]
-        head: Message = {}
         begun = more = False
         events = 0
-        for _ in range(ATTEMPTS):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 async with aclosing(self._fleet.ask(told, body)) as messages:
                     async for message in messages:
@@ -179,7 +185,9 @@ class Ingress:
                             case {"type": "replica", "name": name}:
                                 note(replica=name)
                             case {"type": "http.response.start"}:
-                                head = message
+                                head.update(message)
+                            case {"body": part} if left and not begun and _has_no_room(head["status"], part):
+                                break
                             case {"body": part}:
                                 if not begun:
                                     begun = True
@@ -187,7 +195,8 @@ class Ingress:
                                 await send(message)
                                 more = message.get("more_body", False)
                                 events += part.startswith(b"event:")
-                return
+                    else:
+                        return
             except ReplicaLost as lost:
                 logger.warning("a replica was lost: %s", lost)
                 note(replica=None)  # what it had counted is lost, too
@@ -195,7 +204,7 @@ class Ingress:
                 await self._break_off(local_path(scope), events, send)
             if begun:
                 return
-        raise Unavailable("the replica that computed the request was lost, and so was the next one")
+        raise Unavailable("the replica that was asked last was lost, and no further one is asked")
 
     async def _break_off(self, path: str, events: int, send: Send) -> None:
         """The end of a stream that cannot go on; only streams come in parts."""
@@ -209,9 +218,21 @@ class Ingress:
         await send({"type": "http.response.body", "body": last})
 
 
+def _has_no_room(status: int, body: bytes) -> bool:
+    return status in (429, 503) and bool(body) and json.loads(body)["error"]["code"] in NO_ROOM
+
+
 def _seeded(body: bytes) -> bytes:
-    """A request's body, which is known to be right, with a seed."""
-    return json.dumps(json.loads(body) | {"seed": secrets.randbits(SEED_BITS)}).encode()
+    """A request's body, a JSON object that is known to be right and to have no seed, or null for one, with a seed.
+    Everything else stays as the client wrote it: written anew it could be longer than a replica takes."""
+    text, seed = body.decode(), secrets.randbits(SEED_BITS)
+    decode, end, last = json.JSONDecoder().raw_decode, 0, None
+    while sign := SIGN.match(text, end):
+        value, end = decode(text, sign.end())
+        if sign[1] == ":" and last == "seed":
+            return f"{text[: sign.end()]}{seed}{text[end:]}".encode()
+        last = value
+    return f'{text[:end]},"seed":{seed}}}'.encode()
 
 
 def merged(told: Mapping[str, Iterable[Metric]]) -> Iterator[Metric]:
