@@ -13,8 +13,17 @@ from server.types import Job, JobResult, Resampling, WeightedReward
 from server.wire.messages import Ask, Canvas, Finished, Judged
 from server.worker.runner import Runner
 from server.worker.savings import Savings
-from tests.parity.test_engine_matches_plain_loop import adaptive, everywhere, gradient, make_job
-from tests.support.models import Pair
+from tests.parity.test_engine_matches_plain_loop import adaptive, gradient, make_job
+from tests.support.models import BLOCK_CAUSAL, FAMILIES, Pair
+
+everywhere = pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("dream", "bd3lm") else pytest.param(family, marks=pytest.mark.slow)
+        for family in (*FAMILIES, *BLOCK_CAUSAL)
+    ],
+    scope="session",
+)
 
 REWARD = {"reward_models": (WeightedReward("rm", 3.0),)}
 THREE = {**REWARD, "best_of": 3, "temperature": 1.0, "top_p": 1.0}
