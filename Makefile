@@ -103,7 +103,7 @@ soak: $(DEV) ## Half an hour of everything at once: no leak, no answer lost (ARG
 	$(PY) -m tests.faults.soak $(ARGS)
 
 serve-ray: $(RAY_VENV)/.installed ## Serve the bundled models on Ray Serve (ENTRGI_DEVICE=cpu or a GPU; deploy/ray/serve.yaml)
-	PYTHONPATH=. $(RAY_VENV)/bin/serve run deploy/ray/serve.yaml
+	PYTHONPATH=. RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 $(RAY_VENV)/bin/serve run deploy/ray/serve.yaml
 
 ray-check: $(RAY_VENV)/.installed ## Kill, scale and replace replicas of Ray Serve under load; what Ray adds (ARGS="--minutes 1": shorter)
 	$(RAY_VENV)/bin/python -m tests.faults.ray_serve $(ARGS)

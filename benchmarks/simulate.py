@@ -13,10 +13,10 @@ same to `--out`, for `python -m benchmarks.plots`.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +30,7 @@ from benchmarks.gpu import sizes
 from benchmarks.gpu.estimate import FLOPS, LAUNCH, REACHED, Canvas, seconds, work
 from benchmarks.gpu.models import DREAM, REWARDS
 from benchmarks.report import CaseResult, Row, keep, show
-from benchmarks.simulated_cpu import validate
+from benchmarks.simulated_cpu import CLOCKS, validate
 from benchmarks.simulator import POLICIES, Load, Outcome, Replica, around, simulate
 from server.budget import Budget
 from server.types import Job
@@ -128,16 +128,15 @@ def main() -> int:
     cases = ("replicas", "budgets", "load", "sizes")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", choices=cases, default=cases, help="default: all")
-    parser.add_argument("--validate", action="store_true", help="compare with real runs on this CPU instead")
-    clocks = {"cpu": time.process_time, "wall": time.perf_counter}
+    ways = "over HTTP, or to the engine by this process's clock or the wall's"
     parser.add_argument(
-        "--clock", choices=clocks, default="cpu", help="of the real runs: this process's, or the wall's"
+        "--validate", choices=("http", *CLOCKS), help=f"compare with real runs on this CPU instead, {ways}"
     )
     parser.add_argument("--requests", type=int, default=40, help="of each real run or simulated replica (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="for the JSON")
     given = parser.parse_args()
     if given.validate:
-        found = [validate(clocks[given.clock], given.requests)]
+        found = [asyncio.run(validate(given.validate, given.requests))]
     else:
         asked = {
             size: Question(size, sizes.budgets(footprint, weights, GPU)[0], given.requests)

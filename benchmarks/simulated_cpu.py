@@ -1,14 +1,16 @@
 """The simulation beside reality: the bundled pair on this CPU (`python -m benchmarks.simulate --validate`).
 
-The cost of a step is fitted to steps of the engine; then the engine and the simulation get the same other requests at
-the same times. Calibration and real runs take turns, since a machine is not always equally fast. Time passes only while
-the engine computes, by the clock of the caller: seconds of this process alone, or of the wall.
+The cost of a step is fitted to steps of the engine; then the real thing and the simulation get the same other requests
+at the same times. Calibration and real runs take turns, since a machine is not always equally fast. The real thing is a
+server that is asked over HTTP, or the engine alone, whose time passes only while it computes, by one of `CLOCKS`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -18,9 +20,12 @@ from scipy.optimize import nnls
 
 from benchmarks.flops import Decoder
 from benchmarks.gpu.estimate import Canvas, work
+from benchmarks.processes import served
 from benchmarks.report import CaseResult, Figure, Row
 from benchmarks.simulator import Load, Outcome, Replica, around, canvases, simulate
-from clients.loadgen import percentile
+from clients.aio import AsyncClient
+from clients.loadgen import load_client, percentile
+from clients.options import Diffusion, Guidance
 from demo import bundled_model_path, bundled_reward_models
 from server.diffusion.schedule import Step
 from server.types import Job, Message
@@ -35,6 +40,8 @@ WITHIN = 0.15
 ROUNDS = 3
 SMALL = Load(((1, 0.5), (2, 0.3), (4, 0.2)), (12, 0.4, 4, 40), (24, 0.4, 12, 48))
 Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"cpu": time.process_time, "wall": time.perf_counter}
+"""Seconds of this process alone, and of the wall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +123,56 @@ def real(
     return outcome, steps
 
 
-def validate(clock: Clock, requests: int) -> CaseResult:
-    """One closed loop and two open ones, each of so many requests in every round."""
+async def over_http(
+    client: AsyncClient, jobs: Sequence[Job], due: Sequence[float], in_flight: int | None, outside: list[float]
+) -> Outcome:
+    """A server under the load of `simulate`, as its client sees it; `outside` gets the seconds of each request that it
+    spent outside the queue and the steps."""
+    outcome, started = Outcome(), time.perf_counter()
+    coming = iter(zip(jobs, due, strict=True))
+
+    async def ask(job: Job, at: float) -> None:
+        sampling, guidance = job.sampling, job.guidance
+        answer = await client.chat(
+            [{"role": "user", "content": job.conversation[0].content}],
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            best_of=sampling.best_of,
+            n=sampling.n,
+            ignore_eos=True,
+            guidance=Guidance(guidance.method, gradient_steps=guidance.inner_steps or None),
+            diffusion=Diffusion(job.diffusion.steps),
+        )
+        latency = time.perf_counter() - started - at
+        outcome.answered.append((job, latency, 0.0))
+        if answer.guidance is not None:
+            outside.append(latency - (answer.guidance.queue_ms + answer.guidance.generation_ms) / 1000)
+
+    async def by_turns() -> None:
+        for job, _ in coming:
+            await ask(job, time.perf_counter() - started)
+
+    async def on_time(job: Job, at: float) -> None:
+        await asyncio.sleep(started + at - time.perf_counter())
+        await ask(job, at)
+
+    await asyncio.gather(
+        *([by_turns() for _ in range(in_flight)] if in_flight else [on_time(*each) for each in coming])
+    )
+    outcome.seconds = time.perf_counter() - started
+    return outcome
+
+
+async def validate(way: str, requests: int) -> CaseResult:
+    """One closed loop and two open ones, each of so many requests in every round; `way` is `http`, or a clock of the
+    engine alone."""
     path, *_ = bundled_reward_models().values()
     torch.set_num_threads(1)
     config = WorkerConfig(str(bundled_model_path()), (RewardSource("rm", str(path)),), device="cpu", threads=1)
     runner = service.load(config).runner
     model, judge = runner.loaded.model, runner.reward_models["rm"]
     fitted = Fitted(Decoder.of(model.shape), Decoder.of(judge.shape), model.vocab_size)
+    clock = CLOCKS.get(way, time.perf_counter)
 
     def jobs(count: int, seed: int) -> list[Job]:
         found = []
@@ -132,29 +181,42 @@ def validate(clock: Clock, requests: int) -> CaseResult:
             found.append(replace(job, prompt_ids=tuple(runner.loaded.tokenizer.render_chat(said)), conversation=said))
         return found
 
-    warm, _ = real(runner, jobs(16, 0), [0.0] * 16, clock, 8)
-    capacity = len(warm.answered) / warm.seconds
     steps: list[tuple[list[float], float]] = []
     front: list[float] = []
+    outside: list[float] = []
     runs: dict[str, list[tuple[Outcome, list[Job], list[float], int | None]]] = {}
-    for number in range(ROUNDS):
-        for in_flight in (1, 2, 4, 8):
-            with watched(runner, front) as seen:
-                asked = jobs(2 * in_flight + 4, 10 * number + in_flight)
-                _, took = real(runner, asked, [0.0] * len(asked), clock, in_flight)
-            for step, (spent, begun, ended) in zip(seen, took, strict=True):
-                steps.append((fitted.features(step, begun, ended), spent))
-        for name, part in (("8 in flight", None), ("half as many arrive", 0.5), ("80% arrive", 0.8)):
-            asked, at_once = jobs(requests, 100 + number), None if part else 8
-            due = SMALL.arrivals(part * capacity, requests, number) if part else [0.0] * requests
-            outcome, _ = real(runner, asked, due, clock, at_once)
-            runs.setdefault(name, []).append((outcome, asked, due, at_once))
+    arguments = ("--device", "cpu", "--threads", "1", "--reward-model", f"rm={path}")
+    async with served(arguments) if way == "http" else nullcontext("") as url, load_client(url) as client:
+
+        async def ask(jobs: Sequence[Job], due: Sequence[float], in_flight: int | None = None) -> Outcome:
+            if url:
+                return await over_http(client, jobs, due, in_flight, outside)
+            return real(runner, jobs, due, clock, in_flight)[0]
+
+        real(runner, jobs(16, 0), [0.0] * 16, clock, 8)
+        for count in (16, 64):  # the first warms up
+            warm = await ask(jobs(count, 0), [0.0] * count, 8)
+        capacity = len(warm.answered) / warm.seconds
+        outside.clear()
+        await ask(jobs(16, 0), [0.0] * 16, 1)  # so that none waits for a step of another's
+        beyond = fmean(outside or [0.0])
+        for number in range(ROUNDS):
+            for in_flight in (1, 2, 4, 8):
+                with watched(runner, front) as seen:
+                    asked = jobs(2 * in_flight + 4, 10 * number + in_flight)
+                    _, took = real(runner, asked, [0.0] * len(asked), clock, in_flight)
+                for step, (spent, begun, ended) in zip(seen, took, strict=True):
+                    steps.append((fitted.features(step, begun, ended), spent))
+            for name, part in (("8 in flight", None), ("half as many arrive", 0.5), ("80% arrive", 0.8)):
+                asked, at_once = jobs(requests, 100 + number), None if part else 8
+                due = SMALL.arrivals(part * capacity, requests, number) if part else [0.0] * requests
+                runs.setdefault(name, []).append((await ask(asked, due, at_once), asked, due, at_once))
     fitted = fitted.fit(steps)
     rows: list[Row] = []
     figures: list[Figure] = []
     for name, each in runs.items():
         simulated = [
-            simulate(asked, due, [Replica(fitted, runner.book.budget, fmean(front))], in_flight=at_once)
+            simulate(asked, due, [Replica(fitted, runner.book.budget, fmean(front))], in_flight=at_once, outside=beyond)
             for _, asked, due, at_once in each
         ]
         ours, theirs = measures(simulated), measures([outcome for outcome, *_ in each])

@@ -2,7 +2,7 @@
 place of tensors. `benchmarks.simulate` asks it questions.
 
 Simulated are arrivals, queues, admission, steps and their sizes. Not simulated are texts (every trajectory takes all of
-its steps), parts of steps that memory makes, HTTP, and anything that fails.
+its steps), parts of steps that memory makes, and anything that fails; HTTP is a number of seconds.
 """
 
 from __future__ import annotations
@@ -227,9 +227,11 @@ def simulate(
     *,
     policy: str = "least work",
     in_flight: int | None = None,
+    outside: float = 0.0,
     seed: int = 0,
 ) -> Outcome:
-    """Send the jobs at the times `due` (seconds), or, with `in_flight`, so many at once and one for each answer."""
+    """Send the jobs at the times `due` (seconds), or, with `in_flight`, so many at once and one for each answer.
+    `outside` are the seconds that each answer takes from its last step to its client, or to the client's next job."""
     outcome = Outcome(replicas=list(replicas))
     dispatcher, route, draw = Dispatcher(len(replicas)), POLICIES[policy], random.Random(seed)
     choose = route() if route else None
@@ -242,7 +244,7 @@ def simulate(
 
     def more(count: int | None) -> Iterator[tuple[float, int, Job | int]]:
         for job, time in itertools.islice(arriving, count):
-            yield (now if in_flight else time), next(order), job
+            yield (now + outside if in_flight else time), next(order), job
 
     now = 0.0
     for event in more(in_flight):
@@ -267,7 +269,7 @@ def simulate(
                 one, arrived = pending.pop(entry.job.id)
                 dispatcher.remove(one)
                 held[what].pop(entry.job.id)
-                outcome.answered.append((entry.job, now - arrived, (entry.started_at or now) - arrived))
+                outcome.answered.append((entry.job, now - arrived + outside, (entry.started_at or now) - arrived))
                 for event in more(1) if in_flight else ():
                     heapq.heappush(events, event)
             heapq.heappush(events, (now, next(order), what))  # what comes at this moment is in its next step
@@ -275,5 +277,5 @@ def simulate(
             heapq.heappush(events, (now + seconds, next(order), what))
         else:
             idle.add(what)
-    outcome.seconds = now
+    outcome.seconds = now + outside
     return outcome

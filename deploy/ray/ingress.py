@@ -204,6 +204,7 @@ class Ingress:
                 await self._break_off(local_path(scope), events, send)
             if begun:
                 return
+        head["status"] = Unavailable.status
         raise Unavailable("the replica that was asked last was lost, and no further one is asked")
 
     async def _break_off(self, path: str, events: int, send: Send) -> None:

@@ -94,7 +94,7 @@ class Observe:
                 raise  # too late for an answer; the server closes the connection
             await error_response(failed)(scope, receive, with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", "") or "other"
             # A stream that failed or was left had begun with 200, and tells here how it ended. What another process
             # answered is counted there.
             if told.get("replica") is None:

@@ -246,15 +246,19 @@ async def test_a_client_that_goes_takes_its_work_along() -> None:
 
 
 async def test_metrics_of_all_are_in_one_text_and_nothing_is_counted_twice() -> None:
-    async with open_client(ingress(Replicas(ScriptedEngine(at_once), ScriptedEngine(at_once)), api_key=KEYS)) as client:
+    fleet = Replicas(ScriptedEngine(at_once), ScriptedEngine(at_once))
+    async with open_client(ingress(fleet, api_key=KEYS)) as client:
         for headers in (bearer(KEYS[0]), bearer(KEYS[1]), {}):
             await client.post(COMPLETIONS, json=ASKED, headers=headers)
+        fleet.running = 0
+        await client.post(COMPLETIONS, json=ASKED, headers=bearer(KEYS[0]))
         text = (await client.get("/metrics", headers=bearer(KEYS[0]))).text
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     (requests,) = (family for family in families if family.name == "entrgi:http_requests")
     counted = {tuple(map(each.labels.get, ("replica", "route", "status"))) for each in requests.samples if each.value}
-    assert counted == {("0", COMPLETIONS, "200"), ("1", COMPLETIONS, "200"), ("ingress", "other", "401")}
+    answered = {("0", COMPLETIONS, "200"), ("1", COMPLETIONS, "200")}
+    assert counted == answered | {("ingress", "other", "401"), ("ingress", "other", "503")}
 
 
 @pytest.mark.parametrize(

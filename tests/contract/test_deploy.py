@@ -261,6 +261,36 @@ def test_the_autoscaler_counts_exported_metrics(exported: set[str]) -> None:
     assert set(re.findall(r"entrgi:\w+", text)) <= exported
 
 
+def adapted(**labels: str) -> str:
+    """What prometheus-adapter asks for one pod."""
+    path = ROOT / "deploy/kubernetes/components/autoscaling/prometheus-adapter.yaml"
+    (rule,) = load_yaml(path)["rules"]["custom"]
+    matchers = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    query = rule["metricsQuery"].replace("<<.GroupBy>>", ",".join(labels))
+    return str(query.replace("<<.LabelMatchers>>", matchers))
+
+
+def test_series_of_different_labels_meet_only_as_sums() -> None:
+    """An operator between two series gives nothing unless their labels are the same."""
+    for expression in [*expressions(), adapted(pod="a")]:
+        assert not re.search(r"entrgi:\w+(\{[^}]*\})?(\[\w+\])?\s*[-+*/]\s", expression), expression
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Prometheus's own checker is not installed")
+def test_the_autoscaler_gets_the_prompts_that_are_computed_or_wait(tmp_path: Path) -> None:
+    served = "namespace='n',pod='a',model_name='dlm'"
+    values = {f"running{{{served}}}": 5, f"waiting{{{served}}}": 3, "parked{namespace='n',pod='a'}": 2}
+    series = [{"series": f"entrgi:num_requests_{name}", "values": f"{value} {value}"} for name, value in values.items()]
+    wanted = {"labels": '{namespace="n",pod="a"}', "value": 6}
+    asked = {"expr": adapted(namespace="n", pod="a"), "eval_time": "1m", "exp_samples": [wanted]}
+    path = tmp_path / "test.yml"
+    path.write_text(
+        yaml.safe_dump({"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": [asked]}]})
+    )
+    done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_metric_is_on_the_dashboard(exported: set[str]) -> None:
     def metrics(samples: Iterable[str]) -> set[str]:
         return {re.sub(r"_(bucket|sum|count)$", "", name) for name in samples if not name.endswith("_created")}

@@ -12,7 +12,7 @@ import yaml
 from server.settings import SETTINGS, unknown_variables
 from tests.support.serving import ROOT
 
-RAY = ROOT / "deploy/ray"
+RAY, KUBERNETES = ROOT / "deploy/ray", ROOT / "deploy/kubernetes"
 
 
 def manifest() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def manifest() -> dict[str, Any]:
 
 
 def kubernetes(name: str) -> Any:
-    return yaml.safe_load((ROOT / "deploy/kubernetes" / name).read_text("utf-8"))
+    return yaml.safe_load((KUBERNETES / name).read_text("utf-8"))
 
 
 def configuration(name: str) -> dict[str, Any]:
@@ -41,6 +41,9 @@ def test_what_serve_is_told_is_there(name: str) -> None:
     (scaler,) = kubernetes("components/autoscaling/autoscaler.yaml")["spec"]["metrics"]
     target = app["deployments"][0]["autoscaling_config"]["target_ongoing_requests"]
     assert str(target) == scaler["pods"]["target"]["averageValue"]
+    assert (
+        f"ENTRGI_MAX_QUEUE={app['args']['max_queue']} " in (KUBERNETES / "overlays/gpu/kustomization.yaml").read_text()
+    )
 
 
 def test_the_cluster_runs_the_locked_ray_and_known_settings_as_nobody_special() -> None:
@@ -59,11 +62,13 @@ def test_the_cluster_runs_the_locked_ray_and_known_settings_as_nobody_special() 
         assert variables["ENTRGI_PUBLIC_PATHS"] == "/metrics"
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["limits"]["memory"]
-    (gpu,) = kubernetes("overlays/gpu/gpu.yaml")["spec"]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"] == gpu["resources"]["limits"]
+        assert spec["enableServiceLinks"] is False
+        assert spec["terminationGracePeriodSeconds"] > SETTINGS["drain_seconds"].default
+    plain = kubernetes("overlays/gpu/gpu.yaml")["spec"]["template"]["spec"]
+    assert container["resources"]["limits"] == plain["containers"][0]["resources"]["limits"]
+    assert spec["tolerations"] == plain["tolerations"]
     claim = kubernetes("overlays/gpu/models.yaml")
     assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert spec["terminationGracePeriodSeconds"] > SETTINGS["drain_seconds"].default
 
 
 def test_the_image_copies_what_exists_and_runs_as_the_servers_user() -> None:

@@ -2,10 +2,11 @@
 
 Clients send the seeded catalogue of the other fault programs through Serve's proxy to two replicas, streams and clients
 that leave among it, while a replica is killed three times. Promised: every request gets one answer, to the token; only
-a stream that had begun may end with the named error, and where the only replica is killed, a request with a 503. Then,
-under load: a replica whose engine is dead is replaced; two replicas become one, two and one again, and all are replaced
-by a deployment, and no request notices. At the end the same requests go to a server without Ray, in turns, to say what
-Ray adds.
+a stream that had begun may end with the named error, and where no replica can take a request, that with a 503. Then,
+under load: a replica whose engine is dead is replaced; all replicas are replaced by a deployment, and no request
+notices, or, with no time for a drain, only streams that had begun; two replicas become one, two and one again, and no
+request notices. A stream's text comes while the rest is computed, and its work ends with its client. At the end the
+same requests go to a server without Ray, in turns, to say what Ray adds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from tqdm import tqdm
 
 from tests.faults import harness
 from tests.faults.harness import Verdict, quantiles
-from tests.faults.load import CHAT, EXACT, Case, Load, catalogue, chat
+from tests.faults.load import CHAT, COMPLETIONS, EXACT, Case, Load, catalogue, chat, client
 from tests.support.serving import ROOT, free_port
 
 SERVE = str(Path(sys.executable).with_name("serve"))
 KILLS = 3
+LONG = {"prompt": "The book was", "max_tokens": 512, "n": 2, "ignore_eos": True, "diffusion": {"steps": 512}}
+SOON = 5.0  # seconds, of the many that LONG takes
 PATIENCE = 600.0  # seconds; a replica is there after ten on quiet cores, and after a minute on busy ones
 UNHARMED = {"right", "cancelled", "hurried"}
 BROKEN_OFF = {"stream unavailable"}
@@ -57,12 +61,16 @@ class Cluster(harness.Server):
         samples = [sample for family in families for sample in family.samples if sample.name == "entrgi:worker_ready"]
         return {sample.labels["replica"] for sample in samples if sample.value}
 
+    def total(self, *names: str, **labels: str) -> float:
+        """Of all replicas: the sum of samples with these names and labels."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        samples = [each for family in families for each in family.samples if each.name.removeprefix("entrgi:") in names]
+        return sum(each.value for each in samples if labels.items() <= each.labels.items())
+
     @property
     def in_flight(self) -> float:
         """Prompts that replicas know of."""
-        families = text_string_to_metric_families(self.client.get("/metrics").text)
-        gauges = ("entrgi:num_requests_running", "entrgi:num_requests_waiting")
-        return sum(sample.value for family in families for sample in family.samples if sample.name in gauges)
+        return self.total("num_requests_running", "num_requests_waiting")
 
     def below(self, top: int, words: str) -> list[int]:
         """The processes below one of these words in their command lines."""
@@ -130,7 +138,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 async def kills(server: Cluster, load: Load, verdict: Verdict, count: int, pause: float, seed: int) -> None:
     """So many replicas die under load, one after the other; each is replaced. Where there is another, it takes over
     whatever has not begun."""
-    generator, before, sent = random.Random(seed), load.outcomes, load.sent
+    generator, before = random.Random(seed), load.outcomes
     whole_after: list[float] = []
     there = len(server.serving)
     async with load.running():
@@ -146,16 +154,31 @@ async def kills(server: Cluster, load: Load, verdict: Verdict, count: int, pause
     allowed = UNHARMED | BROKEN_OFF | (NOBODY_THERE if there == 1 else set())
     bad = {name: number for name, number in outcomes.items() if name not in allowed}
     what = f"{count} kills, {there} replicas"
-    once = outcomes.total() == load.sent - sent
-    verdict.promise(
-        f"{what}: one answer each, right or one of {sorted(allowed - UNHARMED)}",
-        once and not bad,
-        f"{outcomes} {load.wrong[:3]}",
-    )
+    said = f"{what}: one answer each, right or one of {sorted(allowed - UNHARMED)}"
+    verdict.promise(said, not bad, f"{outcomes} {load.wrong[:3]}")
     verdict.promise(f"{what}: replaced", max(whole_after) < math.inf, quantiles(whole_after, 50, 100))
 
 
-async def dead_engine(server: Cluster, verdict: Verdict) -> None:
+async def until(
+    server: Cluster,
+    load: Load,
+    verdict: Verdict,
+    what: str,
+    there: Callable[[], bool],
+    harm: AbstractSet[str] = frozenset(),
+) -> None:
+    """Under load something will be so, and requests are not harmed, but for those that end in one of these ways."""
+    before = load.outcomes
+    async with load.running():
+        seconds = await seconds_until(there)
+        await asyncio.sleep(3)
+    outcomes = load.outcomes - before
+    seen = f"{seconds:.0f} s, {dict(outcomes)} {load.wrong[:2]}"
+    kept = seconds < math.inf and set(outcomes) <= UNHARMED | harm
+    verdict.promise(f"{what}: nothing is lost{f' but by {sorted(harm)}' if harm else ''}", kept, seen)
+
+
+async def dead_engine(server: Cluster, load: Load, verdict: Verdict) -> None:
     """Every worker of one replica dies at once, again and again, until Serve replaces the replica."""
     replica = server.replicas[0]
 
@@ -164,18 +187,29 @@ async def dead_engine(server: Cluster, verdict: Verdict) -> None:
             os.kill(pid, signal.SIGKILL)
         return replica not in server.replicas and len(server.serving) == 2
 
-    verdict.promise("a dead engine: another replica", await seconds_until(replaced) < math.inf, server.serving)
+    await until(server, load, verdict, "a dead engine is replaced", replaced, NOBODY_THERE | BROKEN_OFF)
 
 
-async def unnoticed(server: Cluster, load: Load, verdict: Verdict, what: str, replicas: int, *, others: bool) -> None:
-    """Under load there will be so many replicas, perhaps all other ones, and nobody notices."""
-    before, names = load.outcomes, server.serving
-    async with load.running():
-        seconds = await seconds_until(lambda: len(now := server.serving) == replicas and not (others and now & names))
-        await asyncio.sleep(3)
-    outcomes = load.outcomes - before
-    seen = f"{seconds:.0f} s, {dict(outcomes)} {load.wrong[:2]}"
-    verdict.promise(f"{what}: nothing lost", seconds < math.inf and set(outcomes) <= UNHARMED, seen)
+async def deployment(
+    server: Cluster, load: Load, verdict: Verdict, path: Path, harm: AbstractSet[str] = frozenset(), **changes: Any
+) -> None:
+    """All replicas are replaced by others with other settings."""
+    names = server.serving
+    server.deploy(path, **changes)
+    what = f"a deployment with {changes}"
+    await until(server, load, verdict, what, lambda: len(now := server.serving) == 2 and not now & names, harm)
+
+
+async def leaving(server: Cluster, verdict: Verdict) -> None:
+    """A long stream is read to its first line, and left."""
+    left = server.total("request_success_total", finished_reason="abort")
+    async with client(server) as http, http.stream("POST", COMPLETIONS, json={**LONG, "stream": True}) as response:
+        await anext(response.aiter_lines())
+        begun = await seconds_until(lambda: server.total("num_requests_running") == 1)
+    ended = await seconds_until(lambda: server.in_flight == 0)
+    aborted = server.total("request_success_total", finished_reason="abort") - left
+    kept = begun < SOON and ended < SOON and aborted == 1
+    verdict.promise("a stream begins before it is computed, and ends with its client", kept, f"{begun}, {ended:.1f} s")
 
 
 async def added(server: Cluster, rounds: int, seconds: float) -> dict[str, Any]:
@@ -218,17 +252,17 @@ async def run(minutes: float, clients: int, seed: int) -> int:
         load.cases = [*load.cases, *catalogue(1, seed + 1, fates=(0, 1, 1))]  # of which nothing is known before
         await kills(server, load, verdict, KILLS, 60 * minutes / (KILLS + 1), seed)
         verdict.figures["latency_seconds"] = quantiles(load.latencies, 50, 99)
-        await dead_engine(server, verdict)
-        server.deploy(path, max_queue=200)
-        await unnoticed(server, load, verdict, "all replicas and the ingress replaced", 2, others=True)
+        await dead_engine(server, load, verdict)
+        await deployment(server, load, verdict, path, drain_seconds=1)
+        await deployment(server, load, verdict, path, BROKEN_OFF, max_queue=200)
+        await leaving(server, verdict)
         server.deploy(path, least=1, max_queue=200)
         for what, number, expected in (("2 to 1", 1, 1), ("1 to 2", clients, 2), ("2 to 1 again", 1, 1)):
             load.clients = number
-            await unnoticed(server, load, verdict, f"{what} replicas", expected, others=False)
+            await until(server, load, verdict, f"{what} replicas", lambda n=expected: len(server.serving) == n)
+        server.deploy(path, least=1, most=1, max_queue=200)
         load.clients = 4
         await kills(server, load, verdict, 1, 3, seed)
-        idle = await seconds_until(lambda: server.in_flight == 0)
-        verdict.promise("idle when nobody asks", idle < math.inf, f"{idle:.1f} s")
         verdict.figures |= await added(server, 40, 10.0)
         verdict.figures["outcomes"] = dict(sorted(load.outcomes.items()))
     return verdict.close()

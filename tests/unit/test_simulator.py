@@ -64,7 +64,15 @@ def test_the_dispatcher_is_fairer_than_chance() -> None:
     load = replace(Load(), answer=(8, 0.7, 2, 16))
     rows = {policy: run(load, 200, 1.0, 4, policy, most=1).row(second) for policy in ("least work", "random")}
     assert rows["least work"]["latency_p99"] < rows["random"]["latency_p99"]
-    assert 0 < rows["random"]["fairness"] <= 1
+    assert rows["least work"]["fairness"] > rows["random"]["fairness"]
+
+
+def test_what_is_outside_of_steps_is_waited_for() -> None:
+    """Each answer is half a second later, and so are the next requests of who waits for it."""
+    jobs = ONE_STEP.jobs(6, 1)
+    outcome = simulate(jobs, [0.0] * 6, [Replica(second, Budget())], in_flight=2, outside=0.5)
+    assert [latency for _, latency, _ in outcome.answered] == [1.5] * 6
+    assert outcome.seconds == 0.5 + 3 * 1.5
 
 
 def test_the_fit_finds_the_cost_that_made_the_steps() -> None:
