@@ -228,7 +228,7 @@ def simulated(x: str, by: str, titles: Mapping[str, str]) -> Callable[[Rows], Fi
                 axes.set_xscale("log", base=2)
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set(xlabel=x.replace("_", " "), title=f"{title} (simulated)", ylim=(0, None))
-        panels[0].legend()
+        panels[-1].legend()
         return figure
 
     return make

@@ -1,4 +1,4 @@
-"""What replicas would do under load: python -m benchmarks.simulate [--case ...] [--validate]
+"""What replicas would do under load: python -m benchmarks.simulate [--case ...] [--validate http]
 
 replicas    1, 8 and 64 replicas at 80% of their capacity, for each way to choose among them
 budgets     one replica with 1 to 64 requests in flight, for two values of `batch_trajectories`
@@ -77,10 +77,12 @@ class Question:
         outcome = self.closed(16)
         return len(outcome.answered) / outcome.seconds
 
-    def row(self, outcome: Outcome, replicas: int) -> Row:
-        """One line of a table; `has` is how many requests a replica has on average."""
-        has = sum(latency for _, latency, _ in outcome.answered) / outcome.seconds / replicas
-        return outcome.row(self.cost) | {"has": has}
+    def row(self, outcome: Outcome, seconds: float, replicas: int = 1) -> Row:
+        """One line of a table. Rates are of the `seconds` in which requests came, whose last ones are then waited for;
+        `has` is how many requests a replica has on average, by Little's law."""
+        row = outcome.row(self.cost)
+        rates = {name: row[name] * outcome.seconds / seconds for name in ("requests_per_s", "tokens_per_s")}
+        return row | rates | {"has": sum(latency for _, latency, _ in outcome.answered) / seconds / replicas}
 
     def closed(self, in_flight: int, trajectories: int = 256) -> Outcome:
         """One replica that always has so many requests."""
@@ -94,7 +96,7 @@ class Question:
         due = self.load.arrivals(share * self.capacity * replicas, count, seed=3)
         each = [Replica(self.cost, self.budget) for _ in range(replicas)]
         labels = {"replicas": replicas, "policy": policy, "share": share}
-        return labels | self.row(simulate(self.load.jobs(count, seed=2), due, each, policy=policy), replicas)
+        return labels | self.row(simulate(self.load.jobs(count, seed=2), due, each, policy=policy), due[-1], replicas)
 
     def case(self, name: str) -> Iterator[Row]:
         """The rows of a case."""
@@ -107,7 +109,8 @@ class Question:
                         "batch_trajectories": most,
                         "in_flight": in_flight,
                     }
-                    yield row | self.row(self.closed(in_flight, most), 1)
+                    outcome = self.closed(in_flight, most)
+                    yield row | self.row(outcome, outcome.seconds)
         elif name == "load":
             for burstiness in (1.0, 2.0):
                 under = replace(self, load=replace(self.load, burstiness=burstiness))

@@ -1,4 +1,4 @@
-"""The simulation beside reality: the bundled pair on this CPU (`python -m benchmarks.simulate --validate`).
+"""The simulation beside reality: the bundled pair on this CPU (`python -m benchmarks.simulate --validate http`).
 
 The cost of a step is fitted to steps of the engine; then the real thing and the simulation get the same other requests
 at the same times. Calibration and real runs take turns, since a machine is not always equally fast. The real thing is a

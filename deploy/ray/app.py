@@ -56,7 +56,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         serve.ingress()(Ingress),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=ANY_NUMBER,
-        graceful_shutdown_timeout_s=door.drain_seconds,
+        graceful_shutdown_timeout_s=ingress.ATTEMPTS * door.drain_seconds,  # what replicas do not finish begins anew
         health_check_period_s=HEALTH_SECONDS,
     )
     return before.bind(replicas.bind(model), door)

@@ -63,7 +63,7 @@ def test_the_cluster_runs_the_locked_ray_and_known_settings_as_nobody_special() 
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["limits"]["memory"]
         assert spec["enableServiceLinks"] is False
-        assert spec["terminationGracePeriodSeconds"] > SETTINGS["drain_seconds"].default
+        assert spec["terminationGracePeriodSeconds"] > 2 * SETTINGS["drain_seconds"].default
     plain = kubernetes("overlays/gpu/gpu.yaml")["spec"]["template"]["spec"]
     assert container["resources"]["limits"] == plain["containers"][0]["resources"]["limits"]
     assert spec["tolerations"] == plain["tolerations"]

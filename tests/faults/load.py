@@ -141,8 +141,8 @@ async def ask(http: httpx.AsyncClient, case: Case) -> tuple[str, Any, str]:
         response = await http.post(case.path, json=case.body, headers={"X-Request-Id": name})
     except httpx.HTTPError as error:
         return type(error).__name__, str(error), ""
-    if response.headers["x-request-id"] != name:
-        return "another request's answer", response.text, ""
+    if response.headers.get("x-request-id") != name:
+        return f"{response.status_code} that is not the answer", response.text, ""
     if response.status_code != 200:
         told = response.json()["error"]
         return f"{response.status_code} {told['code']}", told["message"], ""
