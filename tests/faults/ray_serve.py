@@ -207,7 +207,8 @@ async def leaving(server: Cluster, verdict: Verdict) -> None:
     """A long stream is read to its first line, and left."""
     left = server.total("request_success_total", finished_reason="abort")
     async with client(server) as http, http.stream("POST", COMPLETIONS, json=LONG) as response:
-        await anext(response.aiter_lines())
+        lines = response.aiter_lines()  # which would close the answer if it went
+        await anext(lines)
         begun = await harness.seconds_until(lambda: server.total("num_requests_running") == 1, SOON)
     ended = await harness.seconds_until(lambda: server.in_flight == 0, SOON)
     aborted = server.total("request_success_total", finished_reason="abort") - left
