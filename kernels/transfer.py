@@ -13,12 +13,10 @@ ALIGNED = 16
 """Bytes at which each of several tensors in one buffer begins: kernels are compiled for addresses that divide by it."""
 
 
-def upload(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """x on the device, in `dtype`. To a GPU it goes through page-locked memory, which torch keeps for reuse: from
-    ordinary memory the host would wait until everything that the GPU has to do before is done."""
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device. To a GPU it goes through page-locked memory, which torch keeps for reuse: from ordinary memory
+    the host would wait until everything that the GPU has to do before is done."""
     device = torch.device(device)
-    if dtype is not None:
-        x = x.to(dtype)
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

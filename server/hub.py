@@ -47,10 +47,7 @@ def checkpoint_name(path_or_id: str | Path) -> str:
 
 
 def resolve_checkpoint(
-    path_or_id: str | Path,
-    *,
-    check_config: Callable[[Mapping[str, Any]], object] | None = None,
-    known: str = "",
+    path_or_id: str | Path, *, check_config: Callable[[Mapping[str, Any]], object], known: str = ""
 ) -> Path:
     """The local folder of a checkpoint, fetched from the hub unless it is one already.
 
@@ -68,8 +65,7 @@ def resolve_checkpoint(
     fetch = partial(huggingface_hub.snapshot_download, repository, ignore_patterns=["*/*"])
     try:
         snapshot = Path(fetch(revision=pinned, allow_patterns=["config.json"]))
-        if check_config is not None:
-            check_config(read_json(snapshot / "config.json"))
+        check_config(read_json(snapshot / "config.json"))
         # By commit hash, so that both fetches see the same commit.
         return Path(fetch(revision=snapshot.name, allow_patterns=ALLOWED_FILES))
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ import logging
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Literal
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 about: ContextVar[dict[str, object] | None] = ContextVar("about", default=None)
@@ -72,13 +72,10 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def configure(
-    level: str = "INFO", form: Literal["auto", "json", "console"] = "auto", stream: TextIO | None = None
-) -> None:
-    """Send all logging to `stream` (stderr), once, at the composition root."""
-    stream = stream or sys.stderr
-    plain = form == "console" or (form == "auto" and stream.isatty())
-    handler = logging.StreamHandler(stream)
+def configure(level: str, form: Literal["auto", "json", "console"]) -> None:
+    """Send all logging to standard error, once, at the composition root."""
+    plain = form == "console" or (form == "auto" and sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ConsoleFormatter() if plain else JSONFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
