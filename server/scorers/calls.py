@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 from server.types import Message
 
@@ -29,22 +29,6 @@ class CallFailed(Exception):
         self.reason = reason
         self.message = message
         self.retry_after = retry_after
-
-
-class Target(Protocol):
-    """What answers for a scorer."""
-
-    def batches(self, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-        """The pairs, in order, in parts that it takes in one call."""
-
-    async def start(self) -> None:
-        """Get ready. Raises ConfigurationError when that cannot be."""
-
-    async def ask(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
-        """One finite score a pair, in order. Raises CallFailed."""
-
-    async def close(self) -> None:
-        """Let go of everything."""
 
 
 def turns(conversation: Sequence[Message]) -> list[dict[str, str]]:

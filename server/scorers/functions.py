@@ -45,11 +45,11 @@ class Function:
             raise ConfigurationError(f"scorers: {self._scorer.name}: {error.message}") from error
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-        """A function takes any number."""
+        """The pairs in parts for one call each: a function takes any number."""
         yield pairs
 
     async def ask(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
-        """Raises CallFailed. No more of them run at a time than there are places."""
+        """One finite score a pair, in order. Raises CallFailed. No more calls run at a time than there are places."""
         place = self._free.pop()
         try:
             return await self._call(place, pairs, metadata)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.errors import ScorerFailed, ScorerRefused, ScorerUnavailable
-from server.scorers.calls import DOWN, FINAL, CallFailed, Metadata, Pair, Reason, Target
+from server.scorers.calls import DOWN, FINAL, CallFailed, Metadata, Pair, Reason
 from server.scorers.functions import Function
 from server.scorers.servers import Server
 from server.wire.config import OutsideScorer
@@ -77,7 +77,7 @@ class Scorer:
         self.stats = ScorerStats()
         self.breaker = Breaker()
         self._retries, self._patience = scorer.retries, scorer.timeout_seconds
-        self._target: Target = Function(scorer) if scorer.kind == "python" else Server(scorer)
+        self._target: Function | Server = Function(scorer) if scorer.kind == "python" else Server(scorer)
         self._places = asyncio.Semaphore(scorer.calls)
         self._calls: set[asyncio.Task[list[float]]] = set()
 

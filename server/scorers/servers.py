@@ -112,7 +112,8 @@ class Server:
             raise ConfigurationError(f"scorers: {self._scorer.name}: {error}") from error
 
     def batches(self, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-        """As many as the kind of server takes, of one query where it must be one."""
+        """The pairs, in order, in parts for one call each: as many as the kind of server takes, of one query where it
+        must be one."""
         for _, group in groupby(pairs, lambda pair: query_text(pair[0]) if self._kind.one_query else ""):
             rest = list(group)
             while rest:
@@ -120,7 +121,7 @@ class Server:
                 rest = rest[self._kind.most :]
 
     async def ask(self, pairs: Sequence[Pair], metadata: Metadata) -> list[float]:
-        """Raises CallFailed."""
+        """One finite score a pair, in order. Raises CallFailed."""
         assert self._client is not None
         body = self._kind.body(pairs, metadata)
         if self._scorer.model is not None:
