@@ -4,8 +4,8 @@ A `RequestError` answers one request, a `ConfigurationError` ends the start. Eac
 its status (its parent's, where it names none), its code, and when it is raised.
 
 Raise these anywhere; `server.api` translates them once. The worker process sends a failure as the plain pair
-(`kind`, message), and `from_kind` turns it back into its class. Messages are for clients: they never hold a path,
-an address or a traceback, and `quote` caps what they repeat of the input.
+(`kind`, message), which `wire.messages.Failed` turns back into its class. Messages are for clients: they never hold a
+path, an address or a traceback, and `quote` caps what they repeat of the input.
 """
 
 from __future__ import annotations
@@ -198,8 +198,3 @@ class AdapterGone(Unavailable, code="adapter_gone"):
 
 class TooManyConnections(Unavailable, code="too_many_connections"):
     """As many connections are open as the server takes."""
-
-
-def from_kind(kind: str, message: str, param: str | None = None) -> RequestError:
-    """The exception for a failure that the worker reported; an unknown kind is an `EngineFailed`."""
-    return BY_KIND.get(kind, EngineFailed)(message, param)

@@ -11,7 +11,7 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from server.errors import RequestError, from_kind
+from server.errors import BY_KIND, EngineFailed, RequestError
 from server.types import EngineInfo, Job, JobResult, Message
 from server.wire.config import WorkerConfig
 from server.wire.stats import RunnerStats
@@ -195,7 +195,7 @@ class Failed(_About, frozen=True):
 
     def error(self) -> RequestError:
         """The event as an error; an unknown kind is an EngineFailed."""
-        return from_kind(self.kind, self.message, self.param)
+        return BY_KIND.get(self.kind, EngineFailed)(self.message, self.param)
 
 
 class Scored(_About, frozen=True):
@@ -206,21 +206,8 @@ class Scored(_About, frozen=True):
 
 
 ToWorker: TypeAlias = Configure | Submit | Cancel | Score | Judged | SetAdapters | Shutdown
-Event: TypeAlias = (
-    Begun
-    | Started
-    | Progress
-    | Canvas
-    | Ask
-    | Timed
-    | Finished
-    | Failed
-    | Scored
-    | Ready
-    | AdaptersSet
-    | Heartbeat
-    | WorkerError
-)
+OfTheWorker: TypeAlias = Ready | AdaptersSet | Heartbeat | WorkerError
+Event: TypeAlias = Begun | Started | Progress | Canvas | Ask | Timed | Finished | Failed | Scored | OfTheWorker
 Decoded = TypeVar("Decoded")
 
 _encoder = msgspec.msgpack.Encoder()

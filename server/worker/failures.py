@@ -155,7 +155,7 @@ def failed(job_ids: Iterable[str], error: Exception) -> list[Event]:
     traceback, because its text may hold anything, and the client is told no more than that it happened."""
     ids = list(job_ids)
     if isinstance(error, RequestError):
-        return [Failed(job_id, error.kind, error.message, error.param) for job_id in ids]
+        return [Failed.of(job_id, error) for job_id in ids]
     logger.error("an exception ends jobs %s", ids, exc_info=error)
     traceback.clear_frames(error.__traceback__)  # their locals may be large tensors
     if is_out_of_memory(error):
