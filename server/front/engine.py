@@ -218,7 +218,7 @@ class Engine:
         pending = self._enqueue(job, job.deadline, job.priority)
         pending.judging = judging
         self._dispatcher.add(pending)
-        self._dispatch()
+        self.dispatch()
         return JobStream(self, pending)
 
     def cancel(self, identity: str) -> None:
@@ -243,7 +243,7 @@ class Engine:
             self._meanwhile(pending, self._ask_scorer(pending, scorer.score(items, metadata)))
         else:
             self._dispatcher.add(pending)
-            self._dispatch()
+            self.dispatch()
         stream = JobStream(self, pending)
         try:
             answer = await anext(stream)
@@ -300,8 +300,8 @@ class Engine:
             pending.parked, pending.begun = None, True
             self.replicas[pending.worker].send(frame(judged))
 
-    def _dispatch(self) -> None:
-        """Hand waiting work to the workers that can take it."""
+    def dispatch(self) -> None:
+        """Hand waiting work to the workers that can take it; a replica calls it when there is one more."""
         ready = [replica.rank for replica in self.replicas if replica.ready]
         expected = any(not (replica.ready or replica.given_up) for replica in self.replicas)
         for rank, pending in self._dispatcher.assign(ready, more_to_come=expected):
@@ -309,10 +309,6 @@ class Engine:
                 told = {"request_id": pending.request_id}
                 logger.info("request %s runs apart on worker %d", pending.id, rank, extra=told)
             self.replicas[rank].send(pending.frame)
-
-    def on_ready(self, replica: Replica) -> None:
-        """A worker can take work."""
-        self._dispatch()
 
     def on_event(self, replica: Replica, event: Event) -> None:
         """Pass an event to whom it concerns."""
@@ -352,7 +348,7 @@ class Engine:
             self._drop(pending, errors.WorkerLost("the worker was lost twice while it ran nothing but this request"))
         if self.given_up:
             self._fail_all(errors.Unavailable("the worker was lost and could not be restarted"))
-        self._dispatch()
+        self.dispatch()
 
     def _answer(self, pending: Pending, answer: Answer) -> None:
         del self._pending[pending.id]
@@ -374,7 +370,7 @@ class Engine:
         pending.close(answer)
         if not self._pending:
             self._idle.set()
-        self._dispatch()  # the worker may have been kept free for the next suspects
+        self.dispatch()  # the worker may have been kept free for the next suspects
 
     def _drop(self, pending: Pending, error: errors.RequestError) -> None:
         """Answer instead of the worker, and tell it, if it has the request."""

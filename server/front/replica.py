@@ -106,7 +106,7 @@ class Replica:
             await last_words
 
     def send(self, data: bytes) -> None:
-        """Send a frame to a ready worker; without one, nothing (at `on_ready` everything is sent again)."""
+        """Send a frame to a ready worker; without one, nothing: the next one is sent everything again."""
         if self.ready and self.worker is not None:
             self.worker.send(data)
 
@@ -147,7 +147,7 @@ class Replica:
         self.failed_starts = 0
         self.ready = True
         logger.info("%s (process %d) is ready", self.name, worker.process.pid)
-        self._engine.on_ready(self)
+        self._engine.dispatch()
         return worker
 
     async def _adapt(self, worker: WorkerProcess) -> None:
