@@ -109,8 +109,7 @@ class Metrics:
         build = made(Gauge, "build_info", "Which code runs: always 1", ("version", "commit"))
         build.labels(__version__, commit()).set(1)
         if engine is not None:
-            self.registry.register(_WorkerCollector(engine))
-            self.registry.register(_ScorerCollector(engine))
+            self.registry.register(_EngineCollector(engine))
 
     def observe_reward(self, reward_model: str, method: str, reward: float) -> None:
         """Count the final reward of one returned answer."""
@@ -146,14 +145,19 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _WorkerCollector(Collector):
-    """The workers' numbers, sums over all of them, read when scraped."""
+class _EngineCollector(Collector):
+    """What the engine's parts have counted, read when scraped."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """One family a number."""
+        yield from self._of_workers()
+        yield from self._of_scorers()
+
+    def _of_workers(self) -> Iterator[Metric]:
+        """The workers' numbers, sums over all of them."""
         engine = self._engine
         stats = engine.stats
         for name, text in HELP.items():
@@ -196,15 +200,8 @@ class _WorkerCollector(Collector):
                 execution.add_metric([way.part, way.model, way.how, way.why], 1.0)
             yield execution
 
-
-class _ScorerCollector(Collector):
-    """What was asked of outside scorers, read when scraped."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        """One family a number, with a value for each scorer."""
+    def _of_scorers(self) -> Iterator[Metric]:
+        """What was asked of outside scorers, with a value for each."""
         text = "Prompts whose outside scores are waited for"
         yield GaugeMetricFamily(PREFIX + "num_requests_parked", text, value=self._engine.parked)
         by = ["scorer"]
