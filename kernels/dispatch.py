@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.cpp import CppState, library
-from kernels.cpp.build import DTYPES
+from kernels.cpp.build import DTYPES, library
+from kernels.cpp.ops import CppState
 from kernels.ops import Guided, RowParams
 from kernels.reference import ReferenceState
 from kernels.roofline import BACKENDS as PRODUCTS

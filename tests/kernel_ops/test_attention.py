@@ -8,7 +8,7 @@ import torch
 
 from kernels import attention, varlen
 from kernels.attention import Rows
-from kernels.cpp import library
+from kernels.cpp.build import library
 from tests.support.kernels import choose_kernels
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")

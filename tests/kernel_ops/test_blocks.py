@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from kernels import blocks
-from kernels.cpp import library
+from kernels.cpp.build import library
 from tests.kernel_ops.conftest import INTERPRETED
 from tests.support.kernels import choose_kernels
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.cpp import CppState
+from kernels.cpp.ops import CppState
 from tests.support.kernels import choose_kernels
 
 needs_compiler = pytest.mark.skipif("cpp" not in kernels.available_backends(), reason="no C++ compiler")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kernels.cpp import library
+from kernels.cpp.build import library
 from server.models.layers import Decoder, DecoderConfig, Variant
 from server.models.lora import Adapter
 from server.models.packing import EMPTY_PREFIX, PackedLayout, attend, grown
