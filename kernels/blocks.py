@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -90,51 +90,38 @@ def swiglu_gradient(g: Tensor, wide: Tensor) -> Tensor:
     return out
 
 
-def split_heads(
-    x: Tensor,
-    heads: int,
-    key_heads: int,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    epsilon: float,
-    cosines: Tensor,
-    sines: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (S, H, size), k and v (S, Hkv, size) of stacked projections x (S, (H + 2 Hkv) size); H or Hkv may be 0.
+class Turn(NamedTuple):
+    """What the heads of q and k go through: each is normalised where it has a weight (size,), then rotated by cosines
+    and sines (S, size / 2), channel i with channel i + size / 2."""
 
-    Each head of q and k is normalised where it has a weight (size,), then rotated by cosines and sines (S, size / 2),
-    channel i with channel i + size / 2. ValueError for heads wider than `MAX_HEAD_SIZE`.
-    """
-    how = query_weight, key_weight, float(epsilon), cosines, sines
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    epsilon: float
+    cosines: Tensor
+    sines: Tensor
+
+
+def split_heads(x: Tensor, heads: int, key_heads: int, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """q (S, H, size), k and v (S, Hkv, size) of stacked projections x (S, (H + 2 Hkv) size); H or Hkv may be 0.
+    ValueError for heads wider than `MAX_HEAD_SIZE`."""
     if x.is_cuda:
-        return cast(Tensors, _gpu().split_heads(x, heads, key_heads, *how))
-    rows, size = x.shape[0], 2 * cosines.shape[1]
+        return cast(Tensors, _gpu().split_heads(x, heads, key_heads, turn))
+    rows, size = x.shape[0], 2 * turn.cosines.shape[1]
     if size > MAX_HEAD_SIZE:
         raise ValueError(f"heads of {size} channels; at most {MAX_HEAD_SIZE}")
     q, k = x.new_empty(rows, heads, size), x.new_empty(rows, key_heads, size)
     v = torch.empty_like(k)
-    call("split_heads", x, *how, q, k, v, rows, heads, key_heads, size, *_how(x))
+    call("split_heads", x, *turn, q, k, v, rows, heads, key_heads, size, *_how(x))
     return q, k, v
 
 
-def split_heads_gradient(
-    g_q: Tensor,
-    g_k: Tensor,
-    g_v: Tensor,
-    x: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    epsilon: float,
-    cosines: Tensor,
-    sines: Tensor,
-) -> Tensor:
+def split_heads_gradient(g_q: Tensor, g_k: Tensor, g_v: Tensor, x: Tensor, turn: Turn) -> Tensor:
     """The gradient of x from those of its `split_heads`."""
-    how = query_weight, key_weight, float(epsilon), cosines, sines
     if x.is_cuda:
-        return cast(Tensor, _gpu().split_heads_gradient(g_q, g_k, g_v, x, *how))
+        return cast(Tensor, _gpu().split_heads_gradient(g_q, g_k, g_v, x, turn))
     out = torch.empty_like(x)
     heads, key_heads, size = g_q.shape[1], g_k.shape[1], g_q.shape[2]
-    call("split_heads_gradient", g_q, g_k, g_v, x, *how, out, x.shape[0], heads, key_heads, size, *_how(x))
+    call("split_heads_gradient", g_q, g_k, g_v, x, *turn, out, x.shape[0], heads, key_heads, size, *_how(x))
     return out
 
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.blocks import Turn
+
 TILE = 1024  # channels of SwiGLU that a program computes
 HEADS = 8  # heads of one token that a program splits off
 
@@ -215,45 +217,26 @@ def swiglu_gradient(g: Tensor, wide: Tensor) -> Tensor:
     return out
 
 
-def split_heads(
-    x: Tensor,
-    heads: int,
-    key_heads: int,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    epsilon: float,
-    cosines: Tensor,
-    sines: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(x: Tensor, heads: int, key_heads: int, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.blocks`."""
-    rows, half = cosines.shape
+    rows, half = turn.cosines.shape
     q, k, v = (x.new_empty(rows, count, 2 * half) for count in (heads, key_heads, key_heads))
     with torch.cuda.device_of(x):
         split[(rows, triton.cdiv(heads + 2 * key_heads, HEADS))](
-            x, *_weights(x, query_weight, key_weight), cosines, sines, q, k, v, heads, key_heads, epsilon,
-            **split_form(half, normed=query_weight is not None or key_weight is not None),
+            x, *_weights(x, turn), turn.cosines, turn.sines, q, k, v, heads, key_heads, turn.epsilon,
+            **split_form(half, normed=_normed(turn)),
         )  # fmt: skip
     return q, k, v
 
 
-def split_heads_gradient(
-    g_q: Tensor,
-    g_k: Tensor,
-    g_v: Tensor,
-    x: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    epsilon: float,
-    cosines: Tensor,
-    sines: Tensor,
-) -> Tensor:
+def split_heads_gradient(g_q: Tensor, g_k: Tensor, g_v: Tensor, x: Tensor, turn: Turn) -> Tensor:
     """See `kernels.blocks`."""
     out, heads, key_heads = torch.empty_like(x), g_q.shape[1], g_k.shape[1]
     with torch.cuda.device_of(x):
         split_gradient[(x.shape[0], triton.cdiv(heads + 2 * key_heads, HEADS))](
-            g_q.contiguous(), g_k.contiguous(), g_v.contiguous(), x, *_weights(x, query_weight, key_weight),
-            cosines, sines, out, heads, key_heads, epsilon,
-            **split_form(cosines.shape[1], normed=query_weight is not None or key_weight is not None),
+            g_q.contiguous(), g_k.contiguous(), g_v.contiguous(), x, *_weights(x, turn),
+            turn.cosines, turn.sines, out, heads, key_heads, turn.epsilon,
+            **split_form(turn.cosines.shape[1], normed=_normed(turn)),
         )  # fmt: skip
     return out
 
@@ -264,9 +247,13 @@ def norm_form(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def _weights(x: Tensor, *weights: Tensor | None) -> list[Tensor]:
+def _weights(x: Tensor, turn: Turn) -> list[Tensor]:
     """The norms' weights; x, which is then not read, where there is none."""
-    return [x if weight is None else weight for weight in weights]
+    return [x if weight is None else weight for weight in (turn.query_weight, turn.key_weight)]
+
+
+def _normed(turn: Turn) -> bool:
+    return turn.query_weight is not None or turn.key_weight is not None
 
 
 def split_form(half: int, *, normed: bool) -> dict[str, int | bool]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Parts = tuple[tuple[nn.Linear, slice], ...]
 """Projections, and which columns of a product's result are whose."""
+Projected = tuple[tuple[Tensor, blocks.Turn], ...]
+"""What the stacked products for q, k and v gave, one of all tokens or two, each with what its heads went through."""
 
 
 class Product(NamedTuple):
@@ -84,7 +86,7 @@ class Saved(NamedTuple):
 
     x: Tensor
     inverse: Tensor
-    projected: tuple[Tensor, ...]
+    projected: Projected
     back: Callable[[Tensor], tuple[Tensor, ...]]
     y: Tensor
     y_inverse: Tensor
@@ -99,7 +101,7 @@ class Frozen:
     def __init__(self, decoder: Decoder, *, stack: bool) -> None:
         attention = decoder.blocks[0].self_attn
         (self._heads, self._key_heads, _), self._size = attention.counts, attention.size
-        self._eps = decoder.norm.eps
+        self._eps = float(decoder.norm.eps)
         self._dtype = decoder.embed_tokens.activation_dtype
 
         def norm(module: RMSNorm) -> Tensor:
@@ -170,7 +172,7 @@ class Frozen:
 
         def gradient(g: Tensor) -> Tensor:
             g = blocks.rms_norm_gradient(g, total, self._norm, inverse, None)
-            return self._gradient(g, cos, sin, layout, saved)
+            return self._gradient(g, layout, saved)
 
         return out, gradient
 
@@ -191,7 +193,7 @@ class Frozen:
             x = y
         return blocks.add_rms_norm(x, added, self._norm, self._eps)
 
-    def _gradient(self, g: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout, saved: list[Saved]) -> Tensor:
+    def _gradient(self, g: Tensor, layout: PackedLayout, saved: list[Saved]) -> Tensor:
         """That of the embeddings (S, d) from that of the stream after the last block, g (B, d). Empties `saved`."""
         for index in reversed(range(len(self._layers))):
             layer, kept = self._layers[index], saved.pop()
@@ -200,7 +202,7 @@ class Frozen:
             hidden = linear_gradient(hidden, layer.wide[0].weight)
             g = blocks.rms_norm_gradient(hidden, kept.y, layer.mlp_norm, kept.y_inverse, g)
             heads = kept.back(linear_gradient(g, layer.out.weight).view(len(g), self._heads, self._size))
-            hidden = self._split_gradient(layer, kept.projected, heads, cos, sin, lasts)
+            hidden = _split_gradient(layer.qkv[0].weight, kept.projected, heads, lasts)
             if lasts is not None:
                 g = torch.zeros_like(kept.x).index_copy_(0, lasts, g)
             g = blocks.rms_norm_gradient(hidden, kept.x, layer.norm, kept.inverse, g)
@@ -216,45 +218,24 @@ class Frozen:
         sin: Tensor,
         runs: Sequence[Run] = (),
         lasts: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Stacked projections as `_split_gradient` reads them; q, k and v, with `lasts` of these tokens alone q."""
-        of_q, of_k, eps = layer.q_norm, layer.k_norm, self._eps
+    ) -> tuple[Projected, tuple[Tensor, Tensor, Tensor]]:
+        """Stacked projections; q, k and v, with `lasts` of these tokens alone q."""
+        turn = blocks.Turn(layer.q_norm, layer.k_norm, self._eps, cos, sin)
         if len(layer.qkv) == 3:
             q, k, v = [each(normed, runs) for each in layer.qkv]
-            q, *_ = blocks.split_heads(q, self._heads, 0, of_q, None, eps, cos, sin)
-            k, *_ = blocks.split_heads(k, self._key_heads, 0, of_k, None, eps, cos, sin)
+            q, *_ = blocks.split_heads(q, self._heads, 0, turn)
+            k, *_ = blocks.split_heads(k, self._key_heads, 0, turn._replace(query_weight=layer.k_norm))
             return (), (q, k, v.view(len(v), self._key_heads, self._size))
         if lasts is None:
             wide = layer.qkv[0](normed, runs)
-            return (wide,), blocks.split_heads(wide, self._heads, self._key_heads, of_q, of_k, eps, cos, sin)
+            return ((wide, turn),), blocks.split_heads(wide, self._heads, self._key_heads, turn)
         (weight, bias, _), first = layer.qkv[0], self._heads * self._size
         asked = linear(normed.index_select(0, lasts), weight[:first], None if bias is None else bias[:first])
-        turned = cos.index_select(0, lasts), sin.index_select(0, lasts)
-        q, *_ = blocks.split_heads(asked, self._heads, 0, of_q, None, eps, *turned)
+        turned = turn._replace(cosines=cos.index_select(0, lasts), sines=sin.index_select(0, lasts))
+        q, *_ = blocks.split_heads(asked, self._heads, 0, turned)
         others = linear(normed, weight[first:], None if bias is None else bias[first:])
-        _, k, v = blocks.split_heads(others, 0, self._key_heads, None, of_k, eps, cos, sin)
-        return (asked, others), (q, k, v)
-
-    def _split_gradient(
-        self,
-        layer: Layer,
-        projected: tuple[Tensor, ...],
-        heads: tuple[Tensor, ...],
-        cos: Tensor,
-        sin: Tensor,
-        lasts: Tensor | None,
-    ) -> Tensor:
-        """The gradient of `normed` from those of q, k and v."""
-        weight, how, (g_q, g_k, g_v) = layer.qkv[0].weight, (layer.q_norm, layer.k_norm, self._eps), heads
-        if lasts is None:
-            return linear_gradient(blocks.split_heads_gradient(g_q, g_k, g_v, projected[0], *how, cos, sin), weight)
-        asked, others = projected
-        first, nothing = asked.shape[1], g_k[:, :0]
-        turned = cos.index_select(0, lasts), sin.index_select(0, lasts)
-        of_q = blocks.split_heads_gradient(g_q, nothing, nothing, asked, *how, *turned)
-        of_others = blocks.split_heads_gradient(nothing, g_k, g_v, others, *how, cos, sin)
-        hidden = linear_gradient(of_others, weight[first:])
-        return hidden.index_add_(0, lasts, linear_gradient(of_q, weight[:first]))
+        _, k, v = blocks.split_heads(others, 0, self._key_heads, turn)
+        return ((asked, turned), (others, turn)), (q, k, v)
 
     def _close(
         self, layer: Layer, x: Tensor, mixed: Tensor, runs: Sequence[Run] = ()
@@ -266,3 +247,17 @@ class Frozen:
         if len(wide) == 1:
             return y, inverse, (wide[0],), layer.down(blocks.swiglu(wide[0]), runs)
         return y, inverse, (), layer.down(blocks.swiglu_apart(*wide), runs)
+
+
+def _split_gradient(weight: Tensor, projected: Projected, heads: tuple[Tensor, ...], lasts: Tensor | None) -> Tensor:
+    """The gradient of a block's normed input from those of q, k and v; `weight` is that of their one product."""
+    g_q, g_k, g_v = heads
+    if lasts is None:
+        ((wide, turn),) = projected
+        return linear_gradient(blocks.split_heads_gradient(g_q, g_k, g_v, wide, turn), weight)
+    (asked, turned), (others, turn) = projected
+    first, nothing = asked.shape[1], g_k[:, :0]
+    of_q = blocks.split_heads_gradient(g_q, nothing, nothing, asked, turned)
+    of_others = blocks.split_heads_gradient(nothing, g_k, g_v, others, turn)
+    hidden = linear_gradient(of_others, weight[first:])
+    return hidden.index_add_(0, lasts, linear_gradient(of_q, weight[:first]))

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from kernels import blocks
+from kernels.blocks import Turn
 from kernels.cpp.build import library
 from tests.kernel_ops.conftest import INTERPRETED
 from tests.support.kernels import choose_kernels
@@ -123,7 +124,7 @@ def test_split_heads(heads, key_heads, size, normed, dtype):
     rows = 5
     angles = torch.randn(rows, size // 2, dtype=torch.float64)
     of_q, of_k = (torch.randn(size).to(dtype) if normed else None for _ in range(2))
-    how = of_q, of_k, EPSILON, angles.cos().float(), angles.sin().float()
+    how = Turn(of_q, of_k, EPSILON, angles.cos().float(), angles.sin().float())
 
     def plain(x):
         q, k, v = x.view(rows, -1, size).split([heads, key_heads, key_heads], dim=1)
@@ -133,11 +134,11 @@ def test_split_heads(heads, key_heads, size, normed, dtype):
 
     def back(g):
         parts = (part.contiguous() for part in g.split([heads, key_heads, key_heads], dim=1))
-        return blocks.split_heads_gradient(*parts, x, *how)
+        return blocks.split_heads_gradient(*parts, x, how)
 
     x = torch.randn(rows, (heads + 2 * key_heads) * size).to(dtype)
     unit = root_mean_square(x.view(rows, -1, size)) if normed else None
-    compare(lambda x: torch.cat(blocks.split_heads(x, heads, key_heads, *how), dim=1), back, plain, x, unit)
+    compare(lambda x: torch.cat(blocks.split_heads(x, heads, key_heads, how), dim=1), back, plain, x, unit)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter is not asked")
@@ -151,4 +152,4 @@ def test_what_it_does_not_take(monkeypatch, target):
     assert not blocks.runs(torch.ones(2, 2))
     one, angles = (torch.ones(1, width, device="cpu") for width in (2048, 1024))
     with pytest.raises(ValueError, match="heads of 2048 channels"):
-        blocks.split_heads(one, 1, 0, None, None, EPSILON, angles, angles)
+        blocks.split_heads(one, 1, 0, Turn(None, None, EPSILON, angles, angles))
