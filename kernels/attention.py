@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -98,6 +98,10 @@ class Rows:
         return arguments, table
 
 
+Layout: TypeAlias = tuple[Rows, Sequence[Piece], bool, float]
+"""Rows, the pieces that they name, whether they are causal, and the scale of scores."""
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -128,52 +132,43 @@ def attend(
     for index, length in zip(rows.order, rows.lengths, strict=True):
         if pieces[index][0].shape[1] != length:
             raise ValueError(f"piece {index} has {pieces[index][0].shape[1]} tokens, not {length}")
-    layout = rows, pieces, causal, size**-0.5 if scale is None else scale
+    layout: Layout = rows, pieces, causal, size**-0.5 if scale is None else scale
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return forward(q, k, v, *layout)[0]
+        return forward(q, k, v, layout)[0]
     if rows.overlap:
         raise ValueError("rows that share keys have no gradient")
     out: Tensor = _Attend.apply(q, k, v, layout)  # type: ignore[no-untyped-call]
     return out
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, rows: Rows, pieces: Sequence[Piece], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """`attend` without its checks and without autograd; beside it what `gradient` reads, (queries, H) float32."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, log_sums = torch.empty_like(q), torch.empty(q.shape[:2])
+    rows, pieces, causal, scale = layout
     arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
     call("attention", ctypes.byref(arguments), out, log_sums)
     return out, log_sums
 
 
 def gradient(
-    g: Tensor,
-    out: Tensor,
-    log_sums: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rows: Rows,
-    pieces: Sequence[Piece],
-    causal: bool,
-    scale: float,
+    g: Tensor, out: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of q, k and v (contiguous) from that of `forward`, g, and from what it returned."""
     written = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    rows, pieces, causal, scale = layout
     arguments, _table = rows.arguments(q, k, v, pieces, causal, scale)
     call("attention_gradient", ctypes.byref(arguments), g.contiguous(), out, log_sums, *written)
     return written
 
 
 class _Attend(torch.autograd.Function):
-    """`layout`: the last arguments of `forward`."""
+    """`forward` and `gradient` for autograd."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, log_sums = forward(q, k, v, *layout)
+        out, log_sums = forward(q, k, v, layout)
         ctx.save_for_backward(out, log_sums, q, k, v)
         ctx.layout = layout
         return out
@@ -181,4 +176,4 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (out, log_sums, q, k, v) = gradients, ctx.saved_tensors
-        return *gradient(g, out, log_sums, q, k, v, *ctx.layout), None
+        return *gradient(g, out, log_sums, q, k, v, ctx.layout), None

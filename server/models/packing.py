@@ -360,8 +360,8 @@ def attend_with_gradient(
     if backend == "cpp" and attention.runs():
         pieces = [(link.keys[layer], link.values[layer]) for link in layout.links]
         how = (layout.last_rows if last else layout.rows), pieces, layout.causal, q.shape[2] ** -0.5
-        out, log_sums = attention.forward(q, k, v, *how)
-        return out, lambda g: attention.gradient(g, out, log_sums, q, k, v, *how)
+        out, log_sums = attention.forward(q, k, v, how)
+        return out, lambda g: attention.gradient(g, out, log_sums, q, k, v, how)
     keys, values = layout.laid_out(layer, k, v)  # before autograd begins, so that k and v need not be kept
     with torch.enable_grad():
         a, b, c = leaves = [x.detach().requires_grad_() for x in (q, keys, values)]
