@@ -121,8 +121,10 @@ async def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; an orphaned zombie does not, and its status is its new parent's business."""
+    """Whether the process or a thread of it runs; an orphaned zombie does not, and its status is its new parent's
+    business."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        threads = len(os.listdir(f"/proc/{pid}/task"))
+        return threads > 1 or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
