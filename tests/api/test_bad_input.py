@@ -29,6 +29,7 @@ Wrong = list[tuple[str, list[Any], dict[str, Any]]]
 """A field's path, values that are wrong there, and what else the request has. The field is named in the error."""
 
 ENTRGI, BON = {"guidance": {"method": "entrgi"}}, {"guidance": {"method": "bon"}}
+RESAMPLED = {"guidance": {"resample": {}}, "n": 2}
 
 
 def algorithm(name: str) -> dict[str, Any]:
@@ -91,6 +92,13 @@ FIELDS: Wrong = [
     ("guidance.reward_models.0.model", ["x"], {"guidance": {"method": "bon", "reward_models": [{}]}}),
     ("guidance.reward_models.0.weight", [1e9], {"guidance": {"method": "bon", "reward_models": [{"model": "rm"}]}}),
     ("guidance.reward_models.1.model", ["rm"], {"guidance": {"method": "bon", "reward_models": [{"model": "rm"}, {}]}}),
+    ("guidance.resample", [True, "reward", []], BON),
+    ("guidance.resample.by", ["judge", 1], RESAMPLED),
+    ("guidance.resample.every", [0, 1.5, "8"], RESAMPLED),
+    ("guidance.resample.strength", [0, -1, 101], RESAMPLED),
+    ("guidance.resample.potential", ["sum"], RESAMPLED),
+    ("guidance.resample.threshold", [0, 1.01], RESAMPLED),
+    ("guidance.resample.eta", [1], RESAMPLED),
     ("diffusion", ["fast"], {}),
     ("diffusion.steps", [0, 4096], {"diffusion": {}}),
     ("diffusion.algorithm", ["random"], {"diffusion": {}}),
@@ -303,6 +311,19 @@ MESSAGES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"guidance": "best"}, f"`guidance.method` must be {', '.join(map(repr, FIRST))} or {LAST!r} (got 'best')"),
         ({"guidance": {"reward_model": "z"}}, "`guidance.reward_model` names 'z', which is not loaded; loaded: rm"),
         ({"guidance": BON | {"eta": 1}}, "`guidance.eta` has no effect with method bon, which uses no gradient"),
+        (
+            {"guidance": BON | {"resample": {"by": "confidence", "potential": "difference"}}},
+            "`guidance.resample.potential` has no effect with by confidence",
+        ),
+        (
+            {"guidance": "smc", "best_of": 1},
+            "`best_of` is 1, and `guidance.resample` needs at least 2 trajectories (with method none as many `n`)",
+        ),
+        (
+            {"guidance": "smc", "temperature": 0},
+            "`temperature` 0 would keep the copies that `guidance.resample` makes the same: it must be above 0, or "
+            "`diffusion.algorithm_temperature` must be",
+        ),
         ({"diffusion": []}, "`diffusion` must be an object"),
         ({"diffusion": {"entropy_bound": 1}}, "`diffusion.entropy_bound` has no effect with algorithm entropy"),
         ({"frobnicate": 1}, "`frobnicate` is not a field of this request"),

@@ -34,64 +34,12 @@ MIXED = replace(INFO, reward_models=(NUMBERS, RM))
 BY_NUMBERS = WeightedReward("numbers")
 
 
-async def refused(body: dict[str, Any], info: EngineInfo = INFO) -> tuple[str | None, str]:
+async def refused(body: dict[str, Any], info: EngineInfo) -> tuple[str | None, str]:
     """The field that a 400 names, and its message, which names it too."""
     async with open_client(make(ScriptedEngine(at_once, info=info))) as client:
         error = check_envelope(await client.post(COMPLETIONS, json={"prompt": "Hi", **body}), 400)
     assert f"`{error['param']}`" in error["message"]
     return error["param"], error["message"]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("by", wrong) for wrong in ("judge", 1)),
-        *(("every", wrong) for wrong in (0, 1.5, "8")),
-        *(("strength", wrong) for wrong in (0, -1, 101)),
-        ("potential", "sum"),
-        *(("threshold", wrong) for wrong in (0, 1.01)),
-        ("eta", 1),
-    ],
-)
-async def test_the_wrong_field_is_named(field: str, value: object) -> None:
-    param, _ = await refused({"guidance": {"resample": {field: value}}, "n": 2})
-    assert param == f"guidance.resample.{field}"
-
-
-@pytest.mark.parametrize("value", [True, "reward", []])
-async def test_resample_is_an_object(value: object) -> None:
-    assert (await refused({"guidance": {"method": "bon", "resample": value}}))[0] == "guidance.resample"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        *(
-            (
-                {"guidance": {"method": "bon", "resample": {"by": "confidence", "potential": potential}}},
-                "`guidance.resample.potential` has no effect with by confidence",
-            )
-            for potential in ("difference", "max")
-        ),
-        *(
-            (
-                change,
-                "`best_of` is 1, and `guidance.resample` needs at least 2 trajectories (with method none as many `n`)",
-            )
-            for change in ({"guidance": "smc", "best_of": 1}, {"guidance": {"resample": {}}})
-        ),
-        *(
-            (
-                {"guidance": "smc", "temperature": 0, "diffusion": {"algorithm": algorithm}},
-                "`temperature` 0 would keep the copies that `guidance.resample` makes the same: it must be above 0, or "
-                "`diffusion.algorithm_temperature` must be",
-            )
-            for algorithm in ("entropy", "threshold")
-        ),
-    ],
-)
-async def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
-    assert await refused(change) == (message.split("`")[1], message)
 
 
 async def guidance_of(guidance: object, info: EngineInfo = INFO, **fields: Any) -> GuidanceParams:
