@@ -251,11 +251,6 @@ def test_every_method_resamples(server: Served, method: str, by: str) -> None:
         assert chosen == sorted(range(4), key=lambda index: -rewards[index])[:2]
 
 
-def test_the_shorthand_gives_the_same_answer(server: Served) -> None:
-    spelled_out = ran(server, guidance={"method": "bon", "resample": {"by": "reward"}})
-    assert ran(server, guidance="smc")["choices"] == spelled_out["choices"]
-
-
 def test_a_stream_gives_the_same_answer_and_tells_whose_copy_each_canvas_is(server: Served) -> None:
     guidance = {"method": "bon", "resample": EAGER}
     whole = ran(server, guidance=guidance)

@@ -147,12 +147,6 @@ def test_scorers_and_reward_models_are_one_weighted_sum(judged: Served) -> None:
     assert choice["reward"] == max(guidance["rewards"][0])
 
 
-def test_nothing_but_scorers_guides_no_gradient(judged: Served) -> None:
-    error = judged.post("/v1/completions", guided("length", method="entrgi")).json()["error"]
-    assert error["param"] == "guidance.reward_models"
-    assert "gradient" in error["message"]
-
-
 @pytest.mark.parametrize("do", ["few", "nan", "raise", "die"])
 def test_a_scorer_that_fails_is_a_502_with_its_name(do: str, judged: Served) -> None:
     body = guided("rm", "scripted", best_of=2, metadata={"do": do})
