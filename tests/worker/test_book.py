@@ -74,16 +74,6 @@ def test_tokens_bound_what_runs_together_and_guided_rows_only_one_trajectory() -
     assert names(admit(free)) == ["a0"]
 
 
-def test_a_trajectory_above_the_budget_but_not_above_the_largest_runs_alone() -> None:
-    book = Book(Budget(tokens=30), Budget(tokens=100))
-    book.add(job("small", tokens=10))
-    book.add(job("big", tokens=60, best_of=2))
-    book.add(job("after", tokens=10))
-    with pytest.raises(InvalidRequest, match="100"):
-        book.add(job("never", tokens=99))
-    assert passes(book) == [["small0"], ["big0"], ["big1"], ["after0"]]
-
-
 def test_the_cached_conversation_is_paid_once_a_job_until_its_last_trajectory_leaves() -> None:
     book = Book(Budget(cached_tokens=100))
     for name in "abc":
@@ -187,18 +177,6 @@ def test_what_can_never_run_is_refused_with_the_budget_it_exceeds(values: dict[s
     with pytest.raises(InvalidRequest, match=limit):
         book.add(job("wide", **values))
     assert book.waiting == 0
-
-
-def test_small_jobs_do_not_starve_a_big_one() -> None:
-    book = Book(Budget(tokens=100))
-    book.add(job("small0", tokens=40))
-    running = admit(book)
-    book.add(job("big", tokens=90))
-    for index in range(1, 5):
-        book.add(job(f"small{index}", tokens=10))
-    assert admit(book) == []  # nothing overtakes the head of the queue
-    release(book, running[0])
-    assert names(admit(book)) == ["big0"]
 
 
 def test_a_dropped_job_gives_its_room_back() -> None:
