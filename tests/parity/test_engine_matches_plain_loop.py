@@ -207,21 +207,6 @@ def test_whoever_asks_for_more_than_a_text_gets_the_whole_canvas(ending: Any, as
     assert not any(mask in token_ids for token_ids in whole)
 
 
-def test_a_change_of_seed_changes_the_tokens(pair64: Any) -> None:
-    job = make_job(pair64, 0, temperature=1.0, top_p=1.0)
-    drawn = {
-        run(pair64, [replace(job, sampling=replace(job.sampling, seed=seed))])[job.id].trajectories[0].token_ids
-        for seed in range(4)
-    }
-    assert len(drawn) == 4
-
-
-def test_the_trajectories_of_a_job_differ(pair64: Any) -> None:
-    job = make_job(pair64, 0, temperature=1.0, top_p=1.0, n=4, best_of=4)
-    result = run(pair64, [job])[job.id]
-    assert len({trajectory.token_ids for trajectory in result.trajectories}) == 4
-
-
 def canvases(pair: Any, jobs: Iterable[Job]) -> dict[tuple[str, int], dict[int, list[int]]]:
     """The canvas of every trajectory after each of its steps, -1 where masked."""
     runner = Runner(pair.loaded, pair.rewards)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,6 @@ from torch import Tensor
 from server.guidance.distributions import filtered_distribution, weighted_rows
 from server.methods import METHODS, gradient_methods
 from server.models.packing import PackedLayout
-from server.types import GuidanceParams, Job, SamplingParams
-from server.wire.messages import Finished
-from server.worker.runner import Runner
 from tests.support.jobs import make_job, run
 from tests.support.models import Pair
 from tests.support.steering import STEP, OneCanvas
@@ -100,31 +96,3 @@ def test_drawn_tokens_follow_the_exact_distribution(
     assert sum(observed) == len(tokens) == 4000
     if len(observed) > 1:
         assert chisquare(observed, expected).pvalue > 1e-4
-
-
-def test_a_guided_job_alone_and_in_a_crowd_gives_the_same_tokens(pair64: Any) -> None:
-    """Neighbours of other methods, lengths and seeds come and go between steps."""
-    job = make_job(
-        "mine", PROMPT, pair64.loaded.tokenizer, max_tokens=7, best_of=2, seed=5, method="entrgi",
-        gradient_steps=2,
-    )  # fmt: skip
-    sampling = job.sampling
-
-    def tokens(neighbours: list[tuple[int, Job]]) -> list[tuple[int, ...]]:
-        runner = Runner(pair64.loaded, pair64.rewards)
-        runner.add(job, now=0.0)
-        pending = list(neighbours)
-        for step in range(100):
-            for neighbour in [job for at, job in pending if at == step]:
-                runner.add(neighbour, now=0.0)
-            for event in runner.step():
-                if isinstance(event, Finished) and event.job_id == "mine":
-                    return [trajectory.token_ids for trajectory in event.result.trajectories]
-        raise AssertionError("the job did not finish")
-
-    crowd = [
-        (at, replace(job, id=f"n{at}", sampling=replace(sampling, seed=at, max_tokens=3 + at, best_of=1 + at % 3)))
-        for at in range(6)
-    ]
-    crowd += [(2, replace(job, id="plain", guidance=GuidanceParams(), sampling=SamplingParams(max_tokens=9)))]
-    assert tokens(crowd) == tokens([])
