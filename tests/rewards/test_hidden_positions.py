@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.guidance.prefixes import RewardContext, grow
-from server.models.layers import SelfAttention
 from server.models.packing import EMPTY_PREFIX
 from server.rewards.reward_model import RewardModel
 from server.rewards.trunk import Wrapped
@@ -125,35 +124,3 @@ def test_only_a_variable_length_attention_hides(model: RewardModel, monkeypatch:
     layout = model.layout([EMPTY_PREFIX], [3])
     with pytest.raises(ValueError, match="only a variable-length attention"):
         model.read(layout.hiding(torch.tensor([2]), layout.positions), torch.zeros(3, model.hidden_size).double())
-
-
-def test_hidden_tokens_take_no_part_whatever_the_kernel_leaves_behind() -> None:
-    """A kernel need not fill in the gradients of keys that no query asked for."""
-    model = load(written_out=True)
-    layout = model.layout([EMPTY_PREFIX] * 2, [4, 3])
-    layout = layout.hiding(torch.tensor([2, 3]), layout.positions)
-    x = embeddings(model, 7).requires_grad_()
-    seen = []
-
-    def spoil(gradient: Tensor) -> Tensor:
-        seen.append(len(gradient))
-        spoilt = gradient.clone()
-        spoilt[2:4] = torch.nan
-        return spoilt
-
-    original, keys = SelfAttention.keys, []
-
-    def watched(self: SelfAttention, *arguments: Any) -> Any:
-        k, v = original(self, *arguments)
-        keys.append(k)
-        return k, v
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SelfAttention, "keys", watched)
-        rewards = model.read(layout, x)
-        keys[-1].register_hook(spoil)  # the last layer's
-        (g,) = torch.autograd.grad(rewards.sum(), [x])
-    assert seen == [7]
-    assert g.isfinite().all()
-    assert not g[2:4].any()
-    assert g[[0, 1, 4, 5, 6]].any(dim=1).all()
