@@ -17,7 +17,6 @@ from transformers import (
 from server.errors import ConfigurationError
 from server.models.loading import load_diffusion_model
 from server.models.packing import PackedLayout
-from server.models.registry import family_of
 from tests.support.models import GOLDEN
 from tests.support.rewards import edit_json
 
@@ -104,8 +103,3 @@ def test_a_wrong_block_size_is_named(value, words, tmp_path):
     edit_json(folder / "config.json", block_size=value)
     with pytest.raises(ConfigurationError, match=words):
         load_diffusion_model(folder)
-
-
-def test_sdars_mixture_of_experts_is_refused_by_name():
-    with pytest.raises(ConfigurationError, match="SDARMoeForCausalLM"):
-        family_of({"architectures": ["SDARMoeForCausalLM"]})

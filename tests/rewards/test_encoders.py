@@ -18,7 +18,7 @@ from server.rewards.encoder import Encoder, load_encoder
 from server.types import Message, Resampling, RewardInput, RewardOutput, WeightedReward
 from server.worker.runner import Runner
 from tests.support import models
-from tests.support.encoders import FAMILIES, LENGTH, MOODS, logits_of, pipeline, write_encoder
+from tests.support.encoders import FAMILIES, LENGTH, logits_of, pipeline, write_encoder
 from tests.support.jobs import finish, make_job, run
 from tests.support.models import CPU, reward, score_text
 from tests.support.rewards import edit_json
@@ -240,7 +240,3 @@ def test_code_of_an_encoders_checkpoint_never_runs(broken: Path, tmp_path: Path)
     edit_json(broken / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     assert load(broken).info.family == "bert"
     assert not ran.exists()
-
-
-def test_moods_are_those_of_the_checkpoint(bert: Path) -> None:
-    assert [find_classifier("mood", bert, name).reading.index for name in MOODS.values()] == [0, 1, 2]
