@@ -172,11 +172,7 @@ def test_a_pair_that_cannot_fit_blames_the_messages(bert: Path) -> None:
     assert "conversation and response take" in failed[long.id].message
 
 
-def test_labels_are_found_and_refused_as_those_of_causal_models(bert: Path, broken: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"^reward model mood: label: name one of its 3 labels: 0 \('neg"):
-        load(bert, label=None)
-    with pytest.raises(ConfigurationError, match="label: there is no 'happy'"):
-        load(bert, label="happy")
+def test_labels_without_names_are_told_by_the_head(bert: Path, broken: Path) -> None:
     edit_json(broken / "config.json", id2label=None, label2id=None, num_labels=None)
     nameless = load(broken, label="LABEL_2")
     sequence = nameless.sequence(ASKED, ANSWERS[2])
