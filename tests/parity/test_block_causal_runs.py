@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from server.budget import Budget
 from server.errors import InvalidRequest
@@ -16,7 +15,7 @@ from server.wire.messages import Canvas, Finished, Progress
 from server.worker.runner import Runner
 from tests.support import jobs as support
 from tests.support.jobs import answers, run
-from tests.support.models import BLOCK_CAUSAL, Around
+from tests.support.models import BLOCK_CAUSAL, Watched
 
 pytestmark = pytest.mark.parametrize("family", BLOCK_CAUSAL, scope="session")
 PROMPT = "Tell me about the licence of this software."
@@ -26,32 +25,8 @@ def make_job(pair: Any, name: str, prompt: str = PROMPT, **changes: Any) -> Job:
     return support.make_job(name, prompt, pair.loaded.tokenizer, **pair.blocks | {"max_tokens": 14} | changes)
 
 
-class Watched(Around):
-    """A diffusion model that counts the prompts and the tokens of each forward that it is given, and runs out of memory
-    when told to."""
-
-    def __init__(self, model: Any, short_at: int = 0) -> None:
-        super().__init__(model)
-        self.prompts, self.sizes, self.heads, self.short_at = 0, list[int](), 0, short_at
-
-    def prefill(self, prompts: Any, *arguments: Any) -> Any:
-        self.prompts += len(prompts)
-        return self.model.prefill(prompts, *arguments)
-
-    def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> Any:
-        self.sizes.append(len(tokens))
-        return self.model.masked_hidden(tokens, *arguments)
-
-    def head(self, hidden: torch.Tensor) -> Any:
-        self.heads += 1
-        if self.heads == self.short_at:
-            torch.empty(2**60, dtype=torch.uint8)
-        return self.model.head(hidden)
-
-
-def watched(pair: Any, model: Watched, **options: Any) -> Runner:
-    loaded: Any = replace(pair.loaded, model=model)
-    return Runner(loaded, pair.rewards, **options)
+def watched(pair: Any, model: Any, **options: Any) -> Runner:
+    return Runner(replace(pair.loaded, model=model), pair.rewards, **options)
 
 
 def test_all_trajectories_share_one_prompt_and_a_step_reads_two_blocks_at_most(pair64: Any) -> None:
@@ -60,8 +35,8 @@ def test_all_trajectories_share_one_prompt_and_a_step_reads_two_blocks_at_most(p
     for budget in (Budget(), Budget(trajectories=1)):  # at once, and in parts
         model = Watched(pair64.loaded.model)
         assert answers(watched(pair64, model, budget=budget), [job]) == ({job.id: expected}, {})
-        assert model.prompts == 1
-        assert max(model.sizes) <= 2 * 4 * min(3, budget.trajectories)
+        assert sum(model.sizes["prompts"]) == 1
+        assert max(model.sizes["forward"]) <= 2 * 4 * min(3, budget.trajectories)
 
 
 def test_the_cache_is_admitted_by_its_tokens(pair64: Any) -> None:
@@ -88,7 +63,8 @@ def test_the_cache_is_admitted_by_its_tokens(pair64: Any) -> None:
 def test_a_part_that_runs_out_of_memory_runs_again_with_the_same_cache(pair64: Any, short_at: int) -> None:
     jobs = [make_job(pair64, str(seed), seed=seed, prompt="Hi" * (seed + 1)) for seed in range(3)]
     expected = {name: [each.token_ids for each in result.trajectories] for name, result in run(pair64, jobs).items()}
-    runner = watched(pair64, Watched(pair64.loaded.model, short_at))
+    model = Watched(pair64.loaded.model, lambda what, sizes: what == "head" and len(sizes) == short_at)
+    runner = watched(pair64, model)
     assert answers(runner, jobs) == (expected, {})
     assert runner.stats.out_of_memory == 1
 

@@ -7,7 +7,7 @@ What `diffusion`, `reward` and `pair` return is shared by all tests: a test that
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,38 @@ class Around:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+def allocate() -> None:
+    """What no machine can give."""
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+class Watched(Around):
+    """A diffusion model that notes how many prompts, tokens and rows it is given each time. It runs out of memory when
+    `fails` says so of what it is given now and all sizes of that kind, or raises what `fails` does."""
+
+    def __init__(self, model: Any, fails: Callable[[str, list[int]], bool] = lambda what, sizes: False) -> None:
+        super().__init__(model)
+        self.fails = fails
+        self.sizes: dict[str, list[int]] = {"prompts": [], "forward": [], "head": []}
+
+    def _note(self, what: str, given: Any) -> None:
+        self.sizes[what].append(len(given))
+        if self.fails(what, self.sizes[what]):
+            allocate()
+
+    def prefill(self, prompts: Any, *arguments: Any) -> Any:
+        self._note("prompts", prompts)
+        return self.model.prefill(prompts, *arguments)
+
+    def masked_hidden(self, tokens: Tensor, *arguments: Any) -> Any:
+        self._note("forward", tokens)
+        return self.model.masked_hidden(tokens, *arguments)
+
+    def head(self, hidden: Tensor) -> Any:
+        self._note("head", hidden)
+        return self.model.head(hidden)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from server.types import Job, Message, SamplingParams
 from server.worker.failures import RECOVERY_PARTS, Attempt, Limits
 from server.worker.runner import Runner
 from tests.support.jobs import answers, make_job
-from tests.support.models import Around, diffusion, reward, tokenizer
+from tests.support.models import Around, Watched, allocate, diffusion, reward, tokenizer
 
 
 def jobs() -> list[Job]:
@@ -47,35 +46,8 @@ def expected() -> dict[str, Any]:
     return finished
 
 
-def allocate() -> None:
-    """What no machine can give."""
-    torch.empty(2**60, dtype=torch.uint8)
-
-
-class Watched(Around):
-    """A diffusion model that notes how many tokens and rows it is given, and runs out of memory when told to."""
-
-    def __init__(self, fails: Callable[[str, int], bool] = lambda what, size: False) -> None:
-        super().__init__(LOADED.model)
-        self.fails = fails
-        self.sizes: dict[str, list[int]] = {"forward": [], "head": []}
-
-    def _note(self, what: str, size: int) -> None:
-        self.sizes[what].append(size)
-        if self.fails(what, size):
-            allocate()
-
-    def masked_hidden(self, tokens: torch.Tensor, *arguments: Any) -> Any:
-        self._note("forward", len(tokens))
-        return self.model.masked_hidden(tokens, *arguments)
-
-    def head(self, hidden: torch.Tensor) -> Any:
-        self._note("head", len(hidden))
-        return self.model.head(hidden)
-
-    def runner(self, **options: Any) -> Runner:
-        model: Any = self
-        return Runner(replace(LOADED, model=model), REWARDS, **options)
+def watched(model: Any, **options: Any) -> Runner:
+    return Runner(replace(LOADED, model=model), REWARDS, **options)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +62,8 @@ class Watched(Around):
     ids=str,
 )
 def test_any_budget_gives_the_same_tokens_and_holds(expected: dict[str, Any], budget: Budget) -> None:
-    model = Watched()
-    runner = model.runner(budget=budget, largest=Budget())
+    model = Watched(LOADED.model)
+    runner = watched(model, budget=budget, largest=Budget())
     assert answers(runner, jobs()) == (expected, {})
     assert max(model.sizes["head"]) <= max(budget.guided_rows, budget.logit_rows, 16)
     assert max(model.sizes["forward"]) <= max(budget.tokens, 0)
@@ -100,14 +72,14 @@ def test_any_budget_gives_the_same_tokens_and_holds(expected: dict[str, Any], bu
 
 def test_memory_that_runs_out_once_costs_a_second_try_and_no_token(expected: dict[str, Any]) -> None:
     for what in ("forward", "head"):
-        failures = iter([False, False, True])
-        runner = Watched(lambda seen, _, what=what, left=failures: seen == what and next(left, False)).runner()  # type: ignore[misc]
+        third = Watched(LOADED.model, lambda seen, sizes, what=what: seen == what and len(sizes) == 3)  # type: ignore[misc]
+        runner = watched(third)
         assert answers(runner, jobs()) == (expected, {}), what
         assert runner.stats.out_of_memory == 1
 
 
 def test_parts_shrink_until_they_fit_and_stay_small(expected: dict[str, Any]) -> None:
-    runner = Watched(lambda what, size: what == "head" and size > 24).runner()
+    runner = watched(Watched(LOADED.model, lambda what, sizes: what == "head" and sizes[-1] > 24))
     finished, failed = answers(runner, jobs())
     # The first step may give up what did not fit in halves either; from then on everything fits.
     assert finished == {name: tokens for name, tokens in expected.items() if name not in failed}
@@ -121,8 +93,8 @@ def test_parts_shrink_until_they_fit_and_stay_small(expected: dict[str, Any]) ->
 def test_only_the_jobs_that_memory_cannot_hold_fail(expected: dict[str, Any]) -> None:
     """A lone trajectory too large for memory is tried twice; its neighbours do not notice."""
     big = replace(jobs()[1], id="big", sampling=SamplingParams(max_tokens=40, seed=9))
-    watched = Watched(lambda what, size: what == "head" and size >= 30)
-    runner = watched.runner(budget=Budget(guided_rows=24, logit_rows=24), largest=Budget())
+    model = Watched(LOADED.model, lambda what, sizes: what == "head" and sizes[-1] >= 30)
+    runner = watched(model, budget=Budget(guided_rows=24, logit_rows=24), largest=Budget())
     finished, failed = answers(runner, [*jobs(), big])
     assert finished == expected
     assert {name: (event.kind, event.message) for name, event in failed.items()} == {

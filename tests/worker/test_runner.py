@@ -15,7 +15,7 @@ from server.types import Job
 from server.wire.messages import Event, Failed, Finished, Timed
 from server.worker.runner import Runner
 from tests.support.jobs import make_job
-from tests.support.models import Around, diffusion, reward
+from tests.support.models import Around, Watched, diffusion, reward
 
 LOADED, REWARD = diffusion("dream"), reward("dream")
 POISON = "a conversation that nobody can read"
@@ -130,24 +130,16 @@ def test_an_end_that_raises_fails_its_job_alone(usual: dict[str, Any], error: Ex
     assert runner.stats.out_of_memory == (4 if kind == "out_of_memory" else 0)
 
 
-class Broken(Around):
-    """A diffusion model that breaks in its n-th forward."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__(LOADED.model)
-        self.left = at
-
-    def masked_hidden(self, *arguments: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("something else")
-        return self.model.masked_hidden(*arguments)
-
-
 def test_a_step_that_raises_ends_those_that_took_part_and_keeps_the_pass_s_other_events(usual: dict[str, Any]) -> None:
     now = 0.0
     one, two, three = innocents()
-    broken: Any = Broken(at=2)
+
+    def second_forward(what: str, sizes: list[int]) -> bool:
+        if what == "forward" and len(sizes) == 2:
+            raise RuntimeError("something else")
+        return False
+
+    broken: Any = Watched(LOADED.model, second_forward)
     queue = [two, one, replace(make_job("late"), deadline=5.0), three]
     options = {"budget": Budget(trajectories=1), "clock": lambda: now}
     runner = start(queue, loaded=replace(LOADED, model=broken), **options)
