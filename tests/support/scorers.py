@@ -64,7 +64,8 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Stub:
-    """A server that gives whatever `answer` makes of a path and a body, and remembers what it was asked."""
+    """A server that gives whatever `answer` makes of a path and a body (None of a GET), and remembers what it was asked
+    in a POST."""
 
     answer: Callable[[str, Any], Answer]
     url: str = ""
@@ -88,9 +89,15 @@ def stub(answer: Callable[[str, Any], Answer]) -> Iterator[Stub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self._give(None)
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             made.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+            self._give(body)
+
+        def _give(self, body: Any) -> None:
             status, headers, data = made.answer(self.path, body)
             try:
                 self.send_response(status)

@@ -8,10 +8,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,8 @@ from clients.errors import AuthenticationFailed, ClientError, ConnectionFailed
 from clients.runs import engine
 from clients.runs.batch import requests_of
 from clients.runs.engine import Journal, Request, Servers, answer_all, request
-from tests.support.serving import ROOT
+from tests.support.scorers import Stub, ok, stub
+from tests.support.serving import ROOT, wait_for
 
 REQUESTS = [request("/v1/chat/completions", {"number": number}) for number in range(20)]
 Answer = Callable[[str, int], httpx.Response]
@@ -200,78 +199,37 @@ def test_a_refused_key_ends_the_run_and_so_does_silence(
         run(tmp_path / "b", Network(silent))
 
 
-class Slow(ThreadingHTTPServer):
-    """A server of one model that answers chats until it has answered `free`, and then holds them until `go` is set."""
-
-    free = 3
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.go = threading.Event()
-        self.asked: list[int] = []
-        self.held = threading.Semaphore(0)
+DEFAULTS = {"reward_model": "rm", "best_of": {"bon": 2}, "max_tokens": 8}
+MODELS = {"data": [{"id": "dlm", "type": "diffusion", "defaults": DEFAULTS}, {"id": "rm", "type": "reward"}]}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: Slow
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
-
-    def do_GET(self) -> None:
-        defaults = {"reward_model": "rm", "best_of": {"bon": 2}, "max_tokens": 8}
-        models = [{"id": "dlm", "type": "diffusion", "defaults": defaults}, {"id": "rm", "type": "reward"}]
-        self._answer({"data": models})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(body["seed"])
-        if len(self.server.asked) > self.server.free:
-            self.server.held.release()
-            self.server.go.wait()
-        choice = {
-            "message": {"content": "Fine."},
-            "reward": 1.5,
-            "token_ids": [1, 2],
-            "step_map": [0, 1],
-            "trajectory": 0,
-        }
-        counts = {"steps": 2, "model_calls": 2, "reward_calls": 0, "queue_ms": 0.0, "generation_ms": 1.0}
-        report = {"method": "bon", "seed": body["seed"], "rewards": [[1.5, 0.5]], **counts}
-        self._answer({"id": "a", "model": "dlm", "choices": [{"index": 0, **choice}], "guidance": report})
-
-    def _answer(self, document: Any) -> None:
-        said = json.dumps(document).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
+def sampled(made: Stub, body: Any) -> tuple[int, dict[str, str], bytes]:
+    """What a server of one model answers. It holds all chats but the first three until it is released."""
+    if body is None:
+        return ok(MODELS)
+    if len(made.asked) > 3:
+        made.released.wait()
+    choice = {"message": {"content": "Fine."}, "reward": 1.5, "token_ids": [1, 2], "step_map": [0, 1], "trajectory": 0}
+    counts = {"steps": 2, "model_calls": 2, "reward_calls": 0, "queue_ms": 0.0, "generation_ms": 1.0}
+    report = {"method": "bon", "seed": body["seed"], "rewards": [[1.5, 0.5]], **counts}
+    return ok({"id": "a", "model": "dlm", "choices": [{"index": 0, **choice}], "guidance": report})
 
 
-@pytest.fixture
-def slow() -> Iterator[Slow]:
-    with Slow() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.go.set()
-        server.shutdown()
-
-
-def test_a_command_that_was_killed_goes_on_where_it_was(slow: Slow, tmp_path: Path) -> None:
+def test_a_command_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"Question {number}?\n" for number in range(8)))
-    url = f"http://127.0.0.1:{slow.server_address[1]}"
-    command = [sys.executable, "-m", "clients", "sample", "--prompts", str(tmp_path / "prompts.txt"), "--url", url]
+    command = [sys.executable, "-m", "clients", "sample", "--prompts", str(tmp_path / "prompts.txt")]
     command += ["--method", "bon", "--concurrency", "1", "--out", str(tmp_path / "data.jsonl")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
-        assert slow.held.acquire(timeout=120)
-        first.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "data.jsonl").exists()
-    asked = list(slow.asked)
-    assert asked == [0, 1, 2, 3]
-    slow.go.set()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    with stub(lambda _, body: sampled(made, body)) as made:
+        command += ["--url", made.url]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as first:
+            wait_for(lambda: len(made.asked) == 4)
+            first.send_signal(signal.SIGKILL)
+        assert not (tmp_path / "data.jsonl").exists()
+        made.released.set()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert slow.asked[len(asked) :] == [3, 4, 5, 6, 7]  # the three that were answered are not asked again
+    # The three that were answered are not asked again.
+    assert [body["seed"] for _, _, body in made.asked] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text("utf-8").splitlines()]
     assert sorted(row["seed"] for row in rows) == list(range(8))
     assert rows[0]["prompt"] == [{"role": "user", "content": "Question 0?"}]
