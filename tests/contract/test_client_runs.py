@@ -202,19 +202,3 @@ def test_a_batch_is_answered_line_by_line(run: Run, tmp_path: Path) -> None:
     before = out.read_bytes()
     run("batch", str(asked), str(out), status=1)
     assert out.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ('{"custom_id": "a"}', "is no request of OpenAI's batch format"),
-        ('{"custom_id": "z", "method": "POST", "url": "/v1", "body": {}}', "'z' stands on a line before it"),
-        ('{"custom_id": "a", "method": "POST", "url": "/v1", "body": {"stream": true}}', "`stream` has no place"),
-    ],
-)
-def test_a_wrong_line_of_a_batch_is_named(line: str, told: str, run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_text(f'{{"custom_id": "z", "method": "POST", "url": "/v1", "body": {{}}}}\n{line}\n')
-    error = run("batch", str(path), str(tmp_path / "out.jsonl"), status=1)[1]
-    assert f"{path}, line 2" in error
-    assert told in error

@@ -122,16 +122,30 @@ def test_a_batch_takes_no_answer_to_another_request_of_the_same_name(
     assert "has an answer to another request named 'a'; name another file" in said
 
 
+POST_TO_A_PATH = "wanted are the method POST and a url that is a path"
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"url": "http://elsewhere/v1"}, {"url": "//elsewhere/v1"}, {"url": "v1"}, {"method": "GET"}]
+    ("wrong", "told"),
+    [
+        *(({"url": url}, POST_TO_A_PATH) for url in ("http://elsewhere/v1", "//elsewhere/v1", "v1")),
+        ({"method": "GET"}, POST_TO_A_PATH),
+        ({"url": None}, "is no request of OpenAI's batch format"),
+        ({"custom_id": "a"}, "'a' stands on a line before it"),
+        ({"body": {"stream": True}}, "`stream` has no place"),
+    ],
 )
-def test_a_batch_sends_its_key_to_the_named_servers_alone(wrong: dict[str, str], tmp_path: Path) -> None:
-    line = {"custom_id": "a", "method": "POST", "url": "/v1", "body": {}}
-    (tmp_path / "in.jsonl").write_text(json.dumps(line))
-    assert requests_of(str(tmp_path / "in.jsonl")) == [Request("a", "/v1", {})]
-    (tmp_path / "in.jsonl").write_text(f"\n{json.dumps(line | wrong)}")
-    with pytest.raises(ClientError, match=r"in\.jsonl, line 2: wanted are the method POST and a url that is a path"):
-        requests_of(str(tmp_path / "in.jsonl"))
+def test_a_wrong_line_of_a_batch_is_named_and_its_key_goes_to_the_named_servers_alone(
+    wrong: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, line = tmp_path / "in.jsonl", {"custom_id": "a", "method": "POST", "url": "/v1", "body": {}}
+    path.write_text(json.dumps(line))
+    assert requests_of(str(path)) == [Request("a", "/v1", {})]
+    path.write_text(f"{json.dumps(line)}\n\n{json.dumps(line | {'custom_id': 'b'} | wrong)}")
+    assert main(["batch", str(path), str(tmp_path / "out.jsonl"), "--url", "http://nobody.invalid"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{path}, line 3" in said
+    assert told in said
 
 
 def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
