@@ -82,46 +82,31 @@ def parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_dream_7b():
+@pytest.mark.parametrize(
+    ("family", "config", "tiny", "widths", "layers", "count", "context"),
+    [
+        # 15,231,233,024 bytes in bfloat16: the total in the index of the published Qwen2.5-7B, its origin
+        (DreamModel, DREAM_7B, "dream", {512: 152064, 64: 3584, 192: 18944, 32: 4 * 128}, 28, 7_615_616_512, 131072),
+        (LLaDAModel, LLADA_8B, "llada", {512: 126464, 64: 4096, 160: 12288}, 32, 16_031_162_368 // 2, 4096),  # the same
+        # 440,467,456 without embeddings, the published 0.44 billion. 64 is also the width of the keys: 8 * 128
+        (A2DQwen3Model, QWEN3_0_6B, "a2d-qwen3", {512: 151936, 64: 1024, 160: 3072, 128: 2048, 32: 128}, 28,
+         596_049_920, 40960),
+        # bytes of the published file
+        (A2DQwen2Model, QWEN2_5_0_5B, "a2d-qwen2", {512: 151936, 64: 896, 160: 4864, 32: 128}, 24, 988_065_536 // 2,
+         32768),
+    ],
+    ids=["dream 7B", "llada 8B", "qwen3 0.6B", "qwen2.5 0.5B"],
+)  # fmt: skip
+def test_all_tensors_of_a_published_model(family, config, tiny, widths, layers, count, context):
     with torch.device("meta"):
-        model = DreamModel(DreamModel.read_config(DREAM_7B))
-    assert family_of(DREAM_7B) is DreamModel
-    widths = {512: 152064, 64: 3584, 192: 18944, 32: 4 * 128}
-    assert shapes(model) == full_size_tensors("dream-tiny/dlm", widths, layers=28)
-    assert len(model.state_dict()) == 339  # as many as the index of the published Qwen2.5-7B, its origin, has
-    assert parameters(model) == 7_615_616_512  # 15,231,233,024 bytes in bfloat16, that index's total
-    assert model.context_length == 131072
-
-
-def test_llada_8b():
-    with torch.device("meta"):
-        model = LLaDAModel(LLaDAModel.read_config(LLADA_8B))
-    assert family_of(LLADA_8B) is LLaDAModel
-    widths = {512: 126464, 64: 4096, 160: 12288}
-    assert shapes(model) == full_size_tensors("llada-tiny/dlm", widths, layers=32)
-    assert parameters(model) * 2 == 16_031_162_368  # total_size in the published index, bfloat16
-    assert model.context_length == 4096
-
-
-def test_qwen3_0_6b():
-    with torch.device("meta"):
-        model = A2DQwen3Model(A2DQwen3Model.read_config(QWEN3_0_6B))
-    assert family_of(QWEN3_0_6B) is A2DQwen3Model
-    widths = {512: 151936, 64: 1024, 160: 3072, 128: 16 * 128, 32: 128}  # 64 also for the keys: 8 * 128
-    assert shapes(model) == full_size_tensors("a2d-qwen3-tiny/dlm", widths, layers=28)
-    assert parameters(model) == 596_049_920  # 440,467,456 without embeddings, the published 0.44 billion
-    assert model.context_length == 40960
-
-
-def test_qwen2_5_0_5b():
-    with torch.device("meta"):
-        model = A2DQwen2Model(A2DQwen2Model.read_config(QWEN2_5_0_5B))
-    assert family_of(QWEN2_5_0_5B) is A2DQwen2Model
-    widths = {512: 151936, 64: 896, 160: 4864, 32: 2 * 64}
-    expected = full_size_tensors("a2d-qwen2-tiny/dlm", widths, layers=24)
-    del expected["lm_head.weight"]  # the tiny one is not tied
+        model = family(family.read_config(config))
+    assert family_of(config) is family
+    expected = full_size_tensors(f"{tiny}-tiny/dlm", widths, layers)
+    if tiny == "a2d-qwen2":
+        del expected["lm_head.weight"]  # the tiny one is not tied
     assert shapes(model) == expected
-    assert parameters(model) * 2 == 988_065_536  # bytes in bfloat16, as the published file has
+    assert parameters(model) == count
+    assert model.context_length == context
 
 
 @pytest.mark.parametrize(
