@@ -17,7 +17,7 @@ from server.api.generation import results
 from server.errors import RequestError
 from server.types import Job, JobResult, TrajectoryResult
 from server.wire.messages import Canvas, Event, Failed, Finished, Progress, Started
-from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, serving
+from tests.api.scripted_engine import ScriptedEngine, finished, make, never, open_client, script, serving
 from tests.faults import hostile
 from tests.support.jobs import make_job
 
@@ -32,12 +32,8 @@ ASKED: dict[str, Any] = {"prompt": "Hi", "stream": True}
     ],
 )
 async def test_a_failure_after_the_first_byte_is_told_without_detail(end: Event, message: str) -> None:
-    async def breaks(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        yield Progress(job.id, 0, 0, [(0, 43)])
-        yield end
-
-    async with open_client(make(ScriptedEngine(breaks))) as client:
+    engine = ScriptedEngine(script(Started(""), Progress("", 0, 0, [(0, 43)]), end))
+    async with open_client(make(engine)) as client:
         response = await client.post("/v1/completions", json=ASKED)
     assert response.status_code == 200
     first, *_, last, done = [event.removeprefix("data: ") for event in response.text.strip().split("\n\n")]
@@ -50,14 +46,9 @@ async def test_a_failure_after_the_first_byte_is_told_without_detail(end: Event,
 async def test_no_character_of_a_text_ends_a_line() -> None:
     """httpx, as other clients in Python, splits where str.splitlines does."""
     text = "".join(map(chr, range(0x250))) + "\u2028\u2029\ufeff😀 end"
-
-    async def says(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        trajectory = TrajectoryResult(0, (43,), text, "length", 1)
-        yield Finished(job.id, JobResult((trajectory,), (0,), 1, 0.1, 1.0))
-
+    result = JobResult((TrajectoryResult(0, (43,), text, "length", 1),), (0,), 1, 0.1, 1.0)
     async with (
-        open_client(make(ScriptedEngine(says))) as client,
+        open_client(make(ScriptedEngine(script(Started(""), Finished("", result))))) as client,
         client.stream("POST", "/v1/completions", json=ASKED) as response,
     ):
         lines = [line async for line in response.aiter_lines() if line]

@@ -4,12 +4,10 @@ tests/conformance/openai."""
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
-from server.types import Job
-from server.wire.messages import Event, Failed, Progress, Started
-from tests.api.scripted_engine import ScriptedEngine, make, open_client
+from server.wire.messages import Failed, Progress, Started
+from tests.api.scripted_engine import ScriptedEngine, make, open_client, script
 from tests.support.serving import Served
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -94,12 +92,8 @@ def test_events_are_the_answer(server: Served) -> None:
 
 
 async def test_a_failure_after_the_first_event_is_the_last_one() -> None:
-    async def breaks(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        yield Progress(job.id, 0, 0, [(0, 43)])
-        yield Failed(job.id, "engine_failed", "lost")
-
-    async with open_client(make(ScriptedEngine(breaks))) as client:
+    engine = ScriptedEngine(script(Started(""), Progress("", 0, 0, [(0, 43)]), Failed("", "engine_failed", "lost")))
+    async with open_client(make(engine)) as client:
         response = await client.post(RESPONSES, json={"input": "Hi", "stream": True})
     *_, delta, last = events_of(response.text)
     assert delta["delta"] == "H"

@@ -21,7 +21,7 @@ from server.api.telemetry import exporting_provider
 from server.errors import ConfigurationError
 from server.types import Job
 from server.wire.messages import Event, Failed, Started, Timed
-from tests.api.scripted_engine import ScriptedEngine, finished, make, open_client
+from tests.api.scripted_engine import ScriptedEngine, finished, make, open_client, script
 from tests.support.serving import ROOT, Launch
 from tests.support.traces import collecting, spans_of
 
@@ -123,10 +123,7 @@ async def test_every_prompt_has_its_spans_and_probes_have_none() -> None:
 
 
 async def test_a_failure_is_an_error_of_its_span() -> None:
-    async def fails(job: Job) -> AsyncIterator[Event]:
-        yield Started(job.id)
-        yield Failed(job.id, "engine_failed", f"broke on {SECRET}")
-
+    fails = script(Started(""), Failed("", "engine_failed", f"broke on {SECRET}"))
     async with traced(ScriptedEngine(fails)) as (client, exporter):
         body = {"messages": [{"role": "user", "content": SECRET}]}
         assert (await client.post("/v1/chat/completions", json=body)).status_code == 500
