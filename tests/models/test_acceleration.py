@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from server.models.graphs import GraphedTrunk
 from server.models.packing import EMPTY_PREFIX, PackedLayout, Prefix
 from server.models.padding import Arena, Inputs, cached_tokens, shape_of
 from server.types import DecoderShape
-from tests.support.graphs import again
-from tests.support.models import FAMILIES, diffusion, load_diffusion
+from tests.support.graphs import again, stale
+from tests.support.models import CPU, FAMILIES, diffusion, load_diffusion
 
 LENGTHS = ([9], [20, 20, 20], [3, 17, 40, 8], [1, 1], [33] * 7, [5, 64, 5, 64, 12])
-CPU = torch.device("cpu")
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -159,10 +157,6 @@ def test_a_trunk_runs_in_graphs_once_a_trial_has_agreed() -> None:
     model = model_of("dream")
     assert graph_trunk(model) == "there are none on cpu"
     model.model.attention_backend = "reference"
-
-    def stale(function: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], tuple[torch.Tensor, ...]]:
-        result = function()
-        return lambda: result
 
     assert graph_trunk(model, stale).startswith("a trial run was off by")
     assert model.trunk == model.plain_trunk

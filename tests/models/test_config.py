@@ -1,7 +1,6 @@
 """What config.json may say: everything that changes the network is honoured or refused by name."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,9 +8,7 @@ from server.errors import ConfigurationError
 from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
 from server.models.registry import FAMILIES, family_of
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
+from tests.support.models import GOLDEN
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip

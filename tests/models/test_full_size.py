@@ -5,7 +5,6 @@ replaced by the published configuration's, give the tensors that a full-size che
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from server.models.dream import DreamModel
 from server.models.llada import LLaDAModel
 from server.models.registry import family_of
 from server.models.sdar import SDARModel
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.support.models import GOLDEN
 
 # config.json of GSAI-ML/LLaDA-8B-Instruct.
 LLADA_8B = {

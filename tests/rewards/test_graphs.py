@@ -20,7 +20,7 @@ from server.models.padding import shape_of
 from server.rewards.graphs import GraphedPasses, differentiate, graph_passes, worst_difference
 from server.rewards.reward_model import RewardModel
 from server.rewards.trunk import Wrapped
-from tests.support.graphs import again
+from tests.support.graphs import again, stale
 from tests.support.models import CPU, load_reward
 from tests.support.rewards import EOS, PAD, Pass, contexts, embeddings
 
@@ -172,12 +172,6 @@ def test_the_gradient_loop_uses_them(model: RewardModel) -> None:
     assert_same(got, expected)
     torch.testing.assert_close(unasked[0], expected[0], rtol=1e-9, atol=1e-11)
     assert not unasked[1].any()
-
-
-def stale(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-    """A graph that does not see what was written into its inputs."""
-    result = function()
-    return lambda: result
 
 
 def test_the_trial_run_believes_what_is_right_and_nothing_else(model: RewardModel) -> None:

@@ -26,3 +26,9 @@ def again(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tens
         return outputs
 
     return replay
+
+
+def stale(function: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """A graph that does not see what was written into its inputs."""
+    result = function()
+    return lambda: result

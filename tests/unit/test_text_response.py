@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.text.response import StreamDecoder, finish_text
-from server.text.tokenizer import Tokenizer
+from tests.support.models import tokenizer
 
-TOKENIZER = Tokenizer.load(Path(__file__).parents[1] / "golden/dream-tiny/dlm")
+TOKENIZER = tokenizer()
 EOS, TURN = 0, 2
 STOPS = (EOS, TURN)
 
