@@ -49,22 +49,14 @@ def chain(seed: int, key_heads: int, size: int, dtype: torch.dtype = torch.float
     return [EMPTY_PREFIX, parent, Prefix(8, more, parent)]
 
 
-def test_layout_numbers() -> None:
-    layout = PackedLayout.of([3, 2, 2, 1])
-    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0]
-    assert layout.cu_q.tolist() == layout.cu_k.tolist() == [0, 3, 5, 7, 8]
-    assert layout.cu_q.dtype == torch.int32
-    assert layout.positions.dtype == layout.lasts.dtype == torch.int64
-    assert layout.lasts.tolist() == [2, 4, 6, 7]
-    assert (layout.tokens, layout.longest, layout.longest_keys) == (8, 3, 3)
-    assert layout.gather is layout.hidden is None
-
-
 def test_numbers_of_rows_that_continue_prefixes() -> None:
     none, parent, child = chain(0, 1, 2)
     layout = PackedLayout.of([2, 3, 1, 2], prefixes=[child, none, parent, child], causal=True)
     assert layout.positions.tolist() == [8, 9, 0, 1, 2, 5, 8, 9]
-    assert layout.cu_k.tolist() == [0, 10, 13, 19, 29]
+    assert (layout.cu_q.tolist(), layout.cu_k.tolist()) == ([0, 2, 5, 6, 8], [0, 10, 13, 19, 29])
+    assert layout.cu_q.dtype == layout.cu_k.dtype == torch.int32
+    assert layout.positions.dtype == layout.lasts.dtype == torch.int64
+    assert (layout.tokens, layout.lasts.tolist()) == (8, [1, 4, 5, 7])
     assert layout.links == (parent, child)
     first, second = [0, 1, 2, 3, 4], [5, 6, 7]
     assert layout.gather is not None
@@ -76,6 +68,7 @@ def test_numbers_of_rows_that_continue_prefixes() -> None:
     assert hiding.lasts.tolist() == [0, 4, 5, 7]
     assert hiding.hidden is not None
     assert hiding.hidden.tolist() == [False, True, *[False] * 6]
+    assert layout.hidden is PackedLayout.of([3, 2]).gather is None
 
 
 def test_numbers_of_blocks_that_follow_each_other() -> None:
