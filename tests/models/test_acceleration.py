@@ -43,12 +43,6 @@ def cached(length: int, parent: Prefix | None = None) -> Prefix:
     return Prefix(length + (parent.length if parent else 0), torch.zeros(1, 2, 1, length, 2), parent)
 
 
-def test_buckets() -> None:
-    assert [bucket(n) for n in (1, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96, 97, 3000)] == [
-        16, 16, 24, 24, 32, 32, 48, 48, 64, 64, 96, 96, 128, 3072,
-    ]  # fmt: skip
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60)), min_size=1, max_size=40),

@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
-from server.guidance.distributions import draw, filtered_distribution
 from server.guidance.plain import PlainLoop
 from tests.support.jobs import make_job, run
 from tests.support.models import Around, Pair
@@ -72,19 +70,6 @@ def test_the_mask_token_is_never_the_answer(pair64: Pair, liking: float) -> None
         tokens = [list(trajectory.token_ids) for trajectory in results[job.id].trajectories]
         assert tokens == pair.plain.run(job).token_ids, job.id
         assert not any(mask in ids for ids in tokens), job.id
-
-
-def test_the_rule_decides_nothing_but_the_draw() -> None:
-    """By the definition: draws that give another token stay as they are."""
-    generator = torch.Generator().manual_seed(0)
-    phi = 2 * torch.randn(500, 12, generator=generator, dtype=torch.float64)
-    keys = torch.randint(2**40, (500, 4), generator=generator)
-    q, filtered = filtered_distribution(phi, 0.9, 0.95, None)
-    free = draw(phi, q, filtered, keys, greedy=False)
-    ruled = draw(phi, q, filtered, keys, greedy=False, never=3)
-    assert 20 < int((free == 3).sum()) < 200
-    assert (ruled != 3).all()
-    assert torch.equal(ruled[free != 3], free[free != 3])
 
 
 @pytest.mark.parametrize("values", [{"top_p": 1.0}, {"method": "entrgi", "gradient_steps": 2}, {"temperature": 0.0}])
