@@ -179,16 +179,6 @@ def test_what_can_never_run_is_refused_with_the_budget_it_exceeds(values: dict[s
     assert book.waiting == 0
 
 
-def test_a_dropped_job_gives_its_room_back() -> None:
-    book = Book(Budget(trajectories=2))
-    book.add(job("a", best_of=4))
-    admit(book)
-    assert book.drop("a")
-    assert not book.drop("a")
-    book.add(job("b", best_of=2))
-    assert names(admit(book)) == ["b0", "b1"]
-
-
 def test_a_big_job_does_not_hold_up_small_ones_for_longer_than_it_runs() -> None:
     book = Book(Budget(trajectories=4))
     book.add(job("big", best_of=10))
