@@ -140,19 +140,11 @@ CHAT_FIELDS: Wrong = [
     ("reasoning_effort", ["high"], {}),
     ("service_tier", ["priority"], {}),
 ]
-
-
+OUTPUT = {"type": "output_text", "text": "a"}
 RESPONSES_FIELDS: Wrong = [
     ("input", [None, [], 5, [USER] * 5000, "word " * 3000, [{"type": "item_reference", "id": "msg_1"}]], {}),
     ("input.0.content", [None, 5, [], [{"type": "input_image", "image_url": "http://x"}]], {"input": [{**USER}]}),
-    (
-        "input.0.content",
-        [
-            [{"type": "output_text", "text": "a", name: idle}]
-            for name, idle in (("annotations", [{}]), ("logprobs", {}))
-        ],
-        {"input": [{**USER}]},
-    ),
+    ("input.0.content", [[OUTPUT | {"annotations": [{}]}], [OUTPUT | {"logprobs": {}}]], {"input": [{**USER}]}),
     ("messages", [[USER]], {}),
     ("max_tokens", [4], {"max_output_tokens": 8}),
     ("max_output_tokens", [0, 2049], {}),

@@ -156,18 +156,8 @@ def test_samples_are_what_the_server_gives_for_their_seeds(
 
 
 def test_shards_are_the_whole_and_a_preset_gives_way_to_a_flag(run: Run, prompts: Path, tmp_path: Path) -> None:
-    command = [
-        "sample",
-        "--prompts",
-        str(prompts),
-        "--max-tokens",
-        "4",
-        "--rgrl",
-        "--steps",
-        "2",
-        "--text-only",
-        "--raw",
-    ]
+    command = ["sample", "--prompts", str(prompts), "--max-tokens", "4", "--rgrl", "--steps", "2"]
+    command += ["--text-only", "--raw"]
     whole = run(*command, "--out", str(tmp_path / "whole.jsonl")) and lines(tmp_path / "whole.jsonl")
     parts: list[dict[str, Any]] = []
     for index in range(3):

@@ -72,13 +72,8 @@ async def test_conversations_and_metadata_for_a_server_of_ours() -> None:
         async with asking(made) as scorer:
             assert await scorer.score([(HELLO, "a"), (BYE, "b")], {"k": "v"}) == [-1.5, 2.0]
             assert await scorer.score([(HELLO, "a"), (HELLO, "b")], None) == [-1.5, 2.0]
-    hello, bye = (
-        [{"role": "user", "content": "hello"}],
-        [
-            {"role": "system", "content": "be brief"},
-            {"role": "user", "content": "bye"},
-        ],
-    )
+    hello = [{"role": "user", "content": "hello"}]
+    bye = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "bye"}]
     assert [(path, body) for path, _, body in made.asked] == [
         ("/v1/score", {"queries": [hello, bye], "documents": ["a", "b"], "metadata": {"k": "v"}}),
         ("/v1/score", {"queries": hello, "documents": ["a", "b"]}),

@@ -150,11 +150,8 @@ def test_a_wrong_line_of_a_batch_is_named_and_its_key_goes_to_the_named_servers_
 
 def test_equal_requests_are_asked_once(tmp_path: Path) -> None:
     network = Network()
-    run(
-        tmp_path / "runs.jsonl",
-        network,
-        requests=[request("/v1", {"number": 1, "a": 2}), request("/v1", {"a": 2, "number": 1})],
-    )
+    requests = [request("/v1", {"number": 1, "a": 2}), request("/v1", {"a": 2, "number": 1})]
+    run(tmp_path / "runs.jsonl", network, requests=requests)
     assert len(network.asked) == 1
 
 
