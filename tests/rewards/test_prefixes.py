@@ -57,8 +57,3 @@ def test_growing_in_two_steps_is_growing_at_once_and_shares_the_conversation(mod
         assert once[0].prefix.keys[layer].shape[1] == 20  # the conversation's are not held again
         for one, other in zip(whole(once[0].prefix, layer), whole(twice[0].prefix, layer), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-
-
-def test_uncached_leads_do_not_grow(model: RewardModel) -> None:
-    known = contexts(model, 1, cached=False)
-    assert grow(model, known, [np.arange(100, 100 + LENGTH)], [20], EOS, PAD) == known

