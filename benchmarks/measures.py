@@ -16,9 +16,9 @@ networks without modules, uploads in one copy and joint prefills 470 and 90 (200
 blocks and graphs that are on where they can be 420 and 190, a playground to compare on 50 and 270, fused kernels, their
 choice and warm-up, and a search in few passes 660 and 220 (10), two devices at once, and what goes wrong while passes
 are prepared, 30 and 40, resampling 760 and 970 (240), outside scorers 850 and 1,480, classifiers with labels and
-encoders 550 and 640, Ray Serve, Kubernetes, a proxy and a simulation, which are no serving code, 20 and 930. Fifteen
-settings came with them: five of adapters, two of attention, two of keys, one of /docs, three of batches, one of
-kernels, one of scorers.
+encoders 550 and 640, Ray Serve, Kubernetes, a proxy and a simulation, which are no serving code, 20 and 1,010. Of this
+90 and 430 were taken out again that a reading of the whole found to be said twice. Fifteen settings came with them:
+five of adapters, two of attention, two of keys, one of /docs, three of batches, one of kernels, one of scorers.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def measures(followed: Followed) -> list[Measure]:
     read = {path: serving[path] for path in followed.files}
     step = {path: lines for path, lines in read.items() if not path.startswith((*NETWORKS, "kernels/"))}
     return [
-        Measure("lines of serving code", sum(serving.values()), 23_585),
-        Measure("lines of tests", sum(tests.values()), 25_910),
+        Measure("lines of serving code", sum(serving.values()), 23_495),
+        Measure("lines of tests", sum(tests.values()), 25_580),
         Measure("lines of clients, benchmarks and demo", sum(lines_of("clients", "benchmarks", "demo").values())),
         Measure("lines of the longest file", max(files.values()), 400),
         Measure("lines of serving code's median file", median(serving.values()), 130),

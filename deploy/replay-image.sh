@@ -40,7 +40,7 @@ mount --rbind /proc "$tree/proc"
 ! "${inside[@]}" touch /app/file || exit 1
 "${inside[@]}" grep -E '^(Uid|CapEff|NoNewPrivs)' /proc/self/status
 "${inside[@]}" python -m server & server=$!
-trap 'kill $server 2> /dev/null' EXIT
+trap 'kill $server 2> /dev/null || true' EXIT
 until "${inside[@]}" python deploy/healthcheck.py; do kill -0 $server; sleep 1; done
 until curl --silent --fail 127.0.0.1:18765/ready; do kill -0 $server; sleep 1; done
 curl --silent --fail --json '{"prompt": "The", "max_tokens": 8, "seed": 1, "guidance": "entrgi"}' 127.0.0.1:18765/v1/completions
