@@ -22,7 +22,7 @@ from clients.quality.journal import HEADER, judged, pairs_by_setting
 from clients.quality.judges import SmolLM, Vader
 from clients.quality.report import fluency_json, fluency_text, text_table
 from clients.quality.requests import TIMEOUT_SECONDS, models
-from clients.runs.engine import Journal
+from clients.runs.journal import Journal
 
 LIMITS = httpx.Limits(max_connections=64)
 

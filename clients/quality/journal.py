@@ -10,7 +10,7 @@ from typing import Any
 from clients.quality.intervals import Interval
 from clients.quality.judges import SmolLM, Vader
 from clients.runs.answers import completion_of
-from clients.runs.engine import Record
+from clients.runs.journal import Record
 
 HEADER = ("setting", "answers", "VADER", "SmolLM2 nll", "words", "empty")
 SHARED = frozenset({"messages", "prompt", "seed", "n", "model"})

@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import ClientError, UnexpectedResponse
 from ..types import ChatCompletion, Completion, Model
-from .engine import Journal, Record
+from .journal import Journal, Record
 from .sweep import UNGUIDED, Asked, Setting
 
 

@@ -13,7 +13,8 @@ from ..arguments import read_text
 from ..errors import ClientError
 from ..terminal import console
 from . import sweep
-from .engine import Journal, Request, answer_all
+from .engine import answer_all
+from .journal import Journal, Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..client import Client
-from .engine import Record, Request, Servers, request
+from .engine import Servers
+from .journal import Record, Request, request
 
 UNIT_TEST = "Does the response correctly and helpfully answer the query?"
 _SCORE = re.compile(r"(?<![\d.])([1-5](?:\.\d+)?)(?![\d.]*\d)")

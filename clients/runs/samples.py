@@ -12,7 +12,8 @@ from ..terminal import console
 from ..types import ChatCompletion, Completion
 from . import sweep
 from .answers import completion_of
-from .engine import Journal, Record, answer_all
+from .engine import answer_all
+from .journal import Journal, Record
 from .rows import PAIRS, SAMPLES, Row, data_file, pairs, samples, write_rows
 from .sources import load
 from .sweep import Asked

@@ -15,7 +15,8 @@ from ..arguments import add_option
 from ..errors import ClientError
 from ..types import Scores
 from .answers import Answer, by_prompt, completion_of, found_in, read
-from .engine import Journal, Record, Request, Servers, answer_all, request
+from .engine import Servers, answer_all
+from .journal import Journal, Record, Request, request
 from .judge import Judge
 from .rows import data_file
 from .sources import Prompt

@@ -19,7 +19,8 @@ from ..client import Client
 from ..errors import ClientError
 from ..options import guidance_of, request_body
 from ..types import Model
-from .engine import Request, Servers, request
+from .engine import Servers
+from .journal import Request, request
 from .sources import Prompt
 
 UNGUIDED = ("none", "bon")

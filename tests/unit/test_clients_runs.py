@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from clients.cli import main
 from clients.errors import AuthenticationFailed, ClientError, ConnectionFailed
 from clients.runs import engine
 from clients.runs.batch import requests_of
-from clients.runs.engine import Journal, Request, Servers, answer_all, request
+from clients.runs.engine import Servers, answer_all
+from clients.runs.journal import Journal, Request, request
 from tests.support.scorers import Stub, ok, stub
 from tests.support.serving import ROOT, wait_for
 
@@ -39,11 +41,13 @@ class Network(httpx.AsyncBaseTransport):
     def __init__(self, answer: Answer = echo) -> None:
         self.answer = answer
         self.asked: list[tuple[str, int]] = []
+        self.turns: dict[str, int] = {}  # of the event loop that a host takes for an answer; else one
 
     async def handle_async_request(self, sent: httpx.Request) -> httpx.Response:
         number = json.loads(await sent.aread())["number"]
         self.asked.append((sent.url.host, number))
-        await asyncio.sleep(0)  # others have their turn
+        for _ in range(self.turns.get(sent.url.host, 1)):
+            await asyncio.sleep(0)
         return self.answer(sent.url.host, number)
 
 
@@ -189,11 +193,93 @@ def test_what_a_server_refuses_has_the_refusal_for_an_answer(tmp_path: Path) -> 
     assert len(network.asked) == 20
 
 
+SICK = httpx.Response(500, json={"error": {"message": "sick"}})
+PAGE = httpx.Response(502, text="<h1>Bad gateway</h1>")
+MISSING = httpx.Response(404, json={"error": {"message": "no such model"}})
+MOVED = httpx.Response(302, json={}, headers={"location": "http://elsewhere/"})
+
+
 def test_a_request_that_fails_in_the_server_again_and_again_holds_nobody_up(tmp_path: Path, waits: list[float]) -> None:
-    page = httpx.Response(502, text="<h1>Bad gateway</h1>")
-    network = Network(lambda host, number: page if number == 5 else echo(host, number))
-    assert run(tmp_path / "runs.jsonl", network)[5] == {"error": {"message": "<h1>Bad gateway</h1>"}}
+    network = Network(lambda host, number: SICK if number == 5 else echo(host, number))
+    assert run(tmp_path / "runs.jsonl", network)[5] == {"error": {"message": "sick"}}
     assert Counter(number for _, number in network.asked)[5] == engine.ATTEMPTS
+    assert run(tmp_path / "runs.jsonl", Network())[5] == {"number": 5}  # it is asked again, and nothing else is
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [SICK, PAGE, MISSING, MOVED, httpx.Response(200, text="<h1>Welcome</h1>"), httpx.Response(200, json=[1])],
+    ids=["500", "502 and a page", "404", "302", "200 and a page", "200 and a list"],
+)
+def test_what_a_sick_server_says_is_no_answer_where_another_has_one(
+    answer: httpx.Response, tmp_path: Path, waits: list[float]
+) -> None:
+    """The sick one is much faster, and would have them all."""
+    network = Network(lambda host, number: answer if host == "sick" else echo(host, number))
+    network.turns = {"good": 50}
+    assert run(tmp_path / "runs.jsonl", network, "sick", "good") == {number: {"number": number} for number in range(20)}
+    assert {host for host, _ in network.asked} == {"sick", "good"}
+
+
+def test_a_server_that_starts_again_behind_a_proxy_has_failed_nobody(tmp_path: Path, waits: list[float]) -> None:
+    calls = Counter[str]()
+
+    def starting(host: str, number: int) -> httpx.Response:
+        calls[host] += 1
+        return PAGE if calls[host] < 200 else echo(host, number)
+
+    assert run(tmp_path / "runs.jsonl", Network(starting)) == {number: {"number": number} for number in range(20)}
+
+
+def test_a_wait_that_a_server_asks_for_has_an_end(tmp_path: Path, waits: list[float]) -> None:
+    away = [httpx.Response(503, json={"error": {"message": "later"}}, headers={"retry-after": "86400"})]
+    run(tmp_path / "runs.jsonl", Network(lambda *asked: away.pop() if away else echo(*asked)))
+    assert waits == [60.0]
+
+
+def test_what_a_server_keeps_for_long_another_one_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.2)
+    network = Network()
+    network.turns = {"hangs": 10**9}
+    assert run(tmp_path / "runs.jsonl", network, "hangs", "good") == {
+        number: {"number": number} for number in range(20)
+    }
+
+
+def test_a_run_goes_on_while_a_server_is_at_work_though_the_others_are_silent(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has been heard for long, and one has been refused before, but its next answer is on its way."""
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "CONNECT_SECONDS", 0.0)
+    loading = [httpx.Response(503, json={"error": {"message": "loading"}})] * 3
+
+    def slow(host: str, number: int) -> httpx.Response:
+        if host == "gone":
+            raise httpx.ConnectError("refused")
+        return loading.pop() if loading else echo(host, number)
+
+    network = Network(slow)
+    network.turns = {"gone": 30, "slow": 20}
+    assert len(run(tmp_path / "runs.jsonl", network, "slow", "gone")) == 20
+
+
+def test_a_journal_is_one_runs_and_a_full_disk_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "runs.jsonl"
+    with Journal(path), pytest.raises(ClientError, match=r"another run writes .*runs\.jsonl"):
+        Journal(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(ClientError, match=r"runs\.jsonl cannot be written: File too large"):
+            run(path, Network())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert 0 < len(whole := path.read_bytes()) <= 1000
+    assert whole.endswith(b"\n")
+    assert len(run(path, Network())) == 20
 
 
 def test_a_refused_key_ends_the_run_and_so_does_silence(

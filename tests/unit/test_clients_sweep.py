@@ -21,7 +21,7 @@ from clients.cli import main
 from clients.errors import ClientError
 from clients.runs import samples, sweep
 from clients.runs.answers import by_prompt, completion_of, distinct, read
-from clients.runs.engine import Record, Response
+from clients.runs.journal import Record, Response
 from clients.runs.judge import Judge
 from clients.runs.rows import PAIRS, SAMPLES, pairs, write_rows
 from clients.runs.rows import samples as sample_rows

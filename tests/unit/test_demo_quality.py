@@ -17,7 +17,7 @@ from clients.quality.journal import pairs_by_setting
 from clients.quality.prompts import Prompt
 from clients.quality.requests import Answer, ServerError, ask
 from clients.quality.shortcuts import Settings
-from clients.runs.engine import Record, Response, request
+from clients.runs.journal import Record, Response, request
 from demo.prompts import build
 
 
