@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -36,7 +37,7 @@ class AsyncEventStream:
                 if self._reader.done:
                     return
             self._reader.close()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ConnectionFailed(f"the stream broke: {error}") from error
         finally:
             await self._response.aclose()
@@ -160,7 +161,10 @@ class AsyncClient:
                 response = await self._http.send(
                     self._http.build_request(call.method, call.path, json=call.body), stream=stream
                 )
-            except httpx.TransportError as error:
+                if response.status_code >= 400:
+                    async with aclosing(response):
+                        await response.aread()
+            except httpx.RequestError as error:
                 wait = self.retry.wait(attempt, None, {})
                 if wait is None:
                     raise ConnectionFailed(f"no answer from {self._http.base_url}: {error}") from error
@@ -168,8 +172,6 @@ class AsyncClient:
                 if response.status_code < 400:
                     return response
                 wait = self.retry.wait(attempt, response.status_code, response.headers)
-                await response.aread()
-                await response.aclose()
                 if wait is None:
                     raise calls.error_of(response)
             await asyncio.sleep(wait)

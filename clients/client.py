@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -35,7 +36,7 @@ class EventStream:
                 if self._reader.done:
                     return
             self._reader.close()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ConnectionFailed(f"the stream broke: {error}") from error
         finally:
             self._response.close()
@@ -155,7 +156,10 @@ class Client:
                 response = self._http.send(
                     self._http.build_request(call.method, call.path, json=call.body), stream=stream
                 )
-            except httpx.TransportError as error:
+                if response.status_code >= 400:
+                    with closing(response):
+                        response.read()
+            except httpx.RequestError as error:
                 wait = self.retry.wait(attempt, None, {})
                 if wait is None:
                     raise ConnectionFailed(f"no answer from {self._http.base_url}: {error}") from error
@@ -163,8 +167,6 @@ class Client:
                 if response.status_code < 400:
                     return response
                 wait = self.retry.wait(attempt, response.status_code, response.headers)
-                response.read()
-                response.close()
                 if wait is None:
                     raise calls.error_of(response)
             time.sleep(wait)

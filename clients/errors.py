@@ -1,7 +1,7 @@
 """What can go wrong, seen from a client.
 
 ClientError
-+-- ConnectionFailed            no answer: refused, reset, timed out, name unknown
++-- ConnectionFailed            no answer: refused, reset, timed out, name unknown, garbled on the way
 +-- UnexpectedResponse          an answer that is not what the server's contract says
 +-- StreamBroken                a stream that ended before its `[DONE]`
 +-- ApiError                    the server's error envelope; `status` None: it came inside a stream
@@ -27,7 +27,7 @@ class ClientError(Exception):
 
 
 class ConnectionFailed(ClientError):
-    """The server could not be reached, or the connection broke before an answer."""
+    """The server could not be reached, the connection broke before an answer, or the answer cannot be unpacked."""
 
 
 class UnexpectedResponse(ClientError):

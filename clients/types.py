@@ -205,5 +205,5 @@ def decode(body: bytes, kind: type[T]) -> T:
     """`body` (JSON) as `kind`; raises UnexpectedResponse where it does not have that shape."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is among them
         raise UnexpectedResponse(f"not a {kind.__name__}: {error}") from error

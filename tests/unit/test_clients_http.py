@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from email.utils import formatdate
 from typing import Any
 
@@ -113,7 +113,8 @@ def test_the_key_is_a_bearer_token_or_from_the_environment(monkeypatch: pytest.M
 
 KINDS = {
     400: BadRequest, 401: clients.AuthenticationFailed, 404: clients.NotFound, 408: clients.DeadlineExceeded,
-    413: clients.BodyTooLarge, 418: ApiError, 429: QueueFull, 500: clients.ServerFailed, 503: clients.Unavailable,
+    413: clients.BodyTooLarge, 418: ApiError, 429: QueueFull, 500: clients.ServerFailed,
+    502: clients.ScorerFailed, 503: clients.Unavailable,
 }  # fmt: skip
 
 
@@ -137,7 +138,9 @@ def test_an_error_page_of_a_proxy_is_quoted_not_parsed() -> None:
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"id": "a"}', b'{"id": 1, "model": "m", "choices": []}'])
+@pytest.mark.parametrize(
+    "answer", [b"<html>", b"[]", b'{"id": "a"}', b'{"id": 1, "model": "m", "choices": []}', b'"\xff"']
+)
 def test_an_answer_of_another_shape_is_unexpected(answer: bytes) -> None:
     with pytest.raises(UnexpectedResponse):
         client(Server(httpx.Response(200, content=answer))).complete("a")
@@ -151,6 +154,18 @@ def complete_async(server: Server, policy: RetryPolicy) -> Any:
     async def run() -> Any:
         async with AsyncClient("http://server", retry=policy, transport=httpx.MockTransport(server)) as asynchronous:
             return await asynchronous.complete("a")
+
+    return asyncio.run(run())
+
+
+def stream(server: Server, policy: RetryPolicy) -> Any:
+    return list(client(server, retry=policy).stream_complete("a"))
+
+
+def stream_async(server: Server, policy: RetryPolicy) -> Any:
+    async def run() -> Any:
+        async with AsyncClient("http://server", retry=policy, transport=httpx.MockTransport(server)) as asynchronous:
+            return [event async for event in await asynchronous.stream_complete("a")]
 
     return asyncio.run(run())
 
@@ -188,6 +203,40 @@ def test_without_word_from_the_server_the_wait_doubles_up_to_its_bound(call: Cal
     assert len(server.requests) == 6
     for wait, full in zip(waits, [1.0, 2.0, 4.0, 5.0, 5.0], strict=True):
         assert 0.75 * full <= wait <= full
+
+
+class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """Some bytes, and then the connection breaks, if it does."""
+
+    def __init__(self, start: bytes, breaks: bool = False) -> None:
+        self.start, self.breaks, self.closed = start, breaks, False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.start
+        if self.breaks:
+            raise httpx.ReadError("broke off")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self:
+            yield part
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("call", [complete, complete_async, stream, stream_async])
+@pytest.mark.parametrize("status", [200, 400])
+@pytest.mark.parametrize(("start", "headers"), [(b"{", {}), (b"no gzip", {"content-encoding": "gzip"})])
+def test_an_answer_that_breaks_off_or_cannot_be_unpacked_is_none(
+    call: Call, status: int, start: bytes, headers: dict[str, str]
+) -> None:
+    body = Body(start, breaks=not headers)
+    with pytest.raises(ConnectionFailed, match="decompressing" if headers else "broke off"):
+        call(Server(httpx.Response(status, stream=body, headers=headers)), RetryPolicy(retries=0))
+    assert body.closed
 
 
 @both
