@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import httpx
 import msgspec
 
 from .errors import ClientError
@@ -56,6 +57,28 @@ def add_option(
 ) -> None:
     """A flag of which `text` says what it is and `left_out` what holds without it, beside argparse's `options`."""
     parser.add_argument(flag, help=f"{text} (default: {left_out})", **options)
+
+
+def server_url(text: str) -> str:
+    """The address of a server. Raises ArgumentTypeError where it is none."""
+    try:
+        url = httpx.URL(text)
+        if url.scheme in ("http", "https") and url.host and (url.port or 0) < 65536:
+            return text
+    except httpx.InvalidURL:
+        pass
+    raise argparse.ArgumentTypeError(f"wanted is a server's address, as http://127.0.0.1:8000, not {text!r}")
+
+
+def whole(text: str, least: int = 0) -> int:
+    """A whole number from `least` on. Raises ArgumentTypeError where it is none."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"wanted is a whole number from {least} on, not {text!r}")
+    return value
 
 
 def texts_of(arguments: Sequence[str]) -> list[str]:

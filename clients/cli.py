@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 
 from . import loadgen
-from .arguments import RESAMPLED, Parser, add_option, texts_of
+from .arguments import RESAMPLED, Parser, add_option, server_url, texts_of
 from .calls import DEFAULT_URL
 from .canvas import CanvasView
 from .client import Client, EventStream
@@ -57,7 +57,7 @@ def parser() -> Parser:
         "it from standard input.",
     )
     connection = Parser(add_help=False)
-    add_option(connection, "--url", "the server", default=DEFAULT_URL)
+    add_option(connection, "--url", "the server", type=server_url, default=DEFAULT_URL)
     add_option(connection, "--api-key", "its API key", "the variable ENTRGI_API_KEY, if there is one")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from clients.arguments import Parser, add_option
+from clients.arguments import Parser, add_option, server_url
 from clients.calls import DEFAULT_URL
 from clients.errors import ClientError
 from clients.quality import prompts as prompt_file
@@ -32,7 +32,7 @@ def parser() -> Parser:
     top = Parser(prog="python -m clients.quality", description=__doc__)
     top.add_argument("what", choices=("judge", "fluency", "shortcuts"))
     add_option(top, "--journal", "judge: the file that `clients compare` kept", "none", type=Path, metavar="FILE")
-    add_option(top, "--url", "the server", default=DEFAULT_URL)
+    add_option(top, "--url", "the server", type=server_url, default=DEFAULT_URL)
     add_option(top, "--api-key", "its API key", "none")
     add_option(top, "--concurrency", "requests in flight", type=int, default=4)
     add_option(top, "--seed", "prompt i is sent with this seed plus i", type=int, default=1000)

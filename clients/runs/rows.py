@@ -31,7 +31,8 @@ Row = dict[str, Any]
 
 
 def samples(asked: Asked, completion: Completion | ChatCompletion, keep: int) -> Iterator[Row]:
-    """The `keep` best texts of a request, each with the rewards of all its K trajectories in their own order."""
+    """The first `keep` texts of a request as they came, the best or with method `none` those drawn first, each with the
+    rewards of all its K trajectories in their own order."""
     report = completion.guidance
     for choice in completion.choices[:keep]:
         yield {

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a file for the best and the worst text of each prompt, as chosen and rejected; .jsonl or .parquet"
     add_option(parser, "--pairs", text, "none", type=data_file, metavar="FILE")
     add_option(parser, "--method", "how rewards steer", default="entrgi")
-    text = "texts of each prompt that become rows, the best first"
+    text = "texts of each prompt that become rows: the best, and with --method none the first that were drawn"
     add_option(parser, "--keep", text, type=sweep.positive, default=1)
     text = "I/N: only the prompts whose number leaves I when divided by N"
     add_option(parser, "--shard", text, "0/1", type=shard, default=(0, 1), metavar="I/N")
@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """(I, N) of `I/N`, with 0 <= I < N."""
-    index, count = map(int, text.split("/"))
-    if not 0 <= index < count:
-        raise ValueError(text)
-    return index, count
+    """(I, N) of `I/N`, with 0 <= I < N. Raises ArgumentTypeError where it is something else."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"wanted is I/N with I from 0 to N - 1, as 0/4, not {text!r}")
+    return int(index), int(count)
 
 
 def run(given: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import msgspec
 
-from ..arguments import add_option
+from ..arguments import add_option, server_url, whole
 from ..errors import ClientError
 from ..types import Scores
 from .answers import Answer, by_prompt, completion_of, found_in, read
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a served reward model that takes no part and scores all texts; repeatable"
     add_option(parser, "--held-out", text, "none", action="append", metavar="NAME")
     text = "prompts of each set that are asked once more for the reward after each step"
-    add_option(parser, "--curves", text, type=int, default=0)
+    add_option(parser, "--curves", text, type=whole, default=0)
     text = "an OpenAI-compatible server, of which a model judges the best texts in LMUnit's form"
-    add_option(parser, "--judge-url", text, "none")
+    add_option(parser, "--judge-url", text, "none", type=server_url)
     add_option(parser, "--judge-model", "that model", "the first that it lists")
     add_option(parser, "--judge-key", "that server's API key", "the variable ENTRGI_API_KEY, if there is one")
     text = "what the judge is asked about each text; repeatable"

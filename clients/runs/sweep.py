@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..arguments import RESAMPLED, add_option
+from ..arguments import RESAMPLED, add_option, server_url, whole
 from ..calls import DEFAULT_URL
 from ..client import Client
 from ..errors import ClientError
@@ -74,7 +74,8 @@ class Setting:
 
 def add_servers(parser: argparse.ArgumentParser) -> None:
     """Which servers are asked."""
-    add_option(parser, "--url", "a server; repeatable: all must serve the same models", DEFAULT_URL, action="append")
+    text = "a server; repeatable: all must serve the same models"
+    add_option(parser, "--url", text, DEFAULT_URL, type=server_url, action="append")
     add_option(parser, "--api-key", "its API key", "the variable ENTRGI_API_KEY, if there is one")
     add_option(parser, "--concurrency", "requests in flight at each server", type=positive, default=8)
 
@@ -91,16 +92,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """An integer from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    """A whole number from 1 on."""
+    return whole(text, 1)
 
 
 def listed(kind: type, text: str) -> tuple[Any, ...]:
-    """The values of a list with commas."""
-    return tuple(map(kind, text.split(",")))
+    """The values of a list with commas. Raises ArgumentTypeError where one is of another kind."""
+    try:
+        return tuple(map(kind, text.split(",")))
+    except ValueError:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise argparse.ArgumentTypeError(f"wanted are {wanted}, with commas between them, not {text!r}") from None
 
 
 def servers_of(given: argparse.Namespace) -> Servers:
@@ -139,7 +141,7 @@ def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Seque
         word, _, own = text.partition("@")
         try:
             own_lists = {**lists, **({"best-of": listed(int, own)} if own else {})}
-        except ValueError:
+        except argparse.ArgumentTypeError:
             raise ClientError(f"--method {text!r}: after @ numbers are wanted, as in {word}@4,8") from None
         for values in itertools.product(*own_lists.values()):
             guidance = request_body({}, guidance=guidance_of(word, reward_model=default_reward))["guidance"]

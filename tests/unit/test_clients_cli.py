@@ -91,6 +91,36 @@ def test_a_misspelt_flag_is_named_with_the_nearest(
     assert told in capsys.readouterr().err
 
 
+ADDRESS = "wanted is a server's address, as http://127.0.0.1:8000, not "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        *(
+            (f"models --url {url}", f"--url: {ADDRESS}'{url}'")
+            for url in ("127.0.0.1:9", "localhost:8000", "http://[::1", "http:///x", "http://a:99999", "ftp://a")
+        ),
+        ("batch in.jsonl out.jsonl --url http://a --url b", f"--url: {ADDRESS}'b'"),
+        ("compare --prompts p --out j --judge-url b", f"--judge-url: {ADDRESS}'b'"),
+        (
+            "compare --prompts p --out j --steps a",
+            "--steps: wanted are whole numbers, with commas between them, not 'a'",
+        ),
+        ("compare --prompts p --out j --eta 1,,2", "--eta: wanted are numbers, with commas between them, not '1,,2'"),
+        ("compare --prompts p --out j --curves -1", "--curves: wanted is a whole number from 0 on, not '-1'"),
+        ("compare --prompts p --out j --limit 0", "--limit: wanted is a whole number from 1 on, not '0'"),
+        ("sample --prompts p --out j.jsonl --keep a", "--keep: wanted is a whole number from 1 on, not 'a'"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_what_is_wanted(
+    arguments: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert told in capsys.readouterr().err
+
+
 REQUIRED = {"loadgen": ("--rate", "--concurrency"), "compare": ("--prompts", "--out"), "eval": ("--out",)}
 REQUIRED["sample"] = REQUIRED["compare"]
 COMMANDS = ["complete", "models", "score", "rerank", "loadgen", "compare", "eval", "sample", "batch"]

@@ -238,7 +238,7 @@ def test_a_shard_is_one_of_so_many(wrong: str, capsys: pytest.CaptureFixture[str
     assert samples.shard("1/4") == (1, 4)
     with pytest.raises(SystemExit):
         main(["sample", "--prompts", "p.txt", "--out", "d.jsonl", f"--shard={wrong}"])
-    assert "--shard: invalid shard value" in capsys.readouterr().err
+    assert "--shard: wanted is I/N with I from 0 to N - 1" in capsys.readouterr().err
 
 
 def test_intervals_and_corrected_differences_agree_with_theory() -> None:
