@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -13,6 +13,8 @@ from ..errors import ClientError, UnexpectedResponse
 from ..types import ChatCompletion, Completion, Model
 from .journal import Journal, Record
 from .sweep import UNGUIDED, Asked, Setting
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,23 @@ class Answer:
 
 def completion_of(record: Record) -> Completion | ChatCompletion:
     """The answer in a record of a generation. Raises UnexpectedResponse where it has another shape."""
+    if record.request.url.endswith("/chat/completions"):
+        return body_of(record, ChatCompletion)
+    return body_of(record, Completion)
+
+
+def body_of(record: Record, kind: type[T]) -> T:
+    """What a record's answer says. Raises UnexpectedResponse where it has another shape."""
     try:
-        if record.request.url.endswith("/chat/completions"):
-            return msgspec.convert(record.response.body, ChatCompletion)
-        return msgspec.convert(record.response.body, Completion)
+        return msgspec.convert(record.response.body, kind)
     except msgspec.ValidationError as error:
-        raise UnexpectedResponse(f"{record.server}{record.request.url}: {error}") from None
+        raise unexpected(record, error) from None
+
+
+def unexpected(record: Record, why: object) -> UnexpectedResponse:
+    """The error for an answer that cannot be used, which says how it is asked for again: a journal keeps every one."""
+    again = f"without the line of {record.custom_id} in the journal it is asked for again"
+    return UnexpectedResponse(f"{record.server}{record.request.url}: {why}; {again}")
 
 
 def found_in(journal: Journal, wanted: set[str]) -> dict[str, Record]:

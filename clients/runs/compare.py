@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 from ..arguments import add_option
+from ..errors import ClientError
 from . import report, study, sweep
 from .rows import PAIRS, pairs, write_rows
 from .sources import BENCHMARKS, load
@@ -57,6 +59,10 @@ def evaluate(given: argparse.Namespace) -> int:
 
 
 def _run(given: argparse.Namespace, sources: list[str]) -> int:
+    for one, other in itertools.combinations(sources, 2):
+        if _name(one) == _name(other):
+            told = f"{one} and {other} would both be called {_name(one)}"
+            raise ClientError(f"{told}: give one of the files another name, or ask them in two runs")
     sets = {_name(source): load(source) for source in sources}
     outcomes = study.Study(given, sets, given.method or given.methods).run()
     if given.report is not None:

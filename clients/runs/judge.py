@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..client import Client
+from ..errors import ClientError
 from .engine import Servers
 from .journal import Record, Request, request
 
@@ -31,7 +32,10 @@ class Judge:
         model = given.judge_model
         if model is None:
             with Client(given.judge_url, api_key=given.judge_key) as client:
-                model = client.models()[0].id
+                models = client.models()
+            if not models:
+                raise ClientError(f"{given.judge_url} lists no model that could judge; name one with --judge-model")
+            model = models[0].id
         return cls(Servers([given.judge_url], concurrency, given.judge_key), model, given.unit_test or (UNIT_TEST,))
 
     @property
@@ -49,6 +53,8 @@ class Judge:
     @staticmethod
     def score(record: Record) -> float | None:
         """The first number from 1 to 5 in the answer, whatever stands around it; None where there is none."""
-        content = record.response.body["choices"][0]["message"]["content"] or ""
-        found = _SCORE.search(content)
+        try:
+            found = _SCORE.search(record.response.body["choices"][0]["message"]["content"])
+        except (LookupError, TypeError):  # there is no text
+            return None
         return float(found[1]) if found and float(found[1]) <= 5 else None

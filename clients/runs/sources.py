@@ -6,6 +6,7 @@ of chosen and rejected responses is for reward models and is not read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ..arguments import prompts_of
+from ..arguments import STDIN, prompts_of
 from ..errors import ClientError
 from ..options import Message, Query
 
@@ -68,6 +69,9 @@ def load(source: str) -> list[Prompt]:
     name, published, place = source.partition("=")
     if published and name in BENCHMARKS:
         return _of_benchmark(BENCHMARKS[name], place)
+    if source != STDIN and not os.path.exists(source):
+        forms = f"{', '.join(BENCHMARKS)}, each with =hub@COMMIT or =FILE"
+        raise ClientError(f"{source}: there is no such file, and benchmarks are {forms}")
     if Path(source).suffix not in TABLES:
         return _distinct(Prompt(str(number), query) for number, query in enumerate(prompts_of(source)))
     rows = _rows(Path(source))

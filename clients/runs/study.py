@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import msgspec
-
 from ..arguments import add_option, server_url, whole
 from ..errors import ClientError
 from ..types import Scores
-from .answers import Answer, by_prompt, completion_of, found_in, read
+from .answers import Answer, body_of, by_prompt, completion_of, found_in, read, unexpected
 from .engine import Servers, answer_all
 from .journal import Journal, Record, Request, request
 from .judge import Judge
@@ -114,7 +112,10 @@ class Study:
         records = self._answered(requests, journal, self.servers, f"scores by {model}")
         for answer, sent in zip(answers, requests, strict=True):
             if sent.custom_id in records:
-                scores = msgspec.convert(records[sent.custom_id].response.body, Scores)
+                scores = body_of(records[sent.custom_id], Scores)
+                if len(scores.data) != len(answer.texts):
+                    why = f"{len(scores.data)} scores of {len(answer.texts)} texts"
+                    raise unexpected(records[sent.custom_id], why)
                 answer.values[model] = [score.score for score in scores.data]
 
     def _judge(self, answers: Sequence[Answer], journal: Journal) -> None:

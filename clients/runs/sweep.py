@@ -13,16 +13,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httpx
+
 from ..arguments import RESAMPLED, add_option, server_url, whole
 from ..calls import DEFAULT_URL
 from ..client import Client
-from ..errors import ClientError
+from ..errors import ApiError, ClientError, ConnectionFailed, UnexpectedResponse
 from ..options import guidance_of, request_body
+from ..retry import RETRYABLE
+from ..terminal import console, printable
 from ..types import Model
 from .engine import Servers
 from .journal import Request, request
 from .sources import Prompt
 
+TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+"""Of the question what is served, which a server answers at once or not at all."""
 UNGUIDED = ("none", "bon")
 """The methods that take no gradient, and none of its settings."""
 
@@ -111,17 +117,46 @@ def servers_of(given: argparse.Namespace) -> Servers:
 
 
 def models_of(servers: Servers) -> list[Model]:
-    """What the servers serve. Raises ClientError where they differ, or cannot say."""
-    served: list[Model] = []
+    """What the servers serve, by those that are there; of the others standard error says why not. They may come later:
+    every request names its models. Raises ClientError where none is there, and where those that are would not answer
+    alike."""
+    found: dict[str, list[Model]] = {}
+    away = []
     for url in servers.urls:
-        with Client(url, api_key=servers.api_key) as client:
-            found = client.models()
-        if served and [each.id for each in found] != [each.id for each in served]:
-            raise ClientError(
-                f"{url} serves other models than {servers.urls[0]}; one run needs the same models everywhere"
-            )
-        served = found
-    return served
+        try:
+            with Client(url, api_key=servers.api_key, timeout=TIMEOUT) as client:
+                found[url] = client.models()
+        except ConnectionFailed as error:
+            away.append(str(error))
+        except UnexpectedResponse as error:
+            raise ClientError(f"{url} is no entrgi server: {error}") from None
+        except ApiError as error:
+            if error.status not in RETRYABLE:
+                raise ClientError(f"{url}: {error}") from None
+            away.append(f"{url}: {error}")
+    if not found:
+        raise ConnectionFailed("; ".join(away))
+    for told in away:
+        console(stderr=True).print(f"going on without a server: {printable(told)}")
+    first, *others = found
+    known = _defaults(first, found[first])
+    for url in others:
+        own = _defaults(url, found[url])
+        if [each.id for each in found[url]] != [each.id for each in found[first]]:
+            raise ClientError(f"{url} serves other models than {first}; one run needs the same models everywhere")
+        for name in sorted({*known, *own}):
+            if own.get(name) != known.get(name):
+                told = f"{url} has {own.get(name)!r} for the default {name}, {first} {known.get(name)!r}"
+                raise ClientError(f"{told}; one run needs the same defaults everywhere")
+    return found[first]
+
+
+def _defaults(url: str, served: Sequence[Model]) -> dict[str, Any]:
+    """The defaults of a server's diffusion models, by field and model. Raises ClientError where it has none."""
+    models = [each for each in served if each.kind == "diffusion"]
+    if not models or not all(isinstance(each.details.get("defaults"), dict) for each in models):
+        raise ClientError(f"{url} is no entrgi server: it lists no diffusion model with its defaults")
+    return {f"{name} of {each.id}": value for each in models for name, value in each.details["defaults"].items()}
 
 
 def settings_of(given: argparse.Namespace, methods: Sequence[str], served: Sequence[Model]) -> list[Setting]:

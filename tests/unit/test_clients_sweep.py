@@ -149,6 +149,20 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_others(tmp_path: Path) -> No
         load(str(tmp_path / "broken.parquet"))
     with pytest.raises(ClientError, match="hub@COMMIT"):
         load("rmbench=hub")
+    for wrong in ("rmbench", "rmbnech=hub@1", str(tmp_path / "absent.json")):
+        with pytest.raises(ClientError, match=f"{wrong}: .*no such file.* rmbench, each with =hub@COMMIT or =FILE"):
+            load(wrong)
+
+
+def test_sets_of_one_name_are_refused_before_anything_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / folder / "p.txt" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"{path.parent.name}?\n")
+    assert main(["eval", *map(str, paths), "--out", str(tmp_path / "runs.jsonl")]) == 1
+    assert f"{paths[0]} and {paths[1]} would both be called p.txt" in capsys.readouterr().err
 
 
 def answered(
@@ -267,3 +281,9 @@ def test_a_judges_score_is_the_number_in_its_answer(text: str, score: float | No
     body = {"choices": [{"message": {"content": text}}]}
     asked, _ = answered([1.0], ["A hotel."])
     assert Judge.score(Record("a", "a", Response(200, body), asked.request, "http://judge", 1.0)) == score
+
+
+@pytest.mark.parametrize("body", [{"choices": []}, {"choices": [{"message": {"content": None}}]}, {}, [], None])
+def test_an_answer_without_text_is_no_judgement(body: Any) -> None:
+    asked, _ = answered([1.0], ["A hotel."])
+    assert Judge.score(Record("a", "a", Response(200, body), asked.request, "http://judge", 1.0)) is None
