@@ -157,7 +157,7 @@ class _Run:
         try:
             answer = await client.request(asked.method, asked.url, json=asked.body)
         except httpx.RequestError as error:
-            failure: ClientError = ConnectionFailed(f"no answer from {url}: {error or type(error).__name__}")
+            failure: ClientError = ConnectionFailed(f"no answer from {url}: {str(error) or type(error).__name__}")
             return self._again(asked, {}, self._gone(url, failure), worker)
         status, body = answer.status_code, _body(answer)
         if status in REFUSED_KEY:
@@ -225,7 +225,7 @@ def _body(answer: httpx.Response) -> dict[str, Any] | None:
     """The JSON object of an answer of the server's own; None for anything else, as a proxy's page or a redirection."""
     try:
         body = None if answer.is_redirect else msgspec.json.decode(answer.content)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return body if isinstance(body, dict) else None
 

@@ -196,6 +196,7 @@ def test_what_a_server_refuses_has_the_refusal_for_an_answer(tmp_path: Path) -> 
 SICK = httpx.Response(500, json={"error": {"message": "sick"}})
 PAGE = httpx.Response(502, text="<h1>Bad gateway</h1>")
 MISSING = httpx.Response(404, json={"error": {"message": "no such model"}})
+BYTES = httpx.Response(200, content=b'{"a": "\xff"}')
 MOVED = httpx.Response(302, json={}, headers={"location": "http://elsewhere/"})
 
 
@@ -208,8 +209,8 @@ def test_a_request_that_fails_in_the_server_again_and_again_holds_nobody_up(tmp_
 
 @pytest.mark.parametrize(
     "answer",
-    [SICK, PAGE, MISSING, MOVED, httpx.Response(200, text="<h1>Welcome</h1>"), httpx.Response(200, json=[1])],
-    ids=["500", "502 and a page", "404", "302", "200 and a page", "200 and a list"],
+    [SICK, PAGE, MISSING, MOVED, httpx.Response(200, text="<h1>Welcome</h1>"), httpx.Response(200, json=[1]), BYTES],
+    ids=["500", "502 and a page", "404", "302", "200 and a page", "200 and a list", "200 and no text"],
 )
 def test_what_a_sick_server_says_is_no_answer_where_another_has_one(
     answer: httpx.Response, tmp_path: Path, waits: list[float]
