@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import httpx
 import msgspec
 
 from ..arguments import read_text
@@ -69,6 +70,10 @@ def requests_of(source: str) -> list[Request]:
             raise ClientError(
                 f"{source}, line {number}: wanted are the method POST and a url that is a path, as /v1/..."
             )
+        try:
+            httpx.URL(each.url)
+        except httpx.InvalidURL as error:
+            raise ClientError(f"{source}, line {number}: {each.url!r} is no path: {error}") from None
         if each.body.get("stream"):
             raise ClientError(f"{source}, line {number}: `stream` has no place in a batch")
         found[each.custom_id] = each

@@ -32,17 +32,15 @@ from .journal import Journal, Record, Request, Response
 
 ATTEMPTS = 5
 """How often a request may fail in servers before its failure is its answer, in each of them that is there."""
-BUSY = frozenset({429, 503})
-ABSENT = frozenset({502, 503, 504})
-"""What a proxy says of a server that is gone, and a server that is loading or draining of itself."""
+FULL, LOADING = 429, 503
 UNKNOWN = frozenset({404, 405})
 """A server without the model or the path, which another one may have."""
 REFUSED_KEY = frozenset({401, 403})
 PATIENCE_SECONDS = 600.0
 TELL_SECONDS = 60.0
 BACKOFF = RetryPolicy()
-CONNECT_SECONDS = 5.0
-TIMEOUT = httpx.Timeout(3600.0, connect=CONNECT_SECONDS)
+CONNECT_SECONDS, LONGEST_SECONDS = 5.0, 3600.0
+TIMEOUT = httpx.Timeout(LONGEST_SECONDS, connect=CONNECT_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +67,11 @@ class Servers:
 def answer_all(requests: Sequence[Request], journal: Journal, servers: Servers, what: str) -> None:
     """Ask whatever the journal does not hold yet. `what` names it beside the progress on standard error.
 
-    A server that is full, gone or sick is left alone for as long as it asks (`Retry-After`), or longer each time, while
-    its requests go to whichever server is free; one that has kept a request for `PATIENCE_SECONDS` keeps it, but a free
-    server is asked, too. A request that a server refuses has its refusal for an answer. Raises ClientError where a key
-    is refused, the journal cannot be written, or no server has answered for `PATIENCE_SECONDS`."""
+    A server that is full, gone or sick is left alone for as long as it asks (`Retry-After`; a minute at most), or
+    longer each time, while its requests go to whichever server is free; one that has kept a request for
+    `PATIENCE_SECONDS` keeps it, but a free server is asked, too. A request that a server refuses has its refusal for an
+    answer. Raises ClientError where a key is refused, the journal cannot be written, or no server has been there for
+    `PATIENCE_SECONDS`."""
     asyncio.run(_answer_all({each.custom_id: each for each in requests}, journal, servers, what))
 
 
@@ -109,7 +108,7 @@ class _Flight:
 class _Run:
     """What the workers of a run share. `left` are the requests without an answer; `in_a_row` counts a worker's failures
     since its last answer, `failed` those of a request in each server that was there and not full; `away` are the
-    servers that said nothing of their own when they were last asked."""
+    servers that were not there when they were last asked, and since when; `silent` is since when none has been."""
 
     def __init__(
         self, left: dict[str, Request], journal: Journal, urls: Sequence[str], progress: Progress, task: Task
@@ -119,23 +118,21 @@ class _Run:
         self.queue: asyncio.Queue[Request] = asyncio.Queue()
         for each in left.values():
             self.queue.put_nowait(each)
-        self.flights: dict[str, _Flight] = {}
+        self.flights: dict[int, _Flight] = {}  # of each worker
         self.failed: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.in_a_row: dict[int, int] = {}
-        self.away: set[str] = set()
-        self.last_heard = self.last_told = time.monotonic()
+        self.away: dict[str, float] = {}
+        self.silent: float | None = None
+        self.last_told = time.monotonic()
 
     async def work(self, url: str, client: httpx.AsyncClient, worker: int) -> None:
         """Send one request after the other, until the task is cancelled."""
         self.in_a_row[worker] = 0
         while True:
             asked = await self._next(url)
-            flight = self.flights[asked.custom_id] = _Flight(asked, url, time.monotonic())
-            try:
-                wait = await self._ask(url, client, asked, worker)
-            finally:
-                if self.flights.get(asked.custom_id) is flight:
-                    del self.flights[asked.custom_id]
+            self.flights[worker] = _Flight(asked, url, time.monotonic())
+            wait = await self._ask(url, client, asked, worker)
+            del self.flights[worker]
             if wait is not None:
                 await asyncio.sleep(wait)
 
@@ -146,9 +143,10 @@ class _Run:
                 async with asyncio.timeout(1.0):
                     return await self.queue.get()
             except TimeoutError:
+                latest: dict[str, _Flight] = {flight.asked.custom_id: flight for flight in self.flights.values()}
                 late = time.monotonic() - PATIENCE_SECONDS
-                for flight in self.flights.values():
-                    if flight.since < late and flight.url != url:
+                for name, flight in latest.items():
+                    if name in self.left and flight.since < late and flight.url != url:
                         return flight.asked
 
     async def _ask(self, url: str, client: httpx.AsyncClient, asked: Request, worker: int) -> float | None:
@@ -162,16 +160,20 @@ class _Run:
         status, body = answer.status_code, _body(answer)
         if status in REFUSED_KEY:
             raise error_of(answer)
-        if body is None and (status < 400 or status in ABSENT):
+        again = status >= 400 and sendable_again(status, answer.headers)
+        if body is None and (status < 400 or status > 500):
             failure = UnexpectedResponse(f"{url} answers with status {status} and a page: {answer.text[:100]!r}")
             return self._again(asked, answer.headers, self._gone(url, failure), worker)
-        if status not in ABSENT:
-            self._here(url)
-        if status >= 400 and (again := sendable_again(status, answer.headers)) | (status in UNKNOWN):
-            self.failed[name][url] += not (again and status in BUSY)
+        if again and status == LOADING:
+            return self._again(asked, answer.headers, self._gone(url, error_of(answer)), worker)
+        self._here(url)
+        if again or status in UNKNOWN:
+            if status != FULL:
+                self.failed[name][url] += 1
             if not self._settled(name, ATTEMPTS if again else 1):
                 return self._again(asked, answer.headers, error_of(answer), worker)
         self.in_a_row[worker] = 0
+        self.failed.pop(name, None)
         if self.left.pop(name, None) is not None:  # else another server was faster
             body = {"error": {"message": answer.text[:200] or f"HTTP status {status}"}} if body is None else body
             seconds = round(time.perf_counter() - started, 4)
@@ -181,34 +183,36 @@ class _Run:
         return None
 
     def _settled(self, name: str, attempts: int) -> bool:
-        """Whether a request has failed so often, and in every server that is there."""
-        failed = self.failed[name]
-        return failed.total() >= attempts and all(failed[url] or url in self.away for url in self.urls)
+        """Whether a request has failed so often, and in every server but those that have been away for long."""
+        failed, late = self.failed.get(name, Counter[str]()), time.monotonic() - PATIENCE_SECONDS
+        return failed.total() >= attempts and all(failed[url] or self.away.get(url, late) < late for url in self.urls)
 
     def _again(self, asked: Request, said: Mapping[str, str], failure: ClientError, worker: int) -> float:
         """Give the request back; the seconds to wait. Raises `failure` where no server has been there for long, and
-        none is at work."""
+        none is at work, or none has ended any."""
         self.in_a_row[worker] += 1
-        if asked.custom_id in self.left:
+        others = [flight for other, flight in self.flights.items() if other != worker]
+        if asked.custom_id in self.left and all(flight.asked is not asked for flight in others):
             self.queue.put_nowait(asked)
         now = time.monotonic()
-        at_work = any(now - flight.since > CONNECT_SECONDS for flight in self.flights.values() if flight.asked != asked)
-        if all(self.in_a_row.values()) and now - self.last_heard > PATIENCE_SECONDS and not at_work:
+        self.silent = self.silent or now
+        silence = now - self.silent - PATIENCE_SECONDS
+        at_work = silence < LONGEST_SECONDS and any(now - flight.since > CONNECT_SECONDS for flight in others)
+        if silence > 0 and not at_work:
             raise failure
         return min(retry_after(said) or BACKOFF.backoff(self.in_a_row[worker] - 1), TELL_SECONDS)
 
     def _gone(self, url: str, failure: ClientError) -> ClientError:
-        """A server said nothing of its own."""
+        """A server is not there."""
         if url not in self.away:
-            self.away.add(url)
+            self.away[url] = time.monotonic()
             self.progress.console.print(f"{failure}; it is asked again from time to time")
         return failure
 
     def _here(self, url: str) -> None:
-        """A server said something of its own."""
-        self.last_heard = time.monotonic()
-        if url in self.away:
-            self.away.remove(url)
+        """A server is there."""
+        self.silent = None
+        if self.away.pop(url, None) is not None:
             self.progress.console.print(f"{url} answers again")
 
     def _advance(self) -> None:
@@ -225,7 +229,7 @@ def _body(answer: httpx.Response) -> dict[str, Any] | None:
     """The JSON object of an answer of the server's own; None for anything else, as a proxy's page or a redirection."""
     try:
         body = None if answer.is_redirect else msgspec.json.decode(answer.content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return body if isinstance(body, dict) else None
 

@@ -137,7 +137,7 @@ class Journal:
     def _decode(self, line: bytes, kind: type[Any], number: int) -> Any:
         try:
             return msgspec.json.decode(line, type=kind)
-        except msgspec.DecodeError as error:  # ValidationError is one
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is one
             raise self._foreign(number, error) from None
 
     def _foreign(self, number: int, why: object) -> ClientError:
@@ -166,3 +166,5 @@ def _lock(file: IO[bytes], path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ClientError(f"another run writes {path}: wait for its end, or name another file") from None
+        except OSError:
+            pass  # the file system has no locks

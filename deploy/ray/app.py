@@ -39,6 +39,7 @@ LIGHT = 64  # requests that compute nothing (models, token ids) are not counted 
 ANSWERS_SECONDS = 5.0  # that replicas may take to tell their metrics
 ANY_NUMBER = 1_000_000  # the ingress refuses by itself
 HEALTH_SECONDS = 2.0  # between two checks
+REPLACED_SECONDS = 30.0  # in which Serve replaces a replica whose engine is dead
 LOOK_SECONDS = 0.5  # between two looks at which replicas run
 
 
@@ -87,7 +88,12 @@ class Model:
             raise EngineUnusable(f"the engine cannot go on: {self._frontend.failure or 'its workers die at once'}")
 
     async def respond(self, scope: Scope, body: bytes) -> AsyncGenerator[Message]:
-        """This replica's name, and ASGI's messages."""
+        """This replica's name, and ASGI's messages. One whose engine is dead keeps what it is asked until Serve ends
+        it, when another is asked: refusing at once it would be the idlest of all, and chosen first."""
+        left = REPLACED_SECONDS
+        while self._engine.given_up and left > 0:
+            await asyncio.sleep(LOOK_SECONDS)
+            left -= LOOK_SECONDS
         yield {"type": "replica", "name": self._name}
         async with aclosing(respond(self._app, scope, body)) as messages:
             async for message in messages:

@@ -4,6 +4,7 @@ once, and no more is asked than that."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
 import signal
@@ -42,13 +43,28 @@ class Network(httpx.AsyncBaseTransport):
         self.answer = answer
         self.asked: list[tuple[str, int]] = []
         self.turns: dict[str, int] = {}  # of the event loop that a host takes for an answer; else one
+        self.seconds: dict[str, float] = {}  # that it takes, whatever a wait costs
 
     async def handle_async_request(self, sent: httpx.Request) -> httpx.Response:
         number = json.loads(await sent.aread())["number"]
         self.asked.append((sent.url.host, number))
         for _ in range(self.turns.get(sent.url.host, 1)):
             await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.seconds.get(sent.url.host, 0.0)):
+                await asyncio.Event().wait()
         return self.answer(sent.url.host, number)
+
+
+def only(there: str) -> Answer:
+    """One server; all others are gone."""
+
+    def answer(host: str, number: int) -> httpx.Response:
+        if host != there:
+            raise httpx.ConnectError("refused")
+        return echo(host, number)
+
+    return answer
 
 
 def run(path: Path, network: Network, *hosts: str, requests: list[Request] = REQUESTS) -> dict[int, Any]:
@@ -134,6 +150,7 @@ POST_TO_A_PATH = "wanted are the method POST and a url that is a path"
     [
         *(({"url": url}, POST_TO_A_PATH) for url in ("http://elsewhere/v1", "//elsewhere/v1", "v1")),
         ({"method": "GET"}, POST_TO_A_PATH),
+        ({"url": "/v1\x01"}, "'/v1\\x01' is no path"),
         ({"url": None}, "is no request of OpenAI's batch format"),
         ({"custom_id": "a"}, "'a' stands on a line before it"),
         ({"body": {"stream": True}}, "`stream` has no place"),
@@ -241,28 +258,55 @@ def test_a_wait_that_a_server_asks_for_has_an_end(tmp_path: Path, waits: list[fl
 def test_what_a_server_keeps_for_long_another_one_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.2)
     network = Network()
-    network.turns = {"hangs": 10**9}
+    network.seconds = {"hangs": 3600.0}
     assert run(tmp_path / "runs.jsonl", network, "hangs", "good") == {
         number: {"number": number} for number in range(20)
     }
 
 
+def test_a_server_without_the_model_does_not_profit_from_anothers_broken_connection(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    broken = [httpx.ReadError("reset by peer")]
+
+    def answer(host: str, number: int) -> httpx.Response:
+        if host == "good" and broken:
+            raise broken.pop()
+        return echo(host, number) if host == "good" else MISSING
+
+    network = Network(answer)
+    network.turns = {"good": 50}
+    assert run(tmp_path / "runs.jsonl", network, "sick", "good") == {number: {"number": number} for number in range(20)}
+
+
+def test_a_server_that_loads_for_ever_holds_nobody_up(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.2)
+    loading = httpx.Response(503, json={"error": {"message": "loading"}})
+    network = Network(lambda host, number: loading if host == "loads" else SICK if number == 5 else echo(host, number))
+    assert run(tmp_path / "runs.jsonl", network, "loads", "sick")[5] == {"error": {"message": "sick"}}
+
+
+def test_what_is_asked_of_a_second_server_is_not_asked_twice_of_the_first(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "CONNECT_SECONDS", 0.0)
+    network = Network(only("slow"))
+    network.seconds = {"slow": 1.5}  # longer than idle workers wait for the next request
+    assert len(run(tmp_path / "runs.jsonl", network, "slow", "gone", requests=REQUESTS[:1])) == 1
+    assert Counter(host for host, _ in network.asked)["slow"] == 1
+
+
 def test_a_run_goes_on_while_a_server_is_at_work_though_the_others_are_silent(
     tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has been heard for long, and one has been refused before, but its next answer is on its way."""
-    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(engine, "CONNECT_SECONDS", 0.0)
-    loading = [httpx.Response(503, json={"error": {"message": "loading"}})] * 3
-
-    def slow(host: str, number: int) -> httpx.Response:
-        if host == "gone":
-            raise httpx.ConnectError("refused")
-        return loading.pop() if loading else echo(host, number)
-
-    network = Network(slow)
-    network.turns = {"gone": 30, "slow": 20}
-    assert len(run(tmp_path / "runs.jsonl", network, "slow", "gone")) == 20
+    network = Network(only("slow"))
+    network.seconds = {"slow": 0.5}
+    assert len(run(tmp_path / "runs.jsonl", network, "slow", "gone", requests=REQUESTS[:6])) == 6
 
 
 def test_a_journal_is_one_runs_and_a_full_disk_leaves_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,12 +333,11 @@ def test_a_refused_key_ends_the_run_and_so_does_silence(
     with pytest.raises(AuthenticationFailed, match="no key"):
         run(tmp_path / "a", Network(lambda *_: httpx.Response(401, json={"error": {"message": "no key"}})))
 
-    def silent(host: str, number: int) -> httpx.Response:
-        raise httpx.ConnectError("refused")
-
     monkeypatch.setattr(engine, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(ConnectionFailed, match="no answer from http://one: refused"):
-        run(tmp_path / "b", Network(silent))
+        run(tmp_path / "b", Network(only("other")))
+    with pytest.raises(ConnectionFailed, match="no answer from http://one: refused"):
+        run(tmp_path / "c", Network(only("other")), requests=REQUESTS[:1])  # while others have nothing to do
 
 
 DEFAULTS = {"reward_model": "rm", "best_of": {"bon": 2}, "max_tokens": 8}
